@@ -1,0 +1,115 @@
+"""How the scripts meet their user: --help from the files of conf/, and one line for a mistake."""
+
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+CONF = Path(__file__).resolve().parent.parent / "conf"
+DEFAULTS = [  # the files of the default run, in the order in which later ones override earlier ones
+    "config.yaml",
+    "regularizer/rnode.yaml",
+    "solver/rk4.yaml",
+    "model/multiscale.yaml",
+    "trainer.yaml",
+    "dataset/digits.yaml",
+]
+
+
+def help_text(script: str, purpose: str) -> str:
+    """The groups and their options, each with the first comment of its file; the knobs, each with its comment."""
+    lines = [purpose, "", f"usage: python src/{script} [group=option …] [key=value …] [-m for a sweep over a=1,2 b=3,4]"]
+    for folder in sorted(path for path in CONF.iterdir() if path.is_dir()):
+        lines += ["", f"{folder.name}="]
+        for file in sorted(folder.glob("*.yaml")):
+            comments = (line[2:].strip() for line in file.read_text().splitlines() if line.startswith("# "))
+            lines.append(f"  {file.stem:<22}{next(c for c in comments if not c.startswith('@package'))}")
+    lines += ["", "knobs, with the default in brackets (and every option of Lightning's Trainer as trainer.…):"]
+    lines += [f"  {key:<32}{comment} [{value}]" for key, (value, comment) in knobs().items()]
+    lines += ["", "--cfg job --resolve shows the whole configuration that a command line makes, without running it."]
+    return "\n".join(lines)
+
+
+def knobs() -> dict[str, tuple[str, str]]:
+    """Dotted key: (value, comment) for each `key: value # comment` of the files that make the default run."""
+    found: dict[str, tuple[str, str]] = {}
+    for file in DEFAULTS:
+        text = (CONF / file).read_text()
+        package = re.search(r"^# @package (\w+)$", text, re.MULTILINE)
+        prefix = package[1] if package else file.split("/")[0].removesuffix(".yaml")
+        path = [] if prefix in ("_global_", "config") else [prefix]
+        root = len(path)
+        for line in text.splitlines():
+            if match := re.match(r"( *)(\w+):(?: (.*?))??(?:\s+# (.+))?$", line):
+                indent, key, value, comment = match.groups()
+                path[root + len(indent) // 2 :] = [key]
+                dotted = ".".join(path)
+                if comment or dotted in found:
+                    found[dotted] = (value, comment or found[dotted][1])
+    return found
+
+
+def run(main: Callable[[], None], script: str, purpose: str) -> None:
+    """Call a Hydra main; for a user's mistake print one line and exit with 2, for a run that failed with 1.
+
+    HYDRA_FULL_ERROR=1 shows the whole traceback instead.
+    """
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(help_text(script, purpose))
+        return
+    if os.environ.get("HYDRA_FULL_ERROR") == "1":
+        return main()
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # or Hydra prints errors its own way, in several lines
+    try:
+        main()
+    except Exception as error:
+        message, code = explain(error)
+        if message is None:
+            raise
+        print(f"error: {message}", file=sys.stderr)
+        sys.exit(code)
+    finally:
+        del os.environ["HYDRA_FULL_ERROR"]
+
+
+def explain(error: Exception) -> tuple[str | None, int]:
+    """One line for what went wrong and the exit code; no line for what is a bug of ours."""
+    from hydra.errors import HydraException, InstantiationException
+    from omegaconf.errors import OmegaConfBaseException
+
+    from rnode.errors import DivergenceError, InputError
+
+    if isinstance(error, DivergenceError):
+        return one_line(error), 1
+    if isinstance(error, InputError):
+        return one_line(error), 2
+    if isinstance(error, InstantiationException):  # a constructor refused its arguments
+        key = re.search(r"full_key: (\S+)", str(error))
+        return (f"{key[1]}: " if key else "") + one_line(error.__cause__ or error), 2
+    if isinstance(error, HydraException | OmegaConfBaseException):
+        return explain_hydra(error), 2
+    return None, 1
+
+
+def explain_hydra(error: Exception) -> str:
+    text = str(error)
+    if match := re.match(r"Could not override '(\S+?)'", text):
+        known = re.search(r"full_key: (\S*)", text)
+        where = known[1] if known else match[1]
+        return f"there is no option {where}; {similar(where)}python src/train.py --help lists them"
+    if match := re.match(r"(?:In '.*': )?Could not find '(\S+)'", text):
+        options = ", ".join(re.findall(r"^\t(\S+)$", text, re.MULTILINE))
+        return f"there is no {match[1]}; " + (f"the options are {options}" if options else "--help lists the groups")
+    return one_line(error)
+
+
+def similar(key: str) -> str:
+    import difflib
+
+    close = difflib.get_close_matches(key, knobs(), n=1)
+    return f"did you mean {close[0]}? " if close else ""
+
+
+def one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,115 @@
+"""What people look at while a flow trains and after: pictures in the run folder, the same in W&B, the time an epoch takes."""
+
+import csv
+import math
+import time
+from pathlib import Path
+
+import matplotlib
+import torch
+from pytorch_lightning import Callback, Trainer
+from pytorch_lightning.loggers import CSVLogger, WandbLogger
+from pytorch_lightning.utilities import rank_zero_only
+from torch import Tensor
+
+from rnode.data import DataModule
+from rnode.errors import is_int, require
+from rnode.module import RNODE
+
+matplotlib.use("Agg")  # pictures go to files; no display is looked for
+from matplotlib import pyplot as plt  # noqa: E402
+
+CURVES = {
+    "bits_per_dim": "bits/dim",
+    "nfe_forward": "NFE (forward)",
+    "kinetic": "kinetic energy / d",
+    "jacobian": "squared Jacobian norm / d",
+}
+
+
+class EpochTimer(Callback):
+    """Logs train/seconds_per_epoch: the time spent on training batches, without validation."""
+
+    def on_train_epoch_start(self, trainer: Trainer, module: RNODE) -> None:
+        self.start = self.end = time.perf_counter()
+
+    def on_train_batch_end(self, trainer: Trainer, *_) -> None:
+        self.end = time.perf_counter()
+
+    def on_train_epoch_end(self, trainer: Trainer, module: RNODE) -> None:
+        module.log("train/seconds_per_epoch", self.end - self.start)
+
+
+class Pictures(Callback):
+    """samples.png, the flow's samples next to held-out data, and curves.png of what metrics.csv holds.
+
+    Drawn every `every_n_epochs` epochs and once more after the test, then with the weights that were tested.
+    """
+
+    def __init__(self, folder: str | Path, samples: int = 64, every_n_epochs: int = 5):
+        require(is_int(samples, at_least=1), "pictures.samples", samples, "a whole number, 1 or more")
+        require(is_int(every_n_epochs, at_least=1), "pictures.every_n_epochs", every_n_epochs, "a whole number, 1 or more")
+        self.folder, self.samples, self.every_n_epochs = Path(folder), samples, every_n_epochs
+
+    def on_validation_end(self, trainer: Trainer, module: RNODE) -> None:
+        if not trainer.sanity_checking and (trainer.current_epoch + 1) % self.every_n_epochs == 0:
+            self.draw(trainer, module)
+
+    def on_test_end(self, trainer: Trainer, module: RNODE) -> None:
+        self.draw(trainer, module)
+
+    @rank_zero_only
+    def draw(self, trainer: Trainer, module: RNODE) -> None:
+        data: DataModule = trainer.datamodule
+        held_out = data.splits.val[: self.samples].to(module.device)
+        with torch.random.fork_rng(devices=[module.device] if module.device.type == "cuda" else []), torch.no_grad():
+            torch.manual_seed(module.seed)  # the same noise every time, and none of it taken from the training's
+            index = torch.arange(len(held_out))
+            real = data.inverse(data.transform(held_out, index).y)
+            drawn = data.inverse(module.flow.sample(len(held_out)))
+        path = self.folder / "samples.png"
+        draw_samples(real.float().cpu(), drawn.float().cpu(), path)
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                logger.log_image("samples", [str(path)])
+            elif isinstance(logger, CSVLogger):
+                logger.save()
+                draw_curves(Path(logger.experiment.metrics_file_path), self.folder / "curves.png")
+
+
+def draw_samples(real: Tensor, drawn: Tensor, path: Path) -> None:
+    """Held-out data left, samples right: images (N, C, H, W) in [0, 1] as grids, vectors (N, d) as points."""
+    figure, axes = plt.subplots(1, 2, figsize=(10, 5.3), layout="constrained")
+    for ax, points, title in zip(axes, (real, drawn), ("data (held out)", "samples"), strict=True):
+        ax.set_title(title)
+        if points.dim() == 4:
+            from torchvision.utils import make_grid
+
+            grid = make_grid(points, nrow=math.ceil(len(points) ** 0.5), padding=1, pad_value=0.5)
+            ax.imshow(grid.permute(1, 2, 0), interpolation="nearest")
+            ax.axis("off")
+        else:
+            x, y = points[:, 0], points[:, -1]
+            ax.scatter(x, y, s=2)
+            ax.set(xlim=(-4, 4), ylim=(-4, 4), aspect="equal")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def draw_curves(metrics: Path, path: Path) -> None:
+    """bits/dim, NFE, kinetic energy and Jacobian norm against the training step, as far as `metrics` (CSV) has them."""
+    with open(metrics, newline="") as file:
+        rows = list(csv.DictReader(file))
+    figure, axes = plt.subplots(2, 2, figsize=(10, 7), layout="constrained", sharex=True)
+    for ax, (key, label) in zip(axes.flat, CURVES.items(), strict=True):
+        for stage, style in (("train", "-"), ("val", "o-"), ("test", "s")):
+            points = [(int(row["step"]), float(row[f"{stage}/{key}"])) for row in rows if row.get(f"{stage}/{key}")]
+            if points:
+                ax.plot(*zip(*points, strict=True), style, markersize=4, linewidth=1, label=stage)
+        ax.set(ylabel=label)
+        if ax.has_data():
+            ax.legend()
+    for ax in axes[1]:
+        ax.set_xlabel("training step")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

@@ -1,0 +1,338 @@
+"""Data sets, and the LightningDataModule that turns whole grey levels into what the flow trains on.
+
+A source is a function that returns `Splits`: images as uint8 tensors (N, C, H, W), vectors as float tensors (N, d).
+Sources that have no validation set of their own cut it from the training set by a permutation that never changes; the
+test set is left as it is.
+"""
+
+import gzip
+import math
+import zlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from pytorch_lightning import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from rnode.draws import sample_generators
+from rnode.errors import InputError, is_int, require
+from rnode.transforms import Dequantize, Logit
+
+SPLIT_SEED = 0  # of every split: the same images are held out whatever the seed of the run
+NOISE = 0  # stream of the dequantization noise in evaluation (see sample_generators)
+
+
+class Splits(NamedTuple):
+    train: Tensor
+    val: Tensor
+    test: Tensor
+
+
+class Batch(NamedTuple):
+    """y (B, *shape), what the flow sees; log|det dy/dx| (B,) of the transforms; index (B,) of each sample in its split."""
+
+    y: Tensor
+    log_det: Tensor
+    index: Tensor
+
+
+class Indexed(Dataset):
+    """A tensor's rows with their indices, fetched a whole batch at a time."""
+
+    def __init__(self, rows: Tensor):
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+        index = torch.tensor(indices)
+        return self.rows[index], index
+
+
+class Fresh(Dataset):
+    """`count` vectors an epoch, drawn anew from a density whenever they are asked for, from torch's random state."""
+
+    def __init__(self, density: Callable[[int, np.random.Generator], np.ndarray], count: int):
+        self.density, self.count = density, count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+        rng = np.random.default_rng(int(torch.randint(2**62, ())))
+        return torch.from_numpy(self.density(len(indices), rng)).float(), torch.tensor(indices)
+
+
+class DataModule(LightningDataModule):
+    """Batches of a data set, transformed on the device after they have been sent there as they are.
+
+    Images (levels given): u = (x + noise)/levels and y = logit(α + (1 − 2α)u), the noise drawn afresh for every training
+    batch and, for evaluation, from (seed, index of the image). Vectors pass unchanged.
+    """
+
+    def __init__(
+        self,
+        source: Callable[[], Splits],
+        shape: Sequence[int],
+        batch_size: int,
+        eval_batch_size: int,
+        levels: int | None = None,
+        alpha: float | None = None,
+        flip: bool = False,
+        seed: int = 0,
+    ):
+        super().__init__()
+        require(is_int(batch_size, at_least=1), "dataset.batch_size", batch_size, "a whole number, 1 or more")
+        require(is_int(eval_batch_size, at_least=1), "dataset.eval_batch_size", eval_batch_size, "a whole number, 1 or more")
+        self.source, self.shape, self.flip, self.seed = source, tuple(shape), flip, seed
+        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
+        self.dequantize = None if levels is None else Dequantize(levels)
+        self.logit = None if levels is None else Logit(alpha)
+        self.splits: Splits | None = None
+
+    def prepare_data(self) -> None:
+        """Download once a node, before the other processes look for the files."""
+        self.setup()
+
+    def setup(self, stage: str | None = None) -> None:
+        if self.splits is not None:
+            return
+        splits = self.source()
+        for name, rows in zip(Splits._fields, splits, strict=True):
+            if isinstance(rows, Tensor):
+                found = tuple(rows.shape[1:])
+                require(found == self.shape, "dataset.shape", list(self.shape), f"{list(found)}, as the {name} data are")
+            require(len(rows) > 0, f"the number of {name} samples", len(rows), "1 or more")
+        self.splits = splits
+
+    def train_dataloader(self) -> DataLoader:
+        data = self.splits.train
+        data = Indexed(data) if isinstance(data, Tensor) else data
+        return DataLoader(data, self.batch_size, shuffle=True, collate_fn=as_fetched)
+
+    def val_dataloader(self) -> DataLoader:
+        return DataLoader(Indexed(self.splits.val), self.eval_batch_size, collate_fn=as_fetched)
+
+    def test_dataloader(self) -> DataLoader:
+        return DataLoader(Indexed(self.splits.test), self.eval_batch_size, collate_fn=as_fetched)
+
+    def on_after_batch_transfer(self, batch: tuple[Tensor, Tensor], dataloader_idx: int) -> Batch:
+        x, index = batch
+        training = self.trainer.training
+        if self.flip and training:
+            flipped = torch.rand(len(x), device=x.device) < 0.5
+            x = torch.where(flipped[:, None, None, None], x.flip(-1), x)
+        return self.transform(x, index, generators=None if training else sample_generators(index, self.seed, NOISE))
+
+    def transform(self, x: Tensor, index: Tensor, generators: list[torch.Generator] | None = None) -> Batch:
+        """x (B, *shape) as the source gives it → Batch. `generators`, one a sample, draw the noise if given."""
+        if self.dequantize is None:
+            return Batch(x, x.new_zeros(len(x)), index)
+        if generators is None:
+            noise = torch.rand(x.shape, device=x.device)
+        else:
+            noise = torch.stack([torch.rand(self.shape, generator=g) for g in generators]).to(x.device)
+        u, log_det_u = self.dequantize(x, noise)
+        y, log_det_y = self.logit(u)
+        return Batch(y, log_det_u + log_det_y, index)
+
+    def inverse(self, y: Tensor) -> Tensor:
+        """y (B, *shape) → images in [0, 1] (B, C, H, W), for looking at; vectors (B, d) pass unchanged."""
+        return y if self.logit is None else self.logit.inverse(y).clamp(0, 1)
+
+
+def as_fetched(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    return batch
+
+
+def hold_out(rows: Tensor, count: int, name: str) -> tuple[Tensor, Tensor]:
+    """`rows` without `count` of them, and those."""
+    right = f"a whole number from 1 to {len(rows) - 1}, with {len(rows)} samples to cut it from"
+    require(is_int(count, at_least=1) and count < len(rows), name, count, right)
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(SPLIT_SEED))
+    return rows[order[count:]], rows[order[:count]]
+
+
+def digits(validation: int = 180, test: int = 360) -> Splits:
+    """scikit-learn's 1,797 handwritten digits: (1, 8, 8), 17 grey levels."""
+    from sklearn.datasets import load_digits
+
+    images = torch.from_numpy(load_digits().images).to(torch.uint8)[:, None]
+    train, test_rows = hold_out(images, test, "dataset.source.test")
+    train, val = hold_out(train, validation, "dataset.source.validation")
+    return Splits(train, val, test_rows)
+
+
+def patches(size: int = 32, stride: int = 8) -> Splits:
+    """(3, size, size) patches of scikit-learn's two photographs (427×640).
+
+    Of each photograph the left 70 % is for training, the next 15 % for validation, the rest for the test: no pixel is in
+    two splits.
+    """
+    from sklearn.datasets import load_sample_images
+
+    photos = torch.from_numpy(np.stack(load_sample_images().images)).permute(0, 3, 1, 2)  # (2, 3, 427, 640)
+    width = photos.shape[3]
+    ends = [0, int(0.70 * width), int(0.85 * width), width]
+    largest = min(b - a for a, b in zip(ends, ends[1:], strict=False))
+    require(is_int(size, at_least=1) and size <= largest, "dataset.source.size", size, f"a whole number from 1 to {largest}")
+    require(is_int(stride, at_least=1), "dataset.source.stride", stride, "a whole number, 1 or more")
+
+    def cut(left: int, right: int) -> Tensor:
+        windows = photos[..., left:right].unfold(2, size, stride).unfold(3, size, stride)  # (2, 3, rows, columns, s, s)
+        return windows.permute(0, 2, 3, 1, 4, 5).reshape(-1, 3, size, size)
+
+    return Splits(*(cut(a, b) for a, b in zip(ends, ends[1:], strict=False)))
+
+
+IDX_FILES = {"train": "train-images-idx3-ubyte", "test": "t10k-images-idx3-ubyte"}
+
+
+def idx_images(name: str, root: str, validation: int) -> Splits:
+    """MNIST or FashionMNIST, (1, 28, 28): from IDX files, gzipped or plain, in `root`; downloaded there if missing."""
+    folders = [Path(root), Path(root) / name / "raw"]  # torchvision downloads to the second
+    if not any(find_idx(folder, file) for folder in folders for file in IDX_FILES.values()):
+        download(name, root)
+    arrays = {}
+    for split, file in IDX_FILES.items():
+        path = next((found for folder in folders if (found := find_idx(folder, file))), None)
+        if path is None:
+            raise InputError(f"dataset.root={root}: holds no {file} or {file}.gz; put the four files of the data set there")
+        arrays[split] = read_idx(path)[:, None]
+    train, val = hold_out(arrays["train"], validation, "dataset.source.validation")
+    return Splits(train, val, arrays["test"])
+
+
+def find_idx(folder: Path, file: str) -> Path | None:
+    return next((path for path in (folder / file, folder / f"{file}.gz") if path.is_file()), None)
+
+
+def read_idx(path: Path) -> Tensor:
+    """Images of an IDX file, gzipped or plain: (N, H, W), uint8.
+
+    The format: bytes 0, 0, type (8: uint8), number of dimensions; each dimension as a big-endian uint32; the values.
+    """
+    try:
+        content = path.read_bytes()
+        if path.suffix == ".gz":
+            content = gzip.decompress(content)
+    except (OSError, EOFError, zlib.error) as error:
+        raise InputError(f"{path}: cannot be read ({error}); it must be a whole IDX file, gzipped or plain") from None
+    if content[:4] != bytes([0, 0, 8, 3]) or len(content) < 16:
+        raise InputError(f"{path}: starts with {content[:4].hex() or 'nothing'}; an IDX file of images starts with 00000803")
+    shape = tuple(int(n) for n in np.frombuffer(content, ">u4", count=3, offset=4))
+    if len(content) - 16 != math.prod(shape):
+        raise InputError(f"{path}: holds {len(content) - 16} bytes of pixels where its header says {shape}; it must be whole")
+    return torch.from_numpy(np.frombuffer(content, np.uint8, offset=16).reshape(shape).copy())
+
+
+def cifar10(root: str, validation: int) -> Splits:
+    """CIFAR10, (3, 32, 32): from `root`; downloaded there if missing."""
+    from torchvision.datasets import CIFAR10
+
+    def images(train: bool) -> Tensor:
+        return torch.from_numpy(CIFAR10(root, train=train).data).permute(0, 3, 1, 2).contiguous()
+
+    try:
+        CIFAR10(root)
+    except RuntimeError:  # torchvision's word for files that are missing or fail their checksum
+        download("CIFAR10", root)
+    train, val = hold_out(images(train=True), validation, "dataset.source.validation")
+    return Splits(train, val, images(train=False))
+
+
+def download(name: str, root: str) -> None:
+    """Have torchvision download a data set to `root`, or say in one line that it could not."""
+    from torchvision import datasets
+
+    try:
+        getattr(datasets, name)(root, download=True)
+    except (OSError, RuntimeError) as error:  # no network, no permission; or a file that fails its checksum
+        raise InputError(
+            f"dataset.root={root}: {name} is not there or not whole, and downloading it failed ({one_line(error)}); "
+            "put its files there"
+        ) from None
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def toy(name: str, train: int = 20000, validation: int = 2000, test: int = 10000, seed: int = 0) -> Splits:
+    """2-D densities. Training points are drawn afresh for every batch; validation and test sets from `seed`."""
+    require(name in DENSITIES, "dataset.name", name, f"one of {', '.join(DENSITIES)}")
+    for key, count in (("train", train), ("validation", validation), ("test", test)):
+        require(is_int(count, at_least=1), f"dataset.source.{key}", count, "a whole number, 1 or more")
+    density = DENSITIES[name]
+
+    def fixed(count: int, stream: int) -> Tensor:
+        return torch.from_numpy(density(count, np.random.default_rng((seed, stream)))).float()
+
+    return Splits(Fresh(density, train), fixed(validation, 1), fixed(test, 2))
+
+
+def eight_gaussians(n: int, rng: np.random.Generator) -> np.ndarray:
+    """Eight normals of standard deviation 0.14 on a circle of radius 2: entropy 0.985 nats."""
+    angle = rng.integers(8, size=n) * (np.pi / 4)
+    return 2 * np.stack([np.cos(angle), np.sin(angle)], axis=1) + 0.14 * rng.standard_normal((n, 2))
+
+
+def moons(n: int, rng: np.random.Generator) -> np.ndarray:
+    from sklearn.datasets import make_moons
+
+    points, _ = make_moons(n, noise=0.1, random_state=int(rng.integers(2**31)))
+    return 2 * points - np.array([1.0, 0.5])
+
+
+def circles(n: int, rng: np.random.Generator) -> np.ndarray:
+    from sklearn.datasets import make_circles
+
+    points, _ = make_circles(n, factor=0.5, noise=0.06, random_state=int(rng.integers(2**31)))
+    return 2 * points
+
+
+def pinwheel(n: int, rng: np.random.Generator) -> np.ndarray:
+    """Five normals, long along a ray and narrow across it, wound up: the further out, the further turned."""
+    along, across = 1.2 + 0.35 * rng.standard_normal(n), 0.12 * rng.standard_normal(n)
+    angle = rng.integers(5, size=n) * (2 * np.pi / 5) + 0.8 * along
+    cos, sin = np.cos(angle), np.sin(angle)
+    return 1.3 * np.stack([along * cos - across * sin, along * sin + across * cos], axis=1)
+
+
+def checkerboard(n: int, rng: np.random.Generator) -> np.ndarray:
+    """Uniform on the eight dark unit squares of [−2, 2]²: entropy log 8 = 2.079 nats."""
+    square = rng.integers(8, size=n)
+    row = square // 2
+    corner = np.stack([2 * (square % 2) + row % 2, row], axis=1) - 2.0
+    return corner + rng.random((n, 2))
+
+
+def spirals(n: int, rng: np.random.Generator) -> np.ndarray:
+    """Two arms, each one and a half turns about the origin, denser towards it in proportion to the arc's length."""
+    angle = np.sqrt(rng.random(n)) * 3 * np.pi
+    arm = np.where(rng.random(n) < 0.5, -1.0, 1.0)[:, None]
+    points = arm * np.stack([-np.cos(angle), np.sin(angle)], axis=1) * angle[:, None] / np.pi
+    return 0.9 * points + 0.08 * rng.standard_normal((n, 2))
+
+
+def rings(n: int, rng: np.random.Generator) -> np.ndarray:
+    """Four concentric circles, equally likely, with noise."""
+    radius = 0.6 * (1 + rng.integers(4, size=n)) + 0.06 * rng.standard_normal(n)
+    angle = 2 * np.pi * rng.random(n)
+    return np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1)
+
+
+DENSITIES = {
+    "eight_gaussians": eight_gaussians,
+    "moons": moons,
+    "circles": circles,
+    "pinwheel": pinwheel,
+    "checkerboard": checkerboard,
+    "spirals": spirals,
+    "rings": rings,
+}

@@ -1,0 +1,24 @@
+"""What can go wrong by a user's hand or in a run, as exceptions whose message is one line."""
+
+
+class InputError(ValueError):
+    """A mistake in what the user gave: the message names it, its value and what would be right."""
+
+
+class DivergenceError(ArithmeticError):
+    """A computation that left the finite numbers, or a solver whose step size underflowed."""
+
+
+def require(condition: bool, name: str, value: object, right: str) -> None:
+    """Raise InputError unless `condition`: `name=value` is not what it must be, which is `right`."""
+    if not condition:
+        raise InputError(f"{name}={value}: must be {right}")
+
+
+def is_int(value: object, at_least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= at_least
+
+
+def is_number(value: object, at_least: float = float("-inf")) -> bool:
+    """A finite real number that is at least `at_least`."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and at_least <= value < float("inf")

@@ -1,0 +1,129 @@
+"""The LightningModule: what is done with a batch, and what is measured."""
+
+from collections.abc import Callable
+
+import torch
+from pytorch_lightning import LightningModule
+from torch import Tensor
+from torchmetrics import CatMetric
+
+from rnode.data import Batch
+from rnode.draws import sample_generators
+from rnode.errors import DivergenceError, is_int, is_number, require
+from rnode.flow import Flow
+from rnode.objective import bits_per_dim, log_normal, objective
+from rnode.solver import solver_errors
+
+PROBES = 1  # stream of the probes in evaluation (see sample_generators; the data module's noise is stream 0)
+
+
+class RNODE(LightningModule):
+    """A flow trained by equation (17).
+
+    Logged under train/, val/ and test/: bits_per_dim; kinetic and jacobian, E and n per dimension; nfe_forward and
+    nfe_backward, evaluations of f summed over the pieces. `config`, a plain dict, travels in the checkpoints.
+    """
+
+    def __init__(
+        self,
+        flow: Flow,
+        optimizer: Callable[..., torch.optim.Optimizer],
+        lambda_k: float,
+        lambda_j: float,
+        warmup_steps: int = 0,
+        seed: int = 0,
+        config: dict | None = None,
+    ):
+        super().__init__()
+        require(is_number(lambda_k, at_least=0), "reg.lambda_k", lambda_k, "a number, 0 or more")
+        require(is_number(lambda_j, at_least=0), "reg.lambda_j", lambda_j, "a number, 0 or more")
+        require(is_int(warmup_steps, at_least=0), "warmup_steps", warmup_steps, "a whole number, 0 or more")
+        self.flow, self.optimizer = flow, optimizer
+        self.lambda_k, self.lambda_j, self.warmup_steps, self.seed = lambda_k, lambda_j, warmup_steps, seed
+        self.config = config or {}
+        self.evaluated = CatMetric()  # a row an image: index, bits/dim, kinetic, jacobian
+        self.register_buffer("diverged_at", torch.tensor(-1), persistent=False)  # first step with a loss not finite
+
+    def on_fit_start(self) -> None:
+        # Every process draws its own noise and probes; the weights are process 0's.
+        if self.global_rank > 0:
+            torch.manual_seed(torch.initial_seed() + self.global_rank)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        state = self.flow(batch.y)
+        loss = objective(state, self.lambda_k, self.lambda_j)
+        # Noted on the device, looked at when metrics are logged: a look at every step would make the device wait.
+        self.diverged_at = torch.where(loss.isfinite() | (self.diverged_at >= 0), self.diverged_at, self.global_step)
+        with torch.no_grad():
+            bits = bits_per_dim(log_normal(state.z) + state.l, batch.log_det, self.flow.d).mean()
+        self.log_dict({"train/bits_per_dim": bits, "train/nfe_forward": self.flow.nfe[0]}, prog_bar=True)
+        self.log_dict(
+            {
+                "train/loss": loss,
+                "train/kinetic": state.E.mean() / self.flow.d,
+                "train/jacobian": state.n.mean() / self.flow.d,
+            }
+        )
+        return loss
+
+    def backward(self, loss: Tensor) -> None:
+        with solver_errors():
+            loss.backward()
+
+    def on_after_backward(self) -> None:
+        self.log("train/nfe_backward", self.flow.nfe[1])
+
+    def on_train_batch_end(self, outputs: object, batch: Batch, batch_idx: int) -> None:
+        if self.global_step % self.trainer.log_every_n_steps == 0:
+            self.stop_if_diverged()
+
+    def on_validation_start(self) -> None:
+        self.stop_if_diverged()
+
+    def stop_if_diverged(self) -> None:
+        step = int(self.diverged_at)
+        if step >= 0:
+            raise DivergenceError(f"the loss became NaN or infinite at step {step}")
+
+    def evaluation_step(self, batch: Batch, stage: str) -> None:
+        state = self.flow(batch.y, sample_generators(batch.index, self.seed, PROBES))
+        bits = bits_per_dim(log_normal(state.z) + state.l, batch.log_det, self.flow.d)
+        rows = [batch.index, bits, state.E / self.flow.d, state.n / self.flow.d]
+        self.evaluated.update(torch.stack([row.to(bits.dtype) for row in rows], dim=1))
+        self.log(f"{stage}/nfe_forward", self.flow.nfe[0], on_epoch=True, batch_size=len(batch.index), sync_dist=True)
+
+    def evaluation_end(self, stage: str) -> None:
+        rows = self.evaluated.compute()
+        self.evaluated.reset()
+        # Distributed samplers pad the last batch with images they have already given: count each once.
+        _, first = torch.unique(rows[:, 0], return_inverse=True)
+        rows = rows.new_zeros(int(first.max()) + 1, rows.shape[1]).index_copy_(0, first, rows)[:, 1:]
+        bits, kinetic, jacobian = rows.mean(0)
+        if not bits.isfinite():
+            raise DivergenceError(f"{stage} bits/dim is {bits:.3g}")
+        self.log_dict({f"{stage}/bits_per_dim": bits}, prog_bar=True)
+        error = rows[:, 0].std() / len(rows) ** 0.5  # standard error over images
+        self.log_dict({f"{stage}/bits_per_dim_se": error, f"{stage}/kinetic": kinetic, f"{stage}/jacobian": jacobian})
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self.evaluation_step(batch, "val")
+
+    def on_validation_epoch_end(self) -> None:
+        self.evaluation_end("val")
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        self.evaluation_step(batch, "test")
+
+    def on_test_epoch_end(self) -> None:
+        self.evaluation_end("test")
+
+    def configure_optimizers(self) -> torch.optim.Optimizer | dict:
+        optimizer = self.optimizer(self.parameters())
+        if self.warmup_steps == 0:
+            return optimizer
+        start = 1 / (self.warmup_steps + 1)
+        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=start, total_iters=self.warmup_steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        checkpoint["config"] = self.config

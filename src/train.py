@@ -1,0 +1,133 @@
+"""Train a flow: compose → instantiate → fit → test. `python src/train.py --help` lists what can be set."""
+
+import hydra
+from omegaconf import DictConfig, OmegaConf
+
+import cli
+
+# What is slow to import (torch, Lightning, W&B) is imported where it is used: --help and a misspelt key do not wait.
+
+
+@hydra.main(version_base="1.3", config_path="../conf", config_name="config")
+def main(cfg: DictConfig) -> float | None:
+    """One run, in the folder Hydra made for it. Returns the best validation bits/dim, for sweeps to minimize."""
+    from pathlib import Path
+
+    import pytorch_lightning as pl
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.utils import instantiate
+    from pytorch_lightning.callbacks import ModelCheckpoint, TQDMProgressBar
+
+    from rnode.callbacks import EpochTimer, Pictures
+    from rnode.checkpoint import check_checkpoint
+    from rnode.errors import DivergenceError, is_int, require
+    from rnode.module import RNODE
+
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    config = OmegaConf.to_container(cfg, resolve=True)
+    require(is_int(cfg.seed, at_least=0) and cfg.seed < 2**32, "seed", cfg.seed, "a whole number from 0 to 2^32 - 1")
+    quiet()
+    pl.seed_everything(cfg.seed, verbose=False)
+
+    data = instantiate(cfg.dataset)
+    optimizer = instantiate(cfg.optimizer)
+    module = RNODE(instantiate(cfg.model), optimizer, **cfg.reg, warmup_steps=cfg.warmup_steps, seed=cfg.seed, config=config)
+    if cfg.ckpt_path is not None:
+        check_checkpoint(cfg.ckpt_path, config)
+    best = ModelCheckpoint(folder, filename="best", monitor="val/bits_per_dim", save_last=True, enable_version_counter=False)
+    callbacks = [best, TQDMProgressBar(leave=True), EpochTimer(), Pictures(folder, **cfg.pictures)]
+    if not cfg.trainer.enable_checkpointing:
+        callbacks.remove(best)
+    OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
+    trainer = instantiate(cfg.trainer, logger=loggers(cfg.wandb, folder, config), callbacks=callbacks, default_root_dir=folder)
+
+    try:
+        trainer.fit(module, data, ckpt_path=cfg.ckpt_path, weights_only=True)
+        trained = dict(trainer.callback_metrics)
+        trainer.test(module, data, ckpt_path=best.best_model_path or None, weights_only=True, verbose=False)
+    except DivergenceError as error:
+        kept = best.best_model_path or "none yet"
+        raise DivergenceError(
+            f"{error} (training step {trainer.global_step}); try a smaller optimizer.lr, a larger reg.lambda_j or a smaller "
+            f"solver.train.step_size; last good checkpoint: {kept}"
+        ) from error
+    finally:
+        finish_wandb()
+    if trainer.is_global_zero:
+        summarize(trained | trainer.callback_metrics, module, folder)
+    return None if best.best_model_score is None else float(best.best_model_score)
+
+
+def quiet() -> None:
+    """Silence what Lightning and torch say about choices that are made on purpose here."""
+    import logging
+    import warnings
+
+    logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)
+    for message in (
+        r".*does not have many workers.*",  # the data are in memory: a worker would only copy them
+        r".*(Checkpoint|Experiment logs) directory .* exists and is not empty.*",  # it holds Hydra's and our config
+        r".*number of training batches .* is smaller than the logging interval.*",
+        r".*LeafSpec.*",  # Lightning's own use of torch
+    ):
+        warnings.filterwarnings("ignore", message)
+
+
+def loggers(wandb: DictConfig, folder, config: dict) -> list:
+    """metrics.csv in the run folder, and a W&B run there unless it is disabled."""
+    from pytorch_lightning.loggers import CSVLogger, WandbLogger
+
+    from rnode.errors import require
+
+    modes = ("offline", "online", "disabled")
+    require(wandb.mode in modes, "wandb.mode", wandb.mode, " or ".join(modes))
+    csv = CSVLogger(folder, name="", version="")
+    if wandb.mode == "disabled":
+        return [csv]
+    from wandb import Settings
+
+    return [csv, WandbLogger(save_dir=folder, config=config, settings=Settings(silent=True), **wandb)]
+
+
+def finish_wandb() -> None:
+    """Close the run, so that the next job of a multirun opens its own."""
+    import sys
+
+    if "wandb" in sys.modules:
+        sys.modules["wandb"].finish()
+
+
+def summarize(metrics: dict, module, folder) -> None:
+    """The table at the end of a run."""
+    from math import log
+
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="test set", title_justify="left")
+    table.add_column("quantity")
+    table.add_column("value", justify="right")
+
+    def row(name: str, key: str, form: str) -> None:
+        if key in metrics:
+            table.add_row(name, form.format(float(metrics[key])))
+
+    bits, error = (float(metrics.get(f"test/bits_per_dim{suffix}", "nan")) for suffix in ("", "_se"))
+    nats = log(2) * module.flow.d
+    table.add_row("bits/dim (± standard error)", f"{bits:.4f} ± {error:.4f}")
+    table.add_row("negative log-likelihood, nats", f"{bits * nats:.3f} ± {error * nats:.3f}")
+    row("NFE forward per batch, training", "train/nfe_forward", "{:.0f}")
+    row("NFE backward per batch, training", "train/nfe_backward", "{:.0f}")
+    row("NFE forward per batch, test", "test/nfe_forward", "{:.0f}")
+    row("kinetic energy / d", "test/kinetic", "{:.4f}")
+    row("squared Jacobian norm / d", "test/jacobian", "{:.4f}")
+    row("seconds per epoch", "train/seconds_per_epoch", "{:.1f}")
+    console = Console()
+    console.print(table)
+    console.print(f"run folder: {folder}", soft_wrap=True)
+    for run in sorted(folder.glob("wandb/offline-run-*")):
+        console.print(f"W&B: wandb sync {run}", soft_wrap=True)
+
+
+if __name__ == "__main__":
+    cli.run(main, "train.py", "Train a continuous normalizing flow by maximum likelihood (RNODE).")
