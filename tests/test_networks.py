@@ -1,0 +1,83 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from plain import PlainNet
+
+from rnode import Field, TimeConv2d, TimeLinear
+from rnode.networks import _SoftplusSigmoid
+
+
+def test_softplus_and_sigmoid_are_torchs_with_their_gradients():
+    a = torch.linspace(-30, 30, 2001, dtype=torch.float64, requires_grad=True)
+    softplus, sigmoid = _SoftplusSigmoid.apply(a)
+    torch.testing.assert_close(softplus, F.softplus(a, threshold=1e9), rtol=1e-9, atol=1e-15)
+    torch.testing.assert_close(sigmoid, a.sigmoid())
+    assert torch.autograd.gradcheck(_SoftplusSigmoid.apply, a[::100].detach().requires_grad_())
+
+
+def test_softplus_in_float32_is_within_rounding():
+    a = torch.linspace(-30, 30, 20001)
+    assert (_SoftplusSigmoid.apply(a)[0].double() - F.softplus(a.double())).abs().max() < 2e-6
+
+
+def test_field_is_the_plain_network_with_time_concatenated(field_and_z):
+    field, z = field_and_z
+    t = torch.tensor(0.3, dtype=torch.float64)
+    torch.testing.assert_close(field(t, z), PlainNet(field)(t, z), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_vjp_is_the_product_with_autograds_full_jacobian(field_and_z, count):
+    field, z = field_and_z
+    t = torch.tensor(0.7, dtype=torch.float64)
+    eps = torch.randn(count, *z.shape, dtype=torch.float64)
+    f, product = field.vjp(t, z, eps)
+    torch.testing.assert_close(f, field(t, z), rtol=1e-13, atol=1e-13)
+    for b in range(len(z)):
+        jacobian = torch.autograd.functional.jacobian(lambda x: field(t, x[None])[0].flatten(), z[b]).flatten(1)
+        expected = eps[:, b].flatten(1) @ jacobian
+        torch.testing.assert_close(product[:, b].flatten(1), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_gradient_through_the_vjp_is_autograds_double_backward(field_and_z):
+    field, z = field_and_z
+    t = torch.tensor(0.4, dtype=torch.float64)
+    eps = torch.randn(1, *z.shape, dtype=torch.float64)
+    f, product = field.vjp(t, z, eps)
+    (f.square().sum() + (product * eps).sum() + product.square().sum()).backward()
+
+    plain = PlainNet(field)
+    x = z.clone().requires_grad_()
+    g = plain(t, x)
+    product = torch.autograd.grad(g, x, eps[0], create_graph=True)[0]
+    (g.square().sum() + (product * eps[0]).sum() + product.square().sum()).backward()
+    for layer, weight, bias in zip(field.layers, plain.weights, plain.biases, strict=True):
+        torch.testing.assert_close(layer.weight.grad, weight.grad, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(layer.bias.grad, bias.grad, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(("layer", "shape"), [(TimeConv2d, (2, 5, 5)), (TimeLinear, (2,))])
+def test_field_starts_as_exactly_zero(layer, shape):
+    field = Field(layer, [2, 8, 8, 2])
+    f, product = field.vjp(torch.tensor(0.5), torch.randn(4, *shape), torch.randn(1, 4, *shape))
+    assert not f.any()
+    assert not product.any()
+
+
+def test_state_dict_reads_as_convolutions_over_one_channel_more():
+    field = Field(TimeConv2d, [3, 64, 64, 64, 3])
+    assert [tuple(layer.weight.shape) for layer in field.layers] == [
+        (64, 4, 3, 3),
+        (64, 65, 3, 3),
+        (64, 65, 3, 3),
+        (3, 65, 3, 3),
+    ]
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_f_and_the_product_come_in_the_types_of_the_state_and_the_probes(autocast):
+    field = Field(TimeConv2d, [1, 8, 1])
+    z = torch.randn(2, 1, 4, 4, dtype=torch.float64)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        f, product = field.vjp(torch.tensor(0.5), z, torch.randn(1, *z.shape).double())
+    assert (f.dtype, product.dtype) == (torch.float64, torch.float64)
