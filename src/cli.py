@@ -1,11 +1,13 @@
 """How the scripts meet their user: --help from the files of conf/, and one line for a mistake."""
 
+import functools
 import os
 import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+FULL_ERROR = os.environ.get("HYDRA_FULL_ERROR") == "1"
 CONF = Path(__file__).resolve().parent.parent / "conf"
 DEFAULTS = [  # the files of the default run, in the order in which later ones override earlier ones
     "config.yaml",
@@ -51,26 +53,34 @@ def knobs() -> dict[str, tuple[str, str]]:
 
 
 def run(main: Callable[[], None], script: str, purpose: str) -> None:
-    """Call a Hydra main; for a user's mistake print one line and exit with 2, for a run that failed with 1.
-
-    HYDRA_FULL_ERROR=1 shows the whole traceback instead.
-    """
+    """Call a Hydra main, or print the help. HYDRA_FULL_ERROR=1 shows a mistake's whole traceback instead of one line."""
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(help_text(script, purpose))
-        return
-    if os.environ.get("HYDRA_FULL_ERROR") == "1":
-        return main()
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # or Hydra prints errors its own way, in several lines
-    try:
+    elif FULL_ERROR:
         main()
-    except Exception as error:
-        message, code = explain(error)
-        if message is None:
-            raise
-        print(f"error: {message}", file=sys.stderr)
-        sys.exit(code)
-    finally:
-        del os.environ["HYDRA_FULL_ERROR"]
+    else:
+        os.environ["HYDRA_FULL_ERROR"] = "1"  # or Hydra prints errors its own way, in several lines
+        try:
+            one_line_errors(main)()
+        finally:
+            del os.environ["HYDRA_FULL_ERROR"]
+
+
+def one_line_errors(function: Callable) -> Callable:
+    """Print one line and exit, with 2 for a user's mistake and 1 for a run that failed; other errors are bugs of ours."""
+
+    @functools.wraps(function)
+    def wrapped(*args):
+        try:
+            return function(*args)
+        except Exception as error:
+            message, code = explain(error)
+            if message is None or FULL_ERROR:
+                raise
+            print(f"error: {message}", file=sys.stderr)
+            sys.exit(code)
+
+    return wrapped
 
 
 def explain(error: Exception) -> tuple[str | None, int]:
@@ -86,7 +96,11 @@ def explain(error: Exception) -> tuple[str | None, int]:
         return one_line(error), 2
     if isinstance(error, InstantiationException):  # a constructor refused its arguments
         key = re.search(r"full_key: (\S+)", str(error))
-        return (f"{key[1]}: " if key else "") + one_line(error.__cause__ or error), 2
+        message = one_line(error.__cause__ or error)
+        ours = isinstance(error.__cause__, InputError)
+        if key is None or (ours and "." in message.split("=")[0]):  # the message names the whole key itself
+            return message, 2
+        return f"{key[1]}{'.' if ours else ': '}{message}", 2
     if isinstance(error, HydraException | OmegaConfBaseException):
         return explain_hydra(error), 2
     return None, 1

@@ -1,5 +1,7 @@
 """Train a flow: compose → instantiate → fit → test. `python src/train.py --help` lists what can be set."""
 
+import sys
+
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
@@ -8,9 +10,11 @@ import cli
 # What is slow to import (torch, Lightning, W&B) is imported where it is used: --help and a misspelt key do not wait.
 
 
-@hydra.main(version_base="1.3", config_path="../conf", config_name="config")
-def main(cfg: DictConfig) -> float | None:
+@hydra.main(version_base="1.3", config_path=str(cli.CONF), config_name="config")
+@cli.one_line_errors
+def main(cfg: DictConfig) -> float:
     """One run, in the folder Hydra made for it. Returns the best validation bits/dim, for sweeps to minimize."""
+    refuse_unknown(cfg)
     from pathlib import Path
 
     import pytorch_lightning as pl
@@ -18,31 +22,34 @@ def main(cfg: DictConfig) -> float | None:
     from hydra.utils import instantiate
     from pytorch_lightning.callbacks import ModelCheckpoint, TQDMProgressBar
 
-    from rnode.callbacks import EpochTimer, Pictures
+    from rnode.callbacks import EpochTimer
     from rnode.checkpoint import check_checkpoint
+    from rnode.dynamics import Probes
     from rnode.errors import DivergenceError, is_int, require
     from rnode.module import RNODE
 
+    quiet()
     folder = Path(HydraConfig.get().runtime.output_dir)
     config = OmegaConf.to_container(cfg, resolve=True)
     require(is_int(cfg.seed, at_least=0) and cfg.seed < 2**32, "seed", cfg.seed, "a whole number from 0 to 2^32 - 1")
-    quiet()
     pl.seed_everything(cfg.seed, verbose=False)
 
     data = instantiate(cfg.dataset)
-    optimizer = instantiate(cfg.optimizer)
-    module = RNODE(instantiate(cfg.model), optimizer, **cfg.reg, warmup_steps=cfg.warmup_steps, seed=cfg.seed, config=config)
+    flow = instantiate(cfg.model)(solver=instantiate(cfg.solver), probes=Probes(cfg.divergence, cfg.probes))
+    module = RNODE(flow, instantiate(cfg.optimizer), **cfg.reg, warmup_steps=cfg.warmup_steps, seed=cfg.seed, config=config)
     if cfg.ckpt_path is not None:
         check_checkpoint(cfg.ckpt_path, config)
     best = ModelCheckpoint(folder, filename="best", monitor="val/bits_per_dim", save_last=True, enable_version_counter=False)
-    callbacks = [best, TQDMProgressBar(leave=True), EpochTimer(), Pictures(folder, **cfg.pictures)]
-    if not cfg.trainer.enable_checkpointing:
-        callbacks.remove(best)
+    callbacks = [EpochTimer(), instantiate(cfg.pictures, folder)]
+    callbacks += [best] if cfg.trainer.enable_checkpointing else []
+    callbacks += [TQDMProgressBar(leave=True)] if cfg.trainer.enable_progress_bar else []
     OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
     trainer = instantiate(cfg.trainer, logger=loggers(cfg.wandb, folder, config), callbacks=callbacks, default_root_dir=folder)
 
     try:
         trainer.fit(module, data, ckpt_path=cfg.ckpt_path, weights_only=True)
+        if not best.best_model_path:  # stopped before the first validation, by trainer.max_steps for example
+            trainer.validate(module, data, verbose=False)
         trained = dict(trainer.callback_metrics)
         trainer.test(module, data, ckpt_path=best.best_model_path or None, weights_only=True, verbose=False)
     except DivergenceError as error:
@@ -55,7 +62,18 @@ def main(cfg: DictConfig) -> float | None:
         finish_wandb()
     if trainer.is_global_zero:
         summarize(trained | trainer.callback_metrics, module, folder)
-    return None if best.best_model_score is None else float(best.best_model_score)
+    return float(trained["val/bits_per_dim"] if best.best_model_score is None else best.best_model_score)
+
+
+def refuse_unknown(cfg: DictConfig) -> None:
+    """What `+key=value` adds must be something that a run reads."""
+    from rnode.errors import InputError
+
+    known = {"seed", "divergence", "probes", "warmup_steps", "ckpt_path", "optimizer", "pictures", "wandb"}
+    known |= {"dataset", "model", "solver", "reg", "reg.lambda_k", "reg.lambda_j", "trainer"}
+    for key in [*cfg, *(f"reg.{name}" for name in cfg.reg)]:
+        if key not in known:
+            raise InputError(f"there is no option {key}; python src/train.py --help lists them")
 
 
 def quiet() -> None:
@@ -84,15 +102,14 @@ def loggers(wandb: DictConfig, folder, config: dict) -> list:
     csv = CSVLogger(folder, name="", version="")
     if wandb.mode == "disabled":
         return [csv]
-    from wandb import Settings
+    from wandb import Settings, setup
 
-    return [csv, WandbLogger(save_dir=folder, config=config, settings=Settings(silent=True), **wandb)]
+    setup(Settings(silent=True))  # the summary says what W&B would
+    return [csv, WandbLogger(save_dir=folder, config=config, **wandb)]
 
 
 def finish_wandb() -> None:
     """Close the run, so that the next job of a multirun opens its own."""
-    import sys
-
     if "wandb" in sys.modules:
         sys.modules["wandb"].finish()
 

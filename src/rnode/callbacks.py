@@ -86,11 +86,10 @@ def draw_samples(real: Tensor, drawn: Tensor, path: Path) -> None:
             from torchvision.utils import make_grid
 
             grid = make_grid(points, nrow=math.ceil(len(points) ** 0.5), padding=1, pad_value=0.5)
-            ax.imshow(grid.permute(1, 2, 0), interpolation="nearest")
+            ax.imshow(grid.permute(1, 2, 0).numpy(), interpolation="nearest")
             ax.axis("off")
         else:
-            x, y = points[:, 0], points[:, -1]
-            ax.scatter(x, y, s=2)
+            ax.scatter(points[:, 0].numpy(), points[:, -1].numpy(), s=2)
             ax.set(xlim=(-4, 4), ylim=(-4, 4), aspect="equal")
     figure.savefig(path, dpi=120)
     plt.close(figure)

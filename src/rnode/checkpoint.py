@@ -14,7 +14,7 @@ def check_checkpoint(path: str, config: dict) -> None:
     differ = [
         f"model.{key} is {theirs.get(key)} there and {ours.get(key)} here"
         for key in sorted(theirs.keys() | ours.keys())
-        if key not in ("solver", "probes") and theirs.get(key) != ours.get(key)
+        if theirs.get(key) != ours.get(key)
     ]
     if differ:
         raise InputError(f"ckpt_path={path}: was trained with another architecture: {'; '.join(differ)}")

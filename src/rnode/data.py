@@ -6,6 +6,7 @@ test set is left as it is.
 """
 
 import gzip
+import inspect
 import math
 import zlib
 from collections.abc import Callable, Sequence
@@ -72,12 +73,12 @@ class DataModule(LightningDataModule):
     """Batches of a data set, transformed on the device after they have been sent there as they are.
 
     Images (levels given): u = (x + noise)/levels and y = logit(α + (1 − 2α)u), the noise drawn afresh for every training
-    batch and, for evaluation, from (seed, index of the image). Vectors pass unchanged.
+    batch and, for evaluation, from (seed, index of the image). Vectors pass unchanged. `arguments` are the source's own.
     """
 
     def __init__(
         self,
-        source: Callable[[], Splits],
+        source: Callable[..., Splits],
         shape: Sequence[int],
         batch_size: int,
         eval_batch_size: int,
@@ -85,11 +86,14 @@ class DataModule(LightningDataModule):
         alpha: float | None = None,
         flip: bool = False,
         seed: int = 0,
+        **arguments,
     ):
         super().__init__()
+        inspect.signature(source).bind(**arguments)  # a misspelt one is found here, not after hours in a queue
         require(is_int(batch_size, at_least=1), "dataset.batch_size", batch_size, "a whole number, 1 or more")
         require(is_int(eval_batch_size, at_least=1), "dataset.eval_batch_size", eval_batch_size, "a whole number, 1 or more")
-        self.source, self.shape, self.flip, self.seed = source, tuple(shape), flip, seed
+        self.source, self.arguments = source, arguments
+        self.shape, self.flip, self.seed = tuple(shape), flip, seed
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.dequantize = None if levels is None else Dequantize(levels)
         self.logit = None if levels is None else Logit(alpha)
@@ -102,12 +106,16 @@ class DataModule(LightningDataModule):
     def setup(self, stage: str | None = None) -> None:
         if self.splits is not None:
             return
-        splits = self.source()
-        for name, rows in zip(Splits._fields, splits, strict=True):
-            if isinstance(rows, Tensor):
-                found = tuple(rows.shape[1:])
-                require(found == self.shape, "dataset.shape", list(self.shape), f"{list(found)}, as the {name} data are")
-            require(len(rows) > 0, f"the number of {name} samples", len(rows), "1 or more")
+        splits = self.source(**self.arguments)
+        for name, rows in splits._asdict().items():
+            require(len(rows) > 0, f"number of {name} samples", len(rows), "1 or more")
+            if not isinstance(rows, Tensor):
+                continue
+            shape = tuple(rows.shape[1:])
+            require(shape == self.shape, "dataset.shape", list(self.shape), f"{list(shape)}, as the {name} data are")
+            if self.dequantize is not None:
+                levels, largest = self.dequantize.levels, int(rows.max())
+                require(largest < levels, "dataset.levels", levels, f"more than {largest}, which the {name} data hold")
         self.splits = splits
 
     def train_dataloader(self) -> DataLoader:
@@ -116,10 +124,14 @@ class DataModule(LightningDataModule):
         return DataLoader(data, self.batch_size, shuffle=True, collate_fn=as_fetched)
 
     def val_dataloader(self) -> DataLoader:
-        return DataLoader(Indexed(self.splits.val), self.eval_batch_size, collate_fn=as_fetched)
+        return self.eval_dataloader(self.splits.val)
 
     def test_dataloader(self) -> DataLoader:
-        return DataLoader(Indexed(self.splits.test), self.eval_batch_size, collate_fn=as_fetched)
+        return self.eval_dataloader(self.splits.test)
+
+    def eval_dataloader(self, rows: Tensor) -> DataLoader:
+        # Its own generator: a loader draws a number each time it starts, and training's random stream is not to notice.
+        return DataLoader(Indexed(rows), self.eval_batch_size, collate_fn=as_fetched, generator=torch.Generator())
 
     def on_after_batch_transfer(self, batch: tuple[Tensor, Tensor], dataloader_idx: int) -> Batch:
         x, index = batch
@@ -163,8 +175,8 @@ def digits(validation: int = 180, test: int = 360) -> Splits:
     from sklearn.datasets import load_digits
 
     images = torch.from_numpy(load_digits().images).to(torch.uint8)[:, None]
-    train, test_rows = hold_out(images, test, "dataset.source.test")
-    train, val = hold_out(train, validation, "dataset.source.validation")
+    train, test_rows = hold_out(images, test, "dataset.test")
+    train, val = hold_out(train, validation, "dataset.validation")
     return Splits(train, val, test_rows)
 
 
@@ -180,8 +192,8 @@ def patches(size: int = 32, stride: int = 8) -> Splits:
     width = photos.shape[3]
     ends = [0, int(0.70 * width), int(0.85 * width), width]
     largest = min(b - a for a, b in zip(ends, ends[1:], strict=False))
-    require(is_int(size, at_least=1) and size <= largest, "dataset.source.size", size, f"a whole number from 1 to {largest}")
-    require(is_int(stride, at_least=1), "dataset.source.stride", stride, "a whole number, 1 or more")
+    require(is_int(size, at_least=1) and size <= largest, "dataset.size", size, f"a whole number from 1 to {largest}")
+    require(is_int(stride, at_least=1), "dataset.stride", stride, "a whole number, 1 or more")
 
     def cut(left: int, right: int) -> Tensor:
         windows = photos[..., left:right].unfold(2, size, stride).unfold(3, size, stride)  # (2, 3, rows, columns, s, s)
@@ -204,7 +216,7 @@ def idx_images(name: str, root: str, validation: int) -> Splits:
         if path is None:
             raise InputError(f"dataset.root={root}: holds no {file} or {file}.gz; put the four files of the data set there")
         arrays[split] = read_idx(path)[:, None]
-    train, val = hold_out(arrays["train"], validation, "dataset.source.validation")
+    train, val = hold_out(arrays["train"], validation, "dataset.validation")
     return Splits(train, val, arrays["test"])
 
 
@@ -242,7 +254,7 @@ def cifar10(root: str, validation: int) -> Splits:
         CIFAR10(root)
     except RuntimeError:  # torchvision's word for files that are missing or fail their checksum
         download("CIFAR10", root)
-    train, val = hold_out(images(train=True), validation, "dataset.source.validation")
+    train, val = hold_out(images(train=True), validation, "dataset.validation")
     return Splits(train, val, images(train=False))
 
 
@@ -263,15 +275,15 @@ def one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def toy(name: str, train: int = 20000, validation: int = 2000, test: int = 10000, seed: int = 0) -> Splits:
-    """2-D densities. Training points are drawn afresh for every batch; validation and test sets from `seed`."""
+def toy(name: str, train: int = 20000, validation: int = 2000, test: int = 10000) -> Splits:
+    """2-D densities. Training points are drawn afresh for every batch; validation and test sets never change."""
     require(name in DENSITIES, "dataset.name", name, f"one of {', '.join(DENSITIES)}")
     for key, count in (("train", train), ("validation", validation), ("test", test)):
-        require(is_int(count, at_least=1), f"dataset.source.{key}", count, "a whole number, 1 or more")
+        require(is_int(count, at_least=1), f"dataset.{key}", count, "a whole number, 1 or more")
     density = DENSITIES[name]
 
     def fixed(count: int, stream: int) -> Tensor:
-        return torch.from_numpy(density(count, np.random.default_rng((seed, stream)))).float()
+        return torch.from_numpy(density(count, np.random.default_rng((SPLIT_SEED, stream)))).float()
 
     return Splits(Fresh(density, train), fixed(validation, 1), fixed(test, 2))
 

@@ -9,7 +9,7 @@ from torchmetrics import CatMetric
 
 from rnode.data import Batch
 from rnode.draws import sample_generators
-from rnode.errors import DivergenceError, is_int, is_number, require
+from rnode.errors import DivergenceError, InputError, is_int, is_number, require
 from rnode.flow import Flow
 from rnode.objective import bits_per_dim, log_normal, objective
 from rnode.solver import solver_errors
@@ -118,7 +118,10 @@ class RNODE(LightningModule):
         self.evaluation_end("test")
 
     def configure_optimizers(self) -> torch.optim.Optimizer | dict:
-        optimizer = self.optimizer(self.parameters())
+        try:
+            optimizer = self.optimizer(self.parameters())
+        except (TypeError, ValueError) as error:
+            raise InputError(f"optimizer: {error}") from None
         if self.warmup_steps == 0:
             return optimizer
         start = 1 / (self.warmup_steps + 1)
