@@ -21,7 +21,11 @@ DEFAULTS = [  # the files of the default run, in the order in which later ones o
 
 def help_text(script: str, purpose: str) -> str:
     """The groups and their options, each with the first comment of its file; the knobs, each with its comment."""
-    lines = [purpose, "", f"usage: python src/{script} [group=option …] [key=value …] [-m for a sweep over a=1,2 b=3,4]"]
+    lines = [
+        purpose,
+        "",
+        f"usage: python src/{script} [group=option …] [key=value …] [-m for a sweep over a=1,2 b=3,4]",
+    ]
     for folder in sorted(path for path in CONF.iterdir() if path.is_dir()):
         lines += ["", f"{folder.name}="]
         for file in sorted(folder.glob("*.yaml")):

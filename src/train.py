@@ -20,9 +20,9 @@ def main(cfg: DictConfig) -> float:
     import pytorch_lightning as pl
     from hydra.core.hydra_config import HydraConfig
     from hydra.utils import instantiate
-    from pytorch_lightning.callbacks import ModelCheckpoint, TQDMProgressBar
+    from pytorch_lightning.callbacks import ModelCheckpoint
 
-    from rnode.callbacks import EpochTimer
+    from rnode.callbacks import EpochTimer, Progress
     from rnode.checkpoint import check_checkpoint
     from rnode.dynamics import Probes
     from rnode.errors import DivergenceError, is_int, require
@@ -42,9 +42,11 @@ def main(cfg: DictConfig) -> float:
     best = ModelCheckpoint(folder, filename="best", monitor="val/bits_per_dim", save_last=True, enable_version_counter=False)
     callbacks = [EpochTimer(), instantiate(cfg.pictures, folder)]
     callbacks += [best] if cfg.trainer.enable_checkpointing else []
-    callbacks += [TQDMProgressBar(leave=True)] if cfg.trainer.enable_progress_bar else []
+    callbacks += [Progress()] if cfg.trainer.enable_progress_bar else []
     OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
-    trainer = instantiate(cfg.trainer, logger=loggers(cfg.wandb, folder, config), callbacks=callbacks, default_root_dir=folder)
+    trainer = instantiate(
+        cfg.trainer, logger=loggers(cfg.wandb, folder, config), callbacks=callbacks, default_root_dir=folder
+    )
 
     try:
         trainer.fit(module, data, ckpt_path=cfg.ckpt_path, weights_only=True)

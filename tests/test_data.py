@@ -149,7 +149,14 @@ def test_a_validation_set_that_cannot_be_cut_is_refused(tmp_path, images, valida
 
 
 def module(**changes):
-    arguments = {"source": digits, "shape": [1, 8, 8], "batch_size": 32, "eval_batch_size": 100, "levels": 17, "alpha": 1e-5}
+    arguments = {
+        "source": digits,
+        "shape": [1, 8, 8],
+        "batch_size": 32,
+        "eval_batch_size": 100,
+        "levels": 17,
+        "alpha": 1e-5,
+    }
     return DataModule(**(arguments | changes))
 
 
@@ -162,7 +169,7 @@ def test_a_batch_is_the_logit_of_the_dequantized_images_with_its_log_det():
     data = module()
     data.setup()
     x = data.splits.train[:5]
-    y, log_det, index = data.transform(x, torch.arange(5))
+    y, log_det, _index = data.transform(x, torch.arange(5))
     u = (y.double().sigmoid() - 1e-5) / (1 - 2e-5)
     assert torch.equal((u * 17).floor().to(torch.uint8), x)
     # d y / d x = (1 − 2α) / 17 / (s (1 − s)), s = sigmoid(y)

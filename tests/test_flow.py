@@ -13,7 +13,15 @@ SOLVER = Solver(Method("rk4"), Method("dopri5"))
 
 @pytest.mark.parametrize(
     ("shape", "pieces"),
-    [((1, 28, 28), 10), ((3, 32, 32), 14), ((1, 8, 8), 6), ((1, 7, 5), 2), ((2, 4, 4), 2), ((5, 12, 40), 6), ((1, 14, 14), 6)],
+    [
+        ((1, 28, 28), 10),
+        ((3, 32, 32), 14),
+        ((1, 8, 8), 6),
+        ((1, 7, 5), 2),
+        ((2, 4, 4), 2),
+        ((5, 12, 40), 6),
+        ((1, 14, 14), 6),
+    ],
 )
 def test_pieces_are_counted_as_in_the_paper(shape, pieces):
     flow = multiscale(shape, SOLVER, Probes(), hidden=4)
@@ -153,7 +161,9 @@ def test_loss_and_gradient_are_those_of_the_plain_recipe(shape, arguments, loss_
 
     assert math.isclose(loss.item(), plain_loss.item(), rel_tol=loss_tolerance)
     ours = torch.cat([p.grad.flatten() for field, _ in nets for layer in field.layers for p in (layer.weight, layer.bias)])
-    plain = torch.cat([p.grad.flatten() for _, net in nets for pair in zip(net.weights, net.biases, strict=True) for p in pair])
+    plain = torch.cat(
+        [p.grad.flatten() for _, net in nets for pair in zip(net.weights, net.biases, strict=True) for p in pair]
+    )
     assert close(ours, plain, gradient_tolerance)
 
 

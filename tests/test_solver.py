@@ -20,7 +20,9 @@ def linear_truth(z):
 
 
 @pytest.mark.parametrize("gradient", ["backprop", "adjoint", "checkpoint"])
-@pytest.mark.parametrize(("method", "tolerance"), [(Method("rk4", step_size=0.05), 1e-6), (Method("dopri5", rtol=1e-8, atol=1e-8), 1e-7)])
+@pytest.mark.parametrize(
+    ("method", "tolerance"), [(Method("rk4", step_size=0.05), 1e-6), (Method("dopri5", rtol=1e-8, atol=1e-8), 1e-7)]
+)
 def test_linear_field_in_closed_form(method, tolerance, gradient):
     z = torch.randn(5, 3, dtype=torch.float64)
     state = Piece(Linear(A))(z, Probes("exact").draw(z), method, gradient)

@@ -1,4 +1,4 @@
-"""What people look at while a flow trains and after: pictures in the run folder, the same in W&B, the time an epoch takes."""
+"""What people look at while a flow trains and after: pictures, the same in W&B, the time an epoch takes."""
 
 import csv
 import math
@@ -8,6 +8,7 @@ from pathlib import Path
 import matplotlib
 import torch
 from pytorch_lightning import Callback, Trainer
+from pytorch_lightning.callbacks import TQDMProgressBar
 from pytorch_lightning.loggers import CSVLogger, WandbLogger
 from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
@@ -17,7 +18,7 @@ from rnode.errors import is_int, require
 from rnode.module import RNODE
 
 matplotlib.use("Agg")  # pictures go to files; no display is looked for
-from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib import pyplot as plt
 
 CURVES = {
     "bits_per_dim": "bits/dim",
@@ -25,6 +26,18 @@ CURVES = {
     "kinetic": "kinetic energy / d",
     "jacobian": "squared Jacobian norm / d",
 }
+
+
+class Progress(TQDMProgressBar):
+    """The bar with bits/dim and NFE under their short names; finished epochs stay on the screen."""
+
+    def __init__(self):
+        super().__init__(leave=True)
+
+    def get_metrics(self, trainer: Trainer, module: RNODE) -> dict:
+        names = {"train/bits_per_dim": "bits/dim", "val/bits_per_dim": "val", "train/nfe_forward": "NFE"}
+        metrics = super().get_metrics(trainer, module)
+        return {short: metrics[name] for name, short in names.items() if name in metrics}
 
 
 class EpochTimer(Callback):

@@ -7,6 +7,7 @@ test set is left as it is.
 
 import gzip
 import inspect
+import itertools
 import math
 import zlib
 from collections.abc import Callable, Sequence
@@ -191,7 +192,7 @@ def patches(size: int = 32, stride: int = 8) -> Splits:
     photos = torch.from_numpy(np.stack(load_sample_images().images)).permute(0, 3, 1, 2)  # (2, 3, 427, 640)
     width = photos.shape[3]
     ends = [0, int(0.70 * width), int(0.85 * width), width]
-    largest = min(b - a for a, b in zip(ends, ends[1:], strict=False))
+    largest = min(b - a for a, b in itertools.pairwise(ends))
     require(is_int(size, at_least=1) and size <= largest, "dataset.size", size, f"a whole number from 1 to {largest}")
     require(is_int(stride, at_least=1), "dataset.stride", stride, "a whole number, 1 or more")
 
@@ -199,7 +200,7 @@ def patches(size: int = 32, stride: int = 8) -> Splits:
         windows = photos[..., left:right].unfold(2, size, stride).unfold(3, size, stride)  # (2, 3, rows, columns, s, s)
         return windows.permute(0, 2, 3, 1, 4, 5).reshape(-1, 3, size, size)
 
-    return Splits(*(cut(a, b) for a, b in zip(ends, ends[1:], strict=False)))
+    return Splits(*(cut(a, b) for a, b in itertools.pairwise(ends)))
 
 
 IDX_FILES = {"train": "train-images-idx3-ubyte", "test": "t10k-images-idx3-ubyte"}
@@ -239,7 +240,9 @@ def read_idx(path: Path) -> Tensor:
         raise InputError(f"{path}: starts with {content[:4].hex() or 'nothing'}; an IDX file of images starts with 00000803")
     shape = tuple(int(n) for n in np.frombuffer(content, ">u4", count=3, offset=4))
     if len(content) - 16 != math.prod(shape):
-        raise InputError(f"{path}: holds {len(content) - 16} bytes of pixels where its header says {shape}; it must be whole")
+        raise InputError(
+            f"{path}: holds {len(content) - 16} bytes of pixels where its header says {shape}; it must be whole"
+        )
     return torch.from_numpy(np.frombuffer(content, np.uint8, offset=16).reshape(shape).copy())
 
 

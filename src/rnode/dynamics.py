@@ -13,7 +13,7 @@ class State(NamedTuple):
     """z (B, *shape) and its integrals so far, each (B,): l = ∫ div f, E = ∫ ‖f‖², n = ∫ ‖∇f‖_F²."""
 
     z: Tensor
-    l: Tensor  # noqa: E741 (the paper's name)
+    l: Tensor
     E: Tensor
     n: Tensor
 

@@ -89,14 +89,14 @@ class Flow(nn.Module):
         """x (B, *shape) → State(z (B, d), l, E, n (B,)). `generators`, one a sample, draw the probes if given."""
         require(x.shape[1:] == self.shape, "shape of x", tuple(x.shape[1:]), f"{tuple(self.shape)}")
         z = x.to(torch.promote_types(x.dtype, getattr(torch, self.solver.dtype)))
-        _, l, E, n = State.initial(z)  # noqa: E741
+        _, l, E, n = State.initial(z)
 
         def run(pieces: nn.ModuleList, z: Tensor) -> Tensor:
             nonlocal l, E, n
             for piece in pieces:
                 eps = self.probes.draw(z, generators)
                 z, dl, dE, dn = piece(z, eps, self.method, self.solver.gradient)
-                l, E, n = l + dl, E + dE, n + dn  # noqa: E741
+                l, E, n = l + dl, E + dE, n + dn
             return z
 
         finished = []

@@ -8,6 +8,8 @@ f = W₃ s(W₂ s(W₁ z)), εᵀ∇f = ((εᵀW₃ · s'(a₂)) W₂ · s'(a₁
 pass less than through autograd's, and evaluation needs no autograd at all.
 """
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -77,7 +79,7 @@ class Field(nn.Module):
 
     def __init__(self, layer: type[TimeConv2d] | type[TimeLinear], sizes: list[int]):
         super().__init__()
-        self.layers = nn.ModuleList(layer(*pair) for pair in zip(sizes[:-1], sizes[1:], strict=True))
+        self.layers = nn.ModuleList(layer(*pair) for pair in itertools.pairwise(sizes))
         nn.init.zeros_(self.layers[-1].weight)
         nn.init.zeros_(self.layers[-1].bias)
 

@@ -14,7 +14,7 @@ def log_normal(z: Tensor) -> Tensor:
 
 def objective(state: State, lambda_k: float, lambda_j: float) -> Tensor:
     """Equation (17), in nats per dimension: the mean over samples and dimensions of −log q(z(T)) − l + λ_K E + λ_J n."""
-    z, l, E, n = state  # noqa: E741
+    z, l, E, n = state
     return (-log_normal(z) - l + lambda_k * E + lambda_j * n).mean() / z.shape[1]
 
 
