@@ -39,9 +39,11 @@ def main(cfg: DictConfig) -> float:
     module = RNODE(flow, instantiate(cfg.optimizer), **cfg.reg, warmup_steps=cfg.warmup_steps, seed=cfg.seed, config=config)
     if cfg.ckpt_path is not None:
         check_checkpoint(cfg.ckpt_path, config)
-    best = ModelCheckpoint(folder, filename="best", monitor="val/bits_per_dim", save_last=True, enable_version_counter=False)
+    best = ModelCheckpoint(folder, filename="best", monitor="val/bits_per_dim", enable_version_counter=False)
+    # Not save_last=True of the one above: Lightning then writes the last epoch only if it is also the best.
+    last = ModelCheckpoint(folder, filename="last", save_on_train_epoch_end=True, enable_version_counter=False)
     callbacks = [EpochTimer(), instantiate(cfg.pictures, folder)]
-    callbacks += [best] if cfg.trainer.enable_checkpointing else []
+    callbacks += [best, last] if cfg.trainer.enable_checkpointing else []
     callbacks += [Progress()] if cfg.trainer.enable_progress_bar else []
     OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
     trainer = instantiate(
@@ -55,7 +57,7 @@ def main(cfg: DictConfig) -> float:
         trained = dict(trainer.callback_metrics)
         trainer.test(module, data, ckpt_path=best.best_model_path or None, weights_only=True, verbose=False)
     except DivergenceError as error:
-        kept = best.best_model_path or "none yet"
+        kept = last.best_model_path or "none yet"
         raise DivergenceError(
             f"{error} (training step {trainer.global_step}); try a smaller optimizer.lr, a larger reg.lambda_j or a smaller "
             f"solver.train.step_size; last good checkpoint: {kept}"
@@ -88,6 +90,8 @@ def quiet() -> None:
         r".*does not have many workers.*",  # the data are in memory: a worker would only copy them
         r".*(Checkpoint|Experiment logs) directory .* exists and is not empty.*",  # it holds Hydra's and our config
         r".*number of training batches .* is smaller than the logging interval.*",
+        r".*could not find the monitored key.*",  # a run stopped before its first validation is validated at its end
+        r".*The dirpath has changed.*",  # a resumed run has a folder of its own
         r".*LeafSpec.*",  # Lightning's own use of torch
     ):
         warnings.filterwarnings("ignore", message)

@@ -1,3 +1,5 @@
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -56,6 +58,44 @@ def test_nfe_is_16_a_piece_and_backward_is_counted_apart():
         assert (piece.nfe_forward, piece.nfe_backward) == (16, backward), gradient
 
 
+@pytest.mark.parametrize("gradient", ["backprop", "checkpoint"])
+def test_simpson_in_closed_form_is_of_fourth_order(gradient):
+    """The error against the linear field's closed form falls by 2⁴ when the step is halved, and starts small."""
+    z = torch.randn(5, 3, dtype=torch.float64)
+    truth = linear_truth(z)
+    errors = []
+    for step in (1 / 4, 1 / 8, 1 / 16):
+        method = Method("rk4", "simpson", step_size=step)
+        state = Piece(Linear(A))(z, Probes("exact").draw(z), method, gradient)
+        torch.testing.assert_close(state.l, truth.l)  # constant rates: any quadrature is exact
+        torch.testing.assert_close(state.n, truth.n)
+        errors.append(torch.stack([(state.z - truth.z).norm(), (state.E - truth.E).norm()]))
+    assert (errors[0] < 1e-3).all()
+    for coarse, fine in itertools.pairwise(errors):
+        assert ((coarse / fine > 12) & (coarse / fine < 24)).all()
+
+
+def test_simpson_converges_to_the_system_with_its_gradient(field_and_z):
+    fine = parameter_gradients(field_and_z, Method("rk4", step_size=1 / 64), "backprop")
+    for gradient in ("backprop", "checkpoint"):
+        quarter, eighth = (
+            parameter_gradients(field_and_z, Method("rk4", "simpson", step_size=s), gradient) for s in (1 / 4, 1 / 8)
+        )
+        assert close(quarter, fine, 2e-3)
+        assert close(eighth, fine, 2e-4)
+        assert not close(eighth, fine, 1e-12)
+
+
+def test_simpson_takes_one_product_a_step_and_one_at_the_end(field_and_z):
+    field, z = field_and_z
+    products = []
+    vjp = field.vjp
+    field.vjp = lambda *arguments: products.append(1) or vjp(*arguments)
+    piece = Piece(field)
+    piece(z, Probes().draw(z), Method("rk4", "simpson"), "backprop")
+    assert (piece.nfe_forward, len(products)) == (17, 5)
+
+
 def parameter_gradients(field_and_z, method, gradient):
     field, z = field_and_z
     field.zero_grad()
@@ -67,7 +107,7 @@ def parameter_gradients(field_and_z, method, gradient):
 
 
 def test_checkpoint_gives_the_gradient_of_backprop(field_and_z):
-    for method in (RK4, DOPRI5):
+    for method in (RK4, DOPRI5, Method("rk4", "simpson")):
         backprop, again = (parameter_gradients(field_and_z, method, g) for g in ("backprop", "checkpoint"))
         torch.testing.assert_close(again, backprop, rtol=0, atol=0)
 
@@ -160,6 +200,10 @@ def test_the_adjoint_and_checkpoint_enter_autocast_again_in_the_backward_pass(fi
         {"method": "rk4", "step_size": 0},
         {"method": "rk4", "step_size": -0.25},
         {"method": "rk4", "step_size": "small"},
+        {"integrals": "simpson", "method": "dopri5"},
+        {"integrals": "simpson", "method": "explicit_adams"},
+        {"method": "rk4", "integrals": "simpson", "step_size": 0.2},
+        {"method": "rk4", "integrals": "trapezoid"},
         {"method": "dopri5", "rtol": 0},
         {"method": "dopri5", "atol": -1e-5},
         {"method": "dopri5", "first_step": float("nan")},
@@ -176,6 +220,11 @@ def test_bad_solvers_are_refused(wrong):
     ((key, value),) = wrong.items()
     with pytest.raises(InputError, match=f"solver.{key}={value}: must be"):
         Solver(RK4, DOPRI5, **wrong)
+
+
+def test_the_adjoint_of_a_quadrature_is_refused():
+    with pytest.raises(InputError, match="solver.train.integrals=simpson: must be system with solver.gradient=adjoint"):
+        Solver(Method("rk4", "simpson"), DOPRI5, "adjoint")
 
 
 def test_solving_from_plain_functions():

@@ -232,7 +232,8 @@ def test_help_lists_groups_options_and_knobs_with_a_line_on_each():
         "divergence",
     ):
         assert any(line.split()[:1] == [knob] and len(line.split()) > 3 for line in text.splitlines()), knob
-    assert "[5]" in next(line for line in text.splitlines() if "trainer.max_epochs" in line)
+    epochs = yaml.safe_load((cli.CONF / "dataset" / "digits.yaml").read_text())["trainer"]["max_epochs"]
+    assert f"[{epochs}]" in next(line for line in text.splitlines() if "trainer.max_epochs" in line)
 
 
 def test_a_multirun_leaves_two_folders_and_two_wandb_runs(tmp_path, monkeypatch):
@@ -291,7 +292,7 @@ def test_validation_takes_nothing_from_trainings_random_stream(run):
 
 
 def test_warm_up_raises_the_learning_rate_linearly(run):
-    folder = run(*TWO_STEPS, "warmup_steps=3", "trainer.max_steps=4")
+    folder = run(*TWO_STEPS, "warmup_steps=3", "trainer.max_steps=4", "optimizer.lr=1e-3")
     state = torch.load(folder / "last.ckpt", weights_only=True)["lr_schedulers"][0]
     assert state["last_epoch"] == 4
     assert state["_last_lr"] == [pytest.approx(1e-3)]
@@ -449,22 +450,34 @@ def test_a_run_that_diverges_says_when_and_what_to_try(run, capsys, overrides, w
     assert code == 1
 
 
-def test_divergence_keeps_the_last_good_checkpoint(run, capsys, tmp_path):
-    steps = [*TWO_STEPS, "trainer.limit_train_batches=2", "trainer.max_steps=-1"]
-    folder = run(*steps, folder="first")
-    good = (folder / "last.ckpt").read_bytes()
-    overrides = [
-        *steps,
-        "trainer.max_epochs=3",
-        f"ckpt_path={folder / 'last.ckpt'}",
-        "solver.train.method=euler",
-        "solver.train.step_size=1.0",
-    ]
-    checkpoint = torch.load(folder / "last.ckpt", weights_only=True)
-    checkpoint["optimizer_states"][0]["param_groups"][0]["lr"] = 1e15
-    torch.save(checkpoint, folder / "last.ckpt")
-    line, code = mistake(run, capsys, *overrides)
-    assert "NaN or infinite" in line
+def test_divergence_keeps_the_last_good_checkpoint(run, capsys, tmp_path, monkeypatch):
+    """The loss becomes NaN at the fifth step, in the third epoch: last.ckpt stays that of the second."""
+    from rnode.module import RNODE
+
+    healthy = RNODE.training_step
+
+    def sick(self, batch, batch_idx):
+        if self.global_step == 4:
+            batch = batch._replace(y=batch.y * float("nan"))
+        return healthy(self, batch, batch_idx)
+
+    monkeypatch.setattr(RNODE, "training_step", sick)
+    epochs = ["trainer.limit_train_batches=2", "trainer.max_steps=-1", "trainer.max_epochs=5"]
+    line, code = mistake(run, capsys, *TWO_STEPS, *epochs, "trainer.log_every_n_steps=50")
+    assert "the loss became NaN or infinite at step 4" in line
+    assert f"last good checkpoint: {tmp_path / 'run' / 'last.ckpt'}" in line
     assert code == 1
-    assert not (tmp_path / "run" / "last.ckpt").exists()
-    assert good
+    for name in ("last", "best"):
+        checkpoint = torch.load(tmp_path / "run" / f"{name}.ckpt", weights_only=True)
+        assert checkpoint["global_step"] <= 4
+        assert all(weight.isfinite().all() for weight in checkpoint["state_dict"].values())
+    assert torch.load(tmp_path / "run" / "last.ckpt", weights_only=True)["global_step"] == 4
+
+
+def test_last_ckpt_is_the_last_epoch_even_if_it_is_not_the_best(run):
+    epochs = ["trainer.limit_train_batches=2", "trainer.max_steps=-1", "trainer.max_epochs=4"]
+    folder = run(*TWO_STEPS, *epochs, "optimizer.lr=0.3")
+    last, best = (torch.load(folder / f"{name}.ckpt", weights_only=True) for name in ("last", "best"))
+    values = column(folder, "val/bits_per_dim")
+    assert last["epoch"] == 3
+    assert best["epoch"] == values.index(min(values)) < 3

@@ -59,6 +59,11 @@ class Dynamics:
         self.field, self.eps = field, eps
         self.nfe = 0
 
+    def f(self, t: Tensor, z: Tensor) -> Tensor:
+        """The right-hand side of (ODE) alone."""
+        self.nfe += 1
+        return self.field(t, z)
+
     def __call__(self, t: Tensor, state: State) -> State:
         self.nfe += 1
         f, eps_jac = self.field.vjp(t, state.z, self.eps)  # f(z, t) and εᵀ∇f

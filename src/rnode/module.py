@@ -80,6 +80,9 @@ class RNODE(LightningModule):
     def on_validation_start(self) -> None:
         self.stop_if_diverged()
 
+    def on_train_epoch_end(self) -> None:  # before last.ckpt is written
+        self.stop_if_diverged()
+
     def stop_if_diverged(self) -> None:
         step = int(self.diverged_at)
         if step >= 0:
