@@ -105,6 +105,8 @@ def explain(error: Exception) -> tuple[str | None, int]:
         if key is None or (ours and "." in message.split("=")[0]):  # the message names the whole key itself
             return message, 2
         return f"{key[1]}{'.' if ours else ': '}{message}", 2
+    if type(error).__module__.startswith("wandb."):  # no account or no network for wandb.mode=online
+        return f"W&B: {one_line(error)}; wandb.mode=offline needs neither account nor network", 2
     if isinstance(error, HydraException | OmegaConfBaseException):
         return explain_hydra(error), 2
     return None, 1

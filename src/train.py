@@ -92,6 +92,7 @@ def quiet() -> None:
         r".*number of training batches .* is smaller than the logging interval.*",
         r".*could not find the monitored key.*",  # a run stopped before its first validation is validated at its end
         r".*The dirpath has changed.*",  # a resumed run has a folder of its own
+        r".*Using `DistributedSampler` with the dataloaders.*",  # the metrics count each image once all the same
         r".*LeafSpec.*",  # Lightning's own use of torch
     ):
         warnings.filterwarnings("ignore", message)

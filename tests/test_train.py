@@ -263,26 +263,31 @@ def test_resuming_goes_on_where_the_run_stopped(run):
     assert [end["global_step"] for end in ends] == [4, 4]
 
 
-def test_a_trained_models_figures_are_those_of_its_checkpoint(run):
-    """trainer.test runs on the best weights: recomputed here from best.ckpt, they give the same bits/dim."""
+def evaluate(checkpoint, **changes):
+    """Test bits/dim and its standard error of a checkpoint, by one process, the classes put together by hand."""
     from hydra.utils import instantiate
+    from pytorch_lightning import Trainer
 
     from rnode import Probes
     from rnode.module import RNODE
 
-    folder = run(*QUICK, "wandb.mode=disabled", "trainer.limit_train_batches=3", "dataset.eval_batch_size=100")
-    checkpoint = torch.load(folder / "best.ckpt", weights_only=True)
     config = checkpoint["config"]
     flow = instantiate(config["model"])(solver=instantiate(config["solver"]), probes=Probes())
     module = RNODE(flow, optimizer=torch.optim.Adam, **config["reg"])
     module.load_state_dict(checkpoint["state_dict"])
-    data = instantiate(config["dataset"], eval_batch_size=77)  # the figure does not depend on the batch
-    from pytorch_lightning import Trainer
+    data = instantiate(config["dataset"], **changes)
+    trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False)
+    (result,) = trainer.test(module, data, verbose=False)
+    return [result["test/bits_per_dim"]], [result["test/bits_per_dim_se"]]
 
-    (result,) = Trainer(logger=False, enable_progress_bar=False, enable_model_summary=False).test(
-        module, data, verbose=False
-    )
-    assert result["test/bits_per_dim"] == pytest.approx(column(folder, "test/bits_per_dim")[0], abs=2e-5)
+
+def test_a_trained_models_figures_are_those_of_its_checkpoint_whatever_the_batch(run):
+    """trainer.test runs on the best weights: recomputed here from best.ckpt, they give the same bits/dim."""
+    folder = run(*QUICK, "wandb.mode=disabled", "trainer.limit_train_batches=3", "dataset.eval_batch_size=100")
+    checkpoint = torch.load(folder / "best.ckpt", weights_only=True)
+    bits, error = evaluate(checkpoint, eval_batch_size=77)
+    assert bits == pytest.approx(column(folder, "test/bits_per_dim"), abs=2e-5)
+    assert error == pytest.approx(column(folder, "test/bits_per_dim_se"), abs=2e-5)
 
 
 def test_validation_takes_nothing_from_trainings_random_stream(run):
@@ -407,6 +412,22 @@ def test_data_that_are_not_there_and_cannot_be_had_get_one_line(run, capsys, tmp
         assert f"dataset.root={root}" in line
         assert "put its files there" in line
         assert code == 2
+
+
+def test_two_processes_make_one_run(tmp_path):
+    """DDP over gloo: one folder, one set of checkpoints, and every validation image counted once."""
+    options = [o for o in TWO_STEPS if "limit_" not in o and "eval_batch" not in o]
+    options += ["dataset.eval_batch_size=50", "model.pieces=1", "trainer.accelerator=cpu", "hydra.run.dir=run"]
+    options += ["dataset.validation=151", "dataset.test=101"]  # neither is a multiple of two
+    done = command(*options, "trainer.devices=2", "trainer.strategy=ddp", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
+    assert done.stdout.count("bits/dim (± standard error)") == 1
+    (two,) = column(tmp_path / "run", "test/bits_per_dim")
+    checkpoint = torch.load(tmp_path / "run" / "last.ckpt", weights_only=True)
+    assert checkpoint["global_step"] == 2
+    (one,), _ = evaluate(checkpoint)
+    assert one == pytest.approx(two, abs=2e-5)
 
 
 def test_truncated_data_get_one_line(run, capsys, tmp_path):

@@ -104,9 +104,10 @@ class RNODE(LightningModule):
         bits, kinetic, jacobian = rows.mean(0)
         if not bits.isfinite():
             raise DivergenceError(f"{stage} bits/dim is {bits:.3g}")
-        self.log_dict({f"{stage}/bits_per_dim": bits}, prog_bar=True)
         error = rows[:, 0].std() / len(rows) ** 0.5  # standard error over images
-        self.log_dict({f"{stage}/bits_per_dim_se": error, f"{stage}/kinetic": kinetic, f"{stage}/jacobian": jacobian})
+        self.log(f"{stage}/bits_per_dim", bits, prog_bar=True, sync_dist=True)
+        measured = {"bits_per_dim_se": error, "kinetic": kinetic, "jacobian": jacobian}
+        self.log_dict({f"{stage}/{name}": value for name, value in measured.items()}, sync_dist=True)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self.evaluation_step(batch, "val")
