@@ -128,7 +128,7 @@ def test_the_default_run_as_a_user_starts_it(tmp_path):
         "seconds per epoch",
     ):
         assert text in done.stdout
-    assert re.search(r"Epoch 1: 100%.*bits/dim=\d.*, val=\d.*, NFE=48", done.stdout + done.stderr)
+    assert re.search(r"Epoch 1: 100%.*bits/dim=\d.*, val=\d.*, NFE=51", done.stdout + done.stderr)
     (offline,) = folder.glob("wandb/offline-run-*")
     (record,) = offline.glob("*.wandb")
     assert record.stat().st_size > 1000

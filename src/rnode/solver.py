@@ -26,7 +26,8 @@ class Method:
 
     integrals: `system` solves (RNODE) as it stands, z, l, E and n together. `simpson` solves z alone and has the integrals
     by Simpson's rule on the solver's grid: l, E and n never feed back into z, so with fourth-order z they are of fourth
-    order too, for one product εᵀ∇f a step (and one at T) instead of one an evaluation.
+    order too, for one product εᵀ∇f a step (and one at T) instead of one an evaluation. It applies to one-step methods on
+    a grid with an even number of steps; other methods, and the adjoint gradient, solve the system all the same.
     """
 
     method: str
@@ -42,11 +43,6 @@ class Method:
         divides = is_number(step) and 0 < step <= T and math.isclose(T / step, round(T / step), rel_tol=1e-9)
         require(divides, "step_size", step, f"a positive number that divides T = {T:g} into whole steps, such as 0.25")
         require(self.integrals in ("system", "simpson"), "integrals", self.integrals, "system or simpson")
-        if self.integrals == "simpson":
-            right = f"one of {', '.join(ONE_STEP)} with integrals=simpson"
-            require(self.method in ONE_STEP, "method", self.method, right)
-            even = self.steps % 2 == 0
-            require(even, "step_size", step, "such that T has an even number of steps, with integrals=simpson")
         for name, value in (("rtol", self.rtol), ("atol", self.atol), ("first_step", self.first_step)):
             require(is_number(value) and value > 0, name, value, "a positive number, such as 1e-5")
 
@@ -58,6 +54,11 @@ class Method:
     def steps(self) -> int:
         """Steps of a fixed-grid method from 0 to T."""
         return round(T / self.step_size)
+
+    def by_simpson(self, gradient: str) -> bool:
+        """Whether l, E and n are had by Simpson's rule."""
+        possible = self.method in ONE_STEP and self.steps % 2 == 0 and gradient != "adjoint"
+        return possible and self.integrals == "simpson"
 
     def arguments(self, norm: Callable) -> dict:
         """Keyword arguments of torchdiffeq's odeint. `norm` measures the error that an adaptive method controls."""
@@ -84,9 +85,6 @@ class Solver:
 
     def __post_init__(self):
         require(self.gradient in GRADIENTS, "solver.gradient", self.gradient, " or ".join(GRADIENTS))
-        together = self.gradient != "adjoint" or self.train.integrals == "system"
-        right = "system with solver.gradient=adjoint, whose equations are those of the whole system"
-        require(together, "solver.train.integrals", self.train.integrals, right)
         require(self.dtype in ("float32", "float64"), "solver.dtype", self.dtype, "float32 or float64")
 
 
@@ -123,7 +121,7 @@ def precision_of(method: Method, device: torch.device) -> contextlib.AbstractCon
 def solve(dynamics: Dynamics, z: Tensor, method: Method, gradient: str, parameters: Iterable[nn.Parameter]) -> State:
     """(z, 0, 0, 0) at time 0 → State at time T. `parameters` are those the adjoint equations give gradients to."""
     precision = precision_of(method, z.device)
-    integrate = solve_simpson if method.integrals == "simpson" else solve_system
+    integrate = solve_simpson if method.by_simpson(gradient) else solve_system
     with solver_errors():
         return integrate(dynamics, z, method, gradient, precision, tuple(parameters))
 
