@@ -68,7 +68,7 @@ def run(main: Callable[[], None], script: str, purpose: str) -> None:
         try:
             one_line_errors(main)()
         finally:
-            del os.environ["HYDRA_FULL_ERROR"]
+            os.environ.pop("HYDRA_FULL_ERROR", None)
 
 
 def one_line_errors(function: Callable) -> Callable:

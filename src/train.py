@@ -23,7 +23,7 @@ def main(cfg: DictConfig) -> float:
     from pytorch_lightning.callbacks import ModelCheckpoint
 
     from rnode.callbacks import EpochTimer, Progress
-    from rnode.checkpoint import check_checkpoint
+    from rnode.checkpoint import AtomicCheckpointIO, check_checkpoint
     from rnode.dynamics import Probes
     from rnode.errors import DivergenceError, is_int, require
     from rnode.module import RNODE
@@ -47,7 +47,11 @@ def main(cfg: DictConfig) -> float:
     callbacks += [Progress()] if cfg.trainer.enable_progress_bar else []
     OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
     trainer = instantiate(
-        cfg.trainer, logger=loggers(cfg.wandb, folder, config), callbacks=callbacks, default_root_dir=folder
+        cfg.trainer,
+        logger=loggers(cfg.wandb, folder, config),
+        callbacks=callbacks,
+        plugins=[AtomicCheckpointIO(), *(cfg.trainer.plugins or [])],
+        default_root_dir=folder,
     )
 
     try:

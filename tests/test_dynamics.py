@@ -1,7 +1,7 @@
 import pytest
 import torch
-from conftest import close
 
+from conftest import close
 from rnode import Dynamics, InputError, Probes, State
 
 

@@ -1,8 +1,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from plain import PlainNet
 
+from plain import PlainNet
 from rnode import Field, TimeConv2d, TimeLinear
 from rnode.networks import _SoftplusSigmoid
 

@@ -4,8 +4,8 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from conftest import DOPRI5, RK4, Linear, close
 
+from conftest import DOPRI5, RK4, Linear, close
 from rnode import DivergenceError, Dynamics, InputError, Method, Piece, Probes, Solver, State
 from rnode.solver import ADAPTIVE, FIXED_GRID, error_norm, solve, solve_back
 

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from test_data import write_idx
 
 import cli
 import train
 from rnode.data import DENSITIES
+from test_data import write_idx
 
 ROOT = Path(__file__).parent.parent
 QUICK = ["model.hidden=4", "trainer.max_epochs=1", "trainer.enable_progress_bar=false"]
@@ -493,6 +493,20 @@ def test_divergence_keeps_the_last_good_checkpoint(run, capsys, tmp_path, monkey
         assert checkpoint["global_step"] <= 4
         assert all(weight.isfinite().all() for weight in checkpoint["state_dict"].values())
     assert torch.load(tmp_path / "run" / "last.ckpt", weights_only=True)["global_step"] == 4
+
+
+def test_a_checkpoint_that_is_cut_short_leaves_the_one_before(tmp_path, monkeypatch):
+    from rnode.checkpoint import AtomicCheckpointIO
+
+    AtomicCheckpointIO().save_checkpoint({"step": 1}, tmp_path / "last.ckpt")
+
+    def disk_full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", disk_full)
+    with pytest.raises(OSError, match="No space left"):
+        AtomicCheckpointIO().save_checkpoint({"step": 2}, tmp_path / "last.ckpt")
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True) == {"step": 1}
 
 
 def test_last_ckpt_is_the_last_epoch_even_if_it_is_not_the_best(run):

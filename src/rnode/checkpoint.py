@@ -1,11 +1,30 @@
-"""Reading checkpoints: data alone, never code, and only of the flow that asks for them."""
+"""Checkpoints: written whole or not at all; read as data alone, never code, and only for the flow that they fit."""
 
+import os
 import pickle
 from pathlib import Path
 
 import torch
+from lightning_fabric.plugins import TorchCheckpointIO
 
 from rnode.errors import InputError
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes beside the file, to the disk, then renames: a name such as last.ckpt always holds a whole checkpoint.
+
+    (Lightning's own writes to the temporary folder and moves, which between two disks is a copy that can be cut short.)
+    """
+
+    def save_checkpoint(self, checkpoint: dict, path: str, storage_options: object = None) -> None:
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f"{path.name}.part")
+        with open(part, "wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
 
 
 def check_checkpoint(path: str, config: dict) -> None:
