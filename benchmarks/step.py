@@ -2,10 +2,10 @@
 
 python benchmarks/step.py [--dataset fashion_mnist] [--batch 32] [--channels 64] [--repetitions 5] [--quick]
 
-Every contender has the same weights, batch and λ. Repetitions are interleaved, so that a machine that slows down slows all of
-them; the table gives medians, the ratio to the plain recipe, the share of the limit (the seconds that the convolutions of the
-step would take at the rate that a 3×3 convolution of this shape reaches in the same run, over the seconds it took) and the
-memory that the step takes at its peak. Written to outputs/benchmarks/step.csv and step.png as well.
+Every contender has the same weights, batch and λ. Repetitions are interleaved, so that a machine that slows down slows all
+of them. The table gives medians, the ratio to the plain recipe, the share of the limit (the seconds that the convolutions of
+the step would take at the rate that a 3×3 convolution reaches in the same run, over the seconds it took) and the memory of
+the step at its peak; it is written to outputs/benchmarks/step.csv and step.png as well.
 """
 
 import argparse

@@ -2,6 +2,7 @@
 
 import csv
 import math
+import sys
 import time
 from pathlib import Path
 
@@ -32,7 +33,8 @@ class Progress(TQDMProgressBar):
     """The bar with bits/dim and NFE under their short names; finished epochs stay on the screen."""
 
     def __init__(self):
-        super().__init__(leave=True)
+        refresh_rate = 1 if sys.stdout.isatty() else 20  # steps; a log file wants fewer lines
+        super().__init__(refresh_rate=refresh_rate, leave=True)
 
     def get_metrics(self, trainer: Trainer, module: RNODE) -> dict:
         names = {"train/bits_per_dim": "bits/dim", "val/bits_per_dim": "val", "train/nfe_forward": "NFE"}
