@@ -1,6 +1,6 @@
 """One training step (forward, gradient, Adam), side by side with the plain recipe.
 
-python benchmarks/step.py [--dataset fashion_mnist] [--batch 32] [--channels 64] [--repetitions 5] [--quick]
+python benchmarks/step.py [--dataset fashion_mnist] [--batch 32] [--channels 64] [--repetitions 3] [--quick]
 
 Every contender has the same weights, batch and λ. Repetitions are interleaved, so that a machine that slows down slows all
 of them. The table gives medians, the ratio to the plain recipe, the share of the limit (the seconds that the convolutions of
@@ -40,9 +40,11 @@ def main() -> None:
     parser.add_argument("--dataset", choices=SHAPES, default="fashion_mnist", help="whose shape the images have")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--channels", type=int, default=64, help="of the inner layers")
-    parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument("--quick", action="store_true", help="one repetition")
+    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--quick", action="store_true", help="one repetition of a quarter of the batch")
     options = parser.parse_args()
+    if options.quick:
+        options.repetitions, options.batch = 1, max(1, options.batch // 4)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     shape = SHAPES[options.dataset]
 
@@ -62,7 +64,7 @@ def main() -> None:
     memory = {name: peak_memory(step, device) for name, step in steps.items()}  # the first call: a warm-up too
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     rates: dict[torch.dtype, list[float]] = {torch.float32: [], torch.bfloat16: []}
-    for _ in range(1 if options.quick else options.repetitions):
+    for _ in range(options.repetitions):
         for dtype, measured in rates.items():
             measured.append(convolution_rate(x, options.channels, dtype))
         for name, step in steps.items():
