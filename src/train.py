@@ -32,6 +32,9 @@ def main(cfg: DictConfig) -> float:
     folder = Path(HydraConfig.get().runtime.output_dir)
     config = OmegaConf.to_container(cfg, resolve=True)
     require(is_int(cfg.seed, at_least=0) and cfg.seed < 2**32, "seed", cfg.seed, "a whole number from 0 to 2^32 - 1")
+    for name in ("max_epochs", "max_steps"):  # Lightning finds these out with a bare assertion, late
+        value = cfg.trainer[name]
+        require(value is None or is_int(value, at_least=-1), f"trainer.{name}", value, "a whole number, or -1 for no limit")
     pl.seed_everything(cfg.seed, verbose=False)
 
     data = instantiate(cfg.dataset)
@@ -70,7 +73,8 @@ def main(cfg: DictConfig) -> float:
         finish_wandb()
     if trainer.is_global_zero:
         summarize(trained | trainer.callback_metrics, module, folder)
-    return float(trained["val/bits_per_dim"] if best.best_model_score is None else best.best_model_score)
+    score = best.best_model_score
+    return float(trained.get("val/bits_per_dim", "nan") if score is None else score)  # nan: no validation was wanted
 
 
 def refuse_unknown(cfg: DictConfig) -> None:

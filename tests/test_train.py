@@ -318,6 +318,8 @@ def test_warm_up_raises_the_learning_rate_linearly(run):
         ["trainer.gradient_clip_val=1.0", "optimizer.weight_decay=1e-4"],
         ["trainer.fast_dev_run=true"],
         ["trainer.enable_checkpointing=false"],
+        ["trainer.limit_val_batches=0"],
+        ["trainer.log_every_n_steps=0"],
     ],
     ids=" ".join,
 )
@@ -387,6 +389,9 @@ def test_a_density_trained_on_2d_data_integrates_to_one(run):
         (["wandb.mode=on"], "wandb.mode=on: must be offline or online or disabled"),
         (["pictures.samples=0"], "pictures.samples=0: must be"),
         (["trainer.precision=bf17"], "bf17"),
+        (["trainer.max_epochs=many"], "trainer.max_epochs=many: must be a whole number"),
+        (["trainer.max_steps=1.5"], "trainer.max_steps=1.5: must be a whole number"),
+        (["trainer.max_time=long"], "not a valid duration"),
         (["reg.lambda_j=[1"], "[1"),
         (["ckpt_path=nowhere.ckpt"], "ckpt_path=nowhere.ckpt: there is no such file"),
     ],

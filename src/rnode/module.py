@@ -74,7 +74,7 @@ class RNODE(LightningModule):
         self.log("train/nfe_backward", self.flow.nfe[1])
 
     def on_train_batch_end(self, outputs: object, batch: Batch, batch_idx: int) -> None:
-        if self.global_step % self.trainer.log_every_n_steps == 0:
+        if self.global_step % max(1, self.trainer.log_every_n_steps) == 0:
             self.stop_if_diverged()
 
     def on_validation_start(self) -> None:
