@@ -114,6 +114,20 @@ def test_integrals_are_the_sums_over_the_pieces():
         torch.testing.assert_close(getattr(state, name), sum(getattr(s, name) for s in seen))
 
 
+def against_the_plain_recipe(flow, plain, x):
+    """Same weights, data and probes: the two losses agree to 1e-6, their gradients to 1e-4."""
+    torch.manual_seed(7)
+    loss = objective(flow(x), 0.3, 0.2)
+    torch.manual_seed(7)
+    plain_loss = plain.loss(x, 0.3, 0.2)
+    assert math.isclose(loss.item(), plain_loss.item(), rel_tol=1e-6)
+    loss.backward()
+    plain_loss.backward()
+    ours = [p.grad.flatten() for piece in flow.pieces for layer in piece.field.layers for p in (layer.weight, layer.bias)]
+    theirs = [p.grad.flatten() for net in plain.nets for pair in zip(net.weights, net.biases, strict=True) for p in pair]
+    assert close(torch.cat(ours), torch.cat(theirs), 1e-4)
+
+
 @pytest.mark.parametrize("shape", [(1, 8, 8), (2,)])
 @pytest.mark.parametrize(
     ("method", "arguments"),
@@ -124,21 +138,9 @@ def test_integrals_are_the_sums_over_the_pieces():
 )
 @pytest.mark.parametrize("gradient", ["backprop", "adjoint", "checkpoint"])
 def test_loss_and_gradient_are_those_of_the_plain_recipe(shape, method, arguments, gradient):
-    """Same weights, data and probes; steps so small that the adjoint's gradient and the exact one have one limit."""
+    """Steps so small that the adjoint's gradient and the exact one have one limit."""
     flow = make_flow(shape, train=method, gradient=gradient)
-    plain = PlainFlow(flow, **arguments)
-    x = torch.randn(3, *shape, dtype=torch.float64)
-    torch.manual_seed(7)
-    loss = objective(flow(x), 0.3, 0.2)
-    torch.manual_seed(7)
-    plain_loss = plain.loss(x, 0.3, 0.2)
-    assert math.isclose(loss.item(), plain_loss.item(), rel_tol=1e-6)
-
-    loss.backward()
-    plain_loss.backward()
-    ours = [p.grad.flatten() for piece in flow.pieces for layer in piece.field.layers for p in (layer.weight, layer.bias)]
-    theirs = [p.grad.flatten() for net in plain.nets for pair in zip(net.weights, net.biases, strict=True) for p in pair]
-    assert close(torch.cat(ours), torch.cat(theirs), 1e-4)
+    against_the_plain_recipe(flow, PlainFlow(flow, **arguments), torch.randn(3, *shape, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 8), (2,)])
@@ -146,17 +148,7 @@ def test_the_adjoint_is_the_plain_recipes_in_float32_at_the_papers_step(shape):
     """rk4 with step 0.25 and the adjoint on both sides: the same discretization, in the precision of training."""
     flow = make_flow(shape, gradient="adjoint").float()
     plain = PlainFlow(flow, method="rk4", options={"step_size": 0.25})
-    x = torch.randn(3, *shape)
-    torch.manual_seed(7)
-    loss = objective(flow(x), 0.3, 0.2)
-    torch.manual_seed(7)
-    plain_loss = plain.loss(x, 0.3, 0.2)
-    assert math.isclose(loss.item(), plain_loss.item(), rel_tol=1e-6)
-    loss.backward()
-    plain_loss.backward()
-    ours = torch.cat([p.grad.flatten() for piece in flow.pieces for layer in piece.field.layers for p in layer.parameters()])
-    theirs = [p.grad.flatten() for net in plain.nets for pair in zip(net.weights, net.biases, strict=True) for p in pair]
-    assert close(ours, torch.cat(theirs), 1e-4)
+    against_the_plain_recipe(flow, plain, torch.randn(3, *shape))
 
 
 def test_without_penalties_the_objective_and_its_gradient_are_ffjords():
