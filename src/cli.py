@@ -93,6 +93,9 @@ def explain(error: Exception) -> tuple[str | None, int]:
     from hydra.errors import HydraException, InstantiationException
     from omegaconf.errors import OmegaConfBaseException
 
+    composed = isinstance(error, HydraException | OmegaConfBaseException) and not isinstance(error, InstantiationException)
+    if composed:  # before the imports below, which bring torch: a misspelt key does not wait for it
+        return explain_hydra(error), 2
     from rnode.errors import DivergenceError, InputError
 
     if isinstance(error, DivergenceError):
@@ -108,8 +111,6 @@ def explain(error: Exception) -> tuple[str | None, int]:
         return f"{key[1]}{'.' if ours else ': '}{message}", 2
     if type(error).__module__.startswith("wandb."):  # no account or no network for wandb.mode=online
         return f"W&B: {one_line(error)}; wandb.mode=offline needs neither account nor network", 2
-    if isinstance(error, HydraException | OmegaConfBaseException):
-        return explain_hydra(error), 2
     return None, 1
 
 

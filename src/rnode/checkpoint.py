@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from lightning_fabric.plugins import TorchCheckpointIO
 
-from rnode.errors import InputError
+from rnode.errors import InputError, one_line
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -46,7 +46,7 @@ def load_checkpoint(path: str) -> dict:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())[:100]
+        reason = one_line(error)[:100]
         raise InputError(f"ckpt_path={path}: is damaged or not a checkpoint of a run of ours ({reason})") from None
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("config"), dict):
         raise InputError(f"ckpt_path={path}: carries no configuration, so it is not a checkpoint of a run of ours")

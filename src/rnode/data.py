@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from rnode.draws import sample_generators
-from rnode.errors import InputError, is_int, require
+from rnode.errors import InputError, is_int, one_line, require
 from rnode.transforms import Dequantize, Logit
 
 SPLIT_SEED = 0  # of every split: the same images are held out whatever the seed of the run
@@ -272,10 +272,6 @@ def download(name: str, root: str) -> None:
             f"dataset.root={root}: {name} is not there or not whole, and downloading it failed ({one_line(error)}); "
             "put its files there"
         ) from None
-
-
-def one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
 
 
 def toy(name: str, train: int = 20000, validation: int = 2000, test: int = 10000) -> Splits:

@@ -22,3 +22,8 @@ def is_int(value: object, at_least: int) -> bool:
 def is_number(value: object, at_least: float = float("-inf")) -> bool:
     """A finite real number that is at least `at_least`."""
     return isinstance(value, int | float) and not isinstance(value, bool) and at_least <= value < float("inf")
+
+
+def one_line(error: BaseException) -> str:
+    """A library's message without its line breaks, to stand in one of ours."""
+    return " ".join(str(error).split())

@@ -85,10 +85,14 @@ class Flow(nn.Module):
         """Evaluations of f in the last forward pass and in the backward pass that followed, summed over the pieces."""
         return sum(p.nfe_forward for p in self.pieces), sum(p.nfe_backward for p in self.pieces)
 
+    def to_state(self, x: Tensor) -> Tensor:
+        """x in a type at least as precise as the solver's."""
+        return x.to(torch.promote_types(x.dtype, getattr(torch, self.solver.dtype)))
+
     def forward(self, x: Tensor, generators: Sequence[torch.Generator] | None = None) -> State:
         """x (B, *shape) → State(z (B, d), l, E, n (B,)). `generators`, one a sample, draw the probes if given."""
         require(x.shape[1:] == self.shape, "shape of x", tuple(x.shape[1:]), f"{tuple(self.shape)}")
-        z = x.to(torch.promote_types(x.dtype, getattr(torch, self.solver.dtype)))
+        z = self.to_state(x)
         _, l, E, n = State.initial(z)
 
         def run(pieces: nn.ModuleList, z: Tensor) -> Tensor:
@@ -116,8 +120,7 @@ class Flow(nn.Module):
                 z = piece.inverse(z, self.method)
             return z
 
-        z = z.to(torch.promote_types(z.dtype, getattr(torch, self.solver.dtype)))
-        *halves, z = z.split([*(math.prod(s) for s in self.factored_shapes), self.last_shape.numel()], dim=1)
+        *halves, z = self.to_state(z).split([*(math.prod(s) for s in self.factored_shapes), self.last_shape.numel()], dim=1)
         z = run(self.last, z.unflatten(1, self.last_shape))
         for (before, after), half, shape in zip(
             reversed(self.scales), reversed(halves), reversed(self.factored_shapes), strict=True
