@@ -13,7 +13,7 @@ DEFAULTS = [  # the files of the default run, in the order in which later ones o
     "config.yaml",
     "regularizer/rnode.yaml",
     "solver/rk4.yaml",
-    "solver/simpson.yaml",
+    "solver/radau.yaml",
     "model/multiscale.yaml",
     "trainer.yaml",
     "dataset/digits.yaml",

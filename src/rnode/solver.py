@@ -12,11 +12,14 @@ from torchdiffeq import odeint, odeint_adjoint
 
 from rnode.dynamics import Dynamics, State
 from rnode.errors import DivergenceError, is_number, require
+from rnode.quadrature import radau, simpson
 
 ONE_STEP = ("euler", "midpoint", "heun2", "heun3", "rk4")
 FIXED_GRID = (*ONE_STEP, "explicit_adams", "implicit_adams")
 ADAPTIVE = ("dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun")
 GRADIENTS = ("backprop", "adjoint", "checkpoint")
+QUADRATURES = {"simpson": simpson, "radau": radau}
+INTEGRALS = ("system", *QUADRATURES)
 T = 1.0  # final time of every piece: a longer one is a larger f
 
 
@@ -24,10 +27,12 @@ T = 1.0  # final time of every piece: a longer one is a larger f
 class Method:
     """One of torchdiffeq's methods. Fixed-grid methods take step_size; adaptive ones rtol, atol and first_step.
 
-    integrals: `system` solves (RNODE) as it stands, z, l, E and n together. `simpson` solves z alone and has the integrals
-    by Simpson's rule on the solver's grid: l, E and n never feed back into z, so with fourth-order z they are of fourth
-    order too, for one product εᵀ∇f a step (and one at T) instead of one an evaluation. It applies to one-step methods on
-    a grid with an even number of steps; other methods, and the adjoint gradient, solve the system all the same.
+    integrals: `system` solves (RNODE) as it stands, z, l, E and n together. The other two solve z alone and have the
+    integrals by quadrature at points of its grid, for one product εᵀ∇f a point instead of one an evaluation: l, E and n
+    never feed back into z. `simpson` takes the method's equal steps and Simpson's rule, of fourth order as rk4 is; it needs
+    an even number of steps. `radau` lays as many steps between the nodes of Radau's quadrature: uneven steps (step_size is
+    their mean), and l, E and n of higher order. Both apply to one-step methods on a grid; other methods, and the adjoint
+    gradient, solve the system all the same.
     """
 
     method: str
@@ -42,7 +47,7 @@ class Method:
         step = self.step_size
         divides = is_number(step) and 0 < step <= T and math.isclose(T / step, round(T / step), rel_tol=1e-9)
         require(divides, "step_size", step, f"a positive number that divides T = {T:g} into whole steps, such as 0.25")
-        require(self.integrals in ("system", "simpson"), "integrals", self.integrals, "system or simpson")
+        require(self.integrals in INTEGRALS, "integrals", self.integrals, " or ".join(INTEGRALS))
         for name, value in (("rtol", self.rtol), ("atol", self.atol), ("first_step", self.first_step)):
             require(is_number(value) and value > 0, name, value, "a positive number, such as 1e-5")
 
@@ -55,10 +60,10 @@ class Method:
         """Steps of a fixed-grid method from 0 to T."""
         return round(T / self.step_size)
 
-    def by_simpson(self, gradient: str) -> bool:
-        """Whether l, E and n are had by Simpson's rule."""
-        possible = self.method in ONE_STEP and self.steps % 2 == 0 and gradient != "adjoint"
-        return possible and self.integrals == "simpson"
+    def by_quadrature(self, gradient: str) -> bool:
+        """Whether l, E and n are had by quadrature."""
+        possible = self.method in ONE_STEP and gradient != "adjoint"
+        return possible and (self.integrals == "radau" or (self.integrals == "simpson" and self.steps % 2 == 0))
 
     def arguments(self, norm: Callable) -> dict:
         """Keyword arguments of torchdiffeq's odeint. `norm` measures the error that an adaptive method controls."""
@@ -121,7 +126,7 @@ def precision_of(method: Method, device: torch.device) -> contextlib.AbstractCon
 def solve(dynamics: Dynamics, z: Tensor, method: Method, gradient: str, parameters: Iterable[nn.Parameter]) -> State:
     """(z, 0, 0, 0) at time 0 → State at time T. `parameters` are those the adjoint equations give gradients to."""
     precision = precision_of(method, z.device)
-    integrate = solve_simpson if method.by_simpson(gradient) else solve_system
+    integrate = solve_quadrature if method.by_quadrature(gradient) else solve_system
     with solver_errors():
         return integrate(dynamics, z, method, gradient, precision, tuple(parameters))
 
@@ -144,9 +149,10 @@ def solve_system(dynamics, z, method, gradient, precision, parameters) -> State:
     return again_in_backward(integrate, z) if gradient == "checkpoint" else integrate(z)
 
 
-def solve_simpson(dynamics, z, method, gradient, precision, parameters) -> State:
-    """z by the method, step by step; l, E and n by Simpson's rule, from their rates where each step begins and at T."""
-    t = torch.linspace(0.0, T, method.steps + 1, device=z.device, dtype=z.dtype)
+def solve_quadrature(dynamics, z, method, gradient, precision, parameters) -> State:
+    """z by the method, in steps from node to node; l, E and n by quadrature, from their rates where each step begins."""
+    nodes, weights = QUADRATURES[method.integrals](method.steps)
+    t = T * torch.tensor([*nodes[: method.steps], 1.0], device=z.device, dtype=z.dtype)
 
     def step(z: Tensor, t: Tensor) -> tuple[Tensor, ...]:
         rates = []
@@ -155,7 +161,7 @@ def solve_simpson(dynamics, z, method, gradient, precision, parameters) -> State
             with precision:
                 if rates:
                     return dynamics.f(t, z)
-                rates.append(dynamics(t, State.initial(z)))  # a step's first evaluation is at the point of the grid
+                rates.append(dynamics(t, State.initial(z)))  # a step's first evaluation is at the node
                 return rates[0].z
 
         return odeint(f, z, t, method=method.method)[-1], *rates[0][1:]
@@ -164,11 +170,11 @@ def solve_simpson(dynamics, z, method, gradient, precision, parameters) -> State
     for k in range(method.steps):
         z, *rate = again_in_backward(step, z, t[k : k + 2]) if gradient == "checkpoint" else step(z, t[k : k + 2])
         rates.append(rate)
-    with precision:
-        rates.append(dynamics(t[-1], State.initial(z))[1:])
-    weights = [1.0, *([4.0, 2.0] * (method.steps // 2))[:-1], 1.0]
-    integrals = (sum(w * r for w, r in zip(weights, rate, strict=True)) for rate in zip(*rates, strict=True))
-    return State(z, *(T / (3 * method.steps) * integral for integral in integrals))
+    if len(nodes) > method.steps:  # T is a node too
+        with precision:
+            rates.append(dynamics(t[-1], State.initial(z))[1:])
+    integrals = (sum(T * w * r for w, r in zip(weights, rate, strict=True)) for rate in zip(*rates, strict=True))
+    return State(z, *integrals)
 
 
 def again_in_backward(function: Callable, *arguments: Tensor):
