@@ -22,19 +22,22 @@ def main(cfg: DictConfig) -> float:
     from hydra.utils import instantiate
     from pytorch_lightning.callbacks import ModelCheckpoint
 
-    from rnode.callbacks import EpochTimer, Progress
+    from rnode.allocator import keep_freed_memory
+    from rnode.callbacks import Compile, EpochTimer, Progress
     from rnode.checkpoint import AtomicCheckpointIO, check_checkpoint
     from rnode.dynamics import Probes
     from rnode.errors import DivergenceError, is_int, require
     from rnode.module import RNODE
 
     quiet()
+    keep_freed_memory()
     folder = Path(HydraConfig.get().runtime.output_dir)
     config = OmegaConf.to_container(cfg, resolve=True)
     require(is_int(cfg.seed, at_least=0) and cfg.seed < 2**32, "seed", cfg.seed, "a whole number from 0 to 2^32 - 1")
     for name in ("max_epochs", "max_steps"):  # Lightning finds these out with a bare assertion, late
         value = cfg.trainer[name]
         require(value is None or is_int(value, at_least=-1), f"trainer.{name}", value, "a whole number, or -1 for no limit")
+    require(isinstance(cfg.compile, bool), "compile", cfg.compile, "true or false")
     pl.seed_everything(cfg.seed, verbose=False)
 
     data = instantiate(cfg.dataset)
@@ -47,6 +50,7 @@ def main(cfg: DictConfig) -> float:
     last = ModelCheckpoint(folder, filename="last", save_on_train_epoch_end=True, enable_version_counter=False)
     callbacks = [EpochTimer(), instantiate(cfg.pictures, folder)]
     callbacks += [best, last] if cfg.trainer.enable_checkpointing else []
+    callbacks += [Compile()] if cfg.compile else []
     callbacks += [Progress()] if cfg.trainer.enable_progress_bar else []
     OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
     trainer = instantiate(
@@ -81,7 +85,7 @@ def refuse_unknown(cfg: DictConfig) -> None:
     """What `+key=value` adds must be something that a run reads."""
     from rnode.errors import InputError
 
-    known = {"seed", "divergence", "probes", "warmup_steps", "ckpt_path", "optimizer", "pictures", "wandb"}
+    known = {"seed", "divergence", "probes", "warmup_steps", "compile", "ckpt_path", "optimizer", "pictures", "wandb"}
     known |= {"dataset", "model", "solver", "reg", "reg.lambda_k", "reg.lambda_j", "trainer"}
     for key in [*cfg, *(f"reg.{name}" for name in cfg.reg)]:
         if key not in known:

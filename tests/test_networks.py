@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -81,3 +83,18 @@ def test_f_and_the_product_come_in_the_types_of_the_state_and_the_probes(autocas
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         f, product = field.vjp(torch.tensor(0.5), z, torch.randn(1, *z.shape).double())
     assert (f.dtype, product.dtype) == (torch.float64, torch.float64)
+
+
+@pytest.mark.slow(reason="torch.compile takes half a minute")
+def test_compiled_field_gives_the_same_with_the_same_gradient(field_and_z):
+    field, z = field_and_z
+    compiled = copy.deepcopy(field)
+    compiled.compile()
+    t = torch.tensor(0.7, dtype=torch.float64)
+    eps = torch.randn(1, *z.shape, dtype=torch.float64)
+    for net in (field, compiled):
+        f, product = net.vjp(t, z, eps)
+        (f.square().sum() + product.square().sum() + net(t, z).sum()).backward()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 2
+    for ours, expected in zip(compiled.parameters(), field.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, expected.grad, rtol=1e-10, atol=1e-12)

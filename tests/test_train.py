@@ -327,6 +327,16 @@ def test_options_pass_through(run, overrides):
     run(*TWO_STEPS, *overrides)
 
 
+@pytest.mark.slow(reason="torch.compile takes half a minute")
+def test_compile_says_what_it_cost_and_trains_as_without(run, capsys):
+    toy = ["dataset=toy", *TWO_STEPS, "trainer.max_steps=3", "dataset.batch_size=16", "dataset.eval_batch_size=16"]
+    plain = run(*toy, folder="plain")
+    assert "compiled" not in capsys.readouterr().out
+    compiled = run(*toy, "compile=true", folder="compiled")
+    assert re.search(r"compiled: the first step took \d+ s", capsys.readouterr().out)
+    np.testing.assert_allclose(column(compiled, "test/bits_per_dim"), column(plain, "test/bits_per_dim"), rtol=1e-5)
+
+
 def test_a_density_trained_on_2d_data_integrates_to_one(run):
     from hydra.utils import instantiate
 
@@ -386,6 +396,7 @@ def test_a_density_trained_on_2d_data_integrates_to_one(run):
         (["seed=-1"], "seed=-1: must be a whole number"),
         (["optimizer.lr=-1"], "optimizer: Invalid learning rate: -1"),
         (["warmup_steps=1.5"], "warmup_steps=1.5: must be"),
+        (["compile=maybe"], "compile=maybe: must be true or false"),
         (["wandb.mode=on"], "wandb.mode=on: must be offline or online or disabled"),
         (["pictures.samples=0"], "pictures.samples=0: must be"),
         (["trainer.precision=bf17"], "bf17"),

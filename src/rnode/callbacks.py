@@ -42,6 +42,25 @@ class Progress(TQDMProgressBar):
         return {short: metrics[name] for name, short in names.items() if name in metrics}
 
 
+class Compile(Callback):
+    """torch.compile of every field, in the first training step. What would have to be compiled again runs as it is written:
+    a smaller last batch, validation, the test."""
+
+    def on_fit_start(self, trainer: Trainer, module: RNODE) -> None:
+        torch._dynamo.config.recompile_limit = 4 * len(module.flow.pieces)  # scales differ in shape
+        torch.compiler.set_stance("default")
+        for piece in module.flow.pieces:
+            piece.field.compile()
+        self.compiled = False
+        self.start = time.perf_counter()
+
+    def on_train_batch_end(self, trainer: Trainer, *_) -> None:
+        if not self.compiled:
+            trainer.print(f"compiled: the first step took {time.perf_counter() - self.start:.0f} s")
+            torch.compiler.set_stance("eager_on_recompile")
+            self.compiled = True
+
+
 class EpochTimer(Callback):
     """Logs train/seconds_per_epoch: the time spent on training batches, without validation."""
 
