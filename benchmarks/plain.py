@@ -11,6 +11,9 @@ import torch.nn.functional as F
 from torch import nn
 from torchdiffeq import odeint_adjoint
 
+import rnode
+from rnode.solver import error_norm
+
 
 class PlainNet(nn.Module):
     """The same network as rnode.Field, from copies of its weights."""
@@ -35,8 +38,10 @@ class PlainODE(nn.Module):
     def __init__(self, net, eps):
         super().__init__()
         self.net, self.eps = net, eps
+        self.nfe = 0
 
     def forward(self, t, state):
+        self.nfe += 1
         z = state[0]
         with torch.enable_grad():
             z = z.requires_grad_(True)
@@ -90,3 +95,25 @@ class PlainFlow(nn.Module):
         z, l, E, n = self(x)
         log_q = -0.5 * z.pow(2).sum(1) - 0.5 * z.shape[1] * math.log(2 * math.pi)
         return (-log_q - l + lambda_k * E + lambda_j * n).mean() / z.shape[1]
+
+
+class PlainPiece(rnode.Piece):
+    """A piece of the program itself, solved the plain way: everything around it is as in any other run."""
+
+    def forward(self, z, eps, method, gradient):
+        ode = self.last_solve = PlainODE(self.field, eps[0])
+        zero = z.new_zeros(len(z))
+        t = torch.tensor([0.0, 1.0], dtype=z.dtype, device=z.device)
+        path = odeint_adjoint(ode, (z, zero, zero, zero), t, **method.arguments(error_norm))
+        self.nfe_forward = ode.nfe
+        return rnode.State(*(p[-1] for p in path))
+
+
+def multiscale(*arguments, **keywords):
+    """rnode.multiscale of plain pieces: PYTHONPATH=benchmarks python src/train.py model._target_=plain.multiscale
+    solver=rk4 trainer.inference_mode=false (autograd.grad does not work in inference mode)."""
+    flow = rnode.multiscale(*arguments, **keywords)
+    for pieces in [half for scale in flow.scales for half in scale] + [flow.last]:
+        for k, piece in enumerate(pieces):
+            pieces[k] = PlainPiece(PlainNet(piece.field))
+    return flow

@@ -42,7 +42,8 @@ def main(cfg: DictConfig) -> float:
 
     data = instantiate(cfg.dataset)
     flow = instantiate(cfg.model)(solver=instantiate(cfg.solver), probes=Probes(cfg.divergence, cfg.probes))
-    module = RNODE(flow, instantiate(cfg.optimizer), **cfg.reg, warmup_steps=cfg.warmup_steps, seed=cfg.seed, config=config)
+    schedule = {"warmup_steps": cfg.warmup_steps, "decay": cfg.decay}
+    module = RNODE(flow, instantiate(cfg.optimizer), **cfg.reg, **schedule, seed=cfg.seed, config=config)
     if cfg.ckpt_path is not None:
         check_checkpoint(cfg.ckpt_path, config)
     best = ModelCheckpoint(folder, filename="best", monitor="val/bits_per_dim", enable_version_counter=False)
@@ -85,7 +86,18 @@ def refuse_unknown(cfg: DictConfig) -> None:
     """What `+key=value` adds must be something that a run reads."""
     from rnode.errors import InputError
 
-    known = {"seed", "divergence", "probes", "warmup_steps", "compile", "ckpt_path", "optimizer", "pictures", "wandb"}
+    known = {
+        "seed",
+        "divergence",
+        "probes",
+        "warmup_steps",
+        "decay",
+        "compile",
+        "ckpt_path",
+        "optimizer",
+        "pictures",
+        "wandb",
+    }
     known |= {"dataset", "model", "solver", "reg", "reg.lambda_k", "reg.lambda_j", "trainer"}
     for key in [*cfg, *(f"reg.{name}" for name in cfg.reg)]:
         if key not in known:

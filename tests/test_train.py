@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import math
 import os
 import pickle
 import re
@@ -17,6 +18,7 @@ import yaml
 import cli
 import train
 from rnode.data import DENSITIES
+from rnode.module import RNODE
 from test_data import write_idx
 
 ROOT = Path(__file__).parent.parent
@@ -303,6 +305,15 @@ def test_warm_up_raises_the_learning_rate_linearly(run):
     assert state["_last_lr"] == [pytest.approx(1e-3)]
 
 
+def test_decay_lowers_the_learning_rate_as_half_a_cosine(run):
+    """After 3 of 4 steps (1 + cos 3π/4) / 2 is left, and nothing after the last; the warm-up multiplies it."""
+    folder = run(*TWO_STEPS, "decay=true", "warmup_steps=7", "trainer.max_steps=4", "optimizer.lr=1e-3", folder="first")
+    state = torch.load(folder / "last.ckpt", weights_only=True)["lr_schedulers"][0]
+    assert state["_last_lr"] == [pytest.approx(0, abs=1e-12)]
+    module = RNODE(None, None, 0.0, 0.0, warmup_steps=7, decay=True)
+    assert module.learning_rate_factor(3, 4) == pytest.approx(4 / 8 * (1 + math.cos(3 * math.pi / 4)) / 2)
+
+
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -396,6 +407,7 @@ def test_a_density_trained_on_2d_data_integrates_to_one(run):
         (["seed=-1"], "seed=-1: must be a whole number"),
         (["optimizer.lr=-1"], "optimizer: Invalid learning rate: -1"),
         (["warmup_steps=1.5"], "warmup_steps=1.5: must be"),
+        (["decay=0.5"], "decay=0.5: must be true or false"),
         (["compile=maybe"], "compile=maybe: must be true or false"),
         (["wandb.mode=on"], "wandb.mode=on: must be offline or online or disabled"),
         (["pictures.samples=0"], "pictures.samples=0: must be"),

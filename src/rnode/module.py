@@ -1,5 +1,6 @@
 """The LightningModule: what is done with a batch, and what is measured."""
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -31,6 +32,7 @@ class RNODE(LightningModule):
         lambda_k: float,
         lambda_j: float,
         warmup_steps: int = 0,
+        decay: bool = False,
         seed: int = 0,
         config: dict | None = None,
     ):
@@ -38,7 +40,8 @@ class RNODE(LightningModule):
         require(is_number(lambda_k, at_least=0), "reg.lambda_k", lambda_k, "a number, 0 or more")
         require(is_number(lambda_j, at_least=0), "reg.lambda_j", lambda_j, "a number, 0 or more")
         require(is_int(warmup_steps, at_least=0), "warmup_steps", warmup_steps, "a whole number, 0 or more")
-        self.flow, self.optimizer = flow, optimizer
+        require(isinstance(decay, bool), "decay", decay, "true or false")
+        self.flow, self.optimizer, self.decay = flow, optimizer, decay
         self.lambda_k, self.lambda_j, self.warmup_steps, self.seed = lambda_k, lambda_j, warmup_steps, seed
         self.config = config or {}
         self.evaluated = CatMetric()  # a row an image: index, bits/dim, kinetic, jacobian
@@ -126,11 +129,16 @@ class RNODE(LightningModule):
             optimizer = self.optimizer(self.parameters())
         except (TypeError, ValueError) as error:
             raise InputError(f"optimizer: {error}") from None
-        if self.warmup_steps == 0:
+        if self.warmup_steps == 0 and not self.decay:
             return optimizer
-        start = 1 / (self.warmup_steps + 1)
-        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=start, total_iters=self.warmup_steps)
+        steps = self.trainer.estimated_stepping_batches if self.decay else math.inf
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.learning_rate_factor(step, steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def learning_rate_factor(self, step: int, steps: float) -> float:
+        """A linear rise over the warm-up, times half a cosine from 1 to 0 over all the steps if `decay`."""
+        rise = min(1.0, (step + 1) / (self.warmup_steps + 1))
+        return rise * (1 + math.cos(math.pi * min(step / steps, 1))) / 2 if self.decay else rise
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         checkpoint["config"] = self.config

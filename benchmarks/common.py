@@ -1,0 +1,173 @@
+"""What the benchmarks share: contenders timed in turn, the convolutions' own rate, memory, a table with its CSV and bars."""
+
+import argparse
+import csv
+import ctypes
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from rnode import Flow, Method, Probes, Solver, TimeConv2d, multiscale
+
+SHAPES = {"digits": (1, 8, 8), "mnist": (1, 28, 28), "fashion_mnist": (1, 28, 28), "cifar10": (3, 32, 32)}
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+LAMBDA = 0.01
+RK4, SIMPSON, RADAU = Method("rk4"), Method("rk4", "simpson"), Method("rk4", "radau", step_size=1 / 3)
+Rows = list[dict[str, str]]
+
+
+def arguments(doc: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    parser.add_argument("--dataset", choices=SHAPES, default="fashion_mnist", help="whose shape the images have")
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--channels", type=int, default=64, help="of the inner layers")
+    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--quick", action="store_true", help="one repetition of a quarter of the batch")
+    return parser
+
+
+def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    options = parser.parse_args()
+    if options.quick:
+        options.repetitions, options.batch = 1, max(1, options.batch // 4)
+    return options
+
+
+def make_flow(options: argparse.Namespace, method: Method = RK4, gradient: str = "backprop") -> Flow:
+    """A flow of the same weights each time: as after some training, so that f is not 0."""
+    torch.manual_seed(0)
+    solver = Solver(method, Method("dopri5"), gradient)
+    flow = multiscale(SHAPES[options.dataset], solver, Probes(), hidden=options.channels)
+    for layer in (layer for layer in flow.modules() if isinstance(layer, TimeConv2d)):
+        torch.nn.init.normal_(layer.weight, std=0.3 / layer.weight[0].numel() ** 0.5)
+    return flow.to(DEVICE)
+
+
+def images(options: argparse.Namespace) -> torch.Tensor:
+    torch.manual_seed(1)
+    return torch.randn(options.batch, *SHAPES[options.dataset], device=DEVICE)
+
+
+def timed(function: Callable[[], object]) -> float:
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    function()
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def medians(contenders: dict[str, Callable[[], object]], repetitions: int) -> dict[str, float]:
+    """Median seconds of each, after a call that does not count; in turn, so that a machine that slows down slows all."""
+    for contender in contenders.values():
+        contender()
+    seconds = [{name: timed(contender) for name, contender in contenders.items()} for _ in range(repetitions)]
+    return {name: statistics.median(row[name] for row in seconds) for name in contenders}
+
+
+def convolution(options: argparse.Namespace, dtype: torch.dtype) -> tuple[Callable[[], object], float]:
+    """A 3×3 convolution between two inner layers at the image's size, ten times, and its FLOPs."""
+    h = torch.randn(options.batch, options.channels, *SHAPES[options.dataset][1:], device=DEVICE, dtype=dtype)
+    weight = torch.randn(options.channels, options.channels, 3, 3, device=DEVICE, dtype=dtype)
+    return lambda: [F.conv2d(h, weight, padding=1) for _ in range(10)], 10 * 2 * 9 * options.channels * h.numel()
+
+
+def evaluation_flops(flow: Flow, batch: int) -> float:
+    """FLOPs of the convolutions of one evaluation of f in every piece."""
+    flops = []
+
+    def note(layer, _, out):
+        flops.append(2 * 9 * (layer.in_channels - 1) * out.numel())
+
+    hooks = [layer.register_forward_hook(note) for layer in flow.modules() if isinstance(layer, TimeConv2d)]
+    with torch.no_grad():
+        shape, t = flow.shape, torch.zeros((), device=DEVICE)
+        for before, after in flow.scales:
+            for pieces, (c, h, w) in ((before, shape), (after, (4 * shape[0], shape[1] // 2, shape[2] // 2))):
+                for piece in pieces:
+                    piece.field(t, torch.zeros(batch, c, h, w, device=DEVICE))
+            shape = (2 * shape[0], shape[1] // 2, shape[2] // 2)
+        for piece in flow.last:
+            piece.field(t, torch.zeros(batch, *shape, device=DEVICE))
+    for hook in hooks:
+        hook.remove()
+    return sum(flops)
+
+
+def step_flops(flow: Flow, batch: int, method: Method) -> float:
+    """FLOPs of the convolutions that a training step by a quadrature needs: a product costs as much as an evaluation, and
+    the backward pass of either twice as much."""
+    extra = 1 if method.integrals == "simpson" else 0  # its node at T
+    evaluations, products = 4 * method.steps + extra, method.steps + extra
+    return 3 * (evaluations + products) * evaluation_flops(flow, batch)
+
+
+def peak_memory(function: Callable[[], object]) -> float:
+    """GiB that a call takes at its peak, above what was held before it (on the CPU: Linux alone)."""
+    if DEVICE.type == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        function()
+        return (torch.cuda.max_memory_allocated() - before) / 2**30
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
+    before = resident("VmRSS")
+    function()
+    return (resident("VmHWM") - before) / 2**20
+
+
+def resident(key: str) -> int:
+    """KiB, from /proc/self/status."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(key))
+
+
+def describe(options: argparse.Namespace) -> str:
+    return f"{options.dataset}, batch {options.batch}, {options.channels} channels, {DEVICE.type}"
+
+
+def report(name: str, title: str, rows: Rows, bars: str = "ratio", label: str = "speed against the plain recipe") -> None:
+    """Print the table and write outputs/benchmarks/`name`.csv and .png, whose bars are the column `bars`."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    first = next(iter(rows[0]))
+    figure, ax = plt.subplots(figsize=(8, 1.2 + 0.4 * len(rows)), layout="constrained")
+    drawn = ax.barh([row[first] for row in rows], [float(row[bars]) for row in rows])
+    ax.bar_label(drawn, [row[bars] for row in rows], padding=2)
+    ax.invert_yaxis()
+    ax.set(title=title, xlabel=label)
+    figure.savefig(folder() / f"{name}.png", dpi=120)
+    plt.close(figure)
+    write_table(name, title, rows)
+
+
+def write_table(name: str, title: str, rows: Rows) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    path = folder() / f"{name}.csv"
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    table = Table(title=title, title_justify="left")
+    for i, column in enumerate(rows[0]):
+        table.add_column(column, justify="right" if i else "left")
+    for row in rows:
+        table.add_row(*row.values())
+    Console(width=120).print(table)
+    print(f"written to {path}" + (f" and {name}.png" if path.with_suffix(".png").exists() else ""))
+
+
+def folder() -> Path:
+    path = Path("outputs/benchmarks")
+    path.mkdir(parents=True, exist_ok=True)
+    return path

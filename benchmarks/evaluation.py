@@ -1,0 +1,48 @@
+"""Likelihood of a batch by dopri5 at 1e-5, side by side with the plain recipe.
+
+python benchmarks/evaluation.py [--dataset fashion_mnist] [--batch 32] [--channels 64] [--repetitions 3] [--quick]
+
+Same weights, data, probes and tolerance. The plain recipe's right-hand side calls autograd.grad. Written to
+outputs/benchmarks/evaluation.csv and evaluation.png as well.
+"""
+
+import torch
+
+from common import arguments, describe, images, make_flow, medians, parse, report
+from plain import PlainFlow
+from rnode import log_normal
+from rnode.allocator import keep_freed_memory
+from rnode.solver import error_norm
+
+
+def main() -> None:
+    options = parse(arguments(__doc__))
+    keep_freed_memory()
+    x = images(options)
+    flow = make_flow(options).eval()
+    dopri5 = {"method": "dopri5", "rtol": 1e-5, "atol": 1e-5, "options": {"first_step": 1e-2, "norm": error_norm}}
+    plain = PlainFlow(flow, **dopri5)
+
+    @torch.no_grad()
+    def evaluate_plain():
+        torch.manual_seed(0)
+        z, l, *_ = plain(x)
+        return log_normal(z) + l
+
+    @torch.inference_mode()
+    def evaluate():
+        torch.manual_seed(0)
+        return flow.log_prob(x)
+
+    difference = ((evaluate() - evaluate_plain()).abs() / evaluate_plain().abs()).max()
+    seconds = medians({"plain recipe": evaluate_plain, "log_prob": evaluate}, options.repetitions)
+    rows = [
+        {"contender": name, "seconds": f"{s:.3f}", "ratio": f"{seconds['plain recipe'] / s:.2f}", "NFE": str(flow.nfe[0])}
+        for name, s in seconds.items()
+    ]
+    report("evaluation", f"likelihood, dopri5 1e-5, {describe(options)}", rows)
+    print(f"largest relative difference between the two: {difference:.1e}")
+
+
+if __name__ == "__main__":
+    main()
