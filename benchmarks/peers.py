@@ -3,11 +3,11 @@
 pip install -e '.[bench]'
 python benchmarks/peers.py [--seconds 60] [--datasets eight_gaussians checkerboard pinwheel digits] [--quick]
 
-Contenders: this program's mlp flow (solver=radau, λ = 0.01, Adam 8e-3 with half a cosine, the settings of dataset=toy; exact
-divergence in 2-D, one Gaussian probe on digits); zuko's CNF (its own loss, adaptive solver and Adam at 1e-3, as in its guide);
-torchcfm's OT-CFM (σ = 0.1, its own MLP and Adam at 1e-3, as in its tutorials), whose likelihood is then had by the dopri5 at
-1e-5 that also evaluates ours, with the exact divergence. All have three hidden layers 64 wide and batches of 512 (256 images
-for digits). The clock counts training steps alone; evaluations are at equal fractions of it. Written to
+Contenders: this program's mlp flow (solver=radau, λ = 0.01, Adam at 8e-3 with half a cosine, the settings of dataset=toy;
+exact divergence in 2-D, one Gaussian probe on digits); zuko's CNF (its own loss, adaptive solver and Adam at 1e-3, as in
+its guide); torchcfm's OT-CFM (σ = 0.1, its own MLP and Adam at 1e-3, as in its tutorials), whose likelihood is then had by
+the dopri5 at 1e-5 that also evaluates ours, with the exact divergence. All have three hidden layers 64 wide and batches of
+512 (256 images for digits). The clock counts training steps alone; evaluations are at equal fractions of it. Written to
 outputs/benchmarks/peers.csv, peers_curves.csv, and peers.png (likelihood against seconds).
 """
 

@@ -2,9 +2,9 @@
 
 python benchmarks/runs.py [--dataset digits] [--seeds 3] [--overrides trainer.max_epochs=4 …] [--quick]
 
-The plain recipe runs in the same program: only the pieces' solve is replaced (benchmarks/plain.py). Runs are interleaved, seed by
-seed. The table has the mean over the seeds of the wall time of the whole process, of the training time an epoch, and of
-bits/dim, with the largest difference in validation bits/dim from the plain recipe's run of the same seed. Written to
+The plain recipe runs in the same program: only the pieces' solve is replaced (benchmarks/plain.py). Runs are interleaved,
+seed by seed. The table has the mean over the seeds of the wall time of the whole process, of the training time an epoch,
+and of bits/dim, with the largest difference in validation bits/dim from the plain recipe's run of the same seed. Written to
 outputs/benchmarks/runs_….csv and .png as well.
 """
 

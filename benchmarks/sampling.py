@@ -1,4 +1,4 @@
-"""Sampling by dopri5 at 1e-5 and by rk4, side by side with the plain recipe run backwards, which carries its integrals along.
+"""Sampling by dopri5 at 1e-5 and by rk4, side by side with the plain recipe run backwards, its integrals with it.
 
 python benchmarks/sampling.py [--dataset fashion_mnist] [--batch 32] [--channels 64] [--repetitions 3] [--quick]
 

@@ -2,9 +2,9 @@
 
 python benchmarks/step.py [--dataset fashion_mnist] [--batch 32] [--channels 64] [--repetitions 3] [--compile] [--quick]
 
-Every contender has the same weights, batch and λ. Repetitions are interleaved. The table gives medians, the ratio to the plain
-recipe, the share of the limit (the seconds that the convolutions of the step would take at the rate that a 3×3 convolution
-reaches in the same run, over the seconds it took) and the memory of the step at its peak; it is written to
+Every contender has the same weights, batch and λ. Repetitions are interleaved. The table gives medians, the ratio to the
+plain recipe, the share of the limit (the seconds that the convolutions of the step would take at the rate that a 3×3
+convolution reaches in the same run, over the seconds it took) and the memory of the step at its peak; it is written to
 outputs/benchmarks/step.csv and step.png as well.
 """
 
@@ -12,8 +12,8 @@ from collections.abc import Callable
 
 import torch
 
-from common import DEVICE, LAMBDA, RADAU, RK4, SIMPSON, arguments, convolution, describe, images, make_flow
-from common import medians, parse, peak_memory, report, step_flops
+import common
+from common import DEVICE, LAMBDA, RADAU, RK4, SIMPSON, make_flow
 from plain import PlainFlow
 from rnode import Flow, objective
 from rnode.allocator import keep_freed_memory
@@ -31,19 +31,19 @@ CONTENDERS = {  # name: (training method, gradient, bfloat16 in f, compiled)
 
 
 def main() -> None:
-    parser = arguments(__doc__)
+    parser = common.arguments(__doc__)
     parser.add_argument("--compile", action="store_true", help="with compiled contenders; takes minutes more")
-    options = parse(parser)
+    options = common.parse(parser)
     keep_freed_memory()
 
-    x = images(options)
+    x = common.images(options)
     contenders = {name: c for name, c in CONTENDERS.items() if options.compile or not c[3]}
     steps = {"plain recipe": plain_step(make_flow(options), x)}
     for name, (method, gradient, bf16, compiled) in contenders.items():
         steps[name] = our_step(make_flow(options, method, gradient), x, bf16, compiled)
-    memory = {name: peak_memory(step) for name, step in steps.items()}
-    convolutions = {bf16: convolution(options, torch.bfloat16 if bf16 else torch.float32) for bf16 in (False, True)}
-    seconds = medians(steps | {bf16: function for bf16, (function, _) in convolutions.items()}, options.repetitions)
+    memory = {name: common.peak_memory(step) for name, step in steps.items()}
+    convolutions = {bf16: common.convolution(options, torch.bfloat16 if bf16 else torch.float32) for bf16 in (False, True)}
+    seconds = common.medians(steps | {bf16: function for bf16, (function, _) in convolutions.items()}, options.repetitions)
     rate = {bf16: flops / seconds.pop(bf16) for bf16, (_, flops) in convolutions.items()}  # FLOP/s
 
     rows = []
@@ -51,11 +51,11 @@ def main() -> None:
         share = ""
         if name in contenders and contenders[name][0] is not RK4:
             method, _, bf16, _ = contenders[name]
-            share = f"{step_flops(make_flow(options), options.batch, method) / rate[bf16] / median:.0%}"
+            share = f"{common.step_flops(make_flow(options), options.batch, method) / rate[bf16] / median:.0%}"
         ratio = f"{seconds['plain recipe'] / median:.2f}"
         row = {"contender": name, "seconds": f"{median:.3f}", "ratio": ratio, "share of the limit": share}
         rows.append(row | {"peak GiB": f"{memory[name]:.2f}"})
-    report("step", f"training step, {describe(options)}", rows)
+    common.report("step", f"training step, {common.describe(options)}", rows)
 
 
 def our_step(flow: Flow, x: torch.Tensor, bf16: bool, compiled: bool) -> Callable[[], None]:
