@@ -10,8 +10,8 @@ Times in evaluation, the data's way to the device and what the optimizer does ar
 import argparse
 import math
 
-from common import RADAU, RK4, SHAPES, evaluation_flops, write_table
-from rnode import Method, Probes, Solver, multiscale
+from common import DOPRI5, RADAU, RK4, SHAPES, evaluation_flops, write_table
+from rnode import Probes, Solver, multiscale
 
 RUNS = {"mnist": (50_000, 200), "cifar10": (45_000, 200)}  # training images and batch of conf/dataset
 EPOCHS = 100  # section 6 of the paper
@@ -26,11 +26,11 @@ def main() -> None:
     options = parser.parse_args()
     rows = []
     for dataset, (images, batch) in RUNS.items():
-        flow = multiscale(SHAPES[dataset], Solver(RK4, Method("dopri5")), Probes())
+        flow = multiscale(SHAPES[dataset], Solver(RK4, DOPRI5), Probes())
         areas = [math.prod(flow.shape[1:]) // 4**k for k in range(len(flow.scales) + 1)]  # two pieces before, two after
         pixels = sum(2 * area + 2 * area // 4 for area in areas[:-1]) + 2 * areas[-1]  # of all pieces' images
         for name, evaluations, products in (("rk4, system", 16, 16), ("radau", 4 * RADAU.steps, RADAU.steps)):
-            flops = 3 * (evaluations + products) * evaluation_flops(flow, 1) * batch
+            flops = 3 * (evaluations + products) * evaluation_flops(SHAPES[dataset], 64) * batch
             kept = 4 * 64 * pixels * (TENSORS[0] * evaluations + TENSORS[1] * products) * batch  # bytes
             moved = 4 * kept  # written and read, forward and backward
             seconds = max(flops / (options.flops * options.share), moved / options.bandwidth)

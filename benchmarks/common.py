@@ -17,6 +17,7 @@ SHAPES = {"digits": (1, 8, 8), "mnist": (1, 28, 28), "fashion_mnist": (1, 28, 28
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LAMBDA = 0.01
 RK4, SIMPSON, RADAU = Method("rk4"), Method("rk4", "simpson"), Method("rk4", "radau", step_size=1 / 3)
+DOPRI5 = Method("dopri5")
 Rows = list[dict[str, str]]
 
 
@@ -38,13 +39,18 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
 
 
 def make_flow(options: argparse.Namespace, method: Method = RK4, gradient: str = "backprop") -> Flow:
-    """A flow of the same weights each time: as after some training, so that f is not 0."""
+    """A flow of the same weights each time."""
     torch.manual_seed(0)
-    solver = Solver(method, Method("dopri5"), gradient)
+    solver = Solver(method, DOPRI5, gradient)
     flow = multiscale(SHAPES[options.dataset], solver, Probes(), hidden=options.channels)
+    return as_if_trained(flow).to(DEVICE)
+
+
+def as_if_trained(flow: Flow) -> Flow:
+    """Random weights in every layer, the last ones too: f is not 0."""
     for layer in (layer for layer in flow.modules() if isinstance(layer, TimeConv2d)):
         torch.nn.init.normal_(layer.weight, std=0.3 / layer.weight[0].numel() ** 0.5)
-    return flow.to(DEVICE)
+    return flow
 
 
 def images(options: argparse.Namespace) -> torch.Tensor:
@@ -77,34 +83,26 @@ def convolution(options: argparse.Namespace, dtype: torch.dtype) -> tuple[Callab
     return lambda: [F.conv2d(h, weight, padding=1) for _ in range(10)], 10 * 2 * 9 * options.channels * h.numel()
 
 
-def evaluation_flops(flow: Flow, batch: int) -> float:
-    """FLOPs of the convolutions of one evaluation of f in every piece."""
+def evaluation_flops(shape: tuple[int, ...], channels: int) -> float:
+    """FLOPs of the convolutions of one evaluation of f in every piece, for one image."""
+    flow = multiscale(shape, Solver(Method("euler", step_size=1.0), DOPRI5), Probes(), hidden=channels)
     flops = []
 
     def note(layer, _, out):
         flops.append(2 * 9 * (layer.in_channels - 1) * out.numel())
 
-    hooks = [layer.register_forward_hook(note) for layer in flow.modules() if isinstance(layer, TimeConv2d)]
-    with torch.no_grad():
-        shape, t = flow.shape, torch.zeros((), device=DEVICE)
-        for before, after in flow.scales:
-            for pieces, (c, h, w) in ((before, shape), (after, (4 * shape[0], shape[1] // 2, shape[2] // 2))):
-                for piece in pieces:
-                    piece.field(t, torch.zeros(batch, c, h, w, device=DEVICE))
-            shape = (2 * shape[0], shape[1] // 2, shape[2] // 2)
-        for piece in flow.last:
-            piece.field(t, torch.zeros(batch, *shape, device=DEVICE))
-    for hook in hooks:
-        hook.remove()
+    for layer in (layer for layer in flow.modules() if isinstance(layer, TimeConv2d)):
+        layer.register_forward_hook(note)
+    flow(torch.zeros(1, *shape))
     return sum(flops)
 
 
-def step_flops(flow: Flow, batch: int, method: Method) -> float:
+def step_flops(options: argparse.Namespace, method: Method) -> float:
     """FLOPs of the convolutions that a training step by a quadrature needs: a product costs as much as an evaluation, and
     the backward pass of either twice as much."""
     extra = 1 if method.integrals == "simpson" else 0  # its node at T
     evaluations, products = 4 * method.steps + extra, method.steps + extra
-    return 3 * (evaluations + products) * evaluation_flops(flow, batch)
+    return 3 * (evaluations + products) * options.batch * evaluation_flops(SHAPES[options.dataset], options.channels)
 
 
 def peak_memory(function: Callable[[], object]) -> float:
@@ -153,11 +151,7 @@ def write_table(name: str, title: str, rows: Rows) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    path = folder() / f"{name}.csv"
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    path = write_csv(name, rows)
     table = Table(title=title, title_justify="left")
     for i, column in enumerate(rows[0]):
         table.add_column(column, justify="right" if i else "left")
@@ -165,6 +159,15 @@ def write_table(name: str, title: str, rows: Rows) -> None:
         table.add_row(*row.values())
     Console(width=120).print(table)
     print(f"written to {path}" + (f" and {name}.png" if path.with_suffix(".png").exists() else ""))
+
+
+def write_csv(name: str, rows: list[dict]) -> Path:
+    path = folder() / f"{name}.csv"
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
 
 
 def folder() -> Path:

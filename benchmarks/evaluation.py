@@ -3,12 +3,12 @@
 python benchmarks/evaluation.py [--dataset fashion_mnist] [--batch 32] [--channels 64] [--repetitions 3] [--quick]
 
 Same weights, data, probes and tolerance. The plain recipe's right-hand side calls autograd.grad. Written to
-outputs/benchmarks/evaluation.csv and evaluation.png as well.
+outputs/benchmarks/evaluation_DATASET.csv and .png as well.
 """
 
 import torch
 
-from common import arguments, describe, images, make_flow, medians, parse, report
+from common import DOPRI5, arguments, describe, images, make_flow, medians, parse, report
 from plain import PlainFlow
 from rnode import log_normal
 from rnode.allocator import keep_freed_memory
@@ -20,8 +20,7 @@ def main() -> None:
     keep_freed_memory()
     x = images(options)
     flow = make_flow(options).eval()
-    dopri5 = {"method": "dopri5", "rtol": 1e-5, "atol": 1e-5, "options": {"first_step": 1e-2, "norm": error_norm}}
-    plain = PlainFlow(flow, **dopri5)
+    plain = PlainFlow(flow, **DOPRI5.arguments(error_norm))
 
     @torch.no_grad()
     def evaluate_plain():
@@ -40,7 +39,7 @@ def main() -> None:
         {"contender": name, "seconds": f"{s:.3f}", "ratio": f"{seconds['plain recipe'] / s:.2f}", "NFE": str(flow.nfe[0])}
         for name, s in seconds.items()
     ]
-    report("evaluation", f"likelihood, dopri5 1e-5, {describe(options)}", rows)
+    report(f"evaluation_{options.dataset}", f"likelihood, dopri5 1e-5, {describe(options)}", rows)
     print(f"largest relative difference between the two: {difference:.1e}")
 
 

@@ -8,13 +8,12 @@ growth_points.csv and growth.png.
 """
 
 import argparse
-import csv
 
 import numpy as np
 import torch
 
-from common import DEVICE, LAMBDA, folder, medians, peak_memory, write_table
-from rnode import Method, Probes, Solver, TimeConv2d, multiscale, objective
+from common import DEVICE, DOPRI5, LAMBDA, as_if_trained, folder, medians, peak_memory, write_csv, write_table
+from rnode import Method, Probes, Solver, multiscale, objective
 from rnode.allocator import keep_freed_memory
 
 START = {"batch": 8, "side": 16, "pieces": 2, "channels": 32, "steps": 3}
@@ -46,20 +45,15 @@ def main() -> None:
         name = "NFE" if quantity == "steps" else quantity
         row = {"quantity": name, "values": ", ".join(str(4 * v if name == "NFE" else v) for v in varied)}
         rows.append(row | {f"exponent of {cost}": f"{k:.2f}" for cost, k in fits.items()})
-    with open(folder() / "growth_points.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, points[0])
-        writer.writeheader()
-        writer.writerows(points)
+    write_csv("growth_points", points)
     draw(points)
     write_table("growth", "growth of a training step's cost", rows)
 
 
 def step(batch: int, side: int, pieces: int, channels: int, steps: int):
     torch.manual_seed(0)
-    solver = Solver(Method("rk4", "radau", step_size=1 / steps), Method("dopri5"))
-    flow = multiscale((1, side, side), solver, Probes(), hidden=channels, pieces=pieces).to(DEVICE)
-    for layer in (layer for layer in flow.modules() if isinstance(layer, TimeConv2d)):
-        torch.nn.init.normal_(layer.weight, std=0.3 / layer.weight[0].numel() ** 0.5)
+    solver = Solver(Method("rk4", "radau", step_size=1 / steps), DOPRI5)
+    flow = as_if_trained(multiscale((1, side, side), solver, Probes(), hidden=channels, pieces=pieces)).to(DEVICE)
     x = torch.randn(batch, 1, side, side, device=DEVICE)
     return lambda: objective(flow(x), LAMBDA, LAMBDA).backward()
 

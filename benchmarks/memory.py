@@ -3,7 +3,7 @@
 python benchmarks/memory.py [--dataset fashion_mnist] [--batch 32] [--channels 64] [--quick]
 
 GiB above what was held before the step. `time` is against backprop in the same run, `memory` likewise. Written to
-outputs/benchmarks/memory.csv and memory.png as well.
+outputs/benchmarks/memory_DATASET.csv and .png as well.
 """
 
 from common import LAMBDA, RADAU, RK4, arguments, describe, images, make_flow, medians, parse, peak_memory, report
@@ -41,7 +41,13 @@ def main() -> None:
         if name != "plain recipe":
             row |= {"memory": f"{peak / memory[against]:.2f}", "time": f"{seconds[name] / seconds[against]:.2f}"}
         rows.append(row)
-    report("memory", f"peak memory of a training step, {describe(options)}", rows, bars="peak GiB", label="GiB")
+    report(
+        f"memory_{options.dataset}",
+        f"peak memory of a training step, {describe(options)}",
+        rows,
+        bars="peak GiB",
+        label="GiB",
+    )
 
 
 if __name__ == "__main__":

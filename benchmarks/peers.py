@@ -12,7 +12,6 @@ outputs/benchmarks/peers.csv, peers_curves.csv, and peers.png (likelihood agains
 """
 
 import argparse
-import csv
 import math
 import time
 from collections.abc import Callable
@@ -23,8 +22,8 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 from torchdiffeq import odeint
 
-from common import folder, write_table
-from rnode import Dequantize, Logit, Method, Probes, Solver, State, mlp, objective
+from common import DOPRI5, RADAU, folder, write_csv, write_table
+from rnode import Dequantize, Logit, Probes, Solver, State, mlp, objective
 from rnode.allocator import keep_freed_memory
 from rnode.data import DENSITIES
 from rnode.objective import log_normal
@@ -90,8 +89,7 @@ def train(step: Step, evaluate: Evaluate, held_out: Tensor, seconds: float) -> l
 
 
 def ours(d: int, draw: Callable[[], Tensor]) -> tuple[Step, Evaluate]:
-    solver = Solver(Method("rk4", "radau", step_size=1 / 3), Method("dopri5"))
-    flow = mlp((d,), solver, Probes("exact" if d == 2 else "gaussian"))
+    flow = mlp((d,), Solver(RADAU, DOPRI5), Probes("exact" if d == 2 else "gaussian"))
     optimizer = torch.optim.Adam(flow.parameters(), 8e-3)
 
     def step(fraction: float) -> None:
@@ -162,9 +160,8 @@ def ot_cfm(d: int, draw: Callable[[], Tensor]) -> tuple[Step, Evaluate]:
 
     def evaluate(x: Tensor) -> Tensor:
         """Its flow leads from noise at time 0 to data at time 1: backwards, to the noise."""
-        options = {"first_step": 1e-2, "norm": error_norm}
         state = (x, x.new_zeros(len(x)))
-        z, l = odeint(system, state, torch.tensor([1.0, 0.0]), method="dopri5", rtol=1e-5, atol=1e-5, options=options)
+        z, l = odeint(system, state, torch.tensor([1.0, 0.0]), **DOPRI5.arguments(error_norm))
         return log_normal(z[-1]) + l[-1]
 
     return step, evaluate
@@ -179,10 +176,7 @@ def write_curves(curves: list[dict]) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    with open(folder() / "peers_curves.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, curves[0])
-        writer.writeheader()
-        writer.writerows(curves)
+    write_csv("peers_curves", curves)
     datasets = list(dict.fromkeys(point["dataset"] for point in curves))
     figure, axes = plt.subplots(1, len(datasets), figsize=(4 * len(datasets), 3.5), layout="constrained", squeeze=False)
     for ax, dataset in zip(axes[0], datasets, strict=True):

@@ -2,20 +2,18 @@
 
 python benchmarks/sampling.py [--dataset fashion_mnist] [--batch 32] [--channels 64] [--repetitions 3] [--quick]
 
-Same weights and normal variables. Written to outputs/benchmarks/sampling.csv and sampling.png as well.
+Same weights and normal variables. Written to outputs/benchmarks/sampling_DATASET.csv and .png as well.
 """
 
 import torch
 import torch.nn.functional as F
 from torchdiffeq import odeint
 
-from common import DEVICE, RK4, arguments, describe, make_flow, medians, parse, report
+from common import DEVICE, DOPRI5, RK4, arguments, describe, make_flow, medians, parse, report
 from plain import PlainFlow, PlainODE
 from rnode import Flow
 from rnode.allocator import keep_freed_memory
 from rnode.solver import error_norm
-
-DOPRI5 = {"method": "dopri5", "rtol": 1e-5, "atol": 1e-5, "options": {"first_step": 1e-2, "norm": error_norm}}
 
 
 def main() -> None:
@@ -24,10 +22,7 @@ def main() -> None:
     flow = make_flow(options)  # in evaluation mode solved by dopri5, in training mode by rk4
     plain = PlainFlow(flow)
     z = torch.randn(options.batch, flow.d, device=DEVICE)
-    methods = {
-        "dopri5 1e-5": (False, DOPRI5),
-        "rk4 0.25": (True, {"method": "rk4", "options": {"step_size": RK4.step_size}}),
-    }
+    methods = {"dopri5 1e-5": (False, DOPRI5.arguments(error_norm)), "rk4 0.25": (True, RK4.arguments(error_norm))}
 
     def ours(training: bool):
         flow.train(training)
@@ -48,7 +43,7 @@ def main() -> None:
             {"contender": name, "seconds": f"{s:.3f}", "ratio": f"{first / s:.2f}", "max difference": f"{difference:.1e}"}
             for name, s in seconds.items()
         ]
-    report("sampling", f"sampling, {describe(options)}", rows)
+    report(f"sampling_{options.dataset}", f"sampling, {describe(options)}", rows)
 
 
 @torch.no_grad()

@@ -5,18 +5,20 @@ python benchmarks/step.py [--dataset fashion_mnist] [--batch 32] [--channels 64]
 Every contender has the same weights, batch and λ. Repetitions are interleaved. The table gives medians, the ratio to the
 plain recipe, the share of the limit (the seconds that the convolutions of the step would take at the rate that a 3×3
 convolution reaches in the same run, over the seconds it took) and the memory of the step at its peak; it is written to
-outputs/benchmarks/step.csv and step.png as well.
+outputs/benchmarks/step_DATASET.csv and .png as well.
 """
 
 from collections.abc import Callable
 
 import torch
+from torch import Tensor, nn
 
 import common
 from common import DEVICE, LAMBDA, RADAU, RK4, SIMPSON, make_flow
 from plain import PlainFlow
 from rnode import Flow, objective
 from rnode.allocator import keep_freed_memory
+from rnode.callbacks import compile_fields
 
 CONTENDERS = {  # name: (training method, gradient, bfloat16 in f, compiled)
     "rk4, adjoint": (RK4, "adjoint", False, False),
@@ -51,38 +53,35 @@ def main() -> None:
         share = ""
         if name in contenders and contenders[name][0] is not RK4:
             method, _, bf16, _ = contenders[name]
-            share = f"{common.step_flops(make_flow(options), options.batch, method) / rate[bf16] / median:.0%}"
+            share = f"{common.step_flops(options, method) / rate[bf16] / median:.0%}"
         ratio = f"{seconds['plain recipe'] / median:.2f}"
         row = {"contender": name, "seconds": f"{median:.3f}", "ratio": ratio, "share of the limit": share}
         rows.append(row | {"peak GiB": f"{memory[name]:.2f}"})
-    common.report("step", f"training step, {common.describe(options)}", rows)
+    common.report(f"step_{options.dataset}", f"training step, {common.describe(options)}", rows)
 
 
 def our_step(flow: Flow, x: torch.Tensor, bf16: bool, compiled: bool) -> Callable[[], None]:
-    optimizer = torch.optim.Adam(flow.parameters(), 1e-5)
     if compiled:
-        torch._dynamo.config.recompile_limit = 8 * len(flow.pieces)
-        for piece in flow.pieces:
-            piece.field.compile()
+        compile_fields(flow)
 
-    def step() -> None:
+    def loss() -> Tensor:
         with torch.autocast(DEVICE.type, torch.bfloat16, enabled=bf16):
-            loss = objective(flow(x), LAMBDA, LAMBDA)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+            return objective(flow(x), LAMBDA, LAMBDA)
 
-    return step
+    return adam_step(flow, loss)
 
 
 def plain_step(flow: Flow, x: torch.Tensor) -> Callable[[], None]:
     plain = PlainFlow(flow, method="rk4", options={"step_size": 0.25})
-    optimizer = torch.optim.Adam(plain.parameters(), 1e-5)
+    return adam_step(plain, lambda: plain.loss(x, LAMBDA, LAMBDA))
+
+
+def adam_step(model: nn.Module, loss: Callable[[], Tensor]) -> Callable[[], None]:
+    optimizer = torch.optim.Adam(model.parameters(), 1e-5)
 
     def step() -> None:
-        loss = plain.loss(x, LAMBDA, LAMBDA)
         optimizer.zero_grad()
-        loss.backward()
+        loss().backward()
         optimizer.step()
 
     return step

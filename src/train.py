@@ -86,19 +86,8 @@ def refuse_unknown(cfg: DictConfig) -> None:
     """What `+key=value` adds must be something that a run reads."""
     from rnode.errors import InputError
 
-    known = {
-        "seed",
-        "divergence",
-        "probes",
-        "warmup_steps",
-        "decay",
-        "compile",
-        "ckpt_path",
-        "optimizer",
-        "pictures",
-        "wandb",
-    }
-    known |= {"dataset", "model", "solver", "reg", "reg.lambda_k", "reg.lambda_j", "trainer"}
+    known = {*OmegaConf.load(cli.CONF / "config.yaml"), "trainer", "solver", "model", "dataset", "reg"}
+    known |= {"reg.lambda_k", "reg.lambda_j"}
     for key in [*cfg, *(f"reg.{name}" for name in cfg.reg)]:
         if key not in known:
             raise InputError(f"there is no option {key}; python src/train.py --help lists them")

@@ -36,17 +36,17 @@ def test_the_plain_recipe_in_the_same_program_gives_the_same_state():
 @pytest.mark.parametrize(
     ("name", "arguments", "rows"),
     [
-        ("step", SMALL, 7),
-        ("memory", SMALL, 6),
-        ("evaluation", SMALL, 2),
-        ("sampling", SMALL, 4),
+        ("step_digits", SMALL, 7),
+        ("memory_digits", SMALL, 6),
+        ("evaluation_digits", SMALL, 2),
+        ("sampling_digits", SMALL, 4),
         ("budget", [], 4),
     ],
 )
 def test_benchmarks_write_a_table(name, arguments, rows, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])
-    importlib.import_module(name).main()
+    monkeypatch.setattr(sys, "argv", ["benchmark", *arguments])
+    importlib.import_module(name.split("_")[0]).main()
     with open(f"outputs/benchmarks/{name}.csv", newline="") as file:
         table = list(csv.DictReader(file))
     assert len(table) == rows

@@ -130,7 +130,7 @@ def test_the_default_run_as_a_user_starts_it(tmp_path):
         "seconds per epoch",
     ):
         assert text in done.stdout
-    assert re.search(r"Epoch 1: 100%.*bits/dim=\d.*, val=\d.*, NFE=51", done.stdout + done.stderr)
+    assert re.search(r"Epoch 1: 100%.*bits/dim=\d.*, val=\d.*, NFE=36", done.stdout + done.stderr)
     (offline,) = folder.glob("wandb/offline-run-*")
     (record,) = offline.glob("*.wandb")
     assert record.stat().st_size > 1000
@@ -381,7 +381,7 @@ def test_a_density_trained_on_2d_data_integrates_to_one(run):
     ("overrides", "words"),
     [
         (["dataset=cifar11"], "no dataset/cifar11; the options are cifar10, digits"),
-        (["solver=euler"], "no solver/euler; the options are dopri5, rk4"),
+        (["solver=euler"], "no solver/euler; the options are dopri5, radau, rk4, simpson"),
         (["experiment=imagenet"], "no experiment/imagenet"),
         (["solver.train.method=rk5"], "solver.train.method=rk5: must be one of euler"),
         (["trainer.max_epoch=3"], "no option trainer.max_epoch; did you mean trainer.max_epochs?"),

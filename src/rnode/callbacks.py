@@ -16,6 +16,7 @@ from torch import Tensor
 
 from rnode.data import DataModule
 from rnode.errors import is_int, require
+from rnode.flow import Flow
 from rnode.module import RNODE
 
 matplotlib.use("Agg")  # pictures go to files; no display is looked for
@@ -47,10 +48,8 @@ class Compile(Callback):
     a smaller last batch, validation, the test."""
 
     def on_fit_start(self, trainer: Trainer, module: RNODE) -> None:
-        torch._dynamo.config.recompile_limit = 4 * len(module.flow.pieces)  # scales differ in shape
         torch.compiler.set_stance("default")
-        for piece in module.flow.pieces:
-            piece.field.compile()
+        compile_fields(module.flow)
         self.compiled = False
         self.start = time.perf_counter()
 
@@ -59,6 +58,13 @@ class Compile(Callback):
             trainer.print(f"compiled: the first step took {time.perf_counter() - self.start:.0f} s")
             torch.compiler.set_stance("eager_on_recompile")
             self.compiled = True
+
+
+def compile_fields(flow: Flow) -> None:
+    """Let torch.compile do f and εᵀ∇f of every piece, at their next call."""
+    torch._dynamo.config.recompile_limit = 8 * len(flow.pieces)  # scales differ in shape
+    for piece in flow.pieces:
+        piece.field.compile()
 
 
 class EpochTimer(Callback):

@@ -10,6 +10,7 @@ import numpy as np
 from scipy.special import roots_jacobi
 
 
+@functools.cache
 def simpson(steps: int) -> tuple[np.ndarray, np.ndarray]:
     """Simpson's rule on [0, 1] over an even number of equal steps: nodes and weights, each (steps + 1,). Fourth order."""
     if steps % 2:
