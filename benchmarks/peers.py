@@ -3,7 +3,7 @@
 pip install -e '.[bench]'
 python benchmarks/peers.py [--seconds 60] [--datasets eight_gaussians checkerboard pinwheel digits] [--quick]
 
-Contenders: this program's mlp flow (solver=radau, λ = 0.01, Adam at 8e-3 with half a cosine, the settings of dataset=toy;
+Contenders: this program's mlp flow (solver=simpson, λ = 0.01, Adam at 8e-3 with half a cosine, the settings of dataset=toy;
 exact divergence in 2-D, one Gaussian probe on digits); zuko's CNF (its own loss, adaptive solver and Adam at 1e-3, as in
 its guide); torchcfm's OT-CFM (σ = 0.1, its own MLP and Adam at 1e-3, as in its tutorials), whose likelihood is then had by
 the dopri5 at 1e-5 that also evaluates ours, with the exact divergence. All have three hidden layers 64 wide and batches of
@@ -22,7 +22,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 from torchdiffeq import odeint
 
-from common import DOPRI5, RADAU, folder, write_csv, write_table
+from common import DOPRI5, SIMPSON, folder, write_csv, write_table
 from rnode import Dequantize, Logit, Probes, Solver, State, mlp, objective
 from rnode.allocator import keep_freed_memory
 from rnode.data import DENSITIES
@@ -52,11 +52,11 @@ def main() -> None:
             draw, held_out = data(dataset)
             curve = train(*contender(held_out.shape[1], draw), held_out, seconds)
             curves += [{"dataset": dataset, "contender": name, "seconds": s, "nats": n} for s, n in curve]
-            row[name] = f"{curve[-1][1]:.3f}"
+            row[name] = f"{curve[-1][1]:.3f} ({min(nats for _, nats in curve):.3f})"
             print(f"{dataset}, {name}: {row[name]} nats", flush=True)
         rows.append(row)
     write_curves(curves)
-    write_table("peers", f"held-out negative log-likelihood in nats after {seconds:.0f} s of training", rows)
+    write_table("peers", f"held-out nats after {seconds:.0f} s of training (lowest of the curve)", rows)
 
 
 def data(name: str) -> tuple[Callable[[], Tensor], Tensor]:
@@ -89,7 +89,7 @@ def train(step: Step, evaluate: Evaluate, held_out: Tensor, seconds: float) -> l
 
 
 def ours(d: int, draw: Callable[[], Tensor]) -> tuple[Step, Evaluate]:
-    flow = mlp((d,), Solver(RADAU, DOPRI5), Probes("exact" if d == 2 else "gaussian"))
+    flow = mlp((d,), Solver(SIMPSON, DOPRI5), Probes("exact" if d == 2 else "gaussian"))
     optimizer = torch.optim.Adam(flow.parameters(), 8e-3)
 
     def step(fraction: float) -> None:
