@@ -18,6 +18,8 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LAMBDA = 0.01
 RK4, SIMPSON, RADAU = Method("rk4"), Method("rk4", "simpson"), Method("rk4", "radau", step_size=1 / 3)
 DOPRI5 = Method("dopri5")
+FFJORD = Method("dopri5", first_step=1e-2)  # as the plain recipe has it
+EXACT = Method("dopri5", rtol=1e-8, atol=1e-8)  # what the others are measured against
 Rows = list[dict[str, str]]
 
 

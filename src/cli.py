@@ -9,15 +9,21 @@ from pathlib import Path
 
 FULL_ERROR = os.environ.get("HYDRA_FULL_ERROR") == "1"
 CONF = Path(__file__).resolve().parent.parent / "conf"
-DEFAULTS = [  # the files of the default run, in the order in which later ones override earlier ones
-    "config.yaml",
-    "regularizer/rnode.yaml",
-    "solver/rk4.yaml",
-    "solver/radau.yaml",
-    "model/multiscale.yaml",
-    "trainer.yaml",
-    "dataset/digits.yaml",
-]
+FILES = {  # of each script, the files of its default run, in the order in which later ones override earlier ones
+    "train.py": [
+        "config.yaml",
+        "regularizer/rnode.yaml",
+        "solver/rk4.yaml",
+        "solver/radau.yaml",
+        "model/multiscale.yaml",
+        "trainer.yaml",
+        "dataset/digits.yaml",
+    ],
+    "evaluate.py": ["checkpoint.yaml", "evaluate.yaml"],
+    "sample.py": ["checkpoint.yaml", "sample.yaml"],
+    "reproduce.py": ["reproduce.yaml"],
+}
+TRAINER = "trainer.yaml"  # the one file beside the groups that has a section of its own
 
 
 def help_text(script: str, purpose: str) -> str:
@@ -27,25 +33,36 @@ def help_text(script: str, purpose: str) -> str:
         "",
         f"usage: python src/{script} [group=option …] [key=value …] [-m for a sweep over a=1,2 b=3,4]",
     ]
-    for folder in sorted(path for path in CONF.iterdir() if path.is_dir()):
-        lines += ["", f"{folder.name}="]
-        for file in sorted(folder.glob("*.yaml")):
+    for group in groups(script):
+        lines += ["", f"{group}="]
+        for file in sorted((CONF / group).glob("*.yaml")):
             comments = (line[2:].strip() for line in file.read_text().splitlines() if line.startswith("# "))
             lines.append(f"  {file.stem:<22}{next(c for c in comments if not c.startswith('@package'))}")
-    lines += ["", "knobs, with the default in brackets (and every option of Lightning's Trainer as trainer.…):"]
-    lines += [f"  {key:<32}{comment} [{value}]" for key, (value, comment) in knobs().items()]
+    trainer = " (and every option of Lightning's Trainer as trainer.…)" if TRAINER in FILES[script] else ""
+    lines += ["", f"knobs, with the default in brackets{trainer}:"]
+    lines += [f"  {key:<32}{comment} [{value}]" for key, (value, comment) in knobs(script).items()]
     lines += ["", "--cfg job --resolve shows the whole configuration that a command line makes, without running it."]
     return "\n".join(lines)
 
 
-def knobs() -> dict[str, tuple[str, str]]:
-    """Dotted key: (value, comment) for each `key: value # comment` of the files that make the default run."""
+def groups(script: str) -> list[str]:
+    """The groups whose options the script's defaults choose from."""
+    named = (
+        re.findall(r"^  - (\w+): ", (CONF / file).read_text(), re.MULTILINE) for file in FILES[script] if "/" not in file
+    )
+    return sorted(group for groups in named for group in groups)
+
+
+def knobs(script: str) -> dict[str, tuple[str, str]]:
+    """Dotted key: (value, comment) for each `key: value # comment` of the files that make the script's default run."""
     found: dict[str, tuple[str, str]] = {}
-    for file in DEFAULTS:
+    for file in FILES[script]:
         text = (CONF / file).read_text()
+        text = re.sub(r"^defaults:\n(?:  .*\n)+", "", text, flags=re.MULTILINE)
         package = re.search(r"^# @package (\w+)$", text, re.MULTILINE)
-        prefix = package[1] if package else file.split("/")[0].removesuffix(".yaml")
-        path = [] if prefix in ("_global_", "config") else [prefix]
+        folder = file.split("/")[0] if "/" in file else "_global_"
+        section = package[1] if package else "trainer" if file == TRAINER else folder
+        path = [] if section == "_global_" else [section]
         root = len(path)
         for line in text.splitlines():
             if match := re.match(r"( *)(\w+):(?: (.*?))??(?:\s+# (.+))?$", line):
@@ -88,6 +105,20 @@ def one_line_errors(function: Callable) -> Callable:
     return wrapped
 
 
+def job(function: Callable) -> Callable:
+    """`one_line_errors` for one run; in a sweep the error passes, so that Hydra goes on to the other jobs and says which."""
+
+    @functools.wraps(function)
+    def wrapped(*args):
+        from hydra.core.hydra_config import HydraConfig
+        from hydra.types import RunMode
+
+        sweep = HydraConfig.get().mode == RunMode.MULTIRUN
+        return function(*args) if sweep else one_line_errors(function)(*args)
+
+    return wrapped
+
+
 def explain(error: Exception) -> tuple[str | None, int]:
     """One line for what went wrong and the exit code; no line for what is a bug of ours."""
     from hydra.errors import HydraException, InstantiationException
@@ -119,7 +150,7 @@ def explain_hydra(error: Exception) -> str:
     if match := re.match(r"Could not override '(\S+?)'", text):
         known = re.search(r"full_key: (\S*)", text)
         where = known[1] if known else match[1]
-        return f"there is no option {where}; {similar(where)}python src/train.py --help lists them"
+        return f"there is no option {where}; {similar(where)}python src/{script()} --help lists them"
     if match := re.match(r"(?:In '.*': )?Could not find '(\S+)'", text):
         options = ", ".join(re.findall(r"^\t(\S+)$", text, re.MULTILINE))
         return f"there is no {match[1]}; " + (f"the options are {options}" if options else "--help lists the groups")
@@ -129,8 +160,14 @@ def explain_hydra(error: Exception) -> str:
 def similar(key: str) -> str:
     import difflib
 
-    close = difflib.get_close_matches(key, knobs(), n=1)
+    close = difflib.get_close_matches(key, knobs(script()), n=1)
     return f"did you mean {close[0]}? " if close else ""
+
+
+def script() -> str:
+    """The name of the script that runs."""
+    name = Path(sys.argv[0]).name
+    return name if name in FILES else "train.py"
 
 
 def one_line(error: BaseException) -> str:

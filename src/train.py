@@ -11,7 +11,7 @@ import cli
 
 
 @hydra.main(version_base="1.3", config_path=str(cli.CONF), config_name="config")
-@cli.one_line_errors
+@cli.job
 def main(cfg: DictConfig) -> float:
     """One run, in the folder Hydra made for it. Returns the best validation bits/dim, for sweeps to minimize."""
     refuse_unknown(cfg)
@@ -22,10 +22,10 @@ def main(cfg: DictConfig) -> float:
     from hydra.utils import instantiate
     from pytorch_lightning.callbacks import ModelCheckpoint
 
+    from build import build
     from rnode.allocator import keep_freed_memory
     from rnode.callbacks import Compile, EpochTimer, Progress
     from rnode.checkpoint import AtomicCheckpointIO, check_checkpoint
-    from rnode.dynamics import Probes
     from rnode.errors import DivergenceError, is_int, require
     from rnode.module import RNODE
 
@@ -40,12 +40,13 @@ def main(cfg: DictConfig) -> float:
     require(isinstance(cfg.compile, bool), "compile", cfg.compile, "true or false")
     pl.seed_everything(cfg.seed, verbose=False)
 
-    data = instantiate(cfg.dataset)
-    flow = instantiate(cfg.model)(solver=instantiate(cfg.solver), probes=Probes(cfg.divergence, cfg.probes))
+    data, flow = build(cfg)
     schedule = {"warmup_steps": cfg.warmup_steps, "decay": cfg.decay}
     module = RNODE(flow, instantiate(cfg.optimizer), **cfg.reg, **schedule, seed=cfg.seed, config=config)
-    if cfg.ckpt_path is not None:
-        check_checkpoint(cfg.ckpt_path, config)
+    ckpt_path = cfg.ckpt_path
+    if ckpt_path == "auto":
+        ckpt_path = str(folder / "last.ckpt") if (folder / "last.ckpt").exists() else None
+    step = None if ckpt_path is None else check_checkpoint(ckpt_path, config)
     best = ModelCheckpoint(folder, filename="best", monitor="val/bits_per_dim", enable_version_counter=False)
     # Not save_last=True of the one above: Lightning then writes the last epoch only if it is also the best.
     last = ModelCheckpoint(folder, filename="last", save_on_train_epoch_end=True, enable_version_counter=False)
@@ -56,24 +57,26 @@ def main(cfg: DictConfig) -> float:
     OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
     trainer = instantiate(
         cfg.trainer,
-        logger=loggers(cfg.wandb, folder, config),
+        logger=loggers(cfg.wandb, folder, config, step),
         callbacks=callbacks,
         plugins=[AtomicCheckpointIO(), *(cfg.trainer.plugins or [])],
         default_root_dir=folder,
     )
 
     try:
-        trainer.fit(module, data, ckpt_path=cfg.ckpt_path, weights_only=True)
+        trainer.fit(module, data, ckpt_path=ckpt_path, weights_only=True)
         if not best.best_model_path:  # stopped before the first validation, by trainer.max_steps for example
             trainer.validate(module, data, verbose=False)
         trained = dict(trainer.callback_metrics)
         trainer.test(module, data, ckpt_path=best.best_model_path or None, weights_only=True, verbose=False)
     except DivergenceError as error:
         kept = last.best_model_path or "none yet"
-        raise DivergenceError(
+        message = (
             f"{error} (training step {trainer.global_step}); try a smaller optimizer.lr, a larger reg.lambda_j or a smaller "
             f"solver.train.step_size; last good checkpoint: {kept}"
-        ) from error
+        )
+        (folder / "diverged.txt").write_text(message + "\n")
+        raise DivergenceError(message) from error
     finally:
         finish_wandb()
     if trainer.is_global_zero:
@@ -111,15 +114,24 @@ def quiet() -> None:
         warnings.filterwarnings("ignore", message)
 
 
-def loggers(wandb: DictConfig, folder, config: dict) -> list:
-    """metrics.csv in the run folder, and a W&B run there unless it is disabled."""
+def loggers(wandb: DictConfig, folder, config: dict, step: int | None) -> list:
+    """metrics.csv in the run folder, and a W&B run there unless it is disabled.
+
+    `step` is that of the checkpoint a run goes on from. If that run was in this folder, its rows up to there are kept.
+    """
     from pytorch_lightning.loggers import CSVLogger, WandbLogger
 
     from rnode.errors import require
+    from rnode.pictures import read_metrics
 
     modes = ("offline", "online", "disabled")
     require(wandb.mode in modes, "wandb.mode", wandb.mode, " or ".join(modes))
+    earlier = read_metrics(folder / "metrics.csv") if step is not None else []
     csv = CSVLogger(folder, name="", version="")
+    rows = [row for row in earlier if int(row["step"]) <= step and not any(key.startswith("test/") for key in row)]
+    if rows:
+        csv.experiment.metrics = rows  # Lightning's writer would begin the file anew
+        csv.save()
     if wandb.mode == "disabled":
         return [csv]
     from wandb import Settings, setup

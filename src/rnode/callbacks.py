@@ -1,33 +1,20 @@
-"""What people look at while a flow trains and after: pictures, the same in W&B, the time an epoch takes."""
+"""What Lightning calls while a flow trains: progress, compilation, the time an epoch takes, pictures."""
 
-import csv
-import math
 import sys
 import time
 from pathlib import Path
 
-import matplotlib
 import torch
 from pytorch_lightning import Callback, Trainer
 from pytorch_lightning.callbacks import TQDMProgressBar
 from pytorch_lightning.loggers import CSVLogger, WandbLogger
 from pytorch_lightning.utilities import rank_zero_only
-from torch import Tensor
 
 from rnode.data import DataModule
 from rnode.errors import is_int, require
 from rnode.flow import Flow
 from rnode.module import RNODE
-
-matplotlib.use("Agg")  # pictures go to files; no display is looked for
-from matplotlib import pyplot as plt
-
-CURVES = {
-    "bits_per_dim": "bits/dim",
-    "nfe_forward": "NFE (forward)",
-    "kinetic": "kinetic energy / d",
-    "jacobian": "squared Jacobian norm / d",
-}
+from rnode.pictures import draw_curves, draw_samples
 
 
 class Progress(TQDMProgressBar):
@@ -115,40 +102,3 @@ class Pictures(Callback):
             elif isinstance(logger, CSVLogger):
                 logger.save()
                 draw_curves(Path(logger.experiment.metrics_file_path), self.folder / "curves.png")
-
-
-def draw_samples(real: Tensor, drawn: Tensor, path: Path) -> None:
-    """Held-out data left, samples right: images (N, C, H, W) in [0, 1] as grids, vectors (N, d) as points."""
-    figure, axes = plt.subplots(1, 2, figsize=(10, 5.3), layout="constrained")
-    for ax, points, title in zip(axes, (real, drawn), ("data (held out)", "samples"), strict=True):
-        ax.set_title(title)
-        if points.dim() == 4:
-            from torchvision.utils import make_grid
-
-            grid = make_grid(points, nrow=math.ceil(len(points) ** 0.5), padding=1, pad_value=0.5)
-            ax.imshow(grid.permute(1, 2, 0).numpy(), interpolation="nearest")
-            ax.axis("off")
-        else:
-            ax.scatter(points[:, 0].numpy(), points[:, -1].numpy(), s=2)
-            ax.set(xlim=(-4, 4), ylim=(-4, 4), aspect="equal")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-
-
-def draw_curves(metrics: Path, path: Path) -> None:
-    """bits/dim, NFE, kinetic energy and Jacobian norm against the training step, as far as `metrics` (CSV) has them."""
-    with open(metrics, newline="") as file:
-        rows = list(csv.DictReader(file))
-    figure, axes = plt.subplots(2, 2, figsize=(10, 7), layout="constrained", sharex=True)
-    for ax, (key, label) in zip(axes.flat, CURVES.items(), strict=True):
-        for stage, style in (("train", "-"), ("val", "o-"), ("test", "s")):
-            points = [(int(row["step"]), float(row[f"{stage}/{key}"])) for row in rows if row.get(f"{stage}/{key}")]
-            if points:
-                ax.plot(*zip(*points, strict=True), style, markersize=4, linewidth=1, label=stage)
-        ax.set(ylabel=label)
-        if ax.has_data():
-            ax.legend()
-    for ax in axes[1]:
-        ax.set_xlabel("training step")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)

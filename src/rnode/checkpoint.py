@@ -27,9 +27,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         os.replace(part, path)
 
 
-def check_checkpoint(path: str, config: dict) -> None:
-    """Raise InputError unless `path` is a whole checkpoint of a run whose model is that of `config`."""
-    theirs, ours = load_checkpoint(path)["config"]["model"], config["model"]
+def check_checkpoint(path: str, config: dict) -> int:
+    """The training step of a checkpoint; InputError unless it is a whole one of a run whose model is that of `config`."""
+    checkpoint = load_checkpoint(path)
+    theirs, ours = checkpoint["config"]["model"], config["model"]
     differ = [
         f"model.{key} is {theirs.get(key)} there and {ours.get(key)} here"
         for key in sorted(theirs.keys() | ours.keys())
@@ -37,6 +38,7 @@ def check_checkpoint(path: str, config: dict) -> None:
     ]
     if differ:
         raise InputError(f"ckpt_path={path}: was trained with another architecture: {'; '.join(differ)}")
+    return checkpoint["global_step"]
 
 
 def load_checkpoint(path: str) -> dict:

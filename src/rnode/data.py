@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from pytorch_lightning import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -140,16 +141,17 @@ class DataModule(LightningDataModule):
         if self.flip and training:
             flipped = torch.rand(len(x), device=x.device) < 0.5
             x = torch.where(flipped[:, None, None, None], x.flip(-1), x)
-        return self.transform(x, index, generators=None if training else sample_generators(index, self.seed, NOISE))
+        return self.transform(x, index, None if training else self.noise(sample_generators(index, self.seed, NOISE)))
 
-    def transform(self, x: Tensor, index: Tensor, generators: list[torch.Generator] | None = None) -> Batch:
-        """x (B, *shape) as the source gives it → Batch. `generators`, one a sample, draw the noise if given."""
+    def noise(self, generators: Sequence[torch.Generator]) -> Tensor:
+        """Uniform noise for as many samples as there are `generators`, each drawn by its own: (B, *shape), on the CPU."""
+        return torch.stack([torch.rand(self.shape, generator=g) for g in generators])
+
+    def transform(self, x: Tensor, index: Tensor, noise: Tensor | None = None) -> Batch:
+        """x (B, *shape) as the source gives it → Batch. `noise` (B, *shape) in [0, 1) is drawn uniformly if not given."""
         if self.dequantize is None:
             return Batch(x, x.new_zeros(len(x)), index)
-        if generators is None:
-            noise = torch.rand(x.shape, device=x.device)
-        else:
-            noise = torch.stack([torch.rand(self.shape, generator=g) for g in generators]).to(x.device)
+        noise = torch.rand(x.shape, device=x.device) if noise is None else noise.to(x.device)
         u, log_det_u = self.dequantize(x, noise)
         y, log_det_y = self.logit(u)
         return Batch(y, log_det_u + log_det_y, index)
@@ -206,8 +208,11 @@ def patches(size: int = 32, stride: int = 8) -> Splits:
 IDX_FILES = {"train": "train-images-idx3-ubyte", "test": "t10k-images-idx3-ubyte"}
 
 
-def idx_images(name: str, root: str, validation: int) -> Splits:
-    """MNIST or FashionMNIST, (1, 28, 28): from IDX files, gzipped or plain, in `root`; downloaded there if missing."""
+def idx_images(name: str, root: str, validation: int, resize: int = 28) -> Splits:
+    """MNIST or FashionMNIST, (1, 28, 28): from IDX files, gzipped or plain, in `root`; downloaded there if missing.
+
+    `resize`, where it is not 28, is the side to which the images are reduced.
+    """
     folders = [Path(root), Path(root) / name / "raw"]  # torchvision downloads to the second
     if not any(find_idx(folder, file) for folder in folders for file in IDX_FILES.values()):
         download(name, root)
@@ -216,7 +221,7 @@ def idx_images(name: str, root: str, validation: int) -> Splits:
         path = next((found for folder in folders if (found := find_idx(folder, file))), None)
         if path is None:
             raise InputError(f"dataset.root={root}: holds no {file} or {file}.gz; put the four files of the data set there")
-        arrays[split] = read_idx(path)[:, None]
+        arrays[split] = reduced(read_idx(path)[:, None], resize)
     train, val = hold_out(arrays["train"], validation, "dataset.validation")
     return Splits(train, val, arrays["test"])
 
@@ -246,12 +251,12 @@ def read_idx(path: Path) -> Tensor:
     return torch.from_numpy(np.frombuffer(content, np.uint8, offset=16).reshape(shape).copy())
 
 
-def cifar10(root: str, validation: int) -> Splits:
-    """CIFAR10, (3, 32, 32): from `root`; downloaded there if missing."""
+def cifar10(root: str, validation: int, resize: int = 32) -> Splits:
+    """CIFAR10, (3, 32, 32): from `root`; downloaded there if missing. `resize` as for `idx_images`."""
     from torchvision.datasets import CIFAR10
 
     def images(train: bool) -> Tensor:
-        return torch.from_numpy(CIFAR10(root, train=train).data).permute(0, 3, 1, 2).contiguous()
+        return reduced(torch.from_numpy(CIFAR10(root, train=train).data).permute(0, 3, 1, 2).contiguous(), resize)
 
     try:
         CIFAR10(root)
@@ -259,6 +264,15 @@ def cifar10(root: str, validation: int) -> Splits:
         download("CIFAR10", root)
     train, val = hold_out(images(train=True), validation, "dataset.validation")
     return Splits(train, val, images(train=False))
+
+
+def reduced(images: Tensor, side: int) -> Tensor:
+    """(N, C, H, W) → (N, C, side, side), uint8: each pixel the rounded mean of the pixels that it covers."""
+    largest = images.shape[-1]
+    require(is_int(side, at_least=4) and side <= largest, "dataset.resize", side, f"a whole number from 4 to {largest}")
+    if side == largest:
+        return images
+    return torch.cat([F.adaptive_avg_pool2d(part.float(), side).round().byte() for part in images.split(10000)])
 
 
 def download(name: str, root: str) -> None:
@@ -275,7 +289,10 @@ def download(name: str, root: str) -> None:
 
 
 def toy(name: str, train: int = 20000, validation: int = 2000, test: int = 10000) -> Splits:
-    """2-D densities. Training points are drawn afresh for every batch; validation and test sets never change."""
+    """Densities in the plane, and one on the line.
+
+    Training points are drawn afresh for every batch; validation and test sets never change.
+    """
     require(name in DENSITIES, "dataset.name", name, f"one of {', '.join(DENSITIES)}")
     for key, count in (("train", train), ("validation", validation), ("test", test)):
         require(is_int(count, at_least=1), f"dataset.{key}", count, "a whole number, 1 or more")
@@ -291,6 +308,11 @@ def eight_gaussians(n: int, rng: np.random.Generator) -> np.ndarray:
     """Eight normals of standard deviation 0.14 on a circle of radius 2: entropy 0.985 nats."""
     angle = rng.integers(8, size=n) * (np.pi / 4)
     return 2 * np.stack([np.cos(angle), np.sin(angle)], axis=1) + 0.14 * rng.standard_normal((n, 2))
+
+
+def two_gaussians(n: int, rng: np.random.Generator) -> np.ndarray:
+    """One-dimensional: normals of standard deviation 0.4 at −1.6 and 1.2, the second twice as likely."""
+    return 2.8 * (rng.random((n, 1)) < 2 / 3) - 1.6 + 0.4 * rng.standard_normal((n, 1))
 
 
 def moons(n: int, rng: np.random.Generator) -> np.ndarray:
@@ -346,4 +368,5 @@ DENSITIES = {
     "checkerboard": checkerboard,
     "spirals": spirals,
     "rings": rings,
+    "two_gaussians": two_gaussians,
 }

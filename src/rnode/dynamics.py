@@ -53,9 +53,12 @@ class Probes:
 
 
 class Dynamics:
-    """Right-hand side of (RNODE) for one piece and one solve, with its probes frozen; counts its evaluations."""
+    """Right-hand side of (RNODE) for one piece and one solve, with its probes frozen; counts its evaluations.
 
-    def __init__(self, field: nn.Module, eps: Tensor):
+    Without probes it is that of (ODE) alone, `f`.
+    """
+
+    def __init__(self, field: nn.Module, eps: Tensor | None = None):
         self.field, self.eps = field, eps
         self.nfe = 0
 

@@ -6,7 +6,7 @@ vectors has no other.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,7 @@ class Piece(nn.Module):
         super().__init__()
         self.field = field
         self.last_solve: Dynamics | None = None
-        self.nfe_forward = 0
+        self.nfe_forward = self.nfe_inverse = 0
 
     def forward(self, z: Tensor, eps: Tensor, method: Method, gradient: str) -> State:
         """z (B, *shape), eps (K, B, *shape) → State at time T, its integrals over this piece."""
@@ -35,8 +35,12 @@ class Piece(nn.Module):
         self.nfe_forward = dynamics.nfe
         return state
 
-    def inverse(self, z: Tensor, method: Method) -> Tensor:
-        return solve_back(self.field, z, method)
+    def inverse(self, z: Tensor, method: Method, intervals: int = 1) -> Tensor:
+        """z (B, *shape) at time T → z at `intervals` + 1 equal times from T to 0, (times, B, *shape)."""
+        dynamics = Dynamics(self.field)
+        path = solve_back(dynamics.f, z, method, intervals)
+        self.nfe_inverse = dynamics.nfe
+        return path
 
     @property
     def nfe_backward(self) -> int:
@@ -85,6 +89,11 @@ class Flow(nn.Module):
         """Evaluations of f in the last forward pass and in the backward pass that followed, summed over the pieces."""
         return sum(p.nfe_forward for p in self.pieces), sum(p.nfe_backward for p in self.pieces)
 
+    @property
+    def nfe_inverse(self) -> int:
+        """Evaluations of f in the last inverse, summed over the pieces."""
+        return sum(p.nfe_inverse for p in self.pieces)
+
     def to_state(self, x: Tensor) -> Tensor:
         """x in a type at least as precise as the solver's."""
         return x.to(torch.promote_types(x.dtype, getattr(torch, self.solver.dtype)))
@@ -113,14 +122,47 @@ class Flow(nn.Module):
 
     def inverse(self, z: Tensor) -> Tensor:
         """z (B, d) → x (B, *shape), with forward(inverse(z)).z = z up to the solver's error."""
-        require(z.shape[1:] == (self.d,), "shape of z", tuple(z.shape[1:]), f"({self.d},)")
 
         def run(pieces: nn.ModuleList, z: Tensor) -> Tensor:
             for piece in reversed(pieces):
-                z = piece.inverse(z, self.method)
+                z = piece.inverse(z, self.method)[-1]
             return z
 
-        *halves, z = self.to_state(z).split([*(math.prod(s) for s in self.factored_shapes), self.last_shape.numel()], dim=1)
+        return self.merge(self.to_state(z), run)
+
+    def trajectory(self, z: Tensor, intervals: int = 1) -> Tensor:
+        """z (B, d) → what becomes of it on the way to x, each in the arrangement of x: (pieces · intervals + 1, B, *shape).
+
+        A frame shows the pieces still to come as the identity. The first is z, the last x = inverse(z).
+        """
+        paths, reached = {}, {}
+
+        def solve(pieces: nn.ModuleList, z: Tensor) -> Tensor:
+            for piece in reversed(pieces):
+                paths[piece] = piece.inverse(z, self.method, intervals)
+                z = paths[piece][-1]
+            return z
+
+        def show(pieces: nn.ModuleList, z: Tensor) -> Tensor:
+            return next((reached[piece] for piece in pieces if piece in reached), z)
+
+        z = self.to_state(z)
+        self.merge(z, solve)
+        frames = [self.merge(z, show)]
+        for piece, path in paths.items():
+            for z_t in path[1:]:
+                reached[piece] = z_t
+                frames.append(self.merge(z, show))
+        return torch.stack(frames)
+
+    def as_x(self, z: Tensor) -> Tensor:
+        """z (B, d) in the arrangement of x, (B, *shape): the inverse of a flow whose pieces are the identity."""
+        return self.merge(z, lambda pieces, z: z)
+
+    def merge(self, z: Tensor, run: Callable[[nn.ModuleList, Tensor], Tensor]) -> Tensor:
+        """Undo the squeezes and the factoring out: z (B, d) → (B, *shape), `run` undoing each stack of pieces."""
+        require(z.shape[1:] == (self.d,), "shape of z", tuple(z.shape[1:]), f"({self.d},)")
+        *halves, z = z.split([*(math.prod(s) for s in self.factored_shapes), self.last_shape.numel()], dim=1)
         z = run(self.last, z.unflatten(1, self.last_shape))
         for (before, after), half, shape in zip(
             reversed(self.scales), reversed(halves), reversed(self.factored_shapes), strict=True

@@ -11,11 +11,10 @@ from torchmetrics import CatMetric
 from rnode.data import Batch
 from rnode.draws import sample_generators
 from rnode.errors import DivergenceError, InputError, is_int, is_number, require
+from rnode.evaluation import PROBES, measure, standard_error
 from rnode.flow import Flow
 from rnode.objective import bits_per_dim, log_normal, objective
 from rnode.solver import solver_errors
-
-PROBES = 1  # stream of the probes in evaluation (see sample_generators; the data module's noise is stream 0)
 
 
 class RNODE(LightningModule):
@@ -92,10 +91,8 @@ class RNODE(LightningModule):
             raise DivergenceError(f"the loss became NaN or infinite at step {step}")
 
     def evaluation_step(self, batch: Batch, stage: str) -> None:
-        state = self.flow(batch.y, sample_generators(batch.index, self.seed, PROBES))
-        bits = bits_per_dim(log_normal(state.z) + state.l, batch.log_det, self.flow.d)
-        rows = [batch.index, bits, state.E / self.flow.d, state.n / self.flow.d]
-        self.evaluated.update(torch.stack([row.to(bits.dtype) for row in rows], dim=1))
+        _, measures = measure(self.flow, batch, sample_generators(batch.index, self.seed, PROBES))
+        self.evaluated.update(torch.stack([batch.index.to(measures.bits.dtype), *measures], dim=1))
         self.log(f"{stage}/nfe_forward", self.flow.nfe[0], on_epoch=True, batch_size=len(batch.index), sync_dist=True)
 
     def evaluation_end(self, stage: str) -> None:
@@ -107,7 +104,7 @@ class RNODE(LightningModule):
         bits, kinetic, jacobian = rows.mean(0)
         if not bits.isfinite():
             raise DivergenceError(f"{stage} bits/dim is {bits:.3g}")
-        error = rows[:, 0].std() / len(rows) ** 0.5  # standard error over images
+        error = standard_error(rows[:, 0])
         self.log(f"{stage}/bits_per_dim", bits, prog_bar=True, sync_dist=True)
         measured = {"bits_per_dim_se": error, "kinetic": kinetic, "jacobian": jacobian}
         self.log_dict({f"{stage}/{name}": value for name, value in measured.items()}, sync_dist=True)

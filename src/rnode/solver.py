@@ -40,7 +40,7 @@ class Method:
     step_size: float = 0.25
     rtol: float = 1e-5
     atol: float = 1e-5
-    first_step: float = 1e-2
+    first_step: float = 0.3
 
     def __post_init__(self):
         require(self.method in FIXED_GRID + ADAPTIVE, "method", self.method, f"one of {', '.join(FIXED_GRID + ADAPTIVE)}")
@@ -182,8 +182,8 @@ def again_in_backward(function: Callable, *arguments: Tensor):
     return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
 
 
-def solve_back(field: nn.Module, z: Tensor, method: Method) -> Tensor:
-    """z at time T → z at time 0: the (ODE) alone, without the integrals."""
-    t = torch.tensor([T, 0.0], device=z.device, dtype=z.dtype)
+def solve_back(f: Callable[[Tensor, Tensor], Tensor], z: Tensor, method: Method, intervals: int = 1) -> Tensor:
+    """z at time T → z at `intervals` + 1 equal times from T to 0, (times, B, *shape): (ODE) alone, without the integrals."""
+    t = torch.linspace(T, 0, intervals + 1, device=z.device, dtype=z.dtype)
     with solver_errors(), precision_of(method, z.device):
-        return odeint(field, z, t, **method.arguments(rms))[-1]
+        return odeint(f, z, t, **method.arguments(rms))
