@@ -21,7 +21,7 @@ from pathlib import Path
 from common import report
 
 ROOT = Path(__file__).resolve().parent.parent
-PLAIN = ["model._target_=plain.multiscale", "solver=rk4", "trainer.inference_mode=false"]
+PLAIN = ["model._target_=plain.multiscale", "solver=rk4", "solver.test.first_step=0.01", "trainer.inference_mode=false"]
 CONTENDERS = {
     "plain recipe": PLAIN,
     "default": [],

@@ -38,7 +38,7 @@ def test_the_plain_recipe_in_the_same_program_gives_the_same_state():
     [
         ("step_digits", SMALL, 7),
         ("memory_digits", SMALL, 6),
-        ("evaluation_digits", SMALL, 2),
+        ("evaluation_digits", SMALL, 3),
         ("sampling_digits", SMALL, 4),
         ("budget", [], 4),
     ],

@@ -56,7 +56,7 @@ def discrete_bits(x):
 
 
 def test_the_importance_weighted_bound_falls_to_the_exact_discrete_likelihood():
-    x = torch.randint(LEVELS, (200, 1, 2, 2), dtype=torch.uint8)
+    x = torch.randint(LEVELS, (1000, 1, 2, 2), dtype=torch.uint8)
     summary, columns = evaluate(identity((1, 2, 2)), module(x, levels=LEVELS), "test", 256, 0)
     exact = discrete_bits(x)
     bounds = columns["bounds"]
@@ -192,7 +192,7 @@ def test_z_is_compared_with_x_in_its_own_arrangement():
     flow = multiscale((3, 16, 16), Solver(RK4, DOPRI5), Probes(), hidden=4).eval()
     x = torch.randn(4, 3, 16, 16)
     with torch.no_grad():
-        assert torch.equal(flow.as_x(flow(x).z), x)
+        torch.testing.assert_close(flow.as_x(flow(x).z), x, rtol=0, atol=1e-5)
 
 
 def test_a_trajectory_goes_from_z_to_x_through_the_closed_form():
