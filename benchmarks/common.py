@@ -17,6 +17,8 @@ SHAPES = {"digits": (1, 8, 8), "mnist": (1, 28, 28), "fashion_mnist": (1, 28, 28
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LAMBDA = 0.01
 RK4, SIMPSON, RADAU = Method("rk4"), Method("rk4", "simpson"), Method("rk4", "radau", step_size=1 / 3)
+COARSE = Method("rk4", "radau", step_size=1 / 2)  # solver=auto at first, …
+FINE = Method("rk4", "radau", step_size=1 / 4)  # … and after its first refinement
 DOPRI5 = Method("dopri5")
 FFJORD = Method("dopri5", first_step=1e-2)  # as the plain recipe has it
 EXACT = Method("dopri5", rtol=1e-8, atol=1e-8)  # what the others are measured against

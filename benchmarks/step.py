@@ -2,10 +2,11 @@
 
 python benchmarks/step.py [--dataset fashion_mnist] [--batch 32] [--channels 64] [--repetitions 3] [--compile] [--quick]
 
-Every contender has the same weights, batch and λ. Repetitions are interleaved. The table gives medians, the ratio to the
-plain recipe, the share of the limit (the seconds that the convolutions of the step would take at the rate that a 3×3
-convolution reaches in the same run, over the seconds it took) and the memory of the step at its peak; it is written to
-outputs/benchmarks/step_DATASET.csv and .png as well.
+Every contender has the same weights, batch and λ. `radau` is the solver of that name, three steps a piece; `radau 1/2` and
+`radau 1/4` are the first grid of the default, solver=auto, and its grid once refined. Repetitions are interleaved. The table
+gives medians, the ratio to the plain recipe, the share of the limit (the seconds that the convolutions of the step would take
+at the rate that a 3×3 convolution reaches in the same run, over the seconds it took) and the memory of the step at its peak;
+it is written to outputs/benchmarks/step_DATASET.csv and .png as well.
 """
 
 from collections.abc import Callable
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import common
-from common import DEVICE, LAMBDA, RADAU, RK4, SIMPSON, make_flow
+from common import COARSE, DEVICE, FINE, LAMBDA, RADAU, RK4, SIMPSON, make_flow
 from plain import PlainFlow
 from rnode import Flow, objective
 from rnode.allocator import keep_freed_memory
@@ -25,8 +26,11 @@ CONTENDERS = {  # name: (training method, gradient, bfloat16 in f, compiled)
     "rk4, backprop": (RK4, "backprop", False, False),
     "simpson, backprop": (SIMPSON, "backprop", False, False),
     "radau, backprop": (RADAU, "backprop", False, False),
+    "radau 1/2, backprop": (COARSE, "backprop", False, False),
+    "radau 1/4, backprop": (FINE, "backprop", False, False),
     "radau, checkpoint": (RADAU, "checkpoint", False, False),
     "radau, backprop, bf16": (RADAU, "backprop", True, False),
+    "radau 1/2, backprop, bf16": (COARSE, "backprop", True, False),
     "radau, backprop, compiled": (RADAU, "backprop", False, True),
     "radau, backprop, bf16, compiled": (RADAU, "backprop", True, True),
 }

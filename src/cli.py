@@ -15,6 +15,7 @@ FILES = {  # of each script, the files of its default run, in the order in which
         "regularizer/rnode.yaml",
         "solver/rk4.yaml",
         "solver/radau.yaml",
+        "solver/auto.yaml",
         "model/multiscale.yaml",
         "trainer.yaml",
         "dataset/digits.yaml",

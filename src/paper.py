@@ -42,7 +42,7 @@ LABELS = {
     "kinetic": "kinetic energy alone (rk4)",
     "jacobian": "Jacobian norm alone (rk4)",
     "unregularized": "no penalty (rk4)",
-    "fast": "RNODE, our default (radau)",
+    "fast": "RNODE, our default (auto)",
 }
 PUBLISHED = {  # bits/dim of Table 1 in Finlay et al. (2020), whose text gives the ratio
     "mnist": {"RNODE": 0.97, "FFJORD as first reported": 0.99},

@@ -24,7 +24,7 @@ def main(cfg: DictConfig) -> float:
 
     from build import build
     from rnode.allocator import keep_freed_memory
-    from rnode.callbacks import Compile, EpochTimer, Progress
+    from rnode.callbacks import Compile, EpochTimer, Progress, RefineGrid
     from rnode.checkpoint import AtomicCheckpointIO, check_checkpoint
     from rnode.errors import DivergenceError, is_int, require
     from rnode.module import RNODE
@@ -53,6 +53,7 @@ def main(cfg: DictConfig) -> float:
     callbacks = [EpochTimer(), instantiate(cfg.pictures, folder)]
     callbacks += [best, last] if cfg.trainer.enable_checkpointing else []
     callbacks += [Compile()] if cfg.compile else []
+    callbacks += [RefineGrid(cfg.refine)] if cfg.refine is not None and not flow.solver.train.adaptive else []
     callbacks += [Progress()] if cfg.trainer.enable_progress_bar else []
     OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
     trainer = instantiate(

@@ -36,7 +36,7 @@ def test_the_plain_recipe_in_the_same_program_gives_the_same_state():
 @pytest.mark.parametrize(
     ("name", "arguments", "rows"),
     [
-        ("step_digits", SMALL, 7),
+        ("step_digits", SMALL, 10),
         ("memory_digits", SMALL, 6),
         ("evaluation_digits", SMALL, 3),
         ("sampling_digits", SMALL, 4),

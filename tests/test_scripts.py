@@ -349,7 +349,7 @@ def test_figures_and_table_are_drawn_from_runs(tmp_path):
         assert (tmp_path / f"{name}.csv").stat().st_size > 30
     with open(tmp_path / "table1.csv", newline="") as file:
         rows = {row["flow"]: row for row in csv.DictReader(file)}
-    assert rows["RNODE, our default (radau)"]["FFJORD's time / this"] == "6.00 (6.00 – 6.00)"
+    assert rows["RNODE, our default (auto)"]["FFJORD's time / this"] == "6.00 (6.00 – 6.00)"
     assert rows["FFJORD (dopri5)"]["test bits/dim"] == "2.0050 ± 0.0071"
     assert "6.00 times sooner" in KNOWN["table1"].draw(runs, tmp_path / "table1")
 

@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import itertools
 import math
 import os
 import pickle
@@ -130,7 +131,7 @@ def test_the_default_run_as_a_user_starts_it(tmp_path):
         "seconds per epoch",
     ):
         assert text in done.stdout
-    assert re.search(r"Epoch 1: 100%.*bits/dim=\d.*, val=\d.*, NFE=36", done.stdout + done.stderr)
+    assert re.search(r"Epoch 1: 100%.*bits/dim=\d.*, val=\d.*, NFE=24", done.stdout + done.stderr)
     (offline,) = folder.glob("wandb/offline-run-*")
     (record,) = offline.glob("*.wandb")
     assert record.stat().st_size > 1000
@@ -182,8 +183,8 @@ def test_every_option_of_every_group_takes_two_steps(run, tmp_path, monkeypatch,
         ),
         (
             ["dataset=cifar10", "reg.lambda_j=0.03"],
-            # not an experiment of the paper's: the default solver, three steps between Radau's nodes
-            {"reg": (0.01, 0.03), "method": "rk4", "gradient": "backprop", "pieces": 14, "step_size": 1 / 3},
+            # not an experiment of the paper's: the default solver, at first two steps between Radau's nodes
+            {"reg": (0.01, 0.03), "method": "rk4", "gradient": "backprop", "pieces": 14, "step_size": 1 / 2},
         ),
     ],
 )
@@ -387,7 +388,7 @@ def test_a_density_trained_on_2d_data_integrates_to_one(run):
     ("overrides", "words"),
     [
         (["dataset=cifar11"], "no dataset/cifar11; the options are cifar10, digits"),
-        (["solver=euler"], "no solver/euler; the options are dopri5, radau, rk4, simpson"),
+        (["solver=euler"], "no solver/euler; the options are auto, dopri5, radau, rk4, simpson"),
         (["experiment=imagenet"], "no experiment/imagenet"),
         (["solver.train.method=rk5"], "solver.train.method=rk5: must be one of euler"),
         (["trainer.max_epoch=3"], "no option trainer.max_epoch; did you mean trainer.max_epochs?"),
@@ -551,3 +552,22 @@ def test_last_ckpt_is_the_last_epoch_even_if_it_is_not_the_best(run):
     values = column(folder, "val/bits_per_dim")
     assert last["epoch"] == 3
     assert best["epoch"] == values.index(min(values)) < 3
+
+
+def test_the_training_grid_is_refined_only_where_a_finer_one_says_otherwise(run, monkeypatch):
+    """solver=auto starts with two steps a piece, 8 evaluations; any difference at all, or none, is to count."""
+    from rnode.callbacks import RefineGrid
+
+    monkeypatch.setattr(RefineGrid, "EVERY_N_STEPS", 1)
+    few = [*QUICK, "model.pieces=1", "solver=auto", "dataset.batch_size=32", "wandb.mode=disabled", "trainer.max_steps=4"]
+    few += ["trainer.log_every_n_steps=1", "trainer.limit_test_batches=1", "trainer.max_epochs=1", "optimizer.lr=0.05"]
+    never = column(run(*few, "refine=100", folder="never"), "train/nfe_forward")
+    assert never == [24, 24, 24, 24]
+    # At the first step f = 0, the same on every grid.
+    always = column(run(*few, "refine=0", folder="always"), "train/nfe_forward")
+    assert always[0] == 24
+    assert always[-1] >= 48
+    assert all(b in (a, 2 * a) for a, b in itertools.pairwise(always))
+    again = run(*few, "refine=100", "trainer.max_steps=5", "trainer.max_epochs=2", "ckpt_path=auto", folder="always")
+    assert column(again, "train/nfe_forward")[-1] >= 48  # the step is part of the checkpoint
+    assert "refine" in yaml.safe_load((again / "config.yaml").read_text())
