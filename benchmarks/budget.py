@@ -10,12 +10,14 @@ Times in evaluation, the data's way to the device and what the optimizer does ar
 import argparse
 import math
 
-from common import DOPRI5, RADAU, RK4, SHAPES, evaluation_flops, write_table
+from common import COARSE, DOPRI5, FINE, RK4, SHAPES, evaluation_flops, write_table
 from rnode import Probes, Solver, multiscale
 
 RUNS = {"mnist": (50_000, 200), "cifar10": (45_000, 200)}  # training images and batch of conf/dataset
+AUTO = {"auto, first grid": COARSE, "auto, refined once": FINE}
 EPOCHS = 100  # section 6 of the paper
 TENSORS = 6, 6  # of hidden width that an evaluation keeps (three layers, each with its slope), and a product besides
+COUNTS = [("rk4, system", 16, 16), *((name, 4 * m.steps, m.steps) for name, m in AUTO.items())]  # a piece, f and εᵀ∇f
 
 
 def main() -> None:
@@ -29,7 +31,7 @@ def main() -> None:
         flow = multiscale(SHAPES[dataset], Solver(RK4, DOPRI5), Probes())
         areas = [math.prod(flow.shape[1:]) // 4**k for k in range(len(flow.scales) + 1)]  # two pieces before, two after
         pixels = sum(2 * area + 2 * area // 4 for area in areas[:-1]) + 2 * areas[-1]  # of all pieces' images
-        for name, evaluations, products in (("rk4, system", 16, 16), ("radau", 4 * RADAU.steps, RADAU.steps)):
+        for name, evaluations, products in COUNTS:
             flops = 3 * (evaluations + products) * evaluation_flops(SHAPES[dataset], 64) * batch
             kept = 4 * 64 * pixels * (TENSORS[0] * evaluations + TENSORS[1] * products) * batch  # bytes
             moved = 4 * kept  # written and read, forward and backward

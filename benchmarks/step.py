@@ -4,9 +4,9 @@ python benchmarks/step.py [--dataset fashion_mnist] [--batch 32] [--channels 64]
 
 Every contender has the same weights, batch and λ. `radau` is the solver of that name, three steps a piece; `radau 1/2` and
 `radau 1/4` are the first grid of the default, solver=auto, and its grid once refined. Repetitions are interleaved. The table
-gives medians, the ratio to the plain recipe, the share of the limit (the seconds that the convolutions of the step would take
-at the rate that a 3×3 convolution reaches in the same run, over the seconds it took) and the memory of the step at its peak;
-it is written to outputs/benchmarks/step_DATASET.csv and .png as well.
+gives medians, the ratio to the plain recipe, the share of the limit (the seconds that the convolutions of the step would
+take at the rate that a 3×3 convolution reaches in the same run, over the seconds it took) and the memory of the step at its
+peak; it is written to outputs/benchmarks/step_DATASET.csv and .png as well.
 """
 
 from collections.abc import Callable

@@ -40,7 +40,7 @@ def test_the_plain_recipe_in_the_same_program_gives_the_same_state():
         ("memory_digits", SMALL, 6),
         ("evaluation_digits", SMALL, 3),
         ("sampling_digits", SMALL, 4),
-        ("budget", [], 4),
+        ("budget", [], 6),
     ],
 )
 def test_benchmarks_write_a_table(name, arguments, rows, tmp_path, monkeypatch, capsys):
