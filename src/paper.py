@@ -18,16 +18,16 @@ from matplotlib import pyplot as plt
 
 DATA = {  # how train.py is told of each data set; digits and fashion14 are what two cores can do
     "line": ["dataset=toy", "dataset.name=two_gaussians", "dataset.shape=[1]", "trainer.max_epochs=10"],
-    "digits": ["dataset=digits", "dataset.batch_size=64", "model.pieces=1", "trainer.max_epochs=12"],
+    "digits": ["dataset=digits", "dataset.batch_size=64", "model.pieces=1", "trainer.max_epochs=8"],
     "fashion14": [
         "dataset=fashion_mnist",
         "dataset.resize=14",
-        "dataset.batch_size=64",
+        "dataset.batch_size=32",
         "model.pieces=1",
-        "model.hidden=32",
+        "model.hidden=16",
         "optimizer.lr=4e-3",
-        "trainer.max_epochs=12",
-        "trainer.limit_train_batches=40",
+        "trainer.max_epochs=8",
+        "trainer.limit_train_batches=25",
         "trainer.limit_val_batches=5",
         "trainer.limit_test_batches=10",
     ],

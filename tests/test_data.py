@@ -248,3 +248,29 @@ def test_what_does_not_fit_the_data_is_refused(changes, message):
 def test_an_argument_that_the_source_does_not_know_is_refused_at_once():
     with pytest.raises(TypeError, match="validaton"):
         module(validaton=10)
+
+
+def test_reduced_images_are_the_means_of_their_blocks(tmp_path):
+    from rnode.data import reduced
+
+    images = torch.randint(256, (5, 3, 28, 28), dtype=torch.uint8)
+    blocks = images.double().unfold(2, 2, 2).unfold(3, 2, 2).mean((-2, -1))
+    smaller = reduced(images, 14)
+    assert smaller.dtype == torch.uint8
+    assert (smaller.double() - blocks).abs().max() <= 0.5
+    assert reduced(images, 28) is images
+    for side in (3, 29, 14.0):
+        with pytest.raises(InputError, match="dataset.resize"):
+            reduced(images, side)
+    write_idx(tmp_path / "train-images-idx3-ubyte", np.zeros((9, 28, 28)))
+    write_idx(tmp_path / "t10k-images-idx3-ubyte", np.zeros((4, 28, 28)))
+    assert idx_images("MNIST", str(tmp_path), 2, resize=14).val.shape == (2, 1, 14, 14)
+
+
+def test_the_density_on_the_line_has_its_moments():
+    x = torch.from_numpy(DENSITIES["two_gaussians"](200000, np.random.default_rng(0)))
+    assert x.shape == (200000, 1)
+    mean = (-1.6 + 2 * 1.2) / 3
+    variance = 0.4**2 + (1.6**2 + 2 * 1.2**2) / 3 - mean**2
+    assert abs(x.mean() - mean) < 0.02
+    assert abs(x.var() - variance) < 0.02
