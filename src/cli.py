@@ -90,7 +90,10 @@ def run(main: Callable[[], None], script: str, purpose: str) -> None:
 
 
 def one_line_errors(function: Callable) -> Callable:
-    """Print one line and exit, with 2 for a user's mistake and 1 for a run that failed; other errors are bugs of ours."""
+    """Print one line and exit, with 2 for a user's mistake, 1 for a run that failed and 128 + n for one that signal n stopped.
+
+    Other errors are bugs of ours.
+    """
 
     @functools.wraps(function)
     def wrapped(*args):
@@ -100,7 +103,7 @@ def one_line_errors(function: Callable) -> Callable:
             message, code = explain(error)
             if message is None or FULL_ERROR:
                 raise
-            print(f"error: {message}", file=sys.stderr)
+            print(f"{'stopped' if code > 128 else 'error'}: {message}", file=sys.stderr)
             sys.exit(code)
 
     return wrapped
@@ -128,8 +131,10 @@ def explain(error: Exception) -> tuple[str | None, int]:
     composed = isinstance(error, HydraException | OmegaConfBaseException) and not isinstance(error, InstantiationException)
     if composed:  # before the imports below, which bring torch: a misspelt key does not wait for it
         return explain_hydra(error), 2
-    from rnode.errors import DivergenceError, InputError
+    from rnode.errors import DivergenceError, InputError, Stopped
 
+    if isinstance(error, Stopped):
+        return one_line(error), 128 + error.signal
     if isinstance(error, DivergenceError):
         return one_line(error), 1
     if isinstance(error, InputError):

@@ -24,9 +24,9 @@ def main(cfg: DictConfig) -> float:
 
     from build import build
     from rnode.allocator import keep_freed_memory
-    from rnode.callbacks import Compile, EpochTimer, Progress, RefineGrid
+    from rnode.callbacks import Compile, EpochTimer, Progress, RefineGrid, StopOnSignal
     from rnode.checkpoint import AtomicCheckpointIO, check_checkpoint
-    from rnode.errors import DivergenceError, is_int, require
+    from rnode.errors import DivergenceError, Stopped, is_int, require
     from rnode.module import RNODE
 
     quiet()
@@ -52,6 +52,7 @@ def main(cfg: DictConfig) -> float:
     last = ModelCheckpoint(folder, filename="last", save_on_train_epoch_end=True, enable_version_counter=False)
     callbacks = [EpochTimer(), instantiate(cfg.pictures, folder)]
     callbacks += [best, last] if cfg.trainer.enable_checkpointing else []
+    callbacks += [StopOnSignal(folder / "last.ckpt")]
     callbacks += [Compile()] if cfg.compile else []
     callbacks += [RefineGrid(cfg.refine)] if cfg.refine is not None and not flow.solver.train.adaptive else []
     callbacks += [Progress()] if cfg.trainer.enable_progress_bar else []
@@ -78,6 +79,10 @@ def main(cfg: DictConfig) -> float:
         )
         (folder / "diverged.txt").write_text(message + "\n")
         raise DivergenceError(message) from error
+    except Stopped as stopped:
+        again = " ".join(["python src/train.py", *HydraConfig.get().overrides.task, f"hydra.run.dir={folder} ckpt_path=auto"])
+        kept = f"last checkpoint: {folder / 'last.ckpt'}; to go on: {again}"
+        raise Stopped(f"{stopped}; {kept if (folder / 'last.ckpt').exists() else 'no checkpoint yet'}", stopped.signal) from None
     finally:
         finish_wandb()
     if trainer.is_global_zero:
@@ -111,6 +116,7 @@ def quiet() -> None:
         r".*The dirpath has changed.*",  # a resumed run has a folder of its own
         r".*Using `DistributedSampler` with the dataloaders.*",  # the metrics count each image once all the same
         r".*LeafSpec.*",  # Lightning's own use of torch
+        r".*your dataloader is not resumable.*",  # it goes on where the checkpoint's epoch was cut off
     ):
         warnings.filterwarnings("ignore", message)
 
@@ -128,8 +134,8 @@ def loggers(wandb: DictConfig, folder, config: dict, step: int | None) -> list:
     modes = ("offline", "online", "disabled")
     require(wandb.mode in modes, "wandb.mode", wandb.mode, " or ".join(modes))
     earlier = read_metrics(folder / "metrics.csv") if step is not None else []
-    csv = CSVLogger(folder, name="", version="")
-    rows = [row for row in earlier if int(row["step"]) <= step and not any(key.startswith("test/") for key in row)]
+    csv = CSVLogger(folder, name="", version="", flush_logs_every_n_steps=1)
+    rows = [row for row in earlier if int(row["step"]) < step and not any(key.startswith("test/") for key in row)]
     if rows:
         csv.experiment.metrics = rows  # Lightning's writer would begin the file anew
         csv.save()

@@ -4,6 +4,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from pytorch_lightning import Trainer
 from sklearn.datasets import load_digits, load_sample_images
 
 from rnode import InputError
@@ -221,6 +222,7 @@ def test_vectors_pass_unchanged():
 
 def test_batches_are_fetched_whole_and_every_image_once():
     data = module()
+    data.trainer = Trainer(logger=False, accelerator="cpu")
     data.setup()
     seen = torch.cat([index for _, index in data.train_dataloader()])
     assert torch.equal(seen.sort().values, torch.arange(1257))

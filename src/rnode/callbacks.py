@@ -1,8 +1,10 @@
 """What Lightning calls while a flow trains: progress, compilation, the time an epoch takes, pictures."""
 
+import signal
 import sys
 import time
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -13,7 +15,7 @@ from pytorch_lightning.utilities import rank_zero_only
 
 from rnode.data import NOISE, DataModule
 from rnode.draws import sample_generators
-from rnode.errors import is_int, is_number, require
+from rnode.errors import Stopped, is_int, is_number, require
 from rnode.evaluation import PROBES, measure
 from rnode.flow import Flow
 from rnode.module import RNODE
@@ -106,20 +108,94 @@ def with_step(solver: Solver, step_size: float) -> Solver:
     return replace(solver, train=replace(solver.train, step_size=step_size))
 
 
+class StopOnSignal(Callback):
+    """SIGINT, SIGTERM or SIGUSR1 ends the run after the training step it meets, with a checkpoint written to `path`.
+
+    In a validation it is heard once that is over: half of one cannot be gone on with. `path` is written at each epoch's end
+    too, by another callback. The same signal a second time does what it does to any program.
+    """
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.received = self.agreed = 0  # number of the signal that this process, or any of them, has had
+
+    def on_train_start(self, trainer: Trainer, module: RNODE) -> None:
+        self.listen()
+
+    def on_test_start(self, trainer: Trainer, module: RNODE) -> None:
+        self.listen()
+
+    def listen(self) -> None:
+        """After Lightning has put its own handlers in place; at the end it puts those from before them back."""
+        for number in self.SIGNALS:
+            signal.signal(number, self.note)
+
+    def note(self, number: int, frame: object) -> None:
+        self.received = number
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+
+    def on_train_epoch_start(self, trainer: Trainer, module: RNODE) -> None:
+        self.agree(trainer)
+        self.stop(trainer)
+
+    def on_train_batch_end(self, trainer: Trainer, *_) -> None:
+        self.agree(trainer)
+        if self.agreed and not trainer.is_last_batch and trainer.checkpoint_callbacks:
+            trainer.save_checkpoint(self.path, weights_only=False)
+
+    def on_train_batch_start(self, trainer: Trainer, *_) -> None:  # by then the step's metrics are logged
+        self.stop(trainer)
+
+    def on_test_batch_end(self, trainer: Trainer, *_) -> None:
+        self.agree(trainer)
+        self.stop(trainer)
+
+    def agree(self, trainer: Trainer) -> None:
+        """If any process was asked to stop, all do, at the same step."""
+        received = torch.tensor(self.received)
+        if trainer.world_size > 1:
+            torch.distributed.all_reduce(received, torch.distributed.ReduceOp.MAX, group=self.group)
+        self.agreed = int(received)
+
+    def stop(self, trainer: Trainer) -> None:
+        if self.agreed:
+            name = signal.Signals(self.agreed).name
+            raise Stopped(f"by {name} after {trainer.global_step} training steps", self.agreed)
+
+    @cached_property
+    def group(self) -> object:
+        """The processes, reached without the accelerator: nothing on it is waited for."""
+        return torch.distributed.new_group(backend="gloo")
+
+
 class EpochTimer(Callback):
     """Logs train/seconds_per_epoch: the time spent on training batches, without validation."""
 
+    def __init__(self):
+        self.seconds = 0.0  # in this epoch so far, by an earlier process too
+
     def on_train_start(self, trainer: Trainer, module: RNODE) -> None:
-        self.start = self.end = time.perf_counter()  # an epoch that is gone on with, in its middle, has no start
+        self.mark = time.perf_counter()
 
     def on_train_epoch_start(self, trainer: Trainer, module: RNODE) -> None:
-        self.start = self.end = time.perf_counter()
+        self.seconds = 0.0
+        self.mark = time.perf_counter()
 
     def on_train_batch_end(self, trainer: Trainer, *_) -> None:
-        self.end = time.perf_counter()
+        now = time.perf_counter()
+        self.seconds += now - self.mark
+        self.mark = now
 
     def on_train_epoch_end(self, trainer: Trainer, module: RNODE) -> None:
-        module.log("train/seconds_per_epoch", self.end - self.start)
+        module.log("train/seconds_per_epoch", self.seconds)
+
+    def state_dict(self) -> dict:
+        return {"seconds": self.seconds}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.seconds = state["seconds"]
 
 
 class Pictures(Callback):

@@ -10,7 +10,7 @@ import inspect
 import itertools
 import math
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,9 +19,9 @@ import torch
 import torch.nn.functional as F
 from pytorch_lightning import LightningDataModule
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from rnode.draws import sample_generators
+from rnode.draws import sample_generators, step_seed
 from rnode.errors import InputError, is_int, one_line, require
 from rnode.transforms import Dequantize, Logit
 
@@ -58,7 +58,10 @@ class Indexed(Dataset):
 
 
 class Fresh(Dataset):
-    """`count` vectors an epoch, drawn anew from a density whenever they are asked for, from torch's random state."""
+    """`count` vectors an epoch, drawn anew from a density for every batch.
+
+    The batch's indices are the seed: every epoch of every run asks for them in an order of its own.
+    """
 
     def __init__(self, density: Callable[[int, np.random.Generator], np.ndarray], count: int):
         self.density, self.count = density, count
@@ -67,8 +70,23 @@ class Fresh(Dataset):
         return self.count
 
     def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
-        rng = np.random.default_rng(int(torch.randint(2**62, ())))
+        rng = np.random.default_rng(indices)
         return torch.from_numpy(self.density(len(indices), rng)).float(), torch.tensor(indices)
+
+
+class Order(DistributedSampler):
+    """A new order of the training samples each epoch, dealt out to the processes: decided by (seed, epoch).
+
+    The first epoch it gives begins after `skip` samples, where a run that was cut off goes on.
+    """
+
+    def __init__(self, data: Dataset, replicas: int, rank: int, seed: int, skip: int):
+        super().__init__(data, num_replicas=replicas, rank=rank, seed=seed)
+        self.skip = skip
+
+    def __iter__(self) -> Iterator[int]:
+        skip, self.skip = self.skip, 0
+        return itertools.islice(super().__iter__(), skip, None)
 
 
 class DataModule(LightningDataModule):
@@ -123,7 +141,11 @@ class DataModule(LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         data = self.splits.train
         data = Indexed(data) if isinstance(data, Tensor) else data
-        return DataLoader(data, self.batch_size, shuffle=True, collate_fn=as_fetched)
+        trainer = self.trainer
+        progress = trainer.fit_loop.epoch_loop.batch_progress  # that of a checkpoint, if the run goes on from one
+        done = 0 if progress.is_last_batch else progress.current.processed
+        order = Order(data, trainer.world_size, trainer.global_rank, self.seed, skip=done * self.batch_size)
+        return DataLoader(data, self.batch_size, sampler=order, collate_fn=as_fetched)
 
     def val_dataloader(self) -> DataLoader:
         return self.eval_dataloader(self.splits.val)
@@ -134,6 +156,13 @@ class DataModule(LightningDataModule):
     def eval_dataloader(self, rows: Tensor) -> DataLoader:
         # Its own generator: a loader draws a number each time it starts, and training's random stream is not to notice.
         return DataLoader(Indexed(rows), self.eval_batch_size, collate_fn=as_fetched, generator=torch.Generator())
+
+    def on_before_batch_transfer(self, batch: tuple[Tensor, Tensor], dataloader_idx: int) -> tuple[Tensor, Tensor]:
+        trainer = self.trainer
+        if trainer.training:
+            batch_idx = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+            torch.manual_seed(step_seed(self.seed, trainer.current_epoch, batch_idx, trainer.global_rank))
+        return batch
 
     def on_after_batch_transfer(self, batch: tuple[Tensor, Tensor], dataloader_idx: int) -> Batch:
         x, index = batch

@@ -9,6 +9,14 @@ class DivergenceError(ArithmeticError):
     """A computation that left the finite numbers, or a solver whose step size underflowed."""
 
 
+class Stopped(Exception):
+    """The run was asked by a signal to stop, and has."""
+
+    def __init__(self, message: str, signal: int):
+        super().__init__(message)
+        self.signal = signal
+
+
 def require(condition: bool, name: str, value: object, right: str) -> None:
     """Raise InputError unless `condition`: `name=value` is not what it must be, which is `right`."""
     if not condition:

@@ -46,11 +46,6 @@ class RNODE(LightningModule):
         self.evaluated = CatMetric()  # a row an image: index, bits/dim, kinetic, jacobian
         self.register_buffer("diverged_at", torch.tensor(-1), persistent=False)  # first step with a loss not finite
 
-    def on_fit_start(self) -> None:
-        # Every process draws its own noise and probes; the weights are process 0's.
-        if self.global_rank > 0:
-            torch.manual_seed(torch.initial_seed() + self.global_rank)
-
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         state = self.flow(batch.y)
         loss = objective(state, self.lambda_k, self.lambda_j)
