@@ -90,7 +90,7 @@ def run(main: Callable[[], None], script: str, purpose: str) -> None:
 
 
 def one_line_errors(function: Callable) -> Callable:
-    """Print one line and exit, with 2 for a user's mistake, 1 for a run that failed and 128 + n for one that signal n stopped.
+    """Print one line and exit: 2 for a user's mistake, 1 for a run that failed, 128 + n for one that signal n stopped.
 
     Other errors are bugs of ours.
     """

@@ -7,6 +7,8 @@ from omegaconf import DictConfig, OmegaConf
 
 import cli
 
+REWINDS = 3  # at most, with trainer.on_divergence=rewind
+
 # What is slow to import (torch, Lightning, W&B) is imported where it is used: --help and a misspelt key do not wait.
 
 
@@ -15,7 +17,58 @@ import cli
 def main(cfg: DictConfig) -> float:
     """One run, in the folder Hydra made for it. Returns the best validation bits/dim, for sweeps to minimize."""
     refuse_unknown(cfg)
+    from collections import Counter
     from pathlib import Path
+
+    from hydra.core.hydra_config import HydraConfig
+
+    from rnode.allocator import keep_freed_memory
+    from rnode.checkpoint import load_checkpoint
+    from rnode.errors import DivergenceError, is_int, require
+
+    quiet()
+    keep_freed_memory()
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    require(is_int(cfg.seed, at_least=0) and cfg.seed < 2**32, "seed", cfg.seed, "a whole number from 0 to 2^32 - 1")
+    for name in ("max_epochs", "max_steps"):  # Lightning finds these out with a bare assertion, late
+        value = cfg.trainer[name]
+        require(value is None or is_int(value, at_least=-1), f"trainer.{name}", value, "a whole number, or -1 for no limit")
+    require(isinstance(cfg.compile, bool), "compile", cfg.compile, "true or false")
+    on_divergence = cfg.trainer.on_divergence
+    require(on_divergence in ("stop", "rewind"), "trainer.on_divergence", on_divergence, "stop or rewind")
+
+    ckpt_path, last = cfg.ckpt_path, folder / "last.ckpt"
+    if ckpt_path == "auto":
+        ckpt_path = str(last) if last.exists() else None
+    halvings, factor = (
+        Counter(),
+        1.0,
+    )  # of the learning rate, by the step gone back to; that step's checkpoint has none of them
+    try:
+        while True:
+            try:
+                return train(cfg, folder, ckpt_path, factor)
+            except DivergenceError as error:
+                if on_divergence == "stop" or halvings.total() == REWINDS or not last.exists():
+                    advice = "try a smaller optimizer.lr, a larger reg.lambda_j or a smaller solver.train.step_size"
+                    message = f"{error}; {advice}; last good checkpoint: {last if last.exists() else 'none yet'}"
+                    (folder / "diverged.txt").write_text(f"{message}\n")
+                    raise DivergenceError(message) from error
+                ckpt_path = str(last)
+                step = load_checkpoint(ckpt_path)["global_step"]
+                halvings[step] += 1
+                factor = 0.5 ** halvings[step]
+                print(f"{error}; going back to step {step} with half the learning rate", file=sys.stderr)
+    finally:
+        finish_wandb()
+
+
+def train(cfg: DictConfig, folder, ckpt_path: str | None, learning_rate_factor: float) -> float:
+    """Fit, then test the best weights. Returns the best validation bits/dim.
+
+    `learning_rate_factor` is put to the learning rate that the checkpoint `ckpt_path` has.
+    """
+    import shlex
 
     import pytorch_lightning as pl
     from hydra.core.hydra_config import HydraConfig
@@ -23,42 +76,29 @@ def main(cfg: DictConfig) -> float:
     from pytorch_lightning.callbacks import ModelCheckpoint
 
     from build import build
-    from rnode.allocator import keep_freed_memory
-    from rnode.callbacks import Compile, EpochTimer, Progress, RefineGrid, StopOnSignal
+    from rnode.callbacks import Compile, EpochTimer, Progress, RefineGrid, ScaleLearningRate, StopOnSignal
     from rnode.checkpoint import AtomicCheckpointIO, check_checkpoint
-    from rnode.errors import DivergenceError, Stopped, is_int, require
+    from rnode.errors import Stopped
     from rnode.module import RNODE
 
-    quiet()
-    keep_freed_memory()
-    folder = Path(HydraConfig.get().runtime.output_dir)
-    config = OmegaConf.to_container(cfg, resolve=True)
-    require(is_int(cfg.seed, at_least=0) and cfg.seed < 2**32, "seed", cfg.seed, "a whole number from 0 to 2^32 - 1")
-    for name in ("max_epochs", "max_steps"):  # Lightning finds these out with a bare assertion, late
-        value = cfg.trainer[name]
-        require(value is None or is_int(value, at_least=-1), f"trainer.{name}", value, "a whole number, or -1 for no limit")
-    require(isinstance(cfg.compile, bool), "compile", cfg.compile, "true or false")
     pl.seed_everything(cfg.seed, verbose=False)
-
+    config = OmegaConf.to_container(cfg, resolve=True)
     data, flow = build(cfg)
     schedule = {"warmup_steps": cfg.warmup_steps, "decay": cfg.decay}
     module = RNODE(flow, instantiate(cfg.optimizer), **cfg.reg, **schedule, seed=cfg.seed, config=config)
-    ckpt_path = cfg.ckpt_path
-    if ckpt_path == "auto":
-        ckpt_path = str(folder / "last.ckpt") if (folder / "last.ckpt").exists() else None
     step = None if ckpt_path is None else check_checkpoint(ckpt_path, config)
     best = ModelCheckpoint(folder, filename="best", monitor="val/bits_per_dim", enable_version_counter=False)
     # Not save_last=True of the one above: Lightning then writes the last epoch only if it is also the best.
     last = ModelCheckpoint(folder, filename="last", save_on_train_epoch_end=True, enable_version_counter=False)
-    callbacks = [EpochTimer(), instantiate(cfg.pictures, folder)]
+    callbacks = [EpochTimer(), StopOnSignal(folder / "last.ckpt"), instantiate(cfg.pictures, folder)]
     callbacks += [best, last] if cfg.trainer.enable_checkpointing else []
-    callbacks += [StopOnSignal(folder / "last.ckpt")]
     callbacks += [Compile()] if cfg.compile else []
     callbacks += [RefineGrid(cfg.refine)] if cfg.refine is not None and not flow.solver.train.adaptive else []
+    callbacks += [ScaleLearningRate(learning_rate_factor)] if learning_rate_factor != 1 else []
     callbacks += [Progress()] if cfg.trainer.enable_progress_bar else []
     OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
     trainer = instantiate(
-        cfg.trainer,
+        OmegaConf.masked_copy(cfg.trainer, [name for name in cfg.trainer if name != "on_divergence"]),
         logger=loggers(cfg.wandb, folder, config, step),
         callbacks=callbacks,
         plugins=[AtomicCheckpointIO(), *(cfg.trainer.plugins or [])],
@@ -71,20 +111,12 @@ def main(cfg: DictConfig) -> float:
             trainer.validate(module, data, verbose=False)
         trained = dict(trainer.callback_metrics)
         trainer.test(module, data, ckpt_path=best.best_model_path or None, weights_only=True, verbose=False)
-    except DivergenceError as error:
-        kept = last.best_model_path or "none yet"
-        message = (
-            f"{error} (training step {trainer.global_step}); try a smaller optimizer.lr, a larger reg.lambda_j or a smaller "
-            f"solver.train.step_size; last good checkpoint: {kept}"
-        )
-        (folder / "diverged.txt").write_text(message + "\n")
-        raise DivergenceError(message) from error
     except Stopped as stopped:
-        again = " ".join(["python src/train.py", *HydraConfig.get().overrides.task, f"hydra.run.dir={folder} ckpt_path=auto"])
-        kept = f"last checkpoint: {folder / 'last.ckpt'}; to go on: {again}"
-        raise Stopped(f"{stopped}; {kept if (folder / 'last.ckpt').exists() else 'no checkpoint yet'}", stopped.signal) from None
-    finally:
-        finish_wandb()
+        kept = "no checkpoint yet"
+        if (folder / "last.ckpt").exists():
+            overrides = [*HydraConfig.get().overrides.task, f"hydra.run.dir={folder}", "ckpt_path=auto"]
+            kept = f"last checkpoint: {folder / 'last.ckpt'}; to go on: {shlex.join(['python', 'src/train.py', *overrides])}"
+        raise Stopped(f"{stopped}; {kept}", stopped.signal) from None
     if trainer.is_global_zero:
         summarize(trained | trainer.callback_metrics, module, folder)
     score = best.best_model_score
@@ -115,6 +147,7 @@ def quiet() -> None:
         r".*could not find the monitored key.*",  # a run stopped before its first validation is validated at its end
         r".*The dirpath has changed.*",  # a resumed run has a folder of its own
         r".*Using `DistributedSampler` with the dataloaders.*",  # the metrics count each image once all the same
+        r".*There is a wandb run already in progress.*",  # of this run, before it was rewound
         r".*LeafSpec.*",  # Lightning's own use of torch
         r".*your dataloader is not resumable.*",  # it goes on where the checkpoint's epoch was cut off
     ):

@@ -60,7 +60,15 @@ def wait_for_step(process, folder, step):
 def same(a, b, path=""):
     """Whether two values out of checkpoints are equal, to the bit; timings and folders do not count."""
     if isinstance(a, dict):
-        ignored = {"config", "dirpath", "best_model_path", "last_model_path", "kth_best_model_path", "best_k_models", "seconds"}
+        ignored = {
+            "config",
+            "dirpath",
+            "best_model_path",
+            "last_model_path",
+            "kth_best_model_path",
+            "best_k_models",
+            "seconds",
+        }
         assert {str(key) for key in a} == {str(key) for key in b}, path
         for key in a.keys() - ignored:
             same(a[key], b[key], f"{path}.{key}")

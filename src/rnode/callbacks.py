@@ -170,6 +170,19 @@ class StopOnSignal(Callback):
         return torch.distributed.new_group(backend="gloo")
 
 
+class ScaleLearningRate(Callback):
+    """Multiplies the learning rate by `factor`, after a checkpoint's has been put back, and its schedule's with it."""
+
+    def __init__(self, factor: float):
+        self.factor = factor
+
+    def on_train_start(self, trainer: Trainer, module: RNODE) -> None:
+        for group in (group for optimizer in trainer.optimizers for group in optimizer.param_groups):
+            group.update({name: self.factor * group[name] for name in ("lr", "initial_lr") if name in group})
+        for scheduler in (config.scheduler for config in trainer.lr_scheduler_configs):
+            scheduler.base_lrs = [self.factor * rate for rate in scheduler.base_lrs]
+
+
 class EpochTimer(Callback):
     """Logs train/seconds_per_epoch: the time spent on training batches, without validation."""
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rnode.dynamics import Dynamics, Probes, State
-from rnode.errors import InputError, is_int, require
+from rnode.errors import DivergenceError, InputError, is_int, require
 from rnode.networks import Field, TimeConv2d, TimeLinear
 from rnode.objective import log_normal
 from rnode.solver import Method, Solver, solve, solve_back
@@ -27,12 +27,14 @@ class Piece(nn.Module):
         self.field = field
         self.last_solve: Dynamics | None = None
         self.nfe_forward = self.nfe_inverse = 0
+        self.finite = torch.ones(4, dtype=torch.bool)  # whether z, l, E and n of the last solve were; on z's device
 
     def forward(self, z: Tensor, eps: Tensor, method: Method, gradient: str) -> State:
         """z (B, *shape), eps (K, B, *shape) → State at time T, its integrals over this piece."""
         dynamics = self.last_solve = Dynamics(self.field, eps)
         state = solve(dynamics, z, method, gradient, self.field.parameters())
         self.nfe_forward = dynamics.nfe
+        self.finite = torch.stack([part.detach().isfinite().all() for part in state])
         return state
 
     def inverse(self, z: Tensor, method: Method, intervals: int = 1) -> Tensor:
@@ -108,7 +110,10 @@ class Flow(nn.Module):
             nonlocal l, E, n
             for piece in pieces:
                 eps = self.probes.draw(z, generators)
-                z, dl, dE, dn = piece(z, eps, self.method, self.solver.gradient)
+                try:
+                    z, dl, dE, dn = piece(z, eps, self.method, self.solver.gradient)
+                except DivergenceError as error:
+                    raise DivergenceError(f"{error} in piece {1 + self.pieces.index(piece)}") from None
                 l, E, n = l + dl, E + dE, n + dn
             return z
 

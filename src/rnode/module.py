@@ -6,6 +6,7 @@ from collections.abc import Callable
 import torch
 from pytorch_lightning import LightningModule
 from torch import Tensor
+from torch.nn.utils import get_total_norm
 from torchmetrics import CatMetric
 
 from rnode.data import Batch
@@ -44,13 +45,19 @@ class RNODE(LightningModule):
         self.lambda_k, self.lambda_j, self.warmup_steps, self.seed = lambda_k, lambda_j, warmup_steps, seed
         self.config = config or {}
         self.evaluated = CatMetric()  # a row an image: index, bits/dim, kinetic, jacobian
-        self.register_buffer("diverged_at", torch.tensor(-1), persistent=False)  # first step with a loss not finite
+        # The first step with something that is not finite, and which of `watched`; -1: none yet.
+        self.register_buffer("diverged_at", torch.tensor([-1, 0]), persistent=False)
+        pieces = range(1, 1 + len(flow.pieces))
+        self.watched = [f"{name} of piece {i}" for i in pieces for name in "zlEn"]
+        self.watched += ["the loss", *(f"the gradient of piece {i}" for i in pieces)]
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        state = self.flow(batch.y)
+        try:
+            state = self.flow(batch.y)
+        except DivergenceError as error:
+            raise DivergenceError(f"{error} at training step {self.global_step}") from None
         loss = objective(state, self.lambda_k, self.lambda_j)
-        # Noted on the device, looked at when metrics are logged: a look at every step would make the device wait.
-        self.diverged_at = torch.where(loss.isfinite() | (self.diverged_at >= 0), self.diverged_at, self.global_step)
+        self.loss_finite = loss.detach().isfinite()
         with torch.no_grad():
             bits = bits_per_dim(log_normal(state.z) + state.l, batch.log_det, self.flow.d).mean()
         self.log_dict({"train/bits_per_dim": bits, "train/nfe_forward": self.flow.nfe[0]}, prog_bar=True)
@@ -64,26 +71,37 @@ class RNODE(LightningModule):
         return loss
 
     def backward(self, loss: Tensor) -> None:
-        with solver_errors():
-            loss.backward()
+        try:
+            with solver_errors():
+                loss.backward()
+        except DivergenceError as error:
+            # Pieces are gone through from the last to the first: the first that has begun is the one that failed.
+            piece = next(i for i, piece in enumerate(self.flow.pieces, 1) if piece.nfe_backward > 0)
+            message = f"{error} in the gradient of piece {piece} at training step {self.global_step}"
+            raise DivergenceError(message) from None
 
     def on_after_backward(self) -> None:
         self.log("train/nfe_backward", self.flow.nfe[1])
-
-    def on_train_batch_end(self, outputs: object, batch: Batch, batch_idx: int) -> None:
-        if self.global_step % max(1, self.trainer.log_every_n_steps) == 0:
+        self.watch()
+        # An accelerator would have to wait for a look at every step; it is looked at when its metrics are.
+        if self.device.type == "cpu" or (self.global_step + 1) % max(1, self.trainer.log_every_n_steps) == 0:
             self.stop_if_diverged()
+
+    def watch(self) -> None:
+        """Note, on the device, what of this step is not finite."""
+        gradients = [[p.grad for p in piece.parameters() if p.grad is not None] for piece in self.flow.pieces]
+        finite = [*(piece.finite for piece in self.flow.pieces), self.loss_finite[None]]
+        finite = torch.cat([*finite, torch.stack([get_total_norm(g).isfinite() for g in gradients])])
+        now = torch.stack([self.diverged_at.new_tensor(self.global_step), finite.int().argmin()])
+        self.diverged_at = torch.where(finite.all() | (self.diverged_at[0] >= 0), self.diverged_at, now)
 
     def on_validation_start(self) -> None:
         self.stop_if_diverged()
 
-    def on_train_epoch_end(self) -> None:  # before last.ckpt is written
-        self.stop_if_diverged()
-
     def stop_if_diverged(self) -> None:
-        step = int(self.diverged_at)
+        step, what = self.diverged_at.tolist()
         if step >= 0:
-            raise DivergenceError(f"the loss became NaN or infinite at step {step}")
+            raise DivergenceError(f"{self.watched[what]} became NaN or infinite at training step {step}")
 
     def evaluation_step(self, batch: Batch, stage: str) -> None:
         _, measures = measure(self.flow, batch, sample_generators(batch.index, self.seed, PROBES))
@@ -98,7 +116,7 @@ class RNODE(LightningModule):
         rows = rows.new_zeros(int(first.max()) + 1, rows.shape[1]).index_copy_(0, first, rows)[:, 1:]
         bits, kinetic, jacobian = rows.mean(0)
         if not bits.isfinite():
-            raise DivergenceError(f"{stage} bits/dim is {bits:.3g}")
+            raise DivergenceError(f"{stage} bits/dim is {bits:.3g} after training step {self.global_step}")
         error = standard_error(rows[:, 0])
         self.log(f"{stage}/bits_per_dim", bits, prog_bar=True, sync_dist=True)
         measured = {"bits_per_dim_se": error, "kinetic": kinetic, "jacobian": jacobian}
@@ -133,4 +151,5 @@ class RNODE(LightningModule):
         return rise * (1 + math.cos(math.pi * min(step / steps, 1))) / 2 if self.decay else rise
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
+        self.stop_if_diverged()  # rather than write over the last good one
         checkpoint["config"] = self.config

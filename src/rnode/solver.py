@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from torchdiffeq import odeint, odeint_adjoint
 
 from rnode.dynamics import Dynamics, State
-from rnode.errors import DivergenceError, is_number, require
+from rnode.errors import DivergenceError, is_int, is_number, one_line, require
 from rnode.quadrature import radau, simpson
 
 ONE_STEP = ("euler", "midpoint", "heun2", "heun3", "rk4")
@@ -25,7 +25,7 @@ T = 1.0  # final time of every piece: a longer one is a larger f
 
 @dataclass(frozen=True)
 class Method:
-    """One of torchdiffeq's methods. Fixed-grid methods take step_size; adaptive ones rtol, atol and first_step.
+    """One of torchdiffeq's methods. Fixed-grid methods take step_size; adaptive ones the four that follow it.
 
     integrals: `system` solves (RNODE) as it stands, z, l, E and n together. The other two solve z alone and have the
     integrals by quadrature at points of its grid, for one product εᵀ∇f a point instead of one an evaluation: l, E and n
@@ -41,6 +41,7 @@ class Method:
     rtol: float = 1e-5
     atol: float = 1e-5
     first_step: float = 0.3
+    max_steps: int = 10000
 
     def __post_init__(self):
         require(self.method in FIXED_GRID + ADAPTIVE, "method", self.method, f"one of {', '.join(FIXED_GRID + ADAPTIVE)}")
@@ -50,6 +51,7 @@ class Method:
         require(self.integrals in INTEGRALS, "integrals", self.integrals, " or ".join(INTEGRALS))
         for name, value in (("rtol", self.rtol), ("atol", self.atol), ("first_step", self.first_step)):
             require(is_number(value) and value > 0, name, value, "a positive number, such as 1e-5")
+        require(is_int(self.max_steps, at_least=1), "max_steps", self.max_steps, "a whole number, 1 or more")
 
     @property
     def adaptive(self) -> bool:
@@ -68,7 +70,7 @@ class Method:
     def arguments(self, norm: Callable) -> dict:
         """Keyword arguments of torchdiffeq's odeint. `norm` measures the error that an adaptive method controls."""
         if self.adaptive:
-            options = {"first_step": self.first_step, "norm": norm}
+            options = {"first_step": self.first_step, "max_num_steps": self.max_steps, "norm": norm}
             return {"method": self.method, "rtol": self.rtol, "atol": self.atol, "options": options}
         return {"method": self.method, "options": {"step_size": self.step_size}}
 
@@ -108,10 +110,15 @@ def solver_errors() -> Iterator[None]:
     try:
         yield
     except AssertionError as error:
-        if not any(sign in str(error) for sign in ("underflow in dt", "non-finite")):
+        signs = {
+            "underflow in dt": "the adaptive solver's step size underflowed",
+            "non-finite": "the adaptive solver's state left the finite numbers",
+            "max_num_steps exceeded": "the adaptive solver took more than max_steps",
+        }
+        what = next((what for sign, what in signs.items() if sign in str(error)), None)
+        if what is None:
             raise
-        message = f"the adaptive solver's step size underflowed or its state left the finite numbers ({error})"
-        raise DivergenceError(message) from None
+        raise DivergenceError(f"{what} ({one_line(error)})") from None
 
 
 def precision_of(method: Method, device: torch.device) -> contextlib.AbstractContextManager:
