@@ -139,6 +139,8 @@ def explain(error: Exception) -> tuple[str | None, int]:
         return one_line(error), 1
     if isinstance(error, InputError):
         return one_line(error), 2
+    if isinstance(error, OSError):  # a full disk, a folder that is not ours to write to
+        return one_line(error), 1
     if isinstance(error, InstantiationException):  # a constructor refused its arguments
         key = re.search(r"full_key: (\S+)", str(error))
         message = one_line(error.__cause__ or error)

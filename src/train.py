@@ -76,7 +76,7 @@ def train(cfg: DictConfig, folder, ckpt_path: str | None, learning_rate_factor: 
     from pytorch_lightning.callbacks import ModelCheckpoint
 
     from build import build
-    from rnode.callbacks import Compile, EpochTimer, Progress, RefineGrid, ScaleLearningRate, StopOnSignal
+    from rnode.callbacks import Compile, EpochTimer, Progress, RefineGrid, SaveWithinEpochs, ScaleLearningRate, StopOnSignal
     from rnode.checkpoint import AtomicCheckpointIO, check_checkpoint
     from rnode.errors import Stopped
     from rnode.module import RNODE
@@ -91,7 +91,8 @@ def train(cfg: DictConfig, folder, ckpt_path: str | None, learning_rate_factor: 
     # Not save_last=True of the one above: Lightning then writes the last epoch only if it is also the best.
     last = ModelCheckpoint(folder, filename="last", save_on_train_epoch_end=True, enable_version_counter=False)
     callbacks = [EpochTimer(), StopOnSignal(folder / "last.ckpt"), instantiate(cfg.pictures, folder)]
-    callbacks += [best, last] if cfg.trainer.enable_checkpointing else []
+    within = SaveWithinEpochs(folder / "last.ckpt", cfg.save_every_n_steps)
+    callbacks += [within, best, last] if cfg.trainer.enable_checkpointing else []
     callbacks += [Compile()] if cfg.compile else []
     callbacks += [RefineGrid(cfg.refine)] if cfg.refine is not None and not flow.solver.train.adaptive else []
     callbacks += [ScaleLearningRate(learning_rate_factor)] if learning_rate_factor != 1 else []

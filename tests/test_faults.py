@@ -1,6 +1,8 @@
 """Runs that are interrupted, killed or broken, as real processes: what they leave, and that they go on from there."""
 
 import csv
+import functools
+import json
 import os
 import signal
 import subprocess
@@ -8,10 +10,11 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
+SOURCE = str(Path(__file__).resolve().parent.parent / "src")
 SMALL = [
     "model.hidden=4",
     "model.pieces=1",
@@ -30,31 +33,54 @@ SMALL = [
 ]
 
 
-def start(folder, *overrides):
-    command = [sys.executable, ROOT / "src" / "train.py", *SMALL, f"hydra.run.dir={folder}", *overrides]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # the same sums in the same order, however many cores are free
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+class Run:
+    """A run of train.py as a process."""
+
+    def __init__(self, server, folder, *overrides, **limits):
+        self.server, self.folder = server, folder
+        self.err = folder.with_name(f"{folder.name}.err")
+        arguments = [*SMALL, f"hydra.run.dir={folder}", *overrides]
+        self.pid = self.ask({"run": arguments, "err": str(self.err), **limits})
+
+    def ask(self, request):
+        self.server.stdin.write(json.dumps(request) + "\n")
+        self.server.stdin.flush()
+        return int(self.server.stdout.readline())
+
+    def finish(self, code=0):
+        """What it printed; fails unless it ends with this exit code."""
+        ended = self.ask({"wait": self.pid})
+        printed = self.err.read_text()
+        assert ended == code, printed[-3000:]
+        return printed
+
+    def wait_for_step(self, step):
+        """Until metrics.csv has a row of this training step."""
+        for _ in range(5000):
+            if (self.folder / "metrics.csv").exists() and any(
+                int(row.get("step") or 0) >= step for row in rows(self.folder)
+            ):
+                return
+            time.sleep(0.01)
+        raise AssertionError(self.err.read_text()[-3000:])
 
 
-def finish(process, code=0):
-    out, err = process.communicate(timeout=200)
-    assert process.returncode == code, err[-3000:]
-    return out, err
+@pytest.fixture(scope="module")
+def start():
+    """start(folder, *overrides) → Run."""
+    command = [sys.executable, Path(__file__).with_name("forked.py")]
+    environment = os.environ | {
+        "PYTHONPATH": SOURCE,
+        "OMP_NUM_THREADS": "1",
+    }  # the same sums in the same order, however many cores are free
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment) as server:
+        yield functools.partial(Run, server)
+        server.stdin.close()
 
 
 def rows(folder):
     with open(folder / "metrics.csv", newline="") as file:
         return [{key: value for key, value in row.items() if value} for row in csv.DictReader(file)]
-
-
-def wait_for_step(process, folder, step):
-    """Until metrics.csv has a row of this training step."""
-    for _ in range(2000):
-        if (folder / "metrics.csv").exists() and any(int(row.get("step") or 0) >= step for row in rows(folder)):
-            return
-        assert process.poll() is None, process.stderr.read()[-3000:]
-        time.sleep(0.02)
-    raise AssertionError("the run did not come so far")
 
 
 def same(a, b, path=""):
@@ -96,29 +122,87 @@ def assert_same_run(folder, whole):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def whole(start, tmp_path_factory):
     """A run that nobody disturbed."""
-    folder = tmp_path_factory.mktemp("whole")
-    finish(start(folder))
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    start(folder).finish()
     return folder
 
 
 @pytest.mark.parametrize(("step", "number"), [(40, signal.SIGTERM), (3, signal.SIGINT), (65, signal.SIGUSR1)])
-def test_a_signal_stops_a_run_and_it_goes_on_to_the_same_end(tmp_path, whole, step, number):
-    process = start(tmp_path)
-    wait_for_step(process, tmp_path, step)
-    process.send_signal(number)
-    _, err = finish(process, code=128 + number)
-    line = err.strip().splitlines()[-1]
+def test_a_signal_stops_a_run_and_it_goes_on_to_the_same_end(start, tmp_path, whole, step, number):
+    folder = tmp_path / "run"
+    run = start(folder)
+    run.wait_for_step(step)
+    os.kill(run.pid, number)
+    printed = run.finish(code=128 + number)
+    line = printed.strip().splitlines()[-1]
     assert line.startswith(f"stopped: by {number.name} after ")
-    assert f"{tmp_path / 'last.ckpt'}; to go on: python src/train.py model.hidden=4" in line
-    assert "Traceback" not in err
-    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] > step
-    finish(start(tmp_path, "ckpt_path=auto"))
-    assert_same_run(tmp_path, whole)
+    assert f"{folder / 'last.ckpt'}; to go on: python src/train.py model.hidden=4" in line
+    assert "Traceback" not in printed
+    assert torch.load(folder / "last.ckpt", weights_only=True)["global_step"] > step
+    start(folder, "ckpt_path=auto").finish()
+    assert_same_run(folder, whole)
 
 
-def test_a_run_goes_on_from_the_end_of_an_epoch_to_the_same_end(tmp_path, whole):
-    finish(start(tmp_path, "trainer.max_epochs=2"))
-    finish(start(tmp_path, "ckpt_path=auto"))
-    assert_same_run(tmp_path, whole)
+def test_a_run_goes_on_from_the_end_of_an_epoch_to_the_same_end(start, tmp_path, whole):
+    start(tmp_path / "run", "trainer.max_epochs=2").finish()
+    start(tmp_path / "run", "ckpt_path=auto").finish()
+    assert_same_run(tmp_path / "run", whole)
+
+
+def test_thirty_kills_leave_a_whole_checkpoint_each_and_the_run_comes_to_the_same_end(start, tmp_path, whole):
+    folder, random, found = tmp_path / "run", np.random.default_rng(0), []
+    for _ in range(30):
+        run = start(folder, "ckpt_path=auto", "save_every_n_steps=1")
+        time.sleep(random.uniform(0.3, 1.5))
+        os.kill(run.pid, signal.SIGKILL)
+        run.finish(code=-signal.SIGKILL)
+        steps = [torch.load(path, weights_only=True)["global_step"] for path in folder.glob("*.ckpt")]
+        found.append(max(steps, default=0))
+        (tmp_path / "run.err").unlink()
+    assert found == sorted(found)
+    start(folder, "ckpt_path=auto").finish()
+    ends = [torch.load(f / "last.ckpt", weights_only=True) for f in (folder, whole)]
+    same(*(end["state_dict"] for end in ends))
+    same(*(end["optimizer_states"] for end in ends))
+
+
+def test_a_file_size_limit_gets_one_line_and_leaves_the_last_good_checkpoint(start, tmp_path):
+    folder = tmp_path / "run"
+    start(folder, "trainer.max_epochs=1").finish()
+    before = (folder / "last.ckpt").read_bytes()
+    printed = start(folder, "ckpt_path=auto", largest_file=len(before) // 2).finish(code=1)
+    assert f"error: {folder / 'last.ckpt'} could not be written" in printed.strip().splitlines()[-1]
+    assert "Traceback" not in printed
+    assert (folder / "last.ckpt").read_bytes() == before
+    assert not list(folder.glob("*.part"))
+
+
+def test_a_full_disk_gets_one_line_and_leaves_the_last_good_checkpoint(start, tmp_path):
+    folder = tmp_path / "run"
+    start(folder, "trainer.max_epochs=1").finish()
+    before = (folder / "last.ckpt").read_bytes()
+    (folder / "last.ckpt.part").symlink_to("/dev/full")
+    printed = start(folder, "ckpt_path=auto").finish(code=1)
+    line = printed.strip().splitlines()[-1]
+    assert f"error: {folder / 'last.ckpt'} could not be written" in line
+    assert "the one written before is whole" in line
+    assert "Traceback" not in printed
+    assert (folder / "last.ckpt").read_bytes() == before
+
+
+def test_a_folder_that_cannot_be_made_gets_one_line(start, tmp_path):
+    (tmp_path / "file").write_text("")
+    run = start(tmp_path / "name", f"hydra.run.dir={tmp_path}/file/run")
+    (line,) = run.finish(code=1).strip().splitlines()
+    assert line.startswith("error: ")
+    assert f"{tmp_path}/file" in line
+
+
+def test_two_runs_of_the_same_second_have_folders_of_their_own(start, tmp_path):
+    pattern = f"hydra.run.dir={tmp_path}/${{now:%Y-%m-%d_%H-%M-%S-%f}}"
+    runs = [start(tmp_path / name, "trainer.max_epochs=1", pattern) for name in "ab"]
+    for run in runs:
+        run.finish()
+    assert len([path for path in tmp_path.iterdir() if (path / "last.ckpt").exists()]) == 2

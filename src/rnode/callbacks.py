@@ -108,6 +108,21 @@ def with_step(solver: Solver, step_size: float) -> Solver:
     return replace(solver, train=replace(solver.train, step_size=step_size))
 
 
+class SaveWithinEpochs(Callback):
+    """Writes a checkpoint to `path` every `every_n_steps` training steps, but for an epoch's last.
+
+    (That one is written after the validation, by Lightning's callback, which would skip it on resuming from before.)
+    """
+
+    def __init__(self, path: str | Path, every_n_steps: int):
+        require(is_int(every_n_steps, at_least=1), "save_every_n_steps", every_n_steps, "a whole number, 1 or more")
+        self.path, self.every_n_steps = Path(path), every_n_steps
+
+    def on_train_batch_end(self, trainer: Trainer, *_) -> None:
+        if trainer.global_step % self.every_n_steps == 0 and not trainer.is_last_batch:
+            trainer.save_checkpoint(self.path, weights_only=False)
+
+
 class StopOnSignal(Callback):
     """SIGINT, SIGTERM or SIGUSR1 ends the run after the training step it meets, with a checkpoint written to `path`.
 

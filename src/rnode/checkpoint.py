@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from lightning_fabric.plugins import TorchCheckpointIO
 
-from rnode.errors import InputError, one_line
+from rnode.errors import InputError, WriteError, one_line
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -20,11 +20,16 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(f"{path.name}.part")
-        with open(part, "wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
+        try:
+            with open(part, "wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(part, path)
+        except (OSError, RuntimeError) as error:  # the second is torch's for the first
+            part.unlink(missing_ok=True)
+            kept = "the one written before is whole" if path.exists() else "there is none from before"
+            raise WriteError(f"{path} could not be written ({one_line(error)[:100]}); {kept}") from error
 
 
 def check_checkpoint(path: str, config: dict) -> int:

@@ -9,6 +9,10 @@ class DivergenceError(ArithmeticError):
     """A computation that left the finite numbers, or a solver whose step size underflowed."""
 
 
+class WriteError(OSError):
+    """A file that could not be written; the message is one line."""
+
+
 class Stopped(Exception):
     """The run was asked by a signal to stop, and has."""
 
