@@ -118,7 +118,12 @@ def job(function: Callable) -> Callable:
         from hydra.types import RunMode
 
         sweep = HydraConfig.get().mode == RunMode.MULTIRUN
-        return function(*args) if sweep else one_line_errors(function)(*args)
+        full_error = os.environ.pop("HYDRA_FULL_ERROR", None) if not FULL_ERROR else None  # set by run, below
+        try:  # without it, which the processes that a run starts would take for the user's wish
+            return function(*args) if sweep else one_line_errors(function)(*args)
+        finally:
+            if full_error is not None:
+                os.environ["HYDRA_FULL_ERROR"] = full_error
 
     return wrapped
 
@@ -148,6 +153,10 @@ def explain(error: Exception) -> tuple[str | None, int]:
         if key is None or (ours and "." in message.split("=")[0]):  # the message names the whole key itself
             return message, 2
         return f"{key[1]}{'.' if ours else ': '}{message}", 2
+    if isinstance(error, RuntimeError) and re.search(
+        r"gloo|nccl|connection (closed|reset) by peer", str(error), re.IGNORECASE
+    ):
+        return f"another process of this run has ended ({one_line(error)[:100]}); ckpt_path=…/last.ckpt goes on", 1
     if type(error).__module__.startswith("wandb."):  # no account or no network for wandb.mode=online
         return f"W&B: {one_line(error)}; wandb.mode=offline needs neither account nor network", 2
     return None, 1
