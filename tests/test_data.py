@@ -8,7 +8,7 @@ from pytorch_lightning import Trainer
 from sklearn.datasets import load_digits, load_sample_images
 
 from rnode import InputError
-from rnode.data import DENSITIES, DataModule, digits, idx_images, patches, read_idx, toy
+from rnode.data import DENSITIES, DataModule, Order, digits, idx_images, patches, read_idx, toy
 
 
 def write_idx(path, images):
@@ -60,13 +60,10 @@ def test_patches_come_from_disjoint_regions_of_the_photographs():
 
 
 @pytest.mark.parametrize("name", DENSITIES)
-def test_densities_are_drawn_afresh_from_a_seed_and_stay_in_view(name):
+def test_densities_are_drawn_afresh_for_every_batch_and_stay_in_view(name):
     splits = toy(name, train=1000, validation=100, test=200)
     assert [len(part) for part in splits] == [1000, 100, 200]
-    torch.manual_seed(3)
-    first, second = (splits.train.__getitems__([0, 1, 2])[0] for _ in range(2))
-    torch.manual_seed(3)
-    again = splits.train.__getitems__([0, 1, 2])[0]
+    first, again, second = (splits.train.__getitems__(indices)[0] for indices in ([0, 1, 2], [0, 1, 2], [0, 2, 1]))
     assert torch.equal(first, again)
     assert not torch.equal(first, second)
     points = torch.from_numpy(DENSITIES[name](20000, np.random.default_rng(0)))
@@ -276,3 +273,22 @@ def test_the_density_on_the_line_has_its_moments():
     variance = 0.4**2 + (1.6**2 + 2 * 1.2**2) / 3 - mean**2
     assert abs(x.mean() - mean) < 0.02
     assert abs(x.var() - variance) < 0.02
+
+
+def test_the_order_of_an_epoch_follows_from_its_seed_and_is_shared_out():
+    def orders(seed, epoch, replicas=1, skip=0):
+        samplers = [Order(range(10), replicas, rank, seed, skip) for rank in range(replicas)]
+        for sampler in samplers:
+            sampler.set_epoch(epoch)
+        return [list(sampler) for sampler in samplers]
+
+    (first,) = orders(0, 0)
+    assert sorted(first) == list(range(10))
+    assert [first] == orders(0, 0) != orders(1, 0)
+    assert [first] != orders(0, 1)
+    assert orders(0, 0, skip=4) == [first[4:]]
+    a, b = orders(0, 0, replicas=2)
+    assert sorted(a + b) == list(range(10))
+    sampler = Order(range(10), 1, 0, 0, skip=4)
+    assert len(list(sampler)) == 6
+    assert len(list(sampler)) == 10
