@@ -18,6 +18,7 @@ import yaml
 
 import cli
 import train
+from conftest import make_flow
 from rnode.data import DENSITIES
 from rnode.module import RNODE
 from test_data import write_idx
@@ -220,7 +221,7 @@ def test_trainer_yaml_has_every_option_of_lightnings_trainer_with_its_default():
     text = (cli.CONF / "trainer.yaml").read_text()
     ours = yaml.safe_load(text)
     theirs = {name: p.default for name, p in inspect.signature(Trainer.__init__).parameters.items() if name != "self"}
-    assert ours.keys() - {"_target_"} == theirs.keys() - {"logger", "callbacks", "default_root_dir"}
+    assert ours.keys() - {"_target_", "on_divergence"} == theirs.keys() - {"logger", "callbacks", "default_root_dir"}
     changed = {name for name in ours.keys() & theirs.keys() if ours[name] != theirs[name]}
     for name in changed - {"enable_checkpointing", "enable_progress_bar"}:  # null there means true
         assert any(line.startswith(f"{name}:") and "#" in line for line in text.splitlines()), name
@@ -318,7 +319,7 @@ def test_decay_lowers_the_learning_rate_as_half_a_cosine(run):
     folder = run(*TWO_STEPS, "decay=true", "warmup_steps=7", "trainer.max_steps=4", "optimizer.lr=1e-3", folder="first")
     state = torch.load(folder / "last.ckpt", weights_only=True)["lr_schedulers"][0]
     assert state["_last_lr"] == [pytest.approx(0, abs=1e-12)]
-    module = RNODE(None, None, 0.0, 0.0, warmup_steps=7, decay=True)
+    module = RNODE(make_flow((2,)), None, 0.0, 0.0, warmup_steps=7, decay=True)
     assert module.learning_rate_factor(3, 4) == pytest.approx(4 / 8 * (1 + math.cos(3 * math.pi / 4)) / 2)
 
 
