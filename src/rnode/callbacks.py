@@ -111,7 +111,8 @@ def with_step(solver: Solver, step_size: float) -> Solver:
 class SaveWithinEpochs(Callback):
     """Writes a checkpoint to `path` every `every_n_steps` training steps, but for an epoch's last.
 
-    (That one is written after the validation, by Lightning's callback, which would skip it on resuming from before.)
+    That one is left to the checkpoint after the validation: from one written before it, Lightning would go on with the
+    next epoch and never validate this one.
     """
 
     def __init__(self, path: str | Path, every_n_steps: int):
