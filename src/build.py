@@ -4,12 +4,13 @@ import math
 import re
 from collections.abc import Callable
 
-import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
+from lightning_fabric import Fabric
 from omegaconf import DictConfig, OmegaConf
 
 import cli
+from launch import settle
 from rnode.checkpoint import load_checkpoint
 from rnode.data import DataModule
 from rnode.dynamics import Probes
@@ -30,15 +31,22 @@ def exact_if_small(config: DictConfig) -> None:
         config.divergence = "exact"
 
 
-def from_checkpoint(cfg: DictConfig) -> tuple[DataModule, Flow]:
-    """Data and trained flow of `cfg.ckpt_path`, with what the command line sets anew (conf/checkpoint.yaml)."""
+def from_checkpoint(cfg: DictConfig) -> tuple[DataModule, Flow, Fabric]:
+    """Data and trained flow of `cfg.ckpt_path`, with what the command line sets anew (conf/checkpoint.yaml).
+
+    From here on there are as many processes as `cfg.trainer` asks for, each with the flow on its device.
+    """
     require(isinstance(cfg.ckpt_path, str), "ckpt_path", cfg.ckpt_path, "a checkpoint of a run, such as outputs/…/best.ckpt")
     require(is_int(cfg.seed, at_least=0) and cfg.seed < 2**32, "seed", cfg.seed, "a whole number from 0 to 2^32 - 1")
-    return load_flow(cfg.ckpt_path, lambda config: set_anew(config, cfg))
+    data, flow = load_flow(cfg.ckpt_path, lambda config: set_anew(config, cfg))
+    settle(cfg.trainer, HydraConfig.get().overrides.task)
+    fabric = Fabric(**cfg.trainer)
+    fabric.launch()
+    return data, flow.to(fabric.device), fabric
 
 
 def load_flow(path: str, change: Callable[[DictConfig], None] = exact_if_small) -> tuple[DataModule, Flow]:
-    """Data and trained flow of a checkpoint, the flow on the accelerator. `change` is given the configuration first.
+    """Data and trained flow of a checkpoint, on the CPU. `change` is given the configuration first.
 
     A checkpoint is data: its configuration may name what conf/ names and nothing else.
     """
@@ -52,8 +60,7 @@ def load_flow(path: str, change: Callable[[DictConfig], None] = exact_if_small) 
         flow.to(next(iter(weights.values())).dtype).load_state_dict(weights)
     except (RuntimeError, StopIteration):
         raise InputError(f"ckpt_path={path}: its weights do not fit the model of its own configuration") from None
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-    return data, flow.to(accelerator).eval()
+    return data, flow.eval()
 
 
 def read_config(config: dict, path: str) -> DictConfig:

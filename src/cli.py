@@ -79,7 +79,15 @@ def run(main: Callable[[], None], script: str, purpose: str) -> None:
     """Call a Hydra main, or print the help. HYDRA_FULL_ERROR=1 shows a mistake's whole traceback instead of one line."""
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(help_text(script, purpose))
-    elif FULL_ERROR:
+        return
+    from omegaconf import OmegaConf
+
+    from launch import launched, run_name
+
+    OmegaConf.register_new_resolver("run_name", run_name, use_cache=True, replace=True)
+    if (started := launched()) is not None and started.rank > 0:  # the first process writes what Hydra writes
+        sys.argv += ["hydra.output_subdir=null", "hydra/job_logging=none"]
+    if FULL_ERROR:
         main()
     else:
         os.environ["HYDRA_FULL_ERROR"] = "1"  # or Hydra prints errors its own way, in several lines
@@ -103,10 +111,18 @@ def one_line_errors(function: Callable) -> Callable:
             message, code = explain(error)
             if message is None or FULL_ERROR:
                 raise
-            print(f"{'stopped' if code > 128 else 'error'}: {message}", file=sys.stderr)
+            print(f"{'stopped' if code > 128 else 'error'}: {message}{where()}", file=sys.stderr)
             sys.exit(code)
 
     return wrapped
+
+
+def where() -> str:
+    """Which process of several tells its error: each does, for one may have reasons of its own."""
+    from launch import launched
+
+    started = launched()
+    return f" (process {started.rank})" if started is not None and started.per_node * started.nodes > 1 else ""
 
 
 def job(function: Callable) -> Callable:

@@ -168,7 +168,9 @@ def load(run: Run):
     from build import load_flow
 
     torch.manual_seed(0)
-    return load_flow(str(run.folder / "best.ckpt"))
+    data, flow = load_flow(str(run.folder / "best.ckpt"))
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+    return data, flow.to(accelerator)
 
 
 def figure_1(runs: list[Run], path: Path) -> str:

@@ -22,12 +22,14 @@ def main(cfg: DictConfig) -> float:
 
     from hydra.core.hydra_config import HydraConfig
 
+    from launch import settle
     from rnode.allocator import keep_freed_memory
     from rnode.checkpoint import load_checkpoint
     from rnode.errors import DivergenceError, is_int, require
 
     quiet()
     keep_freed_memory()
+    settle(cfg.trainer, HydraConfig.get().overrides.task)
     folder = Path(HydraConfig.get().runtime.output_dir)
     require(is_int(cfg.seed, at_least=0) and cfg.seed < 2**32, "seed", cfg.seed, "a whole number from 0 to 2^32 - 1")
     for name in ("max_epochs", "max_steps"):  # Lightning finds these out with a bare assertion, late

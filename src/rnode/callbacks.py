@@ -218,7 +218,7 @@ class EpochTimer(Callback):
         self.mark = now
 
     def on_train_epoch_end(self, trainer: Trainer, module: RNODE) -> None:
-        module.log("train/seconds_per_epoch", self.seconds)
+        module.log("train/seconds_per_epoch", self.seconds, sync_dist=True)
 
     def state_dict(self) -> dict:
         return {"seconds": self.seconds}

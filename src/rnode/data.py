@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from pytorch_lightning import LightningDataModule
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
 
 from rnode.draws import sample_generators, step_seed
 from rnode.errors import InputError, is_int, one_line, require
@@ -153,9 +153,13 @@ class DataModule(LightningDataModule):
     def test_dataloader(self) -> DataLoader:
         return self.eval_dataloader(self.splits.test)
 
-    def eval_dataloader(self, rows: Tensor) -> DataLoader:
+    def eval_dataloader(self, rows: Tensor, rank: int = 0, processes: int = 1) -> DataLoader:
+        """The rows in their order; for one of several processes, every so manieth."""
+        data = Indexed(rows)
+        if processes > 1:
+            data = Subset(data, range(rank, len(rows), processes))
         # Its own generator: a loader draws a number each time it starts, and training's random stream is not to notice.
-        return DataLoader(Indexed(rows), self.eval_batch_size, collate_fn=as_fetched, generator=torch.Generator())
+        return DataLoader(data, self.eval_batch_size, collate_fn=as_fetched, generator=torch.Generator())
 
     def on_before_batch_transfer(self, batch: tuple[Tensor, Tensor], dataloader_idx: int) -> tuple[Tensor, Tensor]:
         trainer = self.trainer
