@@ -1,6 +1,7 @@
 """train.py in forks of one process that has done the imports: a run starts in a moment and is a process of its own.
 
 Reads a JSON object a line: {"run": [arguments], "err": file} is answered by the run's pid, {"wait": pid} by its exit code.
+A run may have limits: "largest_file" in bytes; "unprivileged", so that files' permissions are meant for it too.
 """
 
 import json
@@ -14,6 +15,8 @@ import build  # noqa: F401
 import cli
 import rnode.callbacks  # noqa: F401
 import train
+
+NOBODY = 65534
 
 
 def main() -> None:
@@ -36,6 +39,10 @@ def run(request: dict) -> None:
         os.dup2(err.fileno(), 2)
     if "largest_file" in request:
         resource.setrlimit(resource.RLIMIT_FSIZE, (request["largest_file"],) * 2)
+    if request.get("unprivileged") and os.getuid() == 0:
+        os.setgroups([])
+        os.setresgid(NOBODY, NOBODY, NOBODY)
+        os.setresuid(NOBODY, NOBODY, NOBODY)
     sys.argv = ["train.py", *request["run"]]
     code = 1
     try:

@@ -1,11 +1,14 @@
 """Runs that are interrupted, killed or broken, as real processes: what they leave, and that they go on from there."""
 
 import csv
+import errno
+import fcntl
 import functools
 import json
 import os
 import re
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -14,6 +17,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
+from rnode.errors import InputError
+from rnode.files import claim
 
 SOURCE = str(Path(__file__).resolve().parent.parent / "src")
 SMALL = [
@@ -222,12 +228,182 @@ def test_a_folder_that_cannot_be_made_gets_one_line(start, tmp_path):
     assert f"{tmp_path}/file" in line
 
 
+@pytest.mark.parametrize("file", ["config.yaml", "best.ckpt", "samples.png", "curves.png", "metrics.csv"])
+def test_a_full_disk_gets_one_line_whatever_is_written(start, tmp_path, file):
+    folder = tmp_path / "run"
+    start(folder, "trainer.max_epochs=1").finish()
+    before = (folder / file).read_bytes()
+    (folder / f"{file}.part").symlink_to("/dev/full")
+    printed = start(folder, "ckpt_path=auto", "pictures.every_n_epochs=1").finish(code=1)
+    (line,) = printed.strip().splitlines()
+    assert line.startswith(f"error: {folder / file} could not be written ([Errno 28] No space left on device)")
+    assert "the one written before is whole" in line
+    assert (folder / file).read_bytes() == before
+    assert torch.load(folder / "last.ckpt", weights_only=True)["global_step"] == 30
+    assert not list(folder.glob("*.part"))
+
+
+def test_a_curve_that_cannot_grow_stops_the_run_and_is_gone_on_with(start, tmp_path, whole):
+    """metrics.csv alone meets its limit, as nothing else is written."""
+    folder = tmp_path / "run"
+    start(folder, "trainer.max_epochs=1").finish()
+    before = (folder / "last.ckpt").read_bytes()
+    size = (folder / "metrics.csv").stat().st_size
+    nothing_else = ["trainer.enable_checkpointing=false", "trainer.limit_val_batches=0"]
+    printed = start(folder, "ckpt_path=auto", *nothing_else, largest_file=size + 500).finish(code=1)
+    (line,) = printed.strip().splitlines()
+    assert line == f"error: {folder / 'metrics.csv'} could not be written ([Errno 27] File too large)"
+    assert (folder / "last.ckpt").read_bytes() == before
+    start(folder, "ckpt_path=auto").finish()  # its last row is cut short
+    assert curves(folder) == curves(whole)
+
+
+def test_a_folder_that_becomes_read_only_gets_one_line_and_leaves_the_last_good_checkpoint(start, tmp_path):
+    for parent in (tmp_path, *tmp_path.parents[:2]):
+        parent.chmod(0o755)
+    tmp_path.chmod(0o777)
+    folder, epochs = tmp_path / "run", "trainer.max_epochs=100"
+    run = start(folder, epochs, "save_every_n_steps=7", unprivileged=True)
+    run.wait_for_step(31)
+    folder.chmod(0o555)
+    (line,) = run.finish(code=1).strip().splitlines()
+    assert re.match(rf"error: {folder}/(best|last).ckpt could not be written \(.*Permission denied.*\); the one", line)
+    step = torch.load(folder / "last.ckpt", weights_only=True)["global_step"]
+    assert step >= 30
+    (line,) = start(folder, epochs, "ckpt_path=auto", unprivileged=True).finish(code=1).strip().splitlines()
+    assert re.match(rf"error: .*Permission denied: '{folder}/", line)
+    folder.chmod(0o755)
+    start(folder, f"trainer.max_steps={step + 2}", epochs, "ckpt_path=auto", unprivileged=True).finish()
+    assert torch.load(folder / "last.ckpt", weights_only=True)["global_step"] == step + 2
+
+
+def logged_by_wandb(folder):
+    """Of each offline run: its id, the training steps of its training rows, whether it was closed."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    for path in sorted(folder.glob("wandb/offline-run-*/*.wandb")):
+        records = [Record.FromString(data) for data in leveldb_records(path.read_bytes())]
+        histories = [
+            {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item}
+            for record in records
+            if record.HasField("history")
+        ]
+        steps = [history["trainer/global_step"] for history in histories if "train/loss" in history]
+        yield path.stem.removeprefix("run-"), steps, any(record.HasField("exit") for record in records)
+
+
+def leveldb_records(data):
+    """The records of a .wandb file: LevelDB's log format, with 7 bytes of header."""
+    position, record = 7, b""
+    while position < len(data):
+        left = 32768 - position % 32768
+        if left < 7:  # a block's end is padded
+            position += left
+            continue
+        _, length, kind = struct.unpack_from("<IHB", data, position)
+        record += data[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):  # whole, or its last part
+            yield record
+            record = b""
+
+
+def test_wandb_is_closed_by_a_signal_and_a_resumed_run_goes_on_with_the_same_curves(start, tmp_path, whole):
+    folder = tmp_path / "run"
+    run = start(folder, "wandb.mode=offline")
+    run.wait_for_step(40)
+    os.kill(run.pid, signal.SIGTERM)
+    run.finish(code=128 + signal.SIGTERM)
+    stopped_at = torch.load(folder / "last.ckpt", weights_only=True)["global_step"]
+    ((name, steps, closed),) = logged_by_wandb(folder)
+    assert steps == list(range(stopped_at))
+    assert closed
+    assert [int(row["step"]) for row in rows(folder) if "train/loss" in row] == steps
+    start(folder, "wandb.mode=offline", "ckpt_path=auto").finish()
+    first, second = logged_by_wandb(folder)
+    assert first == (name, steps, True)
+    assert second == (name, list(range(stopped_at, 90)), True)
+    assert_same_run(folder, whole)
+
+
+def test_what_wandb_cannot_write_is_said_in_one_line(start, tmp_path, whole):
+    folder, small = tmp_path / "run", ["trainer.enable_checkpointing=false", "wandb.mode=offline"]
+    printed = start(folder, *small, largest_file=60_000).finish()
+    assert "Traceback" not in printed
+    assert printed.count("W&B could not write all that was logged (file too large); metrics.csv has it") == 1
+    assert len(curves(folder)) == len(curves(whole))
+
+
 def test_two_runs_of_the_same_second_have_folders_of_their_own(start, tmp_path):
     pattern = f"hydra.run.dir={tmp_path}/${{now:%Y-%m-%d_%H-%M-%S-%f}}"
     runs = [start(tmp_path / name, "trainer.max_epochs=1", pattern) for name in "ab"]
     for run in runs:
         run.finish()
     assert len([path for path in tmp_path.iterdir() if (path / "last.ckpt").exists()]) == 2
+
+
+def contents(folder):
+    return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("overrides", [[], ["ckpt_path=auto"]], ids=["anew", "auto"])
+def test_a_second_run_in_a_folder_is_refused_and_touches_nothing(start, tmp_path, whole, overrides):
+    folder = tmp_path / "run"
+    first = start(folder)
+    first.wait_for_step(35)
+    os.kill(first.pid, signal.SIGSTOP)
+    before = contents(folder)
+    second = start(tmp_path / "second", f"hydra.run.dir={folder}", "seed=1", *overrides)
+    (line,) = second.finish(code=2).strip().splitlines()
+    assert line.startswith(f"error: {folder}: process {first.pid} of ")
+    assert line.endswith("is running in this folder; wait until it has ended, or give this run another hydra.run.dir=…")
+    assert contents(folder) == before
+    os.kill(first.pid, signal.SIGCONT)
+    first.finish()
+    assert_same_run(folder, whole)
+
+
+def test_of_two_runs_started_at_once_in_one_folder_one_is_refused(start, tmp_path, whole):
+    folder = tmp_path / "run"
+    runs = [start(tmp_path / name, f"hydra.run.dir={folder}") for name in "ab"]
+    assert sorted(run.ask({"wait": run.pid}) for run in runs) == [0, 2]
+    assert_same_run(folder, whole)
+
+
+def test_a_killed_run_leaves_its_folder_to_the_next(start, tmp_path, whole):
+    run = start(tmp_path / "run", "save_every_n_steps=7")
+    run.wait_for_step(40)
+    os.kill(run.pid, signal.SIGKILL)
+    run.finish(code=-signal.SIGKILL)
+    start(tmp_path / "run", "ckpt_path=auto").finish()
+    assert_same_run(tmp_path / "run", whole)
+
+
+def test_a_new_run_does_not_write_over_an_earlier_ones_checkpoints(start, tmp_path, whole):
+    before = contents(whole)
+    elsewhere = tmp_path / "elsewhere.ckpt"
+    elsewhere.write_bytes((whole / "last.ckpt").read_bytes())
+    for overrides in ([], [f"ckpt_path={elsewhere}"]):
+        (line,) = start(tmp_path / "run", f"hydra.run.dir={whole}", *overrides).finish(code=2).strip().splitlines()
+        assert line.startswith(
+            f"error: {whole / 'last.ckpt'} is there from an earlier run; ckpt_path=auto goes on with it, "
+        )
+        assert contents(whole) == before
+
+
+def test_a_folder_is_held_by_one_alone_but_where_the_file_system_has_no_locks(tmp_path, monkeypatch):
+    claimed = claim(tmp_path, None)
+    with pytest.raises(InputError, match=f"process {os.getpid()} of .* is running in this folder"):
+        claim(tmp_path, "auto")
+    claimed.close()
+    claim(tmp_path, None).close()
+
+    def no_locks(file, operation):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with claim(tmp_path, None), claim(tmp_path, None):
+        assert (tmp_path / ".lock").exists()
 
 
 @pytest.mark.parametrize("victim", [0, 1])
