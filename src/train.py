@@ -165,6 +165,7 @@ def quiet() -> None:
         r".*The dirpath has changed.*",  # a resumed run has a folder of its own
         r".*Using `DistributedSampler` with the dataloaders.*",  # the metrics count each image once all the same
         r".*There is a wandb run already in progress.*",  # of this run, before it was rewound
+        r".*The `srun` command is available on your system but is not used.*",  # a cluster's login node serves too
         r".*LeafSpec.*",  # Lightning's own use of torch
         r".*your dataloader is not resumable.*",  # it goes on where the checkpoint's epoch was cut off
     ):
