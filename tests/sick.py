@@ -1,4 +1,4 @@
-"""train.py with faults in the second process alone: SICK is a list of kinds, one for each time that training step 12 is come to.
+"""train.py with faults in the second process alone: SICK lists their kinds, one for each time that step 12 is come to.
 
 nan: the batch is NaN. forward: an adaptive solver gives up. backward: so it does in the gradient, when a part of it is sent.
 """

@@ -345,6 +345,30 @@ def test_two_runs_of_the_same_second_have_folders_of_their_own(start, tmp_path):
     assert len([path for path in tmp_path.iterdir() if (path / "last.ckpt").exists()]) == 2
 
 
+@pytest.mark.parametrize("gradient", ["backprop", "checkpoint", "adjoint"])
+def test_memory_and_open_files_stay_as_they_are_over_500_steps(start, tmp_path, gradient):
+    """With validations, checkpoints and pictures every 50 steps, and W&B."""
+    run = start(
+        tmp_path / "run",
+        "dataset=toy",
+        "model=mlp",
+        f"solver.gradient={gradient}",
+        "trainer.limit_train_batches=50",
+        "trainer.max_epochs=12",
+        "pictures.every_n_epochs=1",
+        "wandb.mode=offline",
+    )
+    resident, files = [], []
+    for step in (52, 552):
+        run.wait_for_step(step)
+        status = Path(f"/proc/{run.pid}/status").read_text()
+        resident.append(int(re.search(r"VmRSS:\s+(\d+) kB", status)[1]))
+        files.append(len(list(Path(f"/proc/{run.pid}/fd").iterdir())))
+    run.finish()
+    assert resident[1] < 1.02 * resident[0], resident
+    assert files[0] == files[1]
+
+
 def contents(folder):
     return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.rglob("*") if path.is_file()}
 
@@ -429,6 +453,46 @@ def test_when_a_process_of_two_dies_the_other_stops_with_one_line(tmp_path, vict
     assert "error: another process of this run has ended" in printed
     assert "Traceback" not in printed
     assert torch.load(folder / "last.ckpt", weights_only=True)["global_step"] > 0
+
+
+def two_processes(folder, sick, *overrides):
+    """Exit code and standard error of a run in two processes, the second of which is sick."""
+    command = [sys.executable, Path(__file__).with_name("sick.py"), *SMALL, f"hydra.run.dir={folder}", "trainer.devices=2"]
+    command += ["trainer.strategy=ddp", "trainer.max_epochs=2", "trainer.limit_train_batches=10", *overrides]
+    environment = os.environ | {"PYTHONPATH": SOURCE, "OMP_NUM_THREADS": "1", "SICK": sick}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200)
+    assert "Traceback" not in done.stderr, done.stderr[-3000:]
+    return done.returncode, done.stderr
+
+
+def test_what_one_process_of_two_meets_stops_both_with_one_line(tmp_path):
+    folder = tmp_path / "run"
+    code, printed = two_processes(folder, "nan")
+    (line,) = [line for line in printed.splitlines() if "error" in line]
+    assert line.startswith("error: z of piece 1 became NaN or infinite at training step 12; try a smaller optimizer.lr")
+    assert line.endswith(f"last good checkpoint: {folder / 'last.ckpt'}")
+    assert code == 1
+    assert torch.load(folder / "last.ckpt", weights_only=True)["global_step"] == 10
+
+
+def test_what_one_process_of_two_meets_takes_both_back_and_on(tmp_path):
+    """A NaN, a solver that gives up and one that does so in the gradient, one after the other."""
+    rewind = ["trainer.on_divergence=rewind", "solver.gradient=checkpoint", "optimizer.lr=0.008"]
+    code, printed = two_processes(tmp_path / "run", "nan forward backward", *rewind)
+    assert code == 0, printed[-3000:]
+    lines = [line for line in printed.splitlines() if "going back to step 10 with half the learning rate" in line]
+    expected = (
+        r"z of piece 1 became NaN or infinite at training step 12",
+        r"more than max_steps .*in piece 1 at training step 12",
+        r"step size underflowed .*in the gradient of piece 2 at training step 12",
+    )
+    for line, words in zip(lines, expected, strict=True):
+        assert re.search(words, line)
+    end = torch.load(tmp_path / "run" / "last.ckpt", weights_only=True)
+    assert end["global_step"] == 20
+    assert end["optimizer_states"][0]["param_groups"][0]["lr"] == pytest.approx(0.001)
+    assert all(weight.isfinite().all() for weight in end["state_dict"].values())
+    assert [int(row["step"]) for row in rows(tmp_path / "run") if "train/loss" in row] == list(range(20))
 
 
 def alive(pid):
