@@ -9,7 +9,7 @@ import cli
 @hydra.main(version_base="1.3", config_path=str(cli.CONF), config_name="evaluate")
 @cli.job
 def main(cfg: DictConfig) -> float:
-    """Print a table; write evaluation.json, samples.csv and extremes.png. Returns bits/dim."""
+    """Print a table; write it and evaluation.json, samples.csv and extremes.png. Returns bits/dim."""
     import csv
     import json
     from pathlib import Path
@@ -90,8 +90,9 @@ def print_table(summary: dict, folder) -> None:
     table.add_row("transport cost ‖x − z‖² / d", f"{summary['transport_cost']:.4f}")
     table.add_row("straightness (0: straight, at constant speed)", f"{summary['straightness']:.4f}")
     table.add_row("inverse error max |x − inverse(forward(x))|", f"{summary['inverse_error']:.1e}")
-    console = Console()
+    console = Console(record=True)
     console.print(table)
+    (folder / "evaluation.txt").write_text(console.export_text())
     console.print(f"folder: {folder}", soft_wrap=True)
 
 

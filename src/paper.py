@@ -18,7 +18,14 @@ from matplotlib import pyplot as plt
 
 DATA = {  # how train.py is told of each data set; digits and fashion14 are what two cores can do
     "line": ["dataset=toy", "dataset.name=two_gaussians", "dataset.shape=[1]", "trainer.max_epochs=10"],
-    "digits": ["dataset=digits", "dataset.batch_size=64", "model.pieces=1", "trainer.max_epochs=8"],
+    "digits": [
+        "dataset=digits",
+        "model.pieces=1",
+        "model.hidden=16",
+        "warmup_steps=20",
+        "trainer.max_epochs=8",
+        "trainer.log_every_n_steps=1",
+    ],
     "fashion14": [
         "dataset=fashion_mnist",
         "dataset.resize=14",
@@ -26,7 +33,9 @@ DATA = {  # how train.py is told of each data set; digits and fashion14 are what
         "model.pieces=1",
         "model.hidden=16",
         "optimizer.lr=4e-3",
-        "trainer.max_epochs=8",
+        "warmup_steps=20",
+        "trainer.max_epochs=6",
+        "trainer.log_every_n_steps=1",
         "trainer.limit_train_batches=25",
         "trainer.limit_val_batches=5",
         "trainer.limit_test_batches=10",
@@ -44,11 +53,12 @@ LABELS = {
     "unregularized": "no penalty (rk4)",
     "fast": "RNODE, our default (auto)",
 }
-PUBLISHED = {  # bits/dim of Table 1 in Finlay et al. (2020), whose text gives the ratio
+PUBLISHED = {  # bits/dim of Table 1 in Finlay et al. (2020) and, as first reported, in Grathwohl et al. (2019)
     "mnist": {"RNODE": 0.97, "FFJORD as first reported": 0.99},
     "cifar10": {"RNODE": 3.38, "FFJORD as first reported": 3.40},
 }
-RATIO = 2.8  # by which RNODE trains faster than FFJORD in the paper
+RATIO = 2.8  # by which RNODE trains faster than FFJORD in the paper (section 7)
+BOTH_PENALTIES = ("rnode_adaptive", "rnode", "fast")
 SAME = 0.02  # bits/dim within which two likelihoods count as the same at these sizes
 COLOURS = dict(zip(LABELS, plt.rcParams["axes.prop_cycle"].by_key()["color"], strict=False))
 
@@ -222,8 +232,8 @@ def figure_2(runs: list[Run], path: Path) -> str:
                 rows += [(data, recipe, run.seed, epoch, *pair) for epoch, pair in enumerate(zip(s, b, strict=False))]
         ratios = sooner([run for run in runs if run.data == data])
         for recipe, values in ratios.items():
-            words.append(f"{data}: {LABELS[recipe]} {spread(values)} times sooner than FFJORD at FFJORD's likelihood")
-        held &= any(values and min(values) >= 1 for values in ratios.values())
+            words.append(f"{data}: {LABELS[recipe]} at FFJORD's likelihood {spread(values)} times sooner than FFJORD")
+        held &= any(min(values) >= 1 for values in ratios.values())
         low = min((row[5] for row in rows if row[0] == data), default=0.0)
         ax.set(xlabel="seconds of training", ylabel="validation bits/dim", title=data, ylim=(low - 0.05, low + 1.2))
         ax.legend()
@@ -248,11 +258,14 @@ def sooner(runs: list[Run]) -> dict[str, list[float]]:
     return ratios
 
 
-def spread(values: list[float]) -> str:
-    if not values:
+def spread(ratios: list[float]) -> str:
+    """Mean, least and largest of the ratios over seeds; 0 stands for never."""
+    if not ratios:
         return "–"
-    low, high = min(values), max(values)
-    return f"{statistics.fmean(values):.2f} ({low:.2f} – {high:.2f})" if len(values) > 1 else f"{values[0]:.2f}"
+    if missed := ratios.count(0.0):
+        return f"not reached by {missed} of {len(ratios)}"
+    range_of = f" ({min(ratios):.2f} – {max(ratios):.2f})" if len(ratios) > 1 else ""
+    return f"{statistics.fmean(ratios):.2f}{range_of}"
 
 
 def figure_3(runs: list[Run], path: Path) -> str:
@@ -362,13 +375,15 @@ def table_1(runs: list[Run], path: Path) -> str:
                     f"{statistics.fmean(run.test('nfe_forward') for run in finished):.0f}",
                 )
             )
-        for name, bits in PUBLISHED.get(data, {}).items():
+        candidates = [(min(ratios[recipe]), recipe) for recipe in BOTH_PENALTIES if recipe in ratios]
+        least, best = max(candidates, default=(0.0, None))
+        held &= least >= RATIO
+        if best is not None:
+            times = spread(ratios[best])
+            words.append(f"on {data} {LABELS[best]} reached FFJORD's validation bits/dim {times} times sooner")
+    for data, published in PUBLISHED.items():
+        for name, bits in published.items():
             rows.append((data, f"{name} (published)", f"{bits}", "", f"{RATIO}" if name == "RNODE" else "", "", "", ""))
-        best = (
-            max((statistics.fmean(values), LABELS[recipe]) for recipe, values in ratios.items()) if ratios else (0, "none")
-        )
-        held &= best[0] >= RATIO
-        words.append(f"on {data} {best[1]} reached FFJORD's validation bits/dim {best[0]:.2f} times sooner")
     write_csv(path, header, rows)
     figure, ax = plt.subplots(figsize=(15, 0.4 * len(rows) + 0.8), layout="constrained")
     ax.axis("off")
