@@ -62,7 +62,8 @@ def images(options: argparse.Namespace) -> torch.Tensor:
     return torch.randn(options.batch, *SHAPES[options.dataset], device=DEVICE)
 
 
-def timed(function: Callable[[], object]) -> float:
+def timed(function: Callable[[], object], before: Callable[[], object] = lambda: None) -> float:
+    before()
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()
     start = time.perf_counter()
@@ -72,11 +73,15 @@ def timed(function: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def medians(contenders: dict[str, Callable[[], object]], repetitions: int) -> dict[str, float]:
-    """Median seconds of each, after a call that does not count; in turn, so that a machine that slows down slows all."""
+def medians(
+    contenders: dict[str, Callable[[], object]], repetitions: int, before: Callable[[], object] = lambda: None
+) -> dict[str, float]:
+    """Median seconds of each, after a call that does not count; in turn, so that a machine that slows down slows all.
+
+    `before` is called before each and does not count."""
     for contender in contenders.values():
         contender()
-    seconds = [{name: timed(contender) for name, contender in contenders.items()} for _ in range(repetitions)]
+    seconds = [{name: timed(contender, before) for name, contender in contenders.items()} for _ in range(repetitions)]
     return {name: statistics.median(row[name] for row in seconds) for name in contenders}
 
 

@@ -160,8 +160,9 @@ def explain(error: Exception) -> tuple[str | None, int]:
         return one_line(error), 1
     if isinstance(error, InputError):
         return one_line(error), 2
-    if isinstance(error, OSError):  # a full disk, a folder that is not ours to write to
-        return one_line(error), 1
+    refused = next((e for e in (error, error.__cause__) if isinstance(e, OSError)), None)
+    if refused is not None:  # a full disk; a folder that is not ours to write to, for Hydra's log too
+        return one_line(refused), 1
     if isinstance(error, InstantiationException):  # a constructor refused its arguments
         key = re.search(r"full_key: (\S+)", str(error))
         message = one_line(error.__cause__ or error)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import matplotlib
 
-from rnode.pictures import read_metrics
+from rnode.metrics import read_metrics
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

@@ -20,12 +20,15 @@ def main(cfg: DictConfig) -> float:
     from collections import Counter
     from pathlib import Path
 
+    import torch
     from hydra.core.hydra_config import HydraConfig
+    from pytorch_lightning.utilities import rank_zero_only
 
     from launch import settle
     from rnode.allocator import keep_freed_memory
     from rnode.checkpoint import load_checkpoint
     from rnode.errors import DivergenceError, is_int, require
+    from rnode.files import claim
 
     quiet()
     keep_freed_memory()
@@ -39,6 +42,7 @@ def main(cfg: DictConfig) -> float:
     on_divergence = cfg.trainer.on_divergence
     require(on_divergence in ("stop", "rewind"), "trainer.on_divergence", on_divergence, "stop or rewind")
 
+    claimed = claim(folder, cfg.ckpt_path)
     ckpt_path, last = cfg.ckpt_path, folder / "last.ckpt"
     if ckpt_path == "auto":
         ckpt_path = str(last) if last.exists() else None
@@ -51,7 +55,12 @@ def main(cfg: DictConfig) -> float:
             try:
                 return train(cfg, folder, ckpt_path, factor)
             except DivergenceError as error:
-                if on_divergence == "stop" or halvings.total() == REWINDS or not last.exists():
+                first = rank_zero_only.rank == 0
+                several = torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
+                alone = several and not error.shared  # the other processes know nothing of it
+                if on_divergence == "stop" or alone or halvings.total() == REWINDS or not last.exists():
+                    if not (first or alone):
+                        sys.exit()  # the first process says it, and has the exit code
                     advice = "try a smaller optimizer.lr, a larger reg.lambda_j or a smaller solver.train.step_size"
                     message = f"{error}; {advice}; last good checkpoint: {last if last.exists() else 'none yet'}"
                     (folder / "diverged.txt").write_text(f"{message}\n")
@@ -60,9 +69,11 @@ def main(cfg: DictConfig) -> float:
                 step = load_checkpoint(ckpt_path)["global_step"]
                 halvings[step] += 1
                 factor = 0.5 ** halvings[step]
-                print(f"{error}; going back to step {step} with half the learning rate", file=sys.stderr)
+                if first:
+                    print(f"{error}; going back to step {step} with half the learning rate", file=sys.stderr)
     finally:
         finish_wandb()
+        claimed.close()
 
 
 def train(cfg: DictConfig, folder, ckpt_path: str | None, learning_rate_factor: float) -> float:
@@ -76,11 +87,13 @@ def train(cfg: DictConfig, folder, ckpt_path: str | None, learning_rate_factor: 
     from hydra.core.hydra_config import HydraConfig
     from hydra.utils import instantiate
     from pytorch_lightning.callbacks import ModelCheckpoint
+    from pytorch_lightning.utilities import rank_zero_only
 
     from build import build
     from rnode.callbacks import Compile, EpochTimer, Progress, RefineGrid, SaveWithinEpochs, ScaleLearningRate, StopOnSignal
     from rnode.checkpoint import AtomicCheckpointIO, check_checkpoint
     from rnode.errors import Stopped
+    from rnode.files import whole_file
     from rnode.module import RNODE
 
     pl.seed_everything(cfg.seed, verbose=False)
@@ -99,7 +112,10 @@ def train(cfg: DictConfig, folder, ckpt_path: str | None, learning_rate_factor: 
     callbacks += [RefineGrid(cfg.refine)] if cfg.refine is not None and not flow.solver.train.adaptive else []
     callbacks += [ScaleLearningRate(learning_rate_factor)] if learning_rate_factor != 1 else []
     callbacks += [Progress()] if cfg.trainer.enable_progress_bar else []
-    OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
+    if rank_zero_only.rank == 0:
+        for name, told in (("config.yaml", cfg), (".hydra/overrides.yaml", HydraConfig.get().overrides.task)):
+            with whole_file(folder / name, "w") as file:
+                OmegaConf.save(told, file, resolve=True)
     trainer = instantiate(
         OmegaConf.masked_copy(cfg.trainer, [name for name in cfg.trainer if name != "on_divergence"]),
         logger=loggers(cfg.wandb, folder, config, step),
@@ -151,6 +167,7 @@ def quiet() -> None:
         r".*The dirpath has changed.*",  # a resumed run has a folder of its own
         r".*Using `DistributedSampler` with the dataloaders.*",  # the metrics count each image once all the same
         r".*There is a wandb run already in progress.*",  # of this run, before it was rewound
+        r".*The `srun` command is available on your system but is not used.*",  # a cluster's login node serves too
         r".*LeafSpec.*",  # Lightning's own use of torch
         r".*your dataloader is not resumable.*",  # it goes on where the checkpoint's epoch was cut off
     ):
@@ -160,33 +177,41 @@ def quiet() -> None:
 def loggers(wandb: DictConfig, folder, config: dict, step: int | None) -> list:
     """metrics.csv in the run folder, and a W&B run there unless it is disabled.
 
-    `step` is that of the checkpoint a run goes on from. If that run was in this folder, its rows up to there are kept.
+    `step` is that of the checkpoint a run goes on from. If that run was in this folder, its rows up to there are kept and
+    its W&B run goes on, in a second offline folder of the same name, which `wandb sync` joins to the first.
     """
-    from pytorch_lightning.loggers import CSVLogger, WandbLogger
+    from pytorch_lightning.loggers import WandbLogger
 
     from rnode.errors import require
-    from rnode.pictures import read_metrics
+    from rnode.metrics import MetricsFile
 
     modes = ("offline", "online", "disabled")
     require(wandb.mode in modes, "wandb.mode", wandb.mode, " or ".join(modes))
-    earlier = read_metrics(folder / "metrics.csv") if step is not None else []
-    csv = CSVLogger(folder, name="", version="", flush_logs_every_n_steps=1)
-    rows = [row for row in earlier if int(row["step"]) < step and not any(key.startswith("test/") for key in row)]
-    if rows:
-        csv.experiment.metrics = rows  # Lightning's writer would begin the file anew
-        csv.save()
+    metrics = MetricsFile(folder / "metrics.csv", before=step or 0)
     if wandb.mode == "disabled":
-        return [csv]
+        return [metrics]
     from wandb import Settings, setup
 
     setup(Settings(silent=True))  # the summary says what W&B would
-    return [csv, WandbLogger(save_dir=folder, config=config, **wandb)]
+    earlier = folder.glob("wandb/*run-*-*") if step is not None else ()  # offline-run-DATE_TIME-ID
+    identity = max((path.name.split("-")[-2:] for path in earlier), default=[None])[-1]
+    return [metrics, WandbLogger(save_dir=folder, config=config, id=identity, **wandb)]
 
 
 def finish_wandb() -> None:
-    """Close the run, so that the next job of a multirun opens its own."""
-    if "wandb" in sys.modules:
-        sys.modules["wandb"].finish()
+    """Close the run, so that the next job of a multirun opens its own; say if what it logged is not all on the disk."""
+    from pathlib import Path
+
+    wandb = sys.modules.get("wandb")
+    if wandb is None or wandb.run is None:
+        return
+    log = Path(wandb.run.settings.log_internal)
+    wandb.finish()
+    lines = log.read_text().splitlines() if log.is_file() else []  # W&B's writer, another process, says it there alone
+    lost = next((line for line in lines if "failed to save record" in line), None)
+    if lost:
+        reason = lost.rsplit(": ", 1)[-1].strip('"}')
+        print(f"W&B could not write all that was logged ({reason}); metrics.csv has it", file=sys.stderr)
 
 
 def summarize(metrics: dict, module, folder) -> None:
@@ -217,8 +242,8 @@ def summarize(metrics: dict, module, folder) -> None:
     console = Console()
     console.print(table)
     console.print(f"run folder: {folder}", soft_wrap=True)
-    for run in sorted(folder.glob("wandb/offline-run-*")):
-        console.print(f"W&B: wandb sync {run}", soft_wrap=True)
+    if runs := sorted(map(str, folder.glob("wandb/offline-run-*"))):
+        console.print(f"W&B: wandb sync {' '.join(runs)}", soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -40,6 +40,7 @@ def test_the_plain_recipe_in_the_same_program_gives_the_same_state():
         ("memory_digits", SMALL, 6),
         ("evaluation_digits", SMALL, 3),
         ("sampling_digits", SMALL, 4),
+        ("ddp_digits", SMALL, 3),
         ("budget", [], 6),
     ],
 )

@@ -1,11 +1,14 @@
 """Runs that are interrupted, killed or broken, as real processes: what they leave, and that they go on from there."""
 
 import csv
+import errno
+import fcntl
 import functools
 import json
 import os
 import re
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -14,6 +17,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
+from rnode.errors import InputError
+from rnode.files import claim
 
 SOURCE = str(Path(__file__).resolve().parent.parent / "src")
 SMALL = [
@@ -222,12 +228,209 @@ def test_a_folder_that_cannot_be_made_gets_one_line(start, tmp_path):
     assert f"{tmp_path}/file" in line
 
 
+@pytest.mark.parametrize("file", ["config.yaml", "best.ckpt", "samples.png", "curves.png", "metrics.csv"])
+def test_a_full_disk_gets_one_line_whatever_is_written(start, tmp_path, file):
+    folder = tmp_path / "run"
+    start(folder, "trainer.max_epochs=1").finish()
+    before = (folder / file).read_bytes()
+    (folder / f"{file}.part").symlink_to("/dev/full")
+    printed = start(folder, "ckpt_path=auto", "pictures.every_n_epochs=1").finish(code=1)
+    (line,) = printed.strip().splitlines()
+    assert line.startswith(f"error: {folder / file} could not be written ([Errno 28] No space left on device)")
+    assert "the one written before is whole" in line
+    assert (folder / file).read_bytes() == before
+    assert torch.load(folder / "last.ckpt", weights_only=True)["global_step"] == 30
+    assert not list(folder.glob("*.part"))
+
+
+def test_a_curve_that_cannot_grow_stops_the_run_and_is_gone_on_with(start, tmp_path, whole):
+    """metrics.csv alone meets its limit, as nothing else is written."""
+    folder = tmp_path / "run"
+    start(folder, "trainer.max_epochs=1").finish()
+    before = (folder / "last.ckpt").read_bytes()
+    size = (folder / "metrics.csv").stat().st_size
+    nothing_else = ["trainer.enable_checkpointing=false", "trainer.limit_val_batches=0"]
+    printed = start(folder, "ckpt_path=auto", *nothing_else, largest_file=size + 500).finish(code=1)
+    assert "Traceback" not in printed
+    assert (
+        printed.strip().splitlines()[-1]
+        == f"error: {folder / 'metrics.csv'} could not be written ([Errno 27] File too large)"
+    )
+    assert (folder / "last.ckpt").read_bytes() == before
+    start(folder, "ckpt_path=auto").finish()  # its last row is cut short
+    assert curves(folder) == curves(whole)
+
+
+def test_a_folder_that_becomes_read_only_gets_one_line_and_leaves_the_last_good_checkpoint(start, tmp_path):
+    folder, epochs = tmp_path / "run", "trainer.max_epochs=100"
+    run = start(folder, epochs, "save_every_n_steps=7", unprivileged=True)
+    run.wait_for_step(31)
+    folder.chmod(0o555)
+    (line,) = run.finish(code=1).strip().splitlines()
+    assert re.match(rf"error: {folder}/(best|last).ckpt could not be written \(.*Permission denied.*\); the one", line)
+    step = torch.load(folder / "last.ckpt", weights_only=True)["global_step"]
+    assert step >= 30
+    (line,) = start(folder, epochs, "ckpt_path=auto", unprivileged=True).finish(code=1).strip().splitlines()
+    assert re.match(rf"error: .*Permission denied: '{folder}/", line)
+    folder.chmod(0o755)
+    start(folder, f"trainer.max_steps={step + 2}", epochs, "ckpt_path=auto", unprivileged=True).finish()
+    assert torch.load(folder / "last.ckpt", weights_only=True)["global_step"] == step + 2
+
+
+def logged_by_wandb(folder):
+    """Of each offline run: its id, the training steps of its training rows, whether it was closed."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    for path in sorted(folder.glob("wandb/offline-run-*/*.wandb")):
+        records = [Record.FromString(data) for data in leveldb_records(path.read_bytes())]
+        histories = [
+            {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item}
+            for record in records
+            if record.HasField("history")
+        ]
+        steps = [history["trainer/global_step"] for history in histories if "train/loss" in history]
+        yield path.stem.removeprefix("run-"), steps, any(record.HasField("exit") for record in records)
+
+
+def leveldb_records(data):
+    """The records of a .wandb file: LevelDB's log format, with 7 bytes of header."""
+    position, record = 7, b""
+    while position < len(data):
+        left = 32768 - position % 32768
+        if left < 7:  # a block's end is padded
+            position += left
+            continue
+        _, length, kind = struct.unpack_from("<IHB", data, position)
+        record += data[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):  # whole, or its last part
+            yield record
+            record = b""
+
+
+def test_wandb_is_closed_by_a_signal_and_a_resumed_run_goes_on_with_the_same_curves(start, tmp_path, whole):
+    folder = tmp_path / "run"
+    run = start(folder, "wandb.mode=offline")
+    run.wait_for_step(40)
+    os.kill(run.pid, signal.SIGTERM)
+    run.finish(code=128 + signal.SIGTERM)
+    stopped_at = torch.load(folder / "last.ckpt", weights_only=True)["global_step"]
+    ((name, steps, closed),) = logged_by_wandb(folder)
+    assert steps == list(range(stopped_at))
+    assert closed
+    assert [int(row["step"]) for row in rows(folder) if "train/loss" in row] == steps
+    start(folder, "wandb.mode=offline", "ckpt_path=auto").finish()
+    first, second = logged_by_wandb(folder)
+    assert first == (name, steps, True)
+    assert second == (name, list(range(stopped_at, 90)), True)
+    assert_same_run(folder, whole)
+
+
+def test_what_wandb_cannot_write_is_said_in_one_line(start, tmp_path, whole):
+    folder, small = tmp_path / "run", ["trainer.enable_checkpointing=false", "wandb.mode=offline"]
+    run = start(folder, *small, largest_file=30_000)
+    run.wait_for_step(60)
+    os.kill(run.pid, signal.SIGTERM)  # it would draw larger files at its end
+    printed = run.finish(code=128 + signal.SIGTERM)
+    assert "Traceback" not in printed
+    assert printed.count("W&B could not write all that was logged (file too large); metrics.csv has it") == 1
+    assert curves(folder) == curves(whole)[: len(curves(folder))]
+
+
 def test_two_runs_of_the_same_second_have_folders_of_their_own(start, tmp_path):
     pattern = f"hydra.run.dir={tmp_path}/${{now:%Y-%m-%d_%H-%M-%S-%f}}"
     runs = [start(tmp_path / name, "trainer.max_epochs=1", pattern) for name in "ab"]
     for run in runs:
         run.finish()
     assert len([path for path in tmp_path.iterdir() if (path / "last.ckpt").exists()]) == 2
+
+
+@pytest.mark.parametrize("gradient", ["backprop", "checkpoint", "adjoint"])
+def test_memory_and_open_files_stay_as_they_are_over_500_steps(start, tmp_path, gradient):
+    """With validations, checkpoints and pictures every 50 steps, and W&B."""
+    run = start(
+        tmp_path / "run",
+        "dataset=toy",
+        "model=mlp",
+        f"solver.gradient={gradient}",
+        "trainer.limit_train_batches=50",
+        "trainer.max_epochs=12",
+        "pictures.every_n_epochs=1",
+        "wandb.mode=offline",
+    )
+    resident, files = [], []
+    for step in (52, 552):
+        run.wait_for_step(step)
+        status = Path(f"/proc/{run.pid}/status").read_text()
+        resident.append(int(re.search(r"VmRSS:\s+(\d+) kB", status)[1]))
+        files.append(len(list(Path(f"/proc/{run.pid}/fd").iterdir())))
+    run.finish()
+    assert resident[1] < 1.02 * resident[0], resident
+    assert files[0] == files[1]
+
+
+def contents(folder):
+    return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("overrides", [[], ["ckpt_path=auto"]], ids=["anew", "auto"])
+def test_a_second_run_in_a_folder_is_refused_and_touches_nothing(start, tmp_path, whole, overrides):
+    folder = tmp_path / "run"
+    first = start(folder)
+    first.wait_for_step(35)
+    os.kill(first.pid, signal.SIGSTOP)
+    before = contents(folder)
+    second = start(tmp_path / "second", f"hydra.run.dir={folder}", "seed=1", *overrides)
+    (line,) = second.finish(code=2).strip().splitlines()
+    assert line.startswith(f"error: {folder}: process {first.pid} of ")
+    assert line.endswith("is running in this folder; wait until it has ended, or give this run another hydra.run.dir=…")
+    assert contents(folder) == before
+    os.kill(first.pid, signal.SIGCONT)
+    first.finish()
+    assert_same_run(folder, whole)
+
+
+def test_of_two_runs_started_at_once_in_one_folder_one_is_refused(start, tmp_path, whole):
+    folder = tmp_path / "run"
+    runs = [start(tmp_path / name, f"hydra.run.dir={folder}") for name in "ab"]
+    assert sorted(run.ask({"wait": run.pid}) for run in runs) == [0, 2]
+    assert_same_run(folder, whole)
+
+
+def test_a_killed_run_leaves_its_folder_to_the_next(start, tmp_path, whole):
+    run = start(tmp_path / "run", "save_every_n_steps=7")
+    run.wait_for_step(40)
+    os.kill(run.pid, signal.SIGKILL)
+    run.finish(code=-signal.SIGKILL)
+    start(tmp_path / "run", "ckpt_path=auto").finish()
+    assert_same_run(tmp_path / "run", whole)
+
+
+def test_a_new_run_does_not_write_over_an_earlier_ones_checkpoints(start, tmp_path, whole):
+    before = contents(whole)
+    elsewhere = tmp_path / "elsewhere.ckpt"
+    elsewhere.write_bytes((whole / "last.ckpt").read_bytes())
+    for overrides in ([], [f"ckpt_path={elsewhere}"]):
+        (line,) = start(tmp_path / "run", f"hydra.run.dir={whole}", *overrides).finish(code=2).strip().splitlines()
+        assert line.startswith(
+            f"error: {whole / 'last.ckpt'} is there from an earlier run; ckpt_path=auto goes on with it, "
+        )
+        assert contents(whole) == before
+
+
+def test_a_folder_is_held_by_one_alone_but_where_the_file_system_has_no_locks(tmp_path, monkeypatch):
+    claimed = claim(tmp_path, None)
+    with pytest.raises(InputError, match=f"process {os.getpid()} of .* is running in this folder"):
+        claim(tmp_path, "auto")
+    claimed.close()
+    claim(tmp_path, None).close()
+
+    def no_locks(file, operation):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with claim(tmp_path, None), claim(tmp_path, None):
+        assert (tmp_path / ".lock").exists()
 
 
 @pytest.mark.parametrize("victim", [0, 1])
@@ -250,6 +453,46 @@ def test_when_a_process_of_two_dies_the_other_stops_with_one_line(tmp_path, vict
     assert "error: another process of this run has ended" in printed
     assert "Traceback" not in printed
     assert torch.load(folder / "last.ckpt", weights_only=True)["global_step"] > 0
+
+
+def two_processes(folder, sick, *overrides):
+    """Exit code and standard error of a run in two processes, the second of which is sick."""
+    command = [sys.executable, Path(__file__).with_name("sick.py"), *SMALL, f"hydra.run.dir={folder}", "trainer.devices=2"]
+    command += ["trainer.strategy=ddp", "trainer.max_epochs=2", "trainer.limit_train_batches=10", *overrides]
+    environment = os.environ | {"PYTHONPATH": SOURCE, "OMP_NUM_THREADS": "1", "SICK": sick}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200)
+    assert "Traceback" not in done.stderr, done.stderr[-3000:]
+    return done.returncode, done.stderr
+
+
+def test_what_one_process_of_two_meets_stops_both_with_one_line(tmp_path):
+    folder = tmp_path / "run"
+    code, printed = two_processes(folder, "nan")
+    (line,) = [line for line in printed.splitlines() if "error" in line]
+    assert line.startswith("error: z of piece 1 became NaN or infinite at training step 12; try a smaller optimizer.lr")
+    assert line.endswith(f"last good checkpoint: {folder / 'last.ckpt'}")
+    assert code == 1
+    assert torch.load(folder / "last.ckpt", weights_only=True)["global_step"] == 10
+
+
+def test_what_one_process_of_two_meets_takes_both_back_and_on(tmp_path):
+    """A NaN, a solver that gives up and one that does so in the gradient, one after the other."""
+    rewind = ["trainer.on_divergence=rewind", "solver.gradient=checkpoint", "optimizer.lr=0.008"]
+    code, printed = two_processes(tmp_path / "run", "nan forward backward", *rewind)
+    assert code == 0, printed[-3000:]
+    lines = [line for line in printed.splitlines() if "going back to step 10 with half the learning rate" in line]
+    expected = (
+        r"z of piece 1 became NaN or infinite at training step 12",
+        r"more than max_steps .*in piece 1 at training step 12",
+        r"step size underflowed .*in the gradient of piece 2 at training step 12",
+    )
+    for line, words in zip(lines, expected, strict=True):
+        assert re.search(words, line)
+    end = torch.load(tmp_path / "run" / "last.ckpt", weights_only=True)
+    assert end["global_step"] == 20
+    assert end["optimizer_states"][0]["param_groups"][0]["lr"] == pytest.approx(0.001)
+    assert all(weight.isfinite().all() for weight in end["state_dict"].values())
+    assert [int(row["step"]) for row in rows(tmp_path / "run") if "train/loss" in row] == list(range(20))
 
 
 def alive(pid):

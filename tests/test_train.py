@@ -1,6 +1,7 @@
 """Whole runs of the real command line, most of them in this process to save the imports."""
 
 import csv
+import functools
 import hashlib
 import itertools
 import math
@@ -479,14 +480,14 @@ def test_truncated_data_get_one_line(run, capsys, tmp_path):
 def test_checkpoints_that_do_not_fit_get_one_line(run, capsys, tmp_path):
     folder = run(*TWO_STEPS)
     good = (folder / "last.ckpt").read_bytes()
-    damaged = tmp_path / "damaged.ckpt"
+    damaged, elsewhere = tmp_path / "damaged.ckpt", functools.partial(run, folder="elsewhere")
     for content in (b"", b"not a checkpoint", good[: len(good) // 2], pickle.dumps({"a": os.system})):
         damaged.write_bytes(content)
-        line, code = mistake(run, capsys, *TWO_STEPS, f"ckpt_path={damaged}")
+        line, code = mistake(elsewhere, capsys, *TWO_STEPS, f"ckpt_path={damaged}")
         assert f"ckpt_path={damaged}: is damaged or not a checkpoint" in line
         assert code == 2
     torch.save({"state_dict": {}}, damaged)
-    assert "carries no configuration" in mistake(run, capsys, *TWO_STEPS, f"ckpt_path={damaged}")[0]
+    assert "carries no configuration" in mistake(elsewhere, capsys, *TWO_STEPS, f"ckpt_path={damaged}")[0]
     line, _ = mistake(run, capsys, *TWO_STEPS, "model.hidden=5", f"ckpt_path={folder / 'last.ckpt'}")
     assert "another architecture: model.hidden is 4 there and 5 here" in line
 

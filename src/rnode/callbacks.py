@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from pytorch_lightning import Callback, Trainer
 from pytorch_lightning.callbacks import TQDMProgressBar
-from pytorch_lightning.loggers import CSVLogger, WandbLogger
+from pytorch_lightning.loggers import WandbLogger
 from pytorch_lightning.utilities import rank_zero_only
 
 from rnode.data import NOISE, DataModule
@@ -18,6 +18,7 @@ from rnode.draws import sample_generators
 from rnode.errors import Stopped, is_int, is_number, require
 from rnode.evaluation import PROBES, measure
 from rnode.flow import Flow
+from rnode.metrics import MetricsFile
 from rnode.module import RNODE
 from rnode.pictures import draw_curves, draw_samples
 from rnode.solver import Solver
@@ -259,6 +260,5 @@ class Pictures(Callback):
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 logger.log_image("samples", [str(path)])
-            elif isinstance(logger, CSVLogger):
-                logger.save()
-                draw_curves(Path(logger.experiment.metrics_file_path), self.folder / "curves.png")
+            elif isinstance(logger, MetricsFile):
+                draw_curves(logger.path, self.folder / "curves.png")

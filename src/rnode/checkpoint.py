@@ -1,13 +1,13 @@
 """Checkpoints: written whole or not at all; read as data alone, never code, and only for the flow that they fit."""
 
-import os
 import pickle
 from pathlib import Path
 
 import torch
 from lightning_fabric.plugins import TorchCheckpointIO
 
-from rnode.errors import InputError, WriteError, one_line
+from rnode.errors import InputError, one_line
+from rnode.files import whole_file
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -17,19 +17,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     """
 
     def save_checkpoint(self, checkpoint: dict, path: str, storage_options: object = None) -> None:
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f"{path.name}.part")
-        try:
-            with open(part, "wb") as file:
+        with whole_file(Path(path)) as file:
+            try:
                 torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(part, path)
-        except (OSError, RuntimeError) as error:  # the second is torch's for the first
-            part.unlink(missing_ok=True)
-            kept = "the one written before is whole" if path.exists() else "there is none from before"
-            raise WriteError(f"{path} could not be written ({one_line(error)[:100]}); {kept}") from error
+            except RuntimeError as error:  # torch's for what the system refused
+                raise OSError(one_line(error)) from error
 
 
 def check_checkpoint(path: str, config: dict) -> int:

@@ -6,7 +6,14 @@ class InputError(ValueError):
 
 
 class DivergenceError(ArithmeticError):
-    """A computation that left the finite numbers, or a solver whose step size underflowed."""
+    """A computation that left the finite numbers, or a solver whose step size underflowed.
+
+    shared: whether every process of the run raises it, at the same point.
+    """
+
+    def __init__(self, message: str, shared: bool = False):
+        super().__init__(message)
+        self.shared = shared
 
 
 class WriteError(OSError):

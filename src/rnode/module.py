@@ -1,11 +1,11 @@
 """The LightningModule: what is done with a batch, and what is measured."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from pytorch_lightning import LightningModule
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 from torchmetrics import CatMetric
 
@@ -16,6 +16,8 @@ from rnode.evaluation import PROBES, measure, standard_error
 from rnode.flow import Flow
 from rnode.objective import bits_per_dim, log_normal, objective
 from rnode.solver import solver_errors
+
+NOTHING = torch.iinfo(torch.int64).max
 
 
 class RNODE(LightningModule):
@@ -45,17 +47,20 @@ class RNODE(LightningModule):
         self.lambda_k, self.lambda_j, self.warmup_steps, self.seed = lambda_k, lambda_j, warmup_steps, seed
         self.config = config or {}
         self.evaluated = CatMetric()  # a row an image: index, bits/dim, kinetic, jacobian
-        # The first step with something that is not finite, and which of `watched`; -1: none yet.
-        self.register_buffer("diverged_at", torch.tensor([-1, 0]), persistent=False)
         pieces = range(1, 1 + len(flow.pieces))
         self.watched = [f"{name} of piece {i}" for i in pieces for name in "zlEn"]
         self.watched += ["the loss", *(f"the gradient of piece {i}" for i in pieces)]
+        # The first thing on this process that was not finite: training step × number of things watched + which of them. Not
+        # a buffer: DDP would put the first process's in its place.
+        self.diverged = torch.tensor(NOTHING)
+        self.failure: str | None = None  # what a solver on this process has said, if others would wait for this process
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         try:
             state = self.flow(batch.y)
         except DivergenceError as error:
-            raise DivergenceError(f"{error} at training step {self.global_step}") from None
+            self.fail(f"{error} at training step {self.global_step}")
+            return self.no_loss(self.parameters())
         loss = objective(state, self.lambda_k, self.lambda_j)
         self.loss_finite = loss.detach().isfinite()
         with torch.no_grad():
@@ -77,8 +82,24 @@ class RNODE(LightningModule):
         except DivergenceError as error:
             # Pieces are gone through from the last to the first: the first that has begun is the one that failed.
             piece = next(i for i, piece in enumerate(self.flow.pieces, 1) if piece.nfe_backward > 0)
-            message = f"{error} in the gradient of piece {piece} at training step {self.global_step}"
+            # A parameter that has its gradient has sent it; all have with the first of several accumulated batches.
+            unsent = [parameter for parameter in self.parameters() if parameter.grad is None]
+            self.fail(f"{error} in the gradient of piece {piece} at training step {self.global_step}", hold=bool(unsent))
+            self.no_loss(unsent).backward()
+
+    def fail(self, message: str, hold: bool = True) -> None:
+        """Raise what a solver has said. Of several processes, hold it instead until all look whether one has failed.
+
+        The others wait for this one's gradient: a NaN, from `no_loss`, is what they get.
+        """
+        if self.trainer.world_size == 1 or not hold:
             raise DivergenceError(message) from None
+        self.failure = self.failure or message
+
+    def no_loss(self, parameters: Iterable[nn.Parameter]) -> Tensor:
+        """NaN, with NaN for the gradients of the parameters."""
+        self.loss_finite = torch.tensor(False, device=self.device)
+        return math.nan * sum(parameter.sum() for parameter in parameters)
 
     def on_after_backward(self) -> None:
         self.log("train/nfe_backward", self.flow.nfe[1])
@@ -92,20 +113,35 @@ class RNODE(LightningModule):
         gradients = [[p.grad for p in piece.parameters() if p.grad is not None] for piece in self.flow.pieces]
         finite = [*(piece.finite for piece in self.flow.pieces), self.loss_finite[None]]
         finite = torch.cat([*finite, torch.stack([get_total_norm(g).isfinite() for g in gradients])])
-        now = torch.stack([self.diverged_at.new_tensor(self.global_step), finite.int().argmin()])
-        self.diverged_at = torch.where(finite.all() | (self.diverged_at[0] >= 0), self.diverged_at, now)
+        now = self.global_step * len(self.watched) + finite.int().argmin()
+        self.diverged = torch.minimum(self.diverged.to(now.device), now.masked_fill(finite.all(), NOTHING))
 
     def on_validation_start(self) -> None:
         self.stop_if_diverged()
 
     def stop_if_diverged(self) -> None:
-        step, what = self.diverged_at.tolist()
-        if step >= 0:
-            raise DivergenceError(f"{self.watched[what]} became NaN or infinite at training step {step}")
+        """DivergenceError on all processes, with the first that any of them has noted."""
+        first = int(self.trainer.strategy.reduce(self.diverged.to(self.device, copy=True), reduce_op="min"))
+        if first < NOTHING:
+            step, what = divmod(first, len(self.watched))
+            message = f"{self.watched[what]} became NaN or infinite at training step {step}"
+            raise self.shared_error(self.failure if int(self.diverged) == first else None, message)
+
+    def shared_error(self, said: str | None, message: str) -> DivergenceError:
+        """What a solver has `said`, on the first process where it did; `message` if on none."""
+        everywhere = [said]
+        if self.trainer.world_size > 1:
+            everywhere = [None] * self.trainer.world_size
+            torch.distributed.all_gather_object(everywhere, said)
+        return DivergenceError(next(filter(None, everywhere), message), shared=True)
 
     def evaluation_step(self, batch: Batch, stage: str) -> None:
-        _, measures = measure(self.flow, batch, sample_generators(batch.index, self.seed, PROBES))
-        self.evaluated.update(torch.stack([batch.index.to(measures.bits.dtype), *measures], dim=1))
+        try:
+            _, measures = measure(self.flow, batch, sample_generators(batch.index, self.seed, PROBES))
+        except DivergenceError as error:
+            self.fail(str(error))
+            measures = 3 * [torch.full_like(batch.log_det, math.nan)]
+        self.evaluated.update(torch.stack([batch.index.to(measures[0].dtype), *measures], dim=1))
         self.log(f"{stage}/nfe_forward", self.flow.nfe[0], on_epoch=True, batch_size=len(batch.index), sync_dist=True)
 
     def evaluation_end(self, stage: str) -> None:
@@ -116,7 +152,8 @@ class RNODE(LightningModule):
         rows = rows.new_zeros(int(first.max()) + 1, rows.shape[1]).index_copy_(0, first, rows)[:, 1:]
         bits, kinetic, jacobian = rows.mean(0)
         if not bits.isfinite():
-            raise DivergenceError(f"{stage} bits/dim is {bits:.3g} after training step {self.global_step}")
+            message = f"{stage} bits/dim is {bits:.3g} after training step {self.global_step}"
+            raise self.shared_error(self.failure, message)
         error = standard_error(rows[:, 0])
         self.log(f"{stage}/bits_per_dim", bits, prog_bar=True, sync_dist=True)
         measured = {"bits_per_dim_se": error, "kinetic": kinetic, "jacobian": jacobian}

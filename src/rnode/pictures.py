@@ -1,6 +1,5 @@
 """Pictures, as PNG files: samples, the course of a training run, the likeliest images, a flow on its way."""
 
-import csv
 import math
 from pathlib import Path
 
@@ -10,7 +9,9 @@ import torch
 from torch import Tensor
 
 from rnode.data import DataModule
+from rnode.files import whole_file
 from rnode.flow import Flow
+from rnode.metrics import read_metrics
 
 matplotlib.use("Agg")  # pictures go to files; no display is looked for
 from matplotlib import pyplot as plt
@@ -24,14 +25,19 @@ CURVES = {
 LIMIT = 4.0  # of the axes of 2-D densities
 
 
+def save(figure: plt.Figure, path: Path) -> None:
+    with whole_file(path) as file:
+        figure.savefig(file, dpi=120, format="png")
+    plt.close(figure)
+
+
 def draw_samples(real: Tensor, drawn: Tensor, path: Path) -> None:
     """Held-out data left, samples right: images (N, C, H, W) in [0, 1] as grids, vectors (N, d) as points."""
     figure, axes = plt.subplots(1, 2, figsize=(10, 5.3), layout="constrained")
     for ax, points, title in zip(axes, (real, drawn), ("data (held out)", "samples"), strict=True):
         ax.set_title(title)
         draw(ax, points)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    save(figure, path)
 
 
 def draw_curves(metrics: Path, path: Path) -> None:
@@ -48,16 +54,7 @@ def draw_curves(metrics: Path, path: Path) -> None:
             ax.legend()
     for ax in axes[1]:
         ax.set_xlabel("training step")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-
-
-def read_metrics(path: Path) -> list[dict[str, str]]:
-    """The rows of a metrics.csv, each with what it holds; none if there is no such file."""
-    if not path.is_file():
-        return []
-    with open(path, newline="") as file:
-        return [{key: value for key, value in row.items() if value} for row in csv.DictReader(file)]
+    save(figure, path)
 
 
 def draw(ax: plt.Axes, points: Tensor, columns: int | None = None) -> None:
@@ -87,8 +84,7 @@ def save_points(points: Tensor, path: Path, columns: int | None = None) -> None:
         return
     figure, ax = plt.subplots(figsize=(5, 5), layout="constrained")
     draw(ax, points)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    save(figure, path)
 
 
 def enlarged(image: np.ndarray, size: int) -> np.ndarray:
@@ -106,8 +102,7 @@ def draw_extremes(rows: Tensor, bits: Tensor, data: DataModule, count: int, path
         shown = rows[chosen]
         draw(ax, shown if data.dequantize is None else shown / (data.dequantize.levels - 1))
         ax.set_title(f"{title}: {bits[chosen].min():.2f} to {bits[chosen].max():.2f} bits/dim")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    save(figure, path)
 
 
 def draw_trajectory(frames: Tensor, folder: Path) -> None:
@@ -138,5 +133,4 @@ def draw_plane(flow: Flow, frames: Tensor, path: Path, side: int = 150) -> None:
     right.scatter(*paths[-1].T, s=4, label="x, sample")
     right.set(xlim=(-LIMIT, LIMIT), ylim=(-LIMIT, LIMIT), aspect="equal", title="trajectories")
     right.legend(loc="upper right")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    save(figure, path)
