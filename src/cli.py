@@ -7,7 +7,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-FULL_ERROR = os.environ.get("HYDRA_FULL_ERROR") == "1"
+ONE_LINE = "RNODE_ONE_LINE_ERRORS"  # set where HYDRA_FULL_ERROR=1 is `run`'s own doing, not the user's wish
+FULL_ERROR = os.environ.get("HYDRA_FULL_ERROR") == "1" and ONE_LINE not in os.environ
 CONF = Path(__file__).resolve().parent.parent / "conf"
 FILES = {  # of each script, the files of its default run, in the order in which later ones override earlier ones
     "train.py": [
@@ -82,11 +83,12 @@ def run(main: Callable[[], None], script: str, purpose: str) -> None:
     elif FULL_ERROR:
         main()
     else:
-        os.environ["HYDRA_FULL_ERROR"] = "1"  # or Hydra prints errors its own way, in several lines
+        os.environ |= {"HYDRA_FULL_ERROR": "1", ONE_LINE: "1"}  # or Hydra prints errors its own way, in several lines
         try:
             one_line_errors(main)()
         finally:
-            os.environ.pop("HYDRA_FULL_ERROR", None)
+            for name in ("HYDRA_FULL_ERROR", ONE_LINE):
+                os.environ.pop(name, None)
 
 
 def one_line_errors(function: Callable) -> Callable:

@@ -6,6 +6,7 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 
 import cli
+import sweep
 
 REWINDS = 3  # at most, with trainer.on_divergence=rewind
 
@@ -14,8 +15,12 @@ REWINDS = 3  # at most, with trainer.on_divergence=rewind
 
 @hydra.main(version_base="1.3", config_path=str(cli.CONF), config_name="config")
 @cli.job
-def main(cfg: DictConfig) -> float:
-    """One run, in the folder Hydra made for it. Returns the best validation bits/dim, for sweeps to minimize."""
+@sweep.job
+def main(cfg: DictConfig) -> float | list[float]:
+    """One run, in the folder Hydra made for it. Returns its `objective`, for sweeps to minimize.
+
+    In a sweep, a job that is finished there is skipped, and one that was cut off goes on.
+    """
     refuse_unknown(cfg)
     from collections import Counter
     from pathlib import Path
@@ -37,7 +42,14 @@ def main(cfg: DictConfig) -> float:
     on_divergence = cfg.trainer.on_divergence
     require(on_divergence in ("stop", "rewind"), "trainer.on_divergence", on_divergence, "stop or rewind")
 
+    require(cfg.objective in sweep.OBJECTIVES, "objective", cfg.objective, " or ".join(sweep.OBJECTIVES))
+
     ckpt_path, last = cfg.ckpt_path, folder / "last.ckpt"
+    if sweep.is_job():
+        if (result := sweep.earlier_result(cfg, folder)) is not None:
+            print(f"{folder} is finished, and skipped")
+            return sweep.objective(cfg, result)
+        ckpt_path = "auto" if last.exists() else ckpt_path
     if ckpt_path == "auto":
         ckpt_path = str(last) if last.exists() else None
     halvings, factor = (
@@ -47,7 +59,7 @@ def main(cfg: DictConfig) -> float:
     try:
         while True:
             try:
-                return train(cfg, folder, ckpt_path, factor)
+                return sweep.objective(cfg, train(cfg, folder, ckpt_path, factor))
             except DivergenceError as error:
                 if on_divergence == "stop" or halvings.total() == REWINDS or not last.exists():
                     advice = "try a smaller optimizer.lr, a larger reg.lambda_j or a smaller solver.train.step_size"
@@ -63,8 +75,8 @@ def main(cfg: DictConfig) -> float:
         finish_wandb()
 
 
-def train(cfg: DictConfig, folder, ckpt_path: str | None, learning_rate_factor: float) -> float:
-    """Fit, then test the best weights. Returns the best validation bits/dim.
+def train(cfg: DictConfig, folder, ckpt_path: str | None, learning_rate_factor: float) -> dict:
+    """Fit, then test the best weights. Returns what result.json holds, in the process that writes it.
 
     `learning_rate_factor` is put to the learning rate that the checkpoint `ckpt_path` has.
     """
@@ -97,6 +109,7 @@ def train(cfg: DictConfig, folder, ckpt_path: str | None, learning_rate_factor: 
     callbacks += [RefineGrid(cfg.refine)] if cfg.refine is not None and not flow.solver.train.adaptive else []
     callbacks += [ScaleLearningRate(learning_rate_factor)] if learning_rate_factor != 1 else []
     callbacks += [Progress()] if cfg.trainer.enable_progress_bar else []
+    (folder / sweep.RESULT).unlink(missing_ok=True)
     OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
     trainer = instantiate(
         OmegaConf.masked_copy(cfg.trainer, [name for name in cfg.trainer if name != "on_divergence"]),
@@ -118,10 +131,12 @@ def train(cfg: DictConfig, folder, ckpt_path: str | None, learning_rate_factor: 
             overrides = [*HydraConfig.get().overrides.task, f"hydra.run.dir={folder}", "ckpt_path=auto"]
             kept = f"last checkpoint: {folder / 'last.ckpt'}; to go on: {shlex.join(['python', 'src/train.py', *overrides])}"
         raise Stopped(f"{stopped}; {kept}", stopped.signal) from None
-    if trainer.is_global_zero:
-        summarize(trained | trainer.callback_metrics, module, folder)
-    score = best.best_model_score
-    return float(trained.get("val/bits_per_dim", "nan") if score is None else score)  # nan: no validation was wanted
+    if not trainer.is_global_zero:
+        return {}
+    metrics, score = trained | trainer.callback_metrics, best.best_model_score
+    summarize(metrics, module, folder)
+    score = float(trained.get("val/bits_per_dim", "nan") if score is None else score)  # nan: no validation was wanted
+    return sweep.write_result(folder, metrics, score)
 
 
 def refuse_unknown(cfg: DictConfig) -> None:
