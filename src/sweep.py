@@ -35,7 +35,7 @@ LIMITS = [f"trainer.{name}" for name in ("max_epochs", "max_steps", "max_time", 
 SURROUNDINGS = ["ckpt_path", "objective", "save_every_n_steps", "compile", "wandb", "pictures", "dataset.root"]
 SURROUNDINGS += [f"trainer.{name}" for name in ("accelerator", "strategy", "log_every_n_steps", "on_divergence", "profiler")]
 SURROUNDINGS += [f"trainer.{name}" for name in ("enable_progress_bar", "enable_model_summary")]
-LAMBDAS = ("reg.lambda_k", "reg.lambda_j")
+LAMBDAS = {"reg.lambda_k": "λ_K", "reg.lambda_j": "λ_J"}
 COLUMNS = {
     "val/bits_per_dim": ("val bits/dim", "{:.4f}"),
     "test/bits_per_dim": ("test bits/dim", "{:.4f}"),
@@ -299,7 +299,7 @@ def table(jobs: list[Job]):
     """The jobs as a rich.table.Table, the one of the least validation bits/dim in bold."""
     from rich.table import Table
 
-    shown = Table("job", *(key.removeprefix("reg.") for key in jobs[0].swept), *(label for label, _ in COLUMNS.values()))
+    shown = Table("job", *(LAMBDAS.get(key, key) for key in jobs[0].swept), *(label for label, _ in COLUMNS.values()))
     finished = [job for job in jobs if job.result.get("val/bits_per_dim") is not None]
     best = min(finished, key=lambda job: job.result["val/bits_per_dim"], default=None)
     for job in jobs:
@@ -341,14 +341,13 @@ def draw(jobs: list[Job], path: Path) -> bool:
 
 def draw_panel(ax, jobs: list[Job], swept: list[str], name: str) -> None:
     """One quantity against one λ, or against both: as a map if the jobs lie on a grid, otherwise as coloured points."""
-    labels = dict(zip(LAMBDAS, ("λ_K", "λ_J"), strict=True))
     places: dict[tuple[float, ...], list[float]] = {}
     for job in jobs:
         value = job.result.get(name)
         members = places.setdefault(tuple(float(job.swept[key]) for key in swept), [])
         members += [] if value is None else [value]
     means = {place: sum(values) / len(values) for place, values in places.items() if values}
-    ax.set(**dict(zip(("xlabel", "ylabel"), (labels[key] for key in reversed(swept)), strict=False)))
+    ax.set(**dict(zip(("xlabel", "ylabel"), (LAMBDAS[key] for key in reversed(swept)), strict=False)))
     axes = [sorted({place[i] for place in places}) for i in range(len(swept))]
     if len(swept) == 1:
         curve = sorted((place[0], mean) for place, mean in means.items())
@@ -363,7 +362,7 @@ def draw_panel(ax, jobs: list[Job], swept: list[str], name: str) -> None:
 
 
 def draw_map(ax, axes: list[list[float]], means: dict, failed: list, form: str) -> None:
-    """λ_K downwards, λ_J to the right, the value in each cell; a cross where no job of a cell is finished."""
+    """λ_K upwards, λ_J to the right, the value in each cell; a cross where no job of a cell is finished."""
     grid = [[means.get((k, j), math.nan) for j in axes[1]] for k in axes[0]]
     image = ax.imshow(grid, origin="lower", aspect="auto")
     ax.figure.colorbar(image, ax=ax)
