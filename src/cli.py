@@ -25,6 +25,7 @@ FILES = {  # of each script, the files of its default run, in the order in which
     "sample.py": ["checkpoint.yaml", "sample.yaml"],
     "reproduce.py": ["reproduce.yaml"],
 }
+GO_ON = "the same command with its hydra.sweep.dir=… skips what is finished and goes on with the rest"
 TRAINER = "trainer.yaml"  # the one file beside the groups that has a section of its own
 
 
@@ -159,6 +160,12 @@ def explain(error: Exception) -> tuple[str | None, int]:
         r"gloo|nccl|connection (closed|reset) by peer", str(error), re.IGNORECASE
     ):
         return f"another process of this run has ended ({one_line(error)[:100]}); ckpt_path=…/last.ckpt goes on", 1
+    if type(error).__name__ == "TerminatedWorkerError":  # joblib's
+        return "a process of the sweep has been killed, for want of memory perhaps; " + GO_ON, 1
+    if type(error).__module__.startswith("submitit."):
+        return f"a job of the sweep has ended without a result ({one_line(error)[:300]}); " + GO_ON, 1
+    if str(error) == "No trials are completed yet.":  # optuna's
+        return "no job of the sweep is finished; what each has met stands above", 1
     if type(error).__module__.startswith("wandb."):  # no account or no network for wandb.mode=online
         return f"W&B: {one_line(error)}; wandb.mode=offline needs neither account nor network", 2
     return None, 1
@@ -172,7 +179,8 @@ def explain_hydra(error: Exception) -> str:
         return f"there is no option {where}; {similar(where)}python src/{script()} --help lists them"
     if match := re.match(r"(?:In '.*': )?Could not find '(\S+)'", text):
         options = ", ".join(re.findall(r"^\t(\S+)$", text, re.MULTILINE))
-        return f"there is no {match[1]}; " + (f"the options are {options}" if options else "--help lists the groups")
+        extra = "pip install -e '.[sweep]' brings more; " if match[1].startswith("hydra/") else ""
+        return f"there is no {match[1]}; {extra}" + (f"the options are {options}" if options else "--help lists the groups")
     return one_line(error)
 
 

@@ -259,7 +259,9 @@ def prepare(config: DictConfig) -> None:
 
         jobs, cores = joblib.effective_n_jobs(launcher.n_jobs), joblib.cpu_count()
         threads = int(os.environ.get("OMP_NUM_THREADS", 0)) or max(1, cores // jobs)
-        print(f"{jobs} jobs at a time, {threads} threads each, on {cores} cores (hydra.launcher.n_jobs, OMP_NUM_THREADS)")
+        print(
+            f"jobs at a time (hydra.launcher.n_jobs): {jobs}; threads of each (OMP_NUM_THREADS): {threads}; cores: {cores}"
+        )
     if not launcher._target_.endswith("BasicLauncher"):
         source = str(Path(__file__).parent)
         os.environ["PYTHONPATH"] = os.pathsep.join([source, *filter(None, [os.environ.get("PYTHONPATH")])])
