@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 import sweep
 import test_faults
 from rnode.module import RNODE
-from test_faults import SMALL, alive, rows, same
+from test_faults import alive, rows, same
 from test_scripts import call
 from test_train import TWO_STEPS
 
@@ -151,7 +151,7 @@ def test_a_sweep_that_is_stopped_in_its_second_job_goes_on_to_the_same_end(start
     same(*({key: end[key] for key in ("state_dict", "optimizer_states", "global_step")} for end in ends))
     steps = [int(row["step"]) for row in rows(folder / "1") if "train/loss" in row]
     assert steps == list(range(30))
-    assert list(results(folder)) and {row["status"] for row in table(folder).values()} == {"finished"}
+    assert [row["status"] for row in table(folder).values()] == ["finished"] * 3
 
 
 @pytest.mark.slow  # joblib's two workers import everything anew, twice
@@ -177,7 +177,7 @@ def test_joblib_runs_two_jobs_at_a_time_that_stop_with_the_sweep_and_go_on(start
     assert not (folder / "2" / "last.ckpt").exists()
     printed = start(tmp_path / "second", *arguments).finish(code=1)
     assert "Traceback" not in printed
-    assert "jobs at a time (hydra.launcher.n_jobs): 2; threads of each (OMP_NUM_THREADS): 1; cores: " in printed
+    assert "jobs at a time (hydra.launcher.n_jobs): 2, threads of each (OMP_NUM_THREADS): 1" in printed
     assert printed.strip().splitlines()[-1] == "failed: 2 reg.lambda_k=-1: reg.lambda_k=-1: must be a number, 0 or more"
     for name in "01":
         assert torch.load(folder / name / "last.ckpt", weights_only=True)["global_step"] == 44
@@ -246,7 +246,7 @@ def test_a_guided_sweep_of_which_every_job_fails_ends_with_one_line(tmp_path, ca
         (["-m", "objective=nfe"], "objective=nfe: must be bits_per_dim or bits_per_dim_and_nfe"),
         (
             ["-m", "hydra/sweeper=optuna", "hydra.sweeper.direction=maximize"],
-            "hydra.sweeper.direction=maximize: must be left",
+            "hydra.sweeper.direction=maximize: must be",
         ),
         (["-m", "hydra/sweeper=optuna", "hydra.sweeper.max_failure_rate=0.5"], "max_failure_rate=0.5: must be left out"),
         (["-m", "hydra/launcher=joblob"], "there is no hydra/launcher/joblob; pip install -e '.[sweep]' brings more"),
