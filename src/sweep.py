@@ -110,6 +110,16 @@ def earlier_result(cfg: DictConfig, folder: Path) -> dict[str, float | None] | N
     return None if changed else read_result(folder)
 
 
+def refuse_own_processes(trainer) -> None:
+    """Lightning would start them with the command line of the sweep, and each would run the whole of it."""
+    from rnode.errors import require
+
+    environment = getattr(trainer.strategy, "cluster_environment", None)
+    alone = trainer.world_size == 1 or environment is None or environment.creates_processes_externally
+    right = "1 in a sweep, unless a cluster starts the processes (hydra.launcher.tasks_per_node=… of submitit_slurm)"
+    require(alone or not is_job(), "trainer.devices", trainer.num_devices, right)
+
+
 def flat(config: DictConfig) -> dict[str, object]:
     """Dotted key: value, as YAML gives it back."""
     found: dict[str, object] = {}

@@ -118,6 +118,7 @@ def train(cfg: DictConfig, folder, ckpt_path: str | None, learning_rate_factor: 
         plugins=[AtomicCheckpointIO(), *(cfg.trainer.plugins or [])],
         default_root_dir=folder,
     )
+    sweep.refuse_own_processes(trainer)
 
     try:
         trainer.fit(module, data, ckpt_path=ckpt_path, weights_only=True)
