@@ -269,9 +269,7 @@ def prepare(config: DictConfig) -> None:
 
         jobs, cores = joblib.effective_n_jobs(launcher.n_jobs), joblib.cpu_count()
         threads = int(os.environ.get("OMP_NUM_THREADS", 0)) or max(1, cores // jobs)
-        print(
-            f"jobs at a time (hydra.launcher.n_jobs): {jobs}; threads of each (OMP_NUM_THREADS): {threads}; cores: {cores}"
-        )
+        print(f"{cores} cores; jobs at a time (hydra.launcher.n_jobs): {jobs}, threads of each (OMP_NUM_THREADS): {threads}")
     if not launcher._target_.endswith("BasicLauncher"):
         source = str(Path(__file__).parent)
         os.environ["PYTHONPATH"] = os.pathsep.join([source, *filter(None, [os.environ.get("PYTHONPATH")])])
