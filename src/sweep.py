@@ -112,12 +112,10 @@ def earlier_result(cfg: DictConfig, folder: Path) -> dict[str, float | None] | N
 
 def refuse_own_processes(trainer) -> None:
     """Lightning would start them with the command line of the sweep, and each would run the whole of it."""
-    from rnode.errors import require
-
     environment = getattr(trainer.strategy, "cluster_environment", None)
-    alone = trainer.world_size == 1 or environment is None or environment.creates_processes_externally
-    right = "1 in a sweep, unless a cluster starts the processes (hydra.launcher.tasks_per_node=… of submitit_slurm)"
-    require(alone or not is_job(), "trainer.devices", trainer.num_devices, right)
+    if is_job() and trainer.world_size > 1 and environment is not None and not environment.creates_processes_externally:
+        right = "1 in a sweep, unless a cluster starts the processes (hydra.launcher.tasks_per_node=… of submitit_slurm)"
+        refuse("trainer.devices", trainer.num_devices, right)
 
 
 def flat(config: DictConfig) -> dict[str, object]:
@@ -250,17 +248,17 @@ class Sweep(Callback):
 
 def prepare(config: DictConfig) -> None:
     """Settle what follows from the choice of sweeper and launcher."""
-    from rnode.errors import require
-
-    require(config.objective in OBJECTIVES, "objective", config.objective, " or ".join(OBJECTIVES))
+    if config.objective not in OBJECTIVES:
+        refuse("objective", config.objective, " or ".join(OBJECTIVES))
     sweeper, launcher = config.hydra.sweeper, config.hydra.launcher
     if "max_failure_rate" in sweeper:  # optuna's
         directions = ["minimize"] * len(OBJECTIVES[config.objective])
         given = sweeper.direction if OmegaConf.is_list(sweeper.direction) else [sweeper.direction]
-        fits = [getattr(direction, "name", direction) for direction in given] in (["minimize"], directions)
-        require(fits, "hydra.sweeper.direction", sweeper.direction, f"left out: objective={config.objective} sets it")
-        rate = sweeper.max_failure_rate
-        require(rate in (0, 1), "hydra.sweeper.max_failure_rate", rate, "left out: a failed job never ends the sweep")
+        if [getattr(direction, "name", direction) for direction in given] not in (["minimize"], directions):
+            refuse("hydra.sweeper.direction", sweeper.direction, f"left out: objective={config.objective} sets it")
+        if sweeper.max_failure_rate not in (0, 1):
+            name, rate = "hydra.sweeper.max_failure_rate", sweeper.max_failure_rate
+            refuse(name, rate, "left out: a failed job never ends the sweep")
         sweeper.direction, sweeper.max_failure_rate = directions, 1.0
         if "seed" in sweeper.sampler and sweeper.sampler.seed is None:
             sweeper.sampler.seed = config.seed  # started again, it asks for the same jobs and finds them in their folders
@@ -274,6 +272,12 @@ def prepare(config: DictConfig) -> None:
         source = str(Path(__file__).parent)
         os.environ["PYTHONPATH"] = os.pathsep.join([source, *filter(None, [os.environ.get("PYTHONPATH")])])
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C reaches joblib's workers too: they end by themselves
+
+
+def refuse(name: str, value: object, right: str) -> None:
+    from rnode.errors import InputError  # brings torch, for which a sweep that is as it must be need not wait here
+
+    raise InputError(f"{name}={value}: must be {right}")
 
 
 def conclude(config: DictConfig) -> None:
