@@ -7,7 +7,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-FULL_ERROR = os.environ.get("HYDRA_FULL_ERROR") == "1"
+ONE_LINE = "RNODE_ONE_LINE_ERRORS"  # set where HYDRA_FULL_ERROR=1 is `run`'s own doing, not the user's wish
+FULL_ERROR = os.environ.get("HYDRA_FULL_ERROR") == "1" and ONE_LINE not in os.environ
 CONF = Path(__file__).resolve().parent.parent / "conf"
 FILES = {  # of each script, the files of its default run, in the order in which later ones override earlier ones
     "train.py": [
@@ -24,6 +25,7 @@ FILES = {  # of each script, the files of its default run, in the order in which
     "sample.py": ["checkpoint.yaml", "sample.yaml"],
     "reproduce.py": ["reproduce.yaml"],
 }
+GO_ON = "the same command with its hydra.sweep.dir=… skips what is finished and goes on with the rest"
 TRAINER = "trainer.yaml"  # the one file beside the groups that has a section of its own
 
 
@@ -90,11 +92,12 @@ def run(main: Callable[[], None], script: str, purpose: str) -> None:
     if FULL_ERROR:
         main()
     else:
-        os.environ["HYDRA_FULL_ERROR"] = "1"  # or Hydra prints errors its own way, in several lines
+        os.environ |= {"HYDRA_FULL_ERROR": "1", ONE_LINE: "1"}  # or Hydra prints errors its own way, in several lines
         try:
             one_line_errors(main)()
         finally:
-            os.environ.pop("HYDRA_FULL_ERROR", None)
+            for name in ("HYDRA_FULL_ERROR", ONE_LINE):
+                os.environ.pop(name, None)
 
 
 def one_line_errors(function: Callable) -> Callable:
@@ -144,6 +147,28 @@ def job(function: Callable) -> Callable:
     return wrapped
 
 
+def quiet() -> None:
+    """Silence what Lightning and torch say about choices that are made on purpose here."""
+    import logging
+    import warnings
+
+    for library in ("pytorch_lightning.utilities.rank_zero", "lightning_fabric.utilities.distributed"):
+        logging.getLogger(library).setLevel(logging.WARNING)
+    for message in (
+        r".*does not have many workers.*",  # the data are in memory: a worker would only copy them
+        r".*(Checkpoint|Experiment logs) directory .* exists and is not empty.*",  # it holds Hydra's and our config
+        r".*number of training batches .* is smaller than the logging interval.*",
+        r".*could not find the monitored key.*",  # a run stopped before its first validation is validated at its end
+        r".*The dirpath has changed.*",  # a resumed run has a folder of its own
+        r".*Using `DistributedSampler` with the dataloaders.*",  # the metrics count each image once all the same
+        r".*There is a wandb run already in progress.*",  # of this run, before it was rewound
+        r".*The `srun` command is available on your system but is not used.*",  # a cluster's login node serves too
+        r".*LeafSpec.*",  # Lightning's own use of torch
+        r".*your dataloader is not resumable.*",  # it goes on where the checkpoint's epoch was cut off
+    ):
+        warnings.filterwarnings("ignore", message)
+
+
 def explain(error: Exception) -> tuple[str | None, int]:
     """One line for what went wrong and the exit code; no line for what is a bug of ours."""
     from hydra.errors import HydraException, InstantiationException
@@ -174,6 +199,12 @@ def explain(error: Exception) -> tuple[str | None, int]:
         r"gloo|nccl|connection (closed|reset) by peer", str(error), re.IGNORECASE
     ):
         return f"another process of this run has ended ({one_line(error)[:100]}); ckpt_path=…/last.ckpt goes on", 1
+    if type(error).__name__ == "TerminatedWorkerError":  # joblib's
+        return "a process of the sweep has been killed, for want of memory perhaps; " + GO_ON, 1
+    if type(error).__module__.startswith("submitit."):
+        return f"a job of the sweep has ended without a result ({one_line(error)[:300]}); " + GO_ON, 1
+    if str(error) == "No trials are completed yet.":  # optuna's
+        return "no job of the sweep is finished; what each has met stands above", 1
     if type(error).__module__.startswith("wandb."):  # no account or no network for wandb.mode=online
         return f"W&B: {one_line(error)}; wandb.mode=offline needs neither account nor network", 2
     return None, 1
@@ -187,7 +218,8 @@ def explain_hydra(error: Exception) -> str:
         return f"there is no option {where}; {similar(where)}python src/{script()} --help lists them"
     if match := re.match(r"(?:In '.*': )?Could not find '(\S+)'", text):
         options = ", ".join(re.findall(r"^\t(\S+)$", text, re.MULTILINE))
-        return f"there is no {match[1]}; " + (f"the options are {options}" if options else "--help lists the groups")
+        extra = "pip install -e '.[sweep]' brings more; " if match[1].startswith("hydra/") else ""
+        return f"there is no {match[1]}; {extra}" + (f"the options are {options}" if options else "--help lists the groups")
     return one_line(error)
 
 

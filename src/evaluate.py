@@ -25,6 +25,7 @@ def main(cfg: DictConfig) -> float:
     from rnode.evaluation import evaluate
     from rnode.pictures import draw_extremes
 
+    cli.quiet()
     keep_freed_memory()
     require(cfg.split in Splits._fields, "split", cfg.split, " or ".join(reversed(Splits._fields)))
     require(is_int(cfg.samples, at_least=1), "samples", cfg.samples, "a whole number of dequantizations, 1 or more")

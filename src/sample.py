@@ -24,6 +24,7 @@ def main(cfg: DictConfig) -> None:
     from rnode.pictures import draw_plane, draw_trajectory, save_points
     from rnode.processes import gathered, share
 
+    cli.quiet()
     keep_freed_memory()
     require(is_int(cfg.n, at_least=1), "n", cfg.n, "a whole number of samples, 1 or more")
     require(is_number(cfg.temperature, at_least=0), "temperature", cfg.temperature, "a number, 0 or more")
