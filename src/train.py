@@ -150,6 +150,7 @@ def quiet() -> None:
         r".*Using `DistributedSampler` with the dataloaders.*",  # the metrics count each image once all the same
         r".*There is a wandb run already in progress.*",  # of this run, before it was rewound
         r".*LeafSpec.*",  # Lightning's own use of torch
+        r"The `srun` command is available.*",  # a cluster's login node may try a small run
         r".*your dataloader is not resumable.*",  # it goes on where the checkpoint's epoch was cut off
     ):
         warnings.filterwarnings("ignore", message)
