@@ -23,8 +23,10 @@ install() {
 }
 
 running() { # NAME: whether the cluster's daemon of this name lives
-    [[ -s $folder/$1.pid ]] && [[ $(cat "/proc/$(<"$folder/$1.pid")/comm" 2>/dev/null) == "$1" ]]
+    [[ -s $folder/$1.pid ]] && [[ /proc/$(<"$folder/$1.pid")/exe -ef $(command -v "$1") ]]
 }
+
+all_run() { for name in "${daemons[@]}"; do running "$name" || return; done; }
 
 configure() {
     local node memory
@@ -62,17 +64,17 @@ PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 KillWait=20
 ReturnToService=2
-# two CPUs, even on a machine that has one or many
+# two CPUs, however many the machine has
 SlurmdParameters=config_overrides
 NodeName=localhost NodeHostname=$(hostname -s) NodeAddr=127.0.0.1 CPUs=2 $memory
 PartitionName=low Nodes=localhost Default=YES PriorityTier=1 GraceTime=20
-PartitionName=high Nodes=localhost PriorityTier=2 PreemptMode=OFF
+PartitionName=high Nodes=localhost PriorityTier=2
 END
 }
 
 start() {
     install
-    running munged && running slurmctld && running slurmd || {
+    all_run || {
         stop
         configure
         munged --force --key-file="$folder/munge.key" --socket="$folder/munge.socket" --pid-file="$folder/munged.pid" \
@@ -93,7 +95,7 @@ start() {
 }
 
 stop() {
-    running slurmctld && running slurmd && scancel --user="$(id -un)" --full && wait_for_jobs
+    all_run && scancel --user="$(id -un)" && wait_for_jobs
     for name in slurmd slurmctld munged; do
         running "$name" || continue
         local pid
@@ -109,12 +111,10 @@ wait_for_jobs() {
 }
 
 status() {
-    local down=0
     for name in "${daemons[@]}"; do
-        if running "$name"; then echo "$name: runs"; else echo "$name: does not run" && down=1; fi
+        if running "$name"; then echo "$name: runs"; else echo "$name: does not run"; fi
     done
-    ((down)) || { sinfo; squeue; }
-    return $down
+    all_run && sinfo && squeue
 }
 
 case ${1-} in
