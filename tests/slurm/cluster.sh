@@ -103,7 +103,8 @@ stop() {
         kill "$pid"
         for _ in {1..100}; do [[ -d /proc/$pid ]] || break; sleep 0.1; done
     done
-    rm -rf "$folder"
+    rm -rf "$folder"/{state,spool,log,slurm.conf,munge.*,*.pid}
+    [[ ! -d $folder ]] || rmdir "$folder"
 }
 
 wait_for_jobs() {
