@@ -16,8 +16,6 @@ import yaml
 
 from test_faults import SMALL, SOURCE, assert_same_run, rows
 
-pytestmark = pytest.mark.slurm
-
 SBATCH = Path(__file__).parent / "slurm" / "train.sbatch"
 STEPS = 6 * 30  # of the run that is preempted
 LONG = [*SMALL, "trainer.max_epochs=6"]
@@ -62,20 +60,25 @@ def slurm(*command):
     return subprocess.run(command, check=True, capture_output=True, text=True, env=ENVIRONMENT).stdout
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(scope="module")
 def cluster():
     partitions = subprocess.run(["sinfo", "--noheader", "--format=%R"], capture_output=True, text=True)
     assert {"low", "high"} <= set(partitions.stdout.split()), f"no cluster; {__doc__}"
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def whole(cluster, tmp_path_factory):
     """A job of two processes that nobody disturbed."""
     job = Job(tmp_path_factory.mktemp("whole"), [*LONG, "wandb.mode=offline"])
     job.finish()
     return job
 
 
+def test_the_readme_has_the_sbatch_file_that_is_tried_here():
+    assert f"```bash\n{SBATCH.read_text()}```" in (Path(SOURCE).parent / "README.md").read_text()
+
+
+@pytest.mark.slurm
 def test_two_tasks_make_one_run(whole):
     assert [path.name for path in whole.run.parent.iterdir()] == [whole.run.name]
     found = {path for path in whole.folder.rglob("*") if path.suffix in (".ckpt", ".csv")}
@@ -86,6 +89,7 @@ def test_two_tasks_make_one_run(whole):
     assert whole.log.count("run folder:") == 1
 
 
+@pytest.mark.slurm
 def test_a_preempted_job_is_requeued_and_goes_on_to_the_same_end(whole, tmp_path):
     job = Job(tmp_path, LONG)
     job.wait_for_step(40)
@@ -98,7 +102,8 @@ def test_a_preempted_job_is_requeued_and_goes_on_to_the_same_end(whole, tmp_path
     assert_same_run(job.run, whole.run)
 
 
-def test_a_job_whose_time_is_up_is_requeued_and_goes_on(tmp_path):
+@pytest.mark.slurm
+def test_a_job_whose_time_is_up_is_requeued_and_goes_on(cluster, tmp_path):
     options = ("--time=2", "--signal=SIGUSR1@60")  # SLURM gives the signal up to a minute too early
     job = Job(tmp_path, [*SMALL, "trainer.max_epochs=1000000"], *options)
     job.until(lambda: job.show("Restarts") == "1" and job.show("JobState") == "RUNNING")
@@ -110,7 +115,8 @@ def test_a_job_whose_time_is_up_is_requeued_and_goes_on(tmp_path):
     assert "Traceback" not in job.log
 
 
-def test_a_sweep_by_submitit(tmp_path):
+@pytest.mark.slurm
+def test_a_sweep_by_submitit(cluster, tmp_path):
     launcher = ["hydra/launcher=submitit_slurm", "hydra.launcher.partition=low", "hydra.launcher.timeout_min=10"]
     command = [sys.executable, f"{SOURCE}/train.py", "-m", *launcher, *SMALL, f"hydra.sweep.dir={tmp_path}"]
     ended = subprocess.run([*command, "reg.lambda_k=0,0.1"], capture_output=True, text=True, env=ENVIRONMENT, timeout=300)
