@@ -96,7 +96,7 @@ def test_a_preempted_job_is_requeued_and_goes_on_to_the_same_end(whole, tmp_path
     slurm("srun", "--partition=high", "--ntasks=2", "sleep", "1")
     job.finish()
     assert job.show("Restarts") == "1"
-    (stopped,) = re.findall(r"^stopped: by SIGTERM after (\d+) training steps", job.log, re.MULTILINE)
+    (stopped,) = set(re.findall(r"^stopped: by SIGTERM after (\d+) training steps", job.log, re.MULTILINE))
     assert 40 < int(stopped) < STEPS
     assert "Traceback" not in job.log
     assert_same_run(job.run, whole.run)
@@ -107,7 +107,7 @@ def test_a_job_whose_time_is_up_is_requeued_and_goes_on(cluster, tmp_path):
     options = ("--time=2", "--signal=SIGUSR1@60")  # SLURM gives the signal up to a minute too early
     job = Job(tmp_path, [*SMALL, "trainer.max_epochs=1000000"], *options)
     job.until(lambda: job.show("Restarts") == "1" and job.show("JobState") == "RUNNING")
-    (stopped,) = re.findall(r"^stopped: by SIGUSR1 after (\d+) training steps", job.log, re.MULTILINE)
+    (stopped,) = set(re.findall(r"^stopped: by SIGUSR1 after (\d+) training steps", job.log, re.MULTILINE))
     job.wait_for_step(int(stopped) + 1)
     slurm("scancel", job.id)
     job.finish("CANCELLED")
