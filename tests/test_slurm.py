@@ -17,8 +17,8 @@ import yaml
 from test_faults import SMALL, SOURCE, assert_same_run, rows
 
 SBATCH = Path(__file__).parent / "slurm" / "train.sbatch"
-STEPS = 6 * 30  # of the run that is preempted
-LONG = [*SMALL, "trainer.max_epochs=6"]
+STEPS = 4 * 30  # of the run that is preempted
+LONG = [*SMALL, "trainer.max_epochs=4"]
 ENVIRONMENT = os.environ | {
     "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",  # its python is the one of these tests
     "PYTHONPATH": SOURCE,  # for what submitit unpickles
@@ -41,7 +41,7 @@ class Job:
     def log(self):
         return (self.folder / "log").read_text()
 
-    def until(self, condition, seconds=180):
+    def until(self, condition, seconds=300):
         deadline = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < deadline, self.show("JobState") + self.log[-3000:]
@@ -118,12 +118,13 @@ def test_a_job_whose_time_is_up_is_requeued_and_goes_on(cluster, tmp_path):
 @pytest.mark.slurm
 def test_a_sweep_by_submitit(cluster, tmp_path):
     launcher = ["hydra/launcher=submitit_slurm", "hydra.launcher.partition=low", "hydra.launcher.timeout_min=10"]
-    command = [sys.executable, f"{SOURCE}/train.py", "-m", *launcher, *SMALL, f"hydra.sweep.dir={tmp_path}"]
-    ended = subprocess.run([*command, "reg.lambda_k=0,0.1"], capture_output=True, text=True, env=ENVIRONMENT, timeout=300)
+    command = [sys.executable, f"{SOURCE}/train.py", "-m", *launcher, *SMALL, "reg.lambda_k=0,0.1"]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=ENVIRONMENT, timeout=300)
     assert ended.returncode == 0, ended.stderr[-3000:]
-    for number, lambda_k in enumerate((0, 0.1)):
-        folder = tmp_path / str(number)
-        assert yaml.safe_load((folder / "config.yaml").read_text())["reg"]["lambda_k"] == lambda_k
-        assert torch.load(folder / "last.ckpt", weights_only=True)["global_step"] == 90
-        assert "test/bits_per_dim" in rows(folder)[-1]
-    assert len(list((tmp_path / ".submitit").glob("*/*_result.pkl"))) == 2
+    (folder,) = (tmp_path / "outputs" / "multirun").iterdir()
+    for job, lambda_k in enumerate((0, 0.1)):
+        run = folder / str(job)
+        assert yaml.safe_load((run / "config.yaml").read_text())["reg"]["lambda_k"] == lambda_k
+        assert torch.load(run / "last.ckpt", weights_only=True)["global_step"] == 90
+        assert "test/bits_per_dim" in rows(run)[-1]
+    assert len(list(folder.glob(".submitit/*/*_result.pkl"))) == 2
