@@ -4,6 +4,7 @@ import functools
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,6 +25,7 @@ FILES = {  # of each script, the files of its default run, in the order in which
     "sample.py": ["checkpoint.yaml", "sample.yaml"],
     "reproduce.py": ["reproduce.yaml"],
 }
+MEMORY = "can't allocate memory|out of memory|integer multiplication overflow|[Ss]torage size calculation overflow"
 TRAINER = "trainer.yaml"  # the one file beside the groups that has a section of its own
 
 
@@ -136,6 +138,8 @@ def explain(error: Exception) -> tuple[str | None, int]:
     composed = isinstance(error, HydraException | OmegaConfBaseException) and not isinstance(error, InstantiationException)
     if composed:  # before the imports below, which bring torch: a misspelt key does not wait for it
         return explain_hydra(error), 2
+    if raised_in(error) in ("hydra", "omegaconf") and not isinstance(error, InstantiationException):
+        return explain_value(error), 2
     from rnode.errors import DivergenceError, InputError, Stopped
 
     if isinstance(error, Stopped):
@@ -157,6 +161,10 @@ def explain(error: Exception) -> tuple[str | None, int]:
         r"gloo|nccl|connection (closed|reset) by peer", str(error), re.IGNORECASE
     ):
         return f"another process of this run has ended ({one_line(error)[:100]}); ckpt_path=…/last.ckpt goes on", 1
+    if isinstance(error, MemoryError) or re.search(MEMORY, str(error)):
+        return f"not enough memory ({one_line(error)[:200]}); try a smaller dataset.batch_size or model.hidden", 1
+    if type(error).__name__ == "MisconfigurationException":  # Lightning's word for options that do not go together
+        return one_line(error), 2
     if type(error).__module__.startswith("wandb."):  # no account or no network for wandb.mode=online
         return f"W&B: {one_line(error)}; wandb.mode=offline needs neither account nor network", 2
     return None, 1
@@ -174,6 +182,29 @@ def explain_hydra(error: Exception) -> str:
     return one_line(error)
 
 
+def explain_value(error: Exception) -> str:
+    """Of an override whose value is of a type that Hydra does not expect and has no exception of its own for."""
+    names = "|".join(groups(script()))
+    chosen = [override for override in sys.argv[1:] if re.match(rf"[+~]*({names})(@\S*)?=", override)]
+    return f"{' '.join(chosen)}: {one_line(error)}" if chosen else one_line(error)
+
+
+def raised_in(error: BaseException) -> str:
+    """The package whose code raised it."""
+    frames = list(traceback.walk_tb(error.__traceback__))
+    return frames[-1][0].f_globals.get("__name__", "").split(".")[0] if frames else ""
+
+
+def require_sections(cfg, *names: str) -> None:
+    """InputError unless these of `cfg` have been left the sections that they are."""
+    from omegaconf import DictConfig
+
+    from rnode.errors import require
+
+    for name in names:
+        require(isinstance(cfg.get(name), DictConfig), name, cfg.get(name), f"a section: what is in it is set as {name}.…=…")
+
+
 def similar(key: str) -> str:
     import difflib
 
@@ -188,4 +219,4 @@ def script() -> str:
 
 
 def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
+    return " ".join(str(error).split("\nException raised from ")[0].split())  # what follows is torch's own call stack

@@ -25,14 +25,16 @@ def main(cfg: DictConfig) -> float:
     from rnode.allocator import keep_freed_memory
     from rnode.checkpoint import load_checkpoint
     from rnode.errors import DivergenceError, is_int, require
+    from rnode.trainer_options import check_trainer_options
 
     quiet()
     keep_freed_memory()
     folder = Path(HydraConfig.get().runtime.output_dir)
-    require(is_int(cfg.seed, at_least=0) and cfg.seed < 2**32, "seed", cfg.seed, "a whole number from 0 to 2^32 - 1")
+    require(is_int(cfg.seed, at_least=0), "seed", cfg.seed, "a whole number from 0 to 2^32 - 1")
     for name in ("max_epochs", "max_steps"):  # Lightning finds these out with a bare assertion, late
         value = cfg.trainer[name]
         require(value is None or is_int(value, at_least=-1), f"trainer.{name}", value, "a whole number, or -1 for no limit")
+    check_trainer_options(OmegaConf.to_container(cfg.trainer, resolve=True))
     require(isinstance(cfg.compile, bool), "compile", cfg.compile, "true or false")
     on_divergence = cfg.trainer.on_divergence
     require(on_divergence in ("stop", "rewind"), "trainer.on_divergence", on_divergence, "stop or rewind")
@@ -77,7 +79,7 @@ def train(cfg: DictConfig, folder, ckpt_path: str | None, learning_rate_factor: 
 
     from build import build
     from rnode.callbacks import Compile, EpochTimer, Progress, RefineGrid, SaveWithinEpochs, ScaleLearningRate, StopOnSignal
-    from rnode.checkpoint import AtomicCheckpointIO, check_checkpoint
+    from rnode.checkpoint import AtomicCheckpointIO, check_checkpoint, restoring
     from rnode.errors import Stopped
     from rnode.module import RNODE
 
@@ -107,7 +109,8 @@ def train(cfg: DictConfig, folder, ckpt_path: str | None, learning_rate_factor: 
     )
 
     try:
-        trainer.fit(module, data, ckpt_path=ckpt_path, weights_only=True)
+        with restoring(ckpt_path):
+            trainer.fit(module, data, ckpt_path=ckpt_path, weights_only=True)
         if not best.best_model_path:  # stopped before the first validation, by trainer.max_steps for example
             trainer.validate(module, data, verbose=False)
         trained = dict(trainer.callback_metrics)
@@ -125,9 +128,10 @@ def train(cfg: DictConfig, folder, ckpt_path: str | None, learning_rate_factor: 
 
 
 def refuse_unknown(cfg: DictConfig) -> None:
-    """What `+key=value` adds must be something that a run reads."""
+    """What `+key=value` adds must be something that a run reads; a section stays one."""
     from rnode.errors import InputError
 
+    cli.require_sections(cfg, "trainer", "solver", "model", "dataset", "optimizer", "pictures", "wandb", "reg")
     known = {*OmegaConf.load(cli.CONF / "config.yaml"), "trainer", "solver", "model", "dataset", "reg"}
     known |= {"reg.lambda_k", "reg.lambda_j"}
     for key in [*cfg, *(f"reg.{name}" for name in cfg.reg)]:
