@@ -39,7 +39,7 @@ def main() -> None:
 
 def run(request: dict) -> None:
     """In the child: a script as its command line would run it, and out."""
-    for name, descriptor in (("err", 2), (request.get("out") and "out" or "err", 1)):
+    for name, descriptor in (("err", 2), ((request.get("out") and "out") or "err", 1)):
         with open(request[name], "a") as file:
             os.dup2(file.fileno(), descriptor)
     for name, limit in (("largest_file", resource.RLIMIT_FSIZE), ("memory", resource.RLIMIT_AS)):

@@ -179,7 +179,11 @@ SYSTEM = {"_target_": "os.system", "_args_": ["true"]}
         ("model._convert_", "object", "would call rnode.flow.multiscale for model"),
         ("model.hidden", "${seed}", "would be interpreted"),
         ("model.${seed}", 1, "would be interpreted"),
-        ("solver.train.method", {"_target_": "rnode.solver.Method"}, "would call rnode.solver.Method for solver.train.method"),
+        (
+            "solver.train.method",
+            {"_target_": "rnode.solver.Method"},
+            "would call rnode.solver.Method for solver.train.method",
+        ),
         ("solver.test", {"_target_": "subprocess.Popen", "_partial_": True, "args": "true"}, "would call subprocess.Popen"),
         ("solver.test", None, "does not say what solver.test is"),
         ("solver", "rk4", "does not say what solver is"),

@@ -31,7 +31,7 @@ class Stopped(Exception):
 def require(condition: bool, name: str, value: object, right: str) -> None:
     """Raise InputError unless `condition`: `name=value` is not what it must be, which is `right`."""
     if not condition:
-        too_large = isinstance(value, int) and value > LARGEST
+        too_large = isinstance(value, int) and value > LARGEST and "number" in right
         shown = " ".join(str(value).split())
         raise InputError(f"{name}={shown[:200]}: must be {right}{f', at most {LARGEST}' if too_large else ''}")
 

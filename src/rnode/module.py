@@ -17,7 +17,6 @@ from rnode.flow import Flow
 from rnode.objective import bits_per_dim, log_normal, objective
 from rnode.solver import solver_errors
 
-
 TRIAL = (2, 3)  # shape of the weight on which an optimizer is tried
 
 

@@ -96,7 +96,9 @@ class Solver:
     def __post_init__(self):
         for name in ("train", "test"):
             method = getattr(self, name)
-            require(isinstance(method, Method), f"solver.{name}", method, "a section with a method, as in conf/solver/rk4.yaml")
+            require(
+                isinstance(method, Method), f"solver.{name}", method, "a section with a method, as in conf/solver/rk4.yaml"
+            )
         require(self.gradient in GRADIENTS, "solver.gradient", self.gradient, " or ".join(GRADIENTS))
         require(self.dtype in ("float32", "float64"), "solver.dtype", self.dtype, "float32 or float64")
 

@@ -8,7 +8,13 @@ from pytorch_lightning import Trainer
 
 from rnode.errors import is_int, is_number, require
 
-AT_LEAST = {"accumulate_grad_batches": 1, "check_val_every_n_epoch": 1, "num_nodes": 1, "log_every_n_steps": 0}
+AT_LEAST = {
+    "accumulate_grad_batches": 1,
+    "check_val_every_n_epoch": 1,
+    "num_nodes": 1,
+    "log_every_n_steps": 0,
+    "val_check_interval": 1,
+}
 WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a name", list: "a list", dict: "a section"}
 
 
@@ -19,7 +25,9 @@ def check_trainer_options(options: dict) -> None:
         if name in inspect.signature(Trainer.__init__).parameters and name in hints:
             least = AT_LEAST.get(name, -1)
             right = " or ".join(dict.fromkeys(words(hints[name])))
-            require(fits(value, hints[name], least), f"trainer.{name}", value, f"{right}{f', {least} or more' * (least >= 0)}")
+            require(
+                fits(value, hints[name], least), f"trainer.{name}", value, f"{right}{f', {least} or more' * (least >= 0)}"
+            )
 
 
 def fits(value: object, hint: Any, least: int) -> bool:
@@ -34,7 +42,7 @@ def fits(value: object, hint: Any, least: int) -> bool:
     if kind is int:
         return is_int(value, least)
     if kind is float:
-        return is_number(value, least)
+        return isinstance(value, float) and is_number(value, min(least, 0))
     if kind in (bool, str, dict, NoneType):
         return isinstance(value, kind)
     return isinstance(value, dict) and "_target_" in value
