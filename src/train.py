@@ -31,9 +31,6 @@ def main(cfg: DictConfig) -> float:
     keep_freed_memory()
     folder = Path(HydraConfig.get().runtime.output_dir)
     require(is_int(cfg.seed, at_least=0), "seed", cfg.seed, "a whole number from 0 to 2^32 - 1")
-    for name in ("max_epochs", "max_steps"):  # Lightning finds these out with a bare assertion, late
-        value = cfg.trainer[name]
-        require(value is None or is_int(value, at_least=-1), f"trainer.{name}", value, "a whole number, or -1 for no limit")
     check_trainer_options(OmegaConf.to_container(cfg.trainer, resolve=True))
     require(isinstance(cfg.compile, bool), "compile", cfg.compile, "true or false")
     on_divergence = cfg.trainer.on_divergence

@@ -235,7 +235,7 @@ def mlp(shape: Sequence[int], solver: Solver, probes: Probes, hidden: int = 64, 
 
 
 def check_sizes(shape: Sequence[int], hidden: int, layers: int, pieces: int) -> None:
-    require(is_shape(shape), "dataset.shape", shape, SHAPE)
+    require(is_shape(shape), "dataset.shape", list(shape) if isinstance(shape, tuple) else shape, SHAPE)
     for name, value, least, most in (("hidden", hidden, 1, 2**16), ("layers", layers, 2, 100), ("pieces", pieces, 1, 100)):
         whole = is_int(value, at_least=least) and value <= most
         require(whole, f"model.{name}", value, f"a whole number from {least} to {most}")
