@@ -163,10 +163,12 @@ def explain(error: Exception) -> tuple[str | None, int]:
         return f"another process of this run has ended ({one_line(error)[:100]}); ckpt_path=…/last.ckpt goes on", 1
     if isinstance(error, MemoryError) or re.search(MEMORY, str(error)):
         return f"not enough memory ({one_line(error)[:200]}); try a smaller dataset.batch_size or model.hidden", 1
-    frames = {frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)}
-    theirs = raised_in(error) == "pytorch_lightning" and "setup_data" in frames  # options that do not suit the data
-    if theirs or type(error).__name__ == "MisconfigurationException":  # Lightning's word for ones that do not go together
+    frames = [(frame.f_globals.get("__name__"), frame.f_code.co_name) for frame, _ in traceback.walk_tb(error.__traceback__)]
+    fits_data = ("pytorch_lightning.loops.fit_loop", "setup_data")
+    if frames[-1] == fits_data or type(error).__name__ == "MisconfigurationException":  # Lightning's word for ones that do not go together
         return f"trainer: {one_line(error)}", 2
+    if ("pytorch_lightning.loggers.wandb", "experiment") in frames and not type(error).__module__.startswith("wandb."):
+        return f"wandb: {one_line(error)}", 2  # an option of the wrong type, or one that it does not know
     if type(error).__module__.startswith("wandb."):  # no account or no network for wandb.mode=online
         return f"W&B: {one_line(error)}; wandb.mode=offline needs neither account nor network", 2
     return None, 1

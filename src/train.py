@@ -163,7 +163,7 @@ def loggers(wandb: DictConfig, folder, config: dict, step: int | None) -> list:
     """
     from pytorch_lightning.loggers import CSVLogger, WandbLogger
 
-    from rnode.errors import require
+    from rnode.errors import configured, require
     from rnode.pictures import read_metrics
 
     modes = ("offline", "online", "disabled")
@@ -179,7 +179,8 @@ def loggers(wandb: DictConfig, folder, config: dict, step: int | None) -> list:
     from wandb import Settings, setup
 
     setup(Settings(silent=True))  # the summary says what W&B would
-    return [csv, WandbLogger(save_dir=folder, config=config, **wandb)]
+    with configured("wandb"):
+        return [csv, WandbLogger(save_dir=folder, config=config, **wandb)]
 
 
 def finish_wandb() -> None:

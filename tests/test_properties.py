@@ -130,7 +130,10 @@ NO_WORK = ["-1", "1", "0.5", "nan", "inf", "x", "null", "[]", "{}", "[1", "", "$
 @st.composite
 def overrides(draw, script: str, most: int = 3) -> list[str]:
     found = []
-    for _ in range(draw(st.integers(1, most))):
+    for _ in range(draw(st.sampled_from([1, 1, 1, 2, most]))):
+        if draw(st.integers(0, 15)) == 0:
+            found.append(draw(TEXTS.filter(lambda text: not text.startswith("-"))))  # those are flags of Hydra's
+            continue
         key = draw(st.sampled_from(keys(script)))
         value = draw(VALUES)
         if key in WORK:

@@ -310,6 +310,7 @@ MISSING = object()
         (("loops", "fit_loop"), MISSING),
         (("loops", "fit_loop", "epoch_loop.batch_progress", "current", "ready"), -1),
         (("loops", "fit_loop", "epoch_progress", "current", "completed"), 10**30),
+        (("loops", "fit_loop", "epoch_progress", "current", "completed"), []),
         (("global_step",), "2"),
         (("global_step",), -5),
         (("pytorch-lightning_version",), "x"),

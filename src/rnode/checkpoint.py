@@ -15,6 +15,8 @@ from rnode.errors import InputError, WriteError, is_int, one_line
 
 MOST_VALUES, DEEPEST = 10_000, 20  # of a configuration; a run's has some two hundred values, three levels deep
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+CONTAINERS = (dict, list, tuple)
+COUNTS = ("ready", "started", "processed", "completed", "_batches_that_stepped", "is_last_batch")  # of Lightning's loops
 STATE = {  # what a run goes on from
     "state_dict": dict,
     "optimizer_states": list,
@@ -140,8 +142,10 @@ def unfit_state(checkpoint: dict) -> str:
     weights = list(checkpoint["state_dict"].values())
     if not all(is_whole(w) and w.isfinite().all() for w in weights):
         return "weights are not tensors of finite numbers"
-    if not all(isinstance(n, bool) or is_int(n, at_least=0) for n in leaves(checkpoint["loops"])):
-        return "loops are not counts"
+    for key, value in entries(checkpoint["loops"]):
+        container = isinstance(value, CONTAINERS) and key not in COUNTS
+        if not container and not isinstance(value, bool) and not is_int(value, at_least=0):
+            return "loops are not counts"
     if len(checkpoint["optimizer_states"]) != 1:
         return "optimizer_states are not those of one optimizer"
     for name, state in checkpoint["callbacks"].items():
@@ -168,16 +172,21 @@ def fits_model_checkpoint(state: object) -> bool:
     )
 
 
-def leaves(value: object) -> Iterator[object]:
-    """What is in nested dicts, lists and tuples, each looked into once: they may hold one another."""
+def entries(value: dict | list | tuple) -> Iterator[tuple[object, object]]:
+    """(key, part) of all in nested dicts, lists and tuples, each looked into once: they may hold one another."""
     todo, seen = [value], set()
     while todo:
         value = todo.pop()
-        if not isinstance(value, dict | list | tuple):
-            yield value
-        elif id(value) not in seen:
+        if id(value) not in seen:
             seen.add(id(value))
-            todo += value.values() if isinstance(value, dict) else value
+            for key, part in value.items() if isinstance(value, dict) else enumerate(value):
+                yield key, part
+                if isinstance(part, CONTAINERS):
+                    todo.append(part)
+
+
+def leaves(value: dict | list | tuple) -> Iterator[object]:
+    return (part for _, part in entries(value) if not isinstance(part, CONTAINERS))
 
 
 @contextlib.contextmanager
