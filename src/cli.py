@@ -164,8 +164,9 @@ def explain(error: Exception) -> tuple[str | None, int]:
     if isinstance(error, MemoryError) or re.search(MEMORY, str(error)):
         return f"not enough memory ({one_line(error)[:200]}); try a smaller dataset.batch_size or model.hidden", 1
     frames = [(frame.f_globals.get("__name__"), frame.f_code.co_name) for frame, _ in traceback.walk_tb(error.__traceback__)]
-    fits_data = ("pytorch_lightning.loops.fit_loop", "setup_data")
-    if frames[-1] == fits_data or type(error).__name__ == "MisconfigurationException":  # Lightning's word for ones that do not go together
+    ours = any(name.startswith("rnode.") for name, _ in frames)
+    unfit = type(error).__name__ == "MisconfigurationException" and not ours  # options that do not go together
+    if unfit or frames[-1:] == [("pytorch_lightning.loops.fit_loop", "setup_data")]:  # or that do not suit the data
         return f"trainer: {one_line(error)}", 2
     if ("pytorch_lightning.loggers.wandb", "experiment") in frames and not type(error).__module__.startswith("wandb."):
         return f"wandb: {one_line(error)}", 2  # an option of the wrong type, or one that it does not know
