@@ -26,6 +26,7 @@ FILES = {  # of each script, the files of its default run, in the order in which
     "reproduce.py": ["reproduce.yaml"],
 }
 MEMORY = "can't allocate memory|out of memory|integer multiplication overflow|[Ss]torage size calculation overflow"
+LONGEST = 1500  # characters of a message: a value that it repeats may be as long as the command line
 TRAINER = "trainer.yaml"  # the one file beside the groups that has a section of its own
 
 
@@ -105,6 +106,7 @@ def one_line_errors(function: Callable) -> Callable:
             message, code = explain(error)
             if message is None or FULL_ERROR:
                 raise
+            message = message if len(message) <= LONGEST else f"{message[:LONGEST]}…"
             print(f"{'stopped' if code > 128 else 'error'}: {message}", file=sys.stderr)
             sys.exit(code)
 

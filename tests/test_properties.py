@@ -223,14 +223,14 @@ def checkpoint(runner):
     return runner.folder / "0" / "run" / "last.ckpt"
 
 
-@cases(30)
+@cases(24)
 @given(st.sampled_from(sorted(DATA)), overrides("train"))
 def test_any_overrides_of_a_training(runner, data, overrides):
     assert runner.complaint("train", *TINY, *DATA[data], *overrides) == ""
 
 
 @pytest.mark.parametrize("script", ["evaluate", "sample"])
-@cases(12)
+@cases(8)
 @given(st.data())
 def test_any_overrides_of_what_reads_a_checkpoint(runner, checkpoint, script, data):
     few = ["samples=1", "pictures=2"] if script == "evaluate" else ["n=2"]
@@ -395,7 +395,7 @@ def altered(draw, checkpoint: dict) -> tuple[dict, list]:
 
 
 @pytest.mark.parametrize("script", ["train", "evaluate", "sample"])
-@cases(12)
+@cases(8)
 @given(st.data())
 def test_any_content_of_a_checkpoint(runner, checkpoint, script, data):
     path = runner.folder / "altered.ckpt"
