@@ -18,6 +18,7 @@ import json
 import os
 import pickle
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -159,8 +160,8 @@ class Runner:
         self.server.stdin.flush()
         return int(self.server.stdout.readline())
 
-    def complaint(self, script: str, *arguments: str) -> str:
-        """What a run did that it must not; nothing if all is well."""
+    def complaint(self, script: str, *arguments: str, keep: bool = False) -> str:
+        """What a run did that it must not; nothing if all is well, and then its files are removed unless `keep`."""
         folder = self.folder / str(next(self.numbers))
         folder.mkdir()
         err, run = folder / "err", folder / "run"
@@ -174,13 +175,17 @@ class Runner:
         self.ended[script, code] += 1
         lines = err.read_text().strip().splitlines()
         said = [line for line in lines if line.startswith(("error: ", "stopped: "))]
+        self.latest = run
         if code == -signal.SIGALRM:
             return f"it still ran after {LIMITS['seconds']} s: {lines[-3:]}"
         if code not in (0, 1, 2) or "Traceback" in err.read_text():
             return f"exit code {code}: " + "\n".join(lines[-25:])
         if code != 0 and (len(said) != 1 or said[0] != lines[-1] or len(said[0]) > 2000):
             return f"exit code {code} and not one line at the end: " + "\n".join(lines[-25:])
-        return broken(run)
+        wrong = broken(run)
+        if not wrong and not keep:
+            shutil.rmtree(folder)
+        return wrong
 
 
 def broken(folder: Path) -> str:
@@ -219,8 +224,8 @@ def runner(tmp_path_factory):
 @pytest.fixture(scope="module")
 def checkpoint(runner):
     """The file of a run of two steps."""
-    assert runner.complaint("train", *TINY, *DATA["digits"]) == ""
-    return runner.folder / "0" / "run" / "last.ckpt"
+    assert runner.complaint("train", *TINY, *DATA["digits"], keep=True) == ""
+    return runner.latest / "last.ckpt"
 
 
 @cases(24)
