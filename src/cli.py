@@ -4,6 +4,7 @@ import functools
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,6 +27,8 @@ FILES = {  # of each script, the files of its default run, in the order in which
     "reproduce.py": ["reproduce.yaml"],
 }
 GO_ON = "the same command with its hydra.sweep.dir=… skips what is finished and goes on with the rest"
+MEMORY = "can't allocate memory|out of memory|integer multiplication overflow|[Ss]torage size calculation overflow"
+LONGEST = 1500  # characters of a message: a value that it repeats may be as long as the command line
 TRAINER = "trainer.yaml"  # the one file beside the groups that has a section of its own
 
 
@@ -114,6 +117,7 @@ def one_line_errors(function: Callable) -> Callable:
             message, code = explain(error)
             if message is None or FULL_ERROR:
                 raise
+            message = message if len(message) <= LONGEST else f"{message[:LONGEST]}…"
             print(f"{'stopped' if code > 128 else 'error'}: {message}{where()}", file=sys.stderr)
             sys.exit(code)
 
@@ -177,6 +181,8 @@ def explain(error: Exception) -> tuple[str | None, int]:
     composed = isinstance(error, HydraException | OmegaConfBaseException) and not isinstance(error, InstantiationException)
     if composed:  # before the imports below, which bring torch: a misspelt key does not wait for it
         return explain_hydra(error), 2
+    if raised_in(error) in ("hydra", "omegaconf") and not isinstance(error, InstantiationException):
+        return explain_value(error), 2
     from rnode.errors import DivergenceError, InputError, Stopped
 
     if isinstance(error, Stopped):
@@ -205,6 +211,15 @@ def explain(error: Exception) -> tuple[str | None, int]:
         return f"a job of the sweep has ended without a result ({one_line(error)[:300]}); " + GO_ON, 1
     if str(error) == "No trials are completed yet.":  # optuna's
         return "no job of the sweep is finished; what each has met stands above", 1
+    if isinstance(error, MemoryError) or re.search(MEMORY, str(error)):
+        return f"not enough memory ({one_line(error)[:200]}); try a smaller dataset.batch_size or model.hidden", 1
+    frames = [(frame.f_globals.get("__name__"), frame.f_code.co_name) for frame, _ in traceback.walk_tb(error.__traceback__)]
+    ours = any(name.startswith("rnode.") for name, _ in frames)
+    unfit = type(error).__name__ == "MisconfigurationException" and not ours  # options that do not go together
+    if unfit or frames[-1:] == [("pytorch_lightning.loops.fit_loop", "setup_data")]:  # or that do not suit the data
+        return f"trainer: {one_line(error)}", 2
+    if ("pytorch_lightning.loggers.wandb", "experiment") in frames and not type(error).__module__.startswith("wandb."):
+        return f"wandb: {one_line(error)}", 2  # an option of the wrong type, or one that it does not know
     if type(error).__module__.startswith("wandb."):  # no account or no network for wandb.mode=online
         return f"W&B: {one_line(error)}; wandb.mode=offline needs neither account nor network", 2
     return None, 1
@@ -223,6 +238,29 @@ def explain_hydra(error: Exception) -> str:
     return one_line(error)
 
 
+def explain_value(error: Exception) -> str:
+    """Of an override whose value is of a type that Hydra does not expect and has no exception of its own for."""
+    names = "|".join(groups(script()))
+    chosen = [override for override in sys.argv[1:] if re.match(rf"[+~]*({names})(@\S*)?=", override)]
+    return f"{' '.join(chosen)}: {one_line(error)}" if chosen else one_line(error)
+
+
+def raised_in(error: BaseException) -> str:
+    """The package whose code raised it."""
+    frames = list(traceback.walk_tb(error.__traceback__))
+    return frames[-1][0].f_globals.get("__name__", "").split(".")[0] if frames else ""
+
+
+def require_sections(cfg, *names: str) -> None:
+    """InputError unless these of `cfg` have been left the sections that they are."""
+    from omegaconf import DictConfig
+
+    from rnode.errors import require
+
+    for name in names:
+        require(isinstance(cfg.get(name), DictConfig), name, cfg.get(name), f"a section: what is in it is set as {name}.…=…")
+
+
 def similar(key: str) -> str:
     import difflib
 
@@ -237,4 +275,4 @@ def script() -> str:
 
 
 def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
+    return " ".join(str(error).split("\nException raised from ")[0].split())  # what follows is torch's own call stack

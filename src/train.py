@@ -34,15 +34,14 @@ def main(cfg: DictConfig) -> float | list[float]:
     from rnode.checkpoint import load_checkpoint
     from rnode.errors import DivergenceError, is_int, require
     from rnode.files import claim
+    from rnode.trainer_options import check_trainer_options
 
     cli.quiet()
     keep_freed_memory()
-    settle(cfg.trainer, HydraConfig.get().overrides.task)
     folder = Path(HydraConfig.get().runtime.output_dir)
-    require(is_int(cfg.seed, at_least=0) and cfg.seed < 2**32, "seed", cfg.seed, "a whole number from 0 to 2^32 - 1")
-    for name in ("max_epochs", "max_steps"):  # Lightning finds these out with a bare assertion, late
-        value = cfg.trainer[name]
-        require(value is None or is_int(value, at_least=-1), f"trainer.{name}", value, "a whole number, or -1 for no limit")
+    require(is_int(cfg.seed, at_least=0), "seed", cfg.seed, "a whole number from 0 to 2^32 - 1")
+    check_trainer_options(OmegaConf.to_container(cfg.trainer, resolve=True))
+    settle(cfg.trainer, HydraConfig.get().overrides.task)
     require(isinstance(cfg.compile, bool), "compile", cfg.compile, "true or false")
     on_divergence = cfg.trainer.on_divergence
     require(on_divergence in ("stop", "rewind"), "trainer.on_divergence", on_divergence, "stop or rewind")
@@ -100,7 +99,7 @@ def train(cfg: DictConfig, folder, ckpt_path: str | None, learning_rate_factor: 
 
     from build import build
     from rnode.callbacks import Compile, EpochTimer, Progress, RefineGrid, SaveWithinEpochs, ScaleLearningRate, StopOnSignal
-    from rnode.checkpoint import AtomicCheckpointIO, check_checkpoint
+    from rnode.checkpoint import AtomicCheckpointIO, check_checkpoint, restoring
     from rnode.errors import Stopped
     from rnode.files import whole_file
     from rnode.module import RNODE
@@ -136,7 +135,8 @@ def train(cfg: DictConfig, folder, ckpt_path: str | None, learning_rate_factor: 
     sweep.refuse_own_processes(trainer)
 
     try:
-        trainer.fit(module, data, ckpt_path=ckpt_path, weights_only=True)
+        with restoring(ckpt_path):
+            trainer.fit(module, data, ckpt_path=ckpt_path, weights_only=True)
         if not best.best_model_path:  # stopped before the first validation, by trainer.max_steps for example
             trainer.validate(module, data, verbose=False)
         trained = dict(trainer.callback_metrics)
@@ -156,9 +156,10 @@ def train(cfg: DictConfig, folder, ckpt_path: str | None, learning_rate_factor: 
 
 
 def refuse_unknown(cfg: DictConfig) -> None:
-    """What `+key=value` adds must be something that a run reads."""
+    """What `+key=value` adds must be something that a run reads; a section stays one."""
     from rnode.errors import InputError
 
+    cli.require_sections(cfg, "trainer", "solver", "model", "dataset", "optimizer", "pictures", "wandb", "reg")
     known = {*OmegaConf.load(cli.CONF / "config.yaml"), "trainer", "solver", "model", "dataset", "reg"}
     known |= {"reg.lambda_k", "reg.lambda_j"}
     for key in [*cfg, *(f"reg.{name}" for name in cfg.reg)]:
@@ -174,7 +175,7 @@ def loggers(wandb: DictConfig, folder, config: dict, step: int | None) -> list:
     """
     from pytorch_lightning.loggers import WandbLogger
 
-    from rnode.errors import require
+    from rnode.errors import configured, require
     from rnode.metrics import MetricsFile
 
     modes = ("offline", "online", "disabled")
@@ -187,7 +188,8 @@ def loggers(wandb: DictConfig, folder, config: dict, step: int | None) -> list:
     setup(Settings(silent=True))  # the summary says what W&B would
     earlier = folder.glob("wandb/*run-*-*") if step is not None else ()  # offline-run-DATE_TIME-ID
     identity = max((path.name.split("-")[-2:] for path in earlier), default=[None])[-1]
-    return [metrics, WandbLogger(save_dir=folder, config=config, id=identity, **wandb)]
+    with configured("wandb"):
+        return [metrics, WandbLogger(save_dir=folder, config=config, id=identity, **wandb)]
 
 
 def finish_wandb() -> None:
