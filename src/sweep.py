@@ -25,6 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 import cli
 
 RESULT, DIVERGED, FAILED = "result.json", "diverged.txt", "failed.txt"
+OVERRIDES = ".hydra/overrides.yaml"
 OBJECTIVES = {
     "bits_per_dim": ["val/bits_per_dim"],
     "bits_per_dim_and_nfe": ["val/bits_per_dim", "val/nfe_forward"],
@@ -190,6 +191,9 @@ def note(error: Exception, folder: Path) -> None:
     try:
         if not (folder / DIVERGED).exists():
             (folder / FAILED).write_text(f"{line}\n")
+        if not (folder / OVERRIDES).exists():  # it failed before it was a run
+            (folder / OVERRIDES).parent.mkdir(exist_ok=True)
+            OmegaConf.save(HydraConfig.get().overrides.task, folder / OVERRIDES)
     except OSError:  # a full disk: the sweep's end says that the job has no result
         pass
 
@@ -208,9 +212,9 @@ class Job(NamedTuple):
         return " ".join([self.name, *(f"{key}={value}" for key, value in self.swept.items())])
 
 
-def read_jobs(folder: Path, hydra_folder: str) -> list[Job]:
+def read_jobs(folder: Path) -> list[Job]:
     """The jobs of a sweep, `swept` holding the overrides in which they differ."""
-    found = {path.parent.parent: OmegaConf.load(path) for path in folder.rglob(f"{hydra_folder}/overrides.yaml")}
+    found = {path.parent.parent: OmegaConf.load(path) for path in folder.rglob(OVERRIDES)}
     overrides = {path: dict(str(text).lstrip("+").split("=", 1) for text in o if "=" in text) for path, o in found.items()}
     keys = list(dict.fromkeys(key for given in overrides.values() for key in given))
     keys = [key for key in keys if len({given.get(key) for given in overrides.values()}) > 1]
@@ -282,7 +286,7 @@ def conclude(config: DictConfig) -> None:
     from rich.console import Console
 
     folder = Path(config.hydra.sweep.dir)
-    jobs = read_jobs(folder, config.hydra.output_subdir) if config.hydra.output_subdir else []
+    jobs = read_jobs(folder)
     console = Console(highlight=False)
     if any(job.status == "finished" for job in jobs):
         write_table(jobs, folder / "sweep.csv")

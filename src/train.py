@@ -122,7 +122,7 @@ def train(cfg: DictConfig, folder, ckpt_path: str | None, learning_rate_factor: 
     callbacks += [Progress()] if cfg.trainer.enable_progress_bar else []
     if rank_zero_only.rank == 0:
         (folder / sweep.RESULT).unlink(missing_ok=True)
-        for name, told in (("config.yaml", cfg), (".hydra/overrides.yaml", HydraConfig.get().overrides.task)):
+        for name, told in (("config.yaml", cfg), (sweep.OVERRIDES, HydraConfig.get().overrides.task)):
             with whole_file(folder / name, "w") as file:
                 OmegaConf.save(told, file, resolve=True)
     trainer = instantiate(

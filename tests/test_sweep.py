@@ -283,7 +283,7 @@ def panels(monkeypatch, folder):
 
     figures = []
     monkeypatch.setattr(plt, "close", figures.append)
-    assert sweep.draw(sweep.read_jobs(folder, ".hydra"), folder / "sweep.png")
+    assert sweep.draw(sweep.read_jobs(folder), folder / "sweep.png")
     (figure,) = figures
     return [ax for ax in figure.axes if ax.get_label() != "<colorbar>"]
 
@@ -303,7 +303,7 @@ def test_the_map_has_every_job_in_its_place(tmp_path, monkeypatch):
                 else:
                     make_job(tmp_path / str(number), overrides, *numbers)
                 number += 1
-    jobs = sweep.read_jobs(tmp_path, ".hydra")
+    jobs = sweep.read_jobs(tmp_path)
     assert [job.name for job in jobs] == [str(i) for i in range(12)]
     assert [job.status for job in jobs].count("failed") == 2
     assert (jobs[5].status, jobs[5].line) == ("diverged", "z became NaN")
@@ -328,7 +328,7 @@ def test_one_lambda_makes_curves_another_choice_a_row_of_them_and_none_no_pictur
     assert axes[0].lines[0].get_xydata().tolist() == [[0, 4], [1, 3]]
     assert axes[3].lines[0].get_xydata().tolist() == [[0, 5], [1, 6]]
     assert axes[3].get_title() == "val bits/dim – solver=dopri5"
-    assert not sweep.draw(sweep.read_jobs(tmp_path / "none", ".hydra"), tmp_path / "sweep.png")
+    assert not sweep.draw(sweep.read_jobs(tmp_path / "none"), tmp_path / "sweep.png")
     assert not (tmp_path / "sweep.png").exists()
 
 
