@@ -14,7 +14,7 @@ import torch
 
 from common import RADAU, RK4, SIMPSON, write_table
 from rnode import Dequantize, Logit, Method, Probes, Solver, State, log_normal, multiscale
-from rnode.checkpoint import load_checkpoint
+from rnode.checkpoint import flow_weights, load_checkpoint
 from rnode.data import digits
 
 METHODS = {
@@ -41,9 +41,8 @@ def main() -> None:
 
 def compare(path: str, y: torch.Tensor) -> None:
     checkpoint = load_checkpoint(path)
-    weights = {key.removeprefix("flow."): w for key, w in checkpoint["state_dict"].items() if key.startswith("flow.")}
     flow = multiscale((1, 8, 8), Solver(RK4, RK4), Probes(), hidden=checkpoint["config"]["model"]["hidden"]).double()
-    flow.load_state_dict(weights)
+    flow.load_state_dict(flow_weights(checkpoint, path))
 
     @torch.no_grad()
     def solve(method: Method) -> tuple[State, torch.Tensor, int]:

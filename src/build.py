@@ -1,19 +1,21 @@
 """From a configuration to the data and the flow that it describes; from a checkpoint to those of its run."""
 
+import functools
 import math
-import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
+from lightning_fabric import Fabric
 from omegaconf import DictConfig, OmegaConf
 
 import cli
-from rnode.checkpoint import load_checkpoint
+from launch import settle
+from rnode.checkpoint import flow_weights, leaves, load_checkpoint
 from rnode.data import DataModule
 from rnode.dynamics import Probes
-from rnode.errors import InputError, is_int, require
+from rnode.errors import InputError, configured, is_int, is_shape, require
 from rnode.flow import Flow
 
 EXACT_UP_TO = 16  # dimensions: div f by as many products as there are dimensions is cheap there
@@ -21,68 +23,110 @@ EXACT_UP_TO = 16  # dimensions: div f by as many products as there are dimension
 
 def build(cfg: DictConfig) -> tuple[DataModule, Flow]:
     """What the groups dataset, model and solver describe."""
-    data = instantiate(cfg.dataset)
-    return data, instantiate(cfg.model)(solver=instantiate(cfg.solver), probes=Probes(cfg.divergence, cfg.probes))
+    with configured("dataset"):
+        data = instantiate(cfg.dataset)
+    with configured("solver"):
+        solver = instantiate(cfg.solver)
+    with configured("model"):
+        return data, instantiate(cfg.model)(solver=solver, probes=Probes(cfg.divergence, cfg.probes))
 
 
 def exact_if_small(config: DictConfig) -> None:
-    if math.prod(config.dataset.shape) <= EXACT_UP_TO:
+    shape = config.dataset.get("shape")
+    if is_shape(shape) and math.prod(shape) <= EXACT_UP_TO:
         config.divergence = "exact"
 
 
-def from_checkpoint(cfg: DictConfig) -> tuple[DataModule, Flow]:
-    """Data and trained flow of `cfg.ckpt_path`, with what the command line sets anew (conf/checkpoint.yaml)."""
+def from_checkpoint(cfg: DictConfig) -> tuple[DataModule, Flow, Fabric]:
+    """Data and trained flow of `cfg.ckpt_path`, with what the command line sets anew (conf/checkpoint.yaml).
+
+    From here on there are as many processes as `cfg.trainer` asks for, each with the flow on its device.
+    """
+    cli.require_sections(cfg, "dataset", "solver", "trainer")
     require(isinstance(cfg.ckpt_path, str), "ckpt_path", cfg.ckpt_path, "a checkpoint of a run, such as outputs/…/best.ckpt")
-    require(is_int(cfg.seed, at_least=0) and cfg.seed < 2**32, "seed", cfg.seed, "a whole number from 0 to 2^32 - 1")
-    return load_flow(cfg.ckpt_path, lambda config: set_anew(config, cfg))
+    require(is_int(cfg.seed, at_least=0), "seed", cfg.seed, "a whole number from 0 to 2^32 - 1")
+    data, flow = load_flow(cfg.ckpt_path, lambda config: set_anew(config, cfg))
+    settle(cfg.trainer, HydraConfig.get().overrides.task)
+    with configured("trainer"):
+        fabric = Fabric(**cfg.trainer)
+    fabric.launch()
+    return data, flow.to(fabric.device), fabric
 
 
 def load_flow(path: str, change: Callable[[DictConfig], None] = exact_if_small) -> tuple[DataModule, Flow]:
-    """Data and trained flow of a checkpoint, the flow on the accelerator. `change` is given the configuration first.
+    """Data and trained flow of a checkpoint, on the CPU. `change` is given the configuration first.
 
-    A checkpoint is data: its configuration may name what conf/ names and nothing else.
+    A checkpoint is data: its configuration may name what conf/ names, where conf/ names it, and nothing else.
     """
     checkpoint = load_checkpoint(path)
-    config = read_config(checkpoint["config"], path)
+    config, weights = read_config(checkpoint["config"], path), flow_weights(checkpoint, path)
     change(config)
-    data, flow = build(config)
-    prefix = "flow."
-    weights = {key.removeprefix(prefix): w for key, w in checkpoint["state_dict"].items() if key.startswith(prefix)}
+    with torch.device("meta"):  # no memory is taken for weights before their sizes are known to be the model's
+        data, flow = build(config)
     try:
-        flow.to(next(iter(weights.values())).dtype).load_state_dict(weights)
-    except (RuntimeError, StopIteration):
+        flow.load_state_dict(weights, assign=True)
+    except RuntimeError:
         raise InputError(f"ckpt_path={path}: its weights do not fit the model of its own configuration") from None
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-    return data, flow.to(accelerator).eval()
+    return data, flow.eval()
 
 
 def read_config(config: dict, path: str) -> DictConfig:
-    """The sections of a checkpoint's configuration that describe data and flow; InputError if they are not plain data."""
-    sections = ("dataset", "model", "solver", "divergence", "probes")
-    if missing := [name for name in sections if name not in config]:
+    """The sections of a checkpoint's configuration that describe data and flow; InputError unless it is one of ours."""
+    names = ("dataset", "model", "solver", "divergence", "probes")
+    if missing := [name for name in names if name not in config]:
         raise InputError(f"ckpt_path={path}: its configuration has no {missing[0]}")
-    config = {name: config[name] for name in sections}
-    allowed = {
-        target for file in cli.CONF.glob("*/*.yaml") for target in re.findall(r"_target_: (rnode\S+)", file.read_text())
-    }
-    refuse_foreign(config, allowed, path)
+    config = {name: config[name] for name in names}
+    refuse_foreign(config, path)
     return OmegaConf.create(config)
 
 
-def refuse_foreign(value: object, allowed: set[str], path: str) -> None:
-    """InputError if `value`, at any depth, has a `_target_` that is not allowed or text that OmegaConf would interpret."""
+def refuse_foreign(config: dict, path: str) -> None:
+    """InputError unless `config` calls, at each place, what a file of conf/ calls there, and has no text to interpret."""
+    found, known = dict(sections(config)), known_calls()
+    keys = [key for section in found.values() for key in section]
+    for text in (*keys, *leaves(config)):
+        if isinstance(text, str) and "${" in text:
+            raise InputError(f"ckpt_path={path}: its configuration would be interpreted: {text[:80]}")
+    if not all(isinstance(key, str) for key in keys):
+        raise InputError(f"ckpt_path={path}: its configuration has keys that are not names")
+    for place, section in found.items():
+        call = for_hydra(section)
+        if call and call not in known.get(place, []):
+            what = f"{str(call.get('_target_'))[:80]}, which is not of this project"
+            if call.get("_target_") in [c["_target_"] for calls in known.values() for c in calls]:
+                what = f"{call['_target_']} for {place}, or not as this project does"
+            raise InputError(f"ckpt_path={path}: its configuration would call {what}")
+    if missing := [place for place in known if not for_hydra(found.get(place, {}))]:
+        raise InputError(f"ckpt_path={path}: its configuration does not say what {missing[0]} is")
+
+
+@functools.cache
+def known_calls() -> dict[str, list[dict]]:
+    """By place in a configuration, such as dataset.source, the calls that the files of conf/ have there."""
+    known: dict[str, list[dict]] = {}
+    for file in (file for group in ("dataset", "model", "solver") for file in (cli.CONF / group).glob("*.yaml")):
+        content = OmegaConf.to_container(OmegaConf.load(file))
+        whole = content if "# @package _global_" in file.read_text() else {file.parent.name: content}
+        for place, section in sections(whole):
+            if call := for_hydra(section):
+                known.setdefault(place, []).append(call)
+    return known
+
+
+def for_hydra(section: dict) -> dict:
+    """What of a section Hydra reads: _target_, _partial_, _args_ and the like."""
+    return {key: value for key, value in section.items() if key.startswith("_")}
+
+
+def sections(value: object, place: str = "") -> Iterator[tuple[str, dict]]:
+    """(place, section) of the sections of a configuration, at any depth, in lists too."""
     if isinstance(value, dict):
-        target = value.get("_target_")
-        if target is not None and target not in allowed:
-            raise InputError(f"ckpt_path={path}: its configuration would call {target}, which is not of this project")
-        for key, child in value.items():
-            refuse_foreign(key, allowed, path)
-            refuse_foreign(child, allowed, path)
+        yield place, value
+        for key, part in value.items():
+            yield from sections(part, f"{place}.{key}".removeprefix("."))
     elif isinstance(value, list):
-        for child in value:
-            refuse_foreign(child, allowed, path)
-    elif isinstance(value, str) and "${" in value:
-        raise InputError(f"ckpt_path={path}: its configuration would be interpreted: {value[:80]}")
+        for i, part in enumerate(value):
+            yield from sections(part, f"{place}[{i}]")
 
 
 def set_anew(config: DictConfig, cfg: DictConfig) -> None:

@@ -4,10 +4,12 @@ import functools
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-FULL_ERROR = os.environ.get("HYDRA_FULL_ERROR") == "1"
+ONE_LINE = "RNODE_ONE_LINE_ERRORS"  # set where HYDRA_FULL_ERROR=1 is `run`'s own doing, not the user's wish
+FULL_ERROR = os.environ.get("HYDRA_FULL_ERROR") == "1" and ONE_LINE not in os.environ
 CONF = Path(__file__).resolve().parent.parent / "conf"
 FILES = {  # of each script, the files of its default run, in the order in which later ones override earlier ones
     "train.py": [
@@ -24,6 +26,9 @@ FILES = {  # of each script, the files of its default run, in the order in which
     "sample.py": ["checkpoint.yaml", "sample.yaml"],
     "reproduce.py": ["reproduce.yaml"],
 }
+GO_ON = "the same command with its hydra.sweep.dir=… skips what is finished and goes on with the rest"
+MEMORY = "can't allocate memory|out of memory|integer multiplication overflow|[Ss]torage size calculation overflow"
+LONGEST = 1500  # characters of a message: a value that it repeats may be as long as the command line
 TRAINER = "trainer.yaml"  # the one file beside the groups that has a section of its own
 
 
@@ -79,14 +84,23 @@ def run(main: Callable[[], None], script: str, purpose: str) -> None:
     """Call a Hydra main, or print the help. HYDRA_FULL_ERROR=1 shows a mistake's whole traceback instead of one line."""
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(help_text(script, purpose))
-    elif FULL_ERROR:
+        return
+    from omegaconf import OmegaConf
+
+    from launch import launched, run_name
+
+    OmegaConf.register_new_resolver("run_name", run_name, use_cache=True, replace=True)
+    if (started := launched()) is not None and started.rank > 0:  # the first process writes what Hydra writes
+        sys.argv += ["hydra.output_subdir=null", "hydra/job_logging=none"]
+    if FULL_ERROR:
         main()
     else:
-        os.environ["HYDRA_FULL_ERROR"] = "1"  # or Hydra prints errors its own way, in several lines
+        os.environ |= {"HYDRA_FULL_ERROR": "1", ONE_LINE: "1"}  # or Hydra prints errors its own way, in several lines
         try:
             one_line_errors(main)()
         finally:
-            os.environ.pop("HYDRA_FULL_ERROR", None)
+            for name in ("HYDRA_FULL_ERROR", ONE_LINE):
+                os.environ.pop(name, None)
 
 
 def one_line_errors(function: Callable) -> Callable:
@@ -103,10 +117,19 @@ def one_line_errors(function: Callable) -> Callable:
             message, code = explain(error)
             if message is None or FULL_ERROR:
                 raise
-            print(f"{'stopped' if code > 128 else 'error'}: {message}", file=sys.stderr)
+            message = message if len(message) <= LONGEST else f"{message[:LONGEST]}…"
+            print(f"{'stopped' if code > 128 else 'error'}: {message}{where()}", file=sys.stderr)
             sys.exit(code)
 
     return wrapped
+
+
+def where() -> str:
+    """Which process of several tells its error: each does, for one may have reasons of its own."""
+    from launch import launched
+
+    started = launched()
+    return f" (process {started.rank})" if started is not None and started.per_node * started.nodes > 1 else ""
 
 
 def job(function: Callable) -> Callable:
@@ -128,6 +151,28 @@ def job(function: Callable) -> Callable:
     return wrapped
 
 
+def quiet() -> None:
+    """Silence what Lightning and torch say about choices that are made on purpose here."""
+    import logging
+    import warnings
+
+    for library in ("pytorch_lightning.utilities.rank_zero", "lightning_fabric.utilities.distributed"):
+        logging.getLogger(library).setLevel(logging.WARNING)
+    for message in (
+        r".*does not have many workers.*",  # the data are in memory: a worker would only copy them
+        r".*(Checkpoint|Experiment logs) directory .* exists and is not empty.*",  # it holds Hydra's and our config
+        r".*number of training batches .* is smaller than the logging interval.*",
+        r".*could not find the monitored key.*",  # a run stopped before its first validation is validated at its end
+        r".*The dirpath has changed.*",  # a resumed run has a folder of its own
+        r".*Using `DistributedSampler` with the dataloaders.*",  # the metrics count each image once all the same
+        r".*There is a wandb run already in progress.*",  # of this run, before it was rewound
+        r".*The `srun` command is available on your system but is not used.*",  # a cluster's login node serves too
+        r".*LeafSpec.*",  # Lightning's own use of torch
+        r".*your dataloader is not resumable.*",  # it goes on where the checkpoint's epoch was cut off
+    ):
+        warnings.filterwarnings("ignore", message)
+
+
 def explain(error: Exception) -> tuple[str | None, int]:
     """One line for what went wrong and the exit code; no line for what is a bug of ours."""
     from hydra.errors import HydraException, InstantiationException
@@ -136,6 +181,8 @@ def explain(error: Exception) -> tuple[str | None, int]:
     composed = isinstance(error, HydraException | OmegaConfBaseException) and not isinstance(error, InstantiationException)
     if composed:  # before the imports below, which bring torch: a misspelt key does not wait for it
         return explain_hydra(error), 2
+    if raised_in(error) in ("hydra", "omegaconf") and not isinstance(error, InstantiationException):
+        return explain_value(error), 2
     from rnode.errors import DivergenceError, InputError, Stopped
 
     if isinstance(error, Stopped):
@@ -158,6 +205,21 @@ def explain(error: Exception) -> tuple[str | None, int]:
         r"gloo|nccl|connection (closed|reset) by peer", str(error), re.IGNORECASE
     ):
         return f"another process of this run has ended ({one_line(error)[:100]}); ckpt_path=…/last.ckpt goes on", 1
+    if type(error).__name__ == "TerminatedWorkerError":  # joblib's
+        return "a process of the sweep has been killed, for want of memory perhaps; " + GO_ON, 1
+    if type(error).__module__.startswith("submitit."):
+        return f"a job of the sweep has ended without a result ({one_line(error)[:300]}); " + GO_ON, 1
+    if str(error) == "No trials are completed yet.":  # optuna's
+        return "no job of the sweep is finished; what each has met stands above", 1
+    if isinstance(error, MemoryError) or re.search(MEMORY, str(error)):
+        return f"not enough memory ({one_line(error)[:200]}); try a smaller dataset.batch_size or model.hidden", 1
+    frames = [(frame.f_globals.get("__name__"), frame.f_code.co_name) for frame, _ in traceback.walk_tb(error.__traceback__)]
+    ours = any(name.startswith("rnode.") for name, _ in frames)
+    unfit = type(error).__name__ == "MisconfigurationException" and not ours  # options that do not go together
+    if unfit or frames[-1:] == [("pytorch_lightning.loops.fit_loop", "setup_data")]:  # or that do not suit the data
+        return f"trainer: {one_line(error)}", 2
+    if ("pytorch_lightning.loggers.wandb", "experiment") in frames and not type(error).__module__.startswith("wandb."):
+        return f"wandb: {one_line(error)}", 2  # an option of the wrong type, or one that it does not know
     if type(error).__module__.startswith("wandb."):  # no account or no network for wandb.mode=online
         return f"W&B: {one_line(error)}; wandb.mode=offline needs neither account nor network", 2
     return None, 1
@@ -171,8 +233,32 @@ def explain_hydra(error: Exception) -> str:
         return f"there is no option {where}; {similar(where)}python src/{script()} --help lists them"
     if match := re.match(r"(?:In '.*': )?Could not find '(\S+)'", text):
         options = ", ".join(re.findall(r"^\t(\S+)$", text, re.MULTILINE))
-        return f"there is no {match[1]}; " + (f"the options are {options}" if options else "--help lists the groups")
+        extra = "pip install -e '.[sweep]' brings more; " if match[1].startswith("hydra/") else ""
+        return f"there is no {match[1]}; {extra}" + (f"the options are {options}" if options else "--help lists the groups")
     return one_line(error)
+
+
+def explain_value(error: Exception) -> str:
+    """Of an override whose value is of a type that Hydra does not expect and has no exception of its own for."""
+    names = "|".join(groups(script()))
+    chosen = [override for override in sys.argv[1:] if re.match(rf"[+~]*({names})(@\S*)?=", override)]
+    return f"{' '.join(chosen)}: {one_line(error)}" if chosen else one_line(error)
+
+
+def raised_in(error: BaseException) -> str:
+    """The package whose code raised it."""
+    frames = list(traceback.walk_tb(error.__traceback__))
+    return frames[-1][0].f_globals.get("__name__", "").split(".")[0] if frames else ""
+
+
+def require_sections(cfg, *names: str) -> None:
+    """InputError unless these of `cfg` have been left the sections that they are."""
+    from omegaconf import DictConfig
+
+    from rnode.errors import require
+
+    for name in names:
+        require(isinstance(cfg.get(name), DictConfig), name, cfg.get(name), f"a section: what is in it is set as {name}.…=…")
 
 
 def similar(key: str) -> str:
@@ -189,4 +275,4 @@ def script() -> str:
 
 
 def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
+    return " ".join(str(error).split("\nException raised from ")[0].split())  # what follows is torch's own call stack

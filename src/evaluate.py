@@ -25,20 +25,24 @@ def main(cfg: DictConfig) -> float:
     from rnode.evaluation import evaluate
     from rnode.pictures import draw_extremes
 
+    cli.quiet()
     keep_freed_memory()
     require(cfg.split in Splits._fields, "split", cfg.split, " or ".join(reversed(Splits._fields)))
     require(is_int(cfg.samples, at_least=1), "samples", cfg.samples, "a whole number of dequantizations, 1 or more")
     require(is_int(cfg.pictures, at_least=1), "pictures", cfg.pictures, "a whole number, 1 or more")
-    data, flow = from_checkpoint(cfg)
+    data, flow, fabric = from_checkpoint(cfg)
     data.setup()
     rows = getattr(data.splits, cfg.split)
     require(
         isinstance(rows, torch.Tensor), "split", cfg.split, "val or test: these training data are drawn afresh each time"
     )
 
-    summary, columns = evaluate(
-        flow, data, cfg.split, cfg.samples, cfg.seed, lambda loader: track(loader, f"{cfg.split} set")
-    )
+    def progress(loader):
+        return track(loader, f"{cfg.split} set", disable=not fabric.is_global_zero)
+
+    summary, columns = evaluate(flow, data, cfg.split, cfg.samples, cfg.seed, progress)
+    if not fabric.is_global_zero:
+        return summary["bits_per_dim"]
     folder = Path(HydraConfig.get().runtime.output_dir)
     probes = flow.probes
     summary |= {

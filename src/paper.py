@@ -12,6 +12,7 @@ from typing import NamedTuple
 import matplotlib
 
 from rnode.metrics import read_metrics
+from sweep import DIVERGED, read_result
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -79,11 +80,11 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        return any("test/bits_per_dim" in row for row in read_metrics(self.folder / "metrics.csv"))
+        return read_result(self.folder) is not None
 
     @property
     def diverged(self) -> bool:
-        return (self.folder / "diverged.txt").exists()
+        return not self.finished and (self.folder / DIVERGED).exists()
 
     @property
     def over(self) -> bool:
@@ -168,7 +169,9 @@ def load(run: Run):
     from build import load_flow
 
     torch.manual_seed(0)
-    return load_flow(str(run.folder / "best.ckpt"))
+    data, flow = load_flow(str(run.folder / "best.ckpt"))
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+    return data, flow.to(accelerator)
 
 
 def figure_1(runs: list[Run], path: Path) -> str:

@@ -22,12 +22,14 @@ def main(cfg: DictConfig) -> None:
     from rnode.allocator import keep_freed_memory
     from rnode.errors import is_int, is_number, require
     from rnode.pictures import draw_plane, draw_trajectory, save_points
+    from rnode.processes import gathered, share
 
+    cli.quiet()
     keep_freed_memory()
     require(is_int(cfg.n, at_least=1), "n", cfg.n, "a whole number of samples, 1 or more")
     require(is_number(cfg.temperature, at_least=0), "temperature", cfg.temperature, "a number, 0 or more")
     require(isinstance(cfg.trajectory, bool), "trajectory", cfg.trajectory, "true or false")
-    data, flow = from_checkpoint(cfg)
+    data, flow, fabric = from_checkpoint(cfg)
     ends = interpolation_ends(cfg, data) if cfg.interpolate is not None else None
     folder = Path(HydraConfig.get().runtime.output_dir)
     images = data.dequantize is not None
@@ -35,11 +37,16 @@ def main(cfg: DictConfig) -> None:
     torch.manual_seed(cfg.seed)
     parameter = next(flow.parameters())
     z = cfg.temperature * torch.randn(cfg.n, flow.d, dtype=parameter.dtype)
-    nfe, y = [], []
+    rank, processes = share()
+    parts = list(enumerate(z.split(data.eval_batch_size)))[rank::processes]  # z is the same in all of them
     with torch.no_grad():
-        for part in track(z.split(data.eval_batch_size), "samples"):
-            y.append(flow.inverse(part.to(parameter.device)).cpu())
-            nfe.append(flow.nfe_inverse)
+        drawn = [
+            (i, flow.inverse(part.to(parameter.device)).cpu(), flow.nfe_inverse)
+            for i, part in track(parts, "samples", disable=not fabric.is_global_zero)
+        ]
+        _, y, nfe = zip(*sorted(gathered(drawn), key=lambda part: part[0]), strict=True)
+        if not fabric.is_global_zero:
+            return
         y = torch.cat(y)
         save_points(data.inverse(y).float(), folder / "samples.png")
         np.save(folder / "samples.npy", (data.dequantize.inverse(data.inverse(y)) if images else y).numpy())

@@ -6,6 +6,7 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 
 import cli
+import sweep
 
 REWINDS = 3  # at most, with trainer.on_divergence=rewind
 
@@ -14,8 +15,12 @@ REWINDS = 3  # at most, with trainer.on_divergence=rewind
 
 @hydra.main(version_base="1.3", config_path=str(cli.CONF), config_name="config")
 @cli.job
-def main(cfg: DictConfig) -> float:
-    """One run, in the folder Hydra made for it. Returns the best validation bits/dim, for sweeps to minimize."""
+@sweep.job
+def main(cfg: DictConfig) -> float | list[float]:
+    """One run, in the folder Hydra made for it. Returns its `objective`, for sweeps to minimize.
+
+    In a sweep, a job that is finished there is skipped, and one that was cut off goes on.
+    """
     refuse_unknown(cfg)
     from collections import Counter
     from pathlib import Path
@@ -24,34 +29,39 @@ def main(cfg: DictConfig) -> float:
     from hydra.core.hydra_config import HydraConfig
     from pytorch_lightning.utilities import rank_zero_only
 
+    from launch import settle
     from rnode.allocator import keep_freed_memory
     from rnode.checkpoint import load_checkpoint
     from rnode.errors import DivergenceError, is_int, require
     from rnode.files import claim
+    from rnode.trainer_options import check_trainer_options
 
-    quiet()
+    cli.quiet()
     keep_freed_memory()
     folder = Path(HydraConfig.get().runtime.output_dir)
-    require(is_int(cfg.seed, at_least=0) and cfg.seed < 2**32, "seed", cfg.seed, "a whole number from 0 to 2^32 - 1")
-    for name in ("max_epochs", "max_steps"):  # Lightning finds these out with a bare assertion, late
-        value = cfg.trainer[name]
-        require(value is None or is_int(value, at_least=-1), f"trainer.{name}", value, "a whole number, or -1 for no limit")
+    require(is_int(cfg.seed, at_least=0), "seed", cfg.seed, "a whole number from 0 to 2^32 - 1")
+    check_trainer_options(OmegaConf.to_container(cfg.trainer, resolve=True))
+    settle(cfg.trainer, HydraConfig.get().overrides.task)
     require(isinstance(cfg.compile, bool), "compile", cfg.compile, "true or false")
     on_divergence = cfg.trainer.on_divergence
     require(on_divergence in ("stop", "rewind"), "trainer.on_divergence", on_divergence, "stop or rewind")
+    require(cfg.objective in sweep.OBJECTIVES, "objective", cfg.objective, " or ".join(sweep.OBJECTIVES))
 
-    claimed = claim(folder, cfg.ckpt_path)
     ckpt_path, last = cfg.ckpt_path, folder / "last.ckpt"
+    if sweep.is_job():
+        if (result := sweep.earlier_result(cfg, folder)) is not None:
+            print(f"{folder} is finished, and skipped")
+            return sweep.objective(cfg, result)
+        ckpt_path = "auto" if last.exists() else ckpt_path
+    claimed = claim(folder, ckpt_path)
     if ckpt_path == "auto":
         ckpt_path = str(last) if last.exists() else None
-    halvings, factor = (
-        Counter(),
-        1.0,
-    )  # of the learning rate, by the step gone back to; that step's checkpoint has none of them
+    # Of the learning rate, by the step gone back to; that step's checkpoint has none of them.
+    halvings, factor = Counter(), 1.0
     try:
         while True:
             try:
-                return train(cfg, folder, ckpt_path, factor)
+                return sweep.objective(cfg, train(cfg, folder, ckpt_path, factor))
             except DivergenceError as error:
                 first = rank_zero_only.rank == 0
                 several = torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
@@ -74,8 +84,8 @@ def main(cfg: DictConfig) -> float:
         claimed.close()
 
 
-def train(cfg: DictConfig, folder, ckpt_path: str | None, learning_rate_factor: float) -> float:
-    """Fit, then test the best weights. Returns the best validation bits/dim.
+def train(cfg: DictConfig, folder, ckpt_path: str | None, learning_rate_factor: float) -> dict:
+    """Fit, then test the best weights. Returns what result.json holds, in the process that writes it.
 
     `learning_rate_factor` is put to the learning rate that the checkpoint `ckpt_path` has.
     """
@@ -89,7 +99,7 @@ def train(cfg: DictConfig, folder, ckpt_path: str | None, learning_rate_factor: 
 
     from build import build
     from rnode.callbacks import Compile, EpochTimer, Progress, RefineGrid, SaveWithinEpochs, ScaleLearningRate, StopOnSignal
-    from rnode.checkpoint import AtomicCheckpointIO, check_checkpoint
+    from rnode.checkpoint import AtomicCheckpointIO, check_checkpoint, restoring
     from rnode.errors import Stopped
     from rnode.files import whole_file
     from rnode.module import RNODE
@@ -111,6 +121,7 @@ def train(cfg: DictConfig, folder, ckpt_path: str | None, learning_rate_factor: 
     callbacks += [ScaleLearningRate(learning_rate_factor)] if learning_rate_factor != 1 else []
     callbacks += [Progress()] if cfg.trainer.enable_progress_bar else []
     if rank_zero_only.rank == 0:
+        (folder / sweep.RESULT).unlink(missing_ok=True)
         for name, told in (("config.yaml", cfg), (".hydra/overrides.yaml", HydraConfig.get().overrides.task)):
             with whole_file(folder / name, "w") as file:
                 OmegaConf.save(told, file, resolve=True)
@@ -121,9 +132,11 @@ def train(cfg: DictConfig, folder, ckpt_path: str | None, learning_rate_factor: 
         plugins=[AtomicCheckpointIO(), *(cfg.trainer.plugins or [])],
         default_root_dir=folder,
     )
+    sweep.refuse_own_processes(trainer)
 
     try:
-        trainer.fit(module, data, ckpt_path=ckpt_path, weights_only=True)
+        with restoring(ckpt_path):
+            trainer.fit(module, data, ckpt_path=ckpt_path, weights_only=True)
         if not best.best_model_path:  # stopped before the first validation, by trainer.max_steps for example
             trainer.validate(module, data, verbose=False)
         trained = dict(trainer.callback_metrics)
@@ -134,42 +147,24 @@ def train(cfg: DictConfig, folder, ckpt_path: str | None, learning_rate_factor: 
             overrides = [*HydraConfig.get().overrides.task, f"hydra.run.dir={folder}", "ckpt_path=auto"]
             kept = f"last checkpoint: {folder / 'last.ckpt'}; to go on: {shlex.join(['python', 'src/train.py', *overrides])}"
         raise Stopped(f"{stopped}; {kept}", stopped.signal) from None
-    if trainer.is_global_zero:
-        summarize(trained | trainer.callback_metrics, module, folder)
-    score = best.best_model_score
-    return float(trained.get("val/bits_per_dim", "nan") if score is None else score)  # nan: no validation was wanted
+    if not trainer.is_global_zero:
+        return {}
+    metrics, score = trained | trainer.callback_metrics, best.best_model_score
+    summarize(metrics, module, folder)
+    score = float(trained.get("val/bits_per_dim", "nan") if score is None else score)  # nan: no validation was wanted
+    return sweep.write_result(folder, metrics, score)
 
 
 def refuse_unknown(cfg: DictConfig) -> None:
-    """What `+key=value` adds must be something that a run reads."""
+    """What `+key=value` adds must be something that a run reads; a section stays one."""
     from rnode.errors import InputError
 
+    cli.require_sections(cfg, "trainer", "solver", "model", "dataset", "optimizer", "pictures", "wandb", "reg")
     known = {*OmegaConf.load(cli.CONF / "config.yaml"), "trainer", "solver", "model", "dataset", "reg"}
     known |= {"reg.lambda_k", "reg.lambda_j"}
     for key in [*cfg, *(f"reg.{name}" for name in cfg.reg)]:
         if key not in known:
             raise InputError(f"there is no option {key}; python src/train.py --help lists them")
-
-
-def quiet() -> None:
-    """Silence what Lightning and torch say about choices that are made on purpose here."""
-    import logging
-    import warnings
-
-    logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)
-    for message in (
-        r".*does not have many workers.*",  # the data are in memory: a worker would only copy them
-        r".*(Checkpoint|Experiment logs) directory .* exists and is not empty.*",  # it holds Hydra's and our config
-        r".*number of training batches .* is smaller than the logging interval.*",
-        r".*could not find the monitored key.*",  # a run stopped before its first validation is validated at its end
-        r".*The dirpath has changed.*",  # a resumed run has a folder of its own
-        r".*Using `DistributedSampler` with the dataloaders.*",  # the metrics count each image once all the same
-        r".*There is a wandb run already in progress.*",  # of this run, before it was rewound
-        r".*The `srun` command is available on your system but is not used.*",  # a cluster's login node serves too
-        r".*LeafSpec.*",  # Lightning's own use of torch
-        r".*your dataloader is not resumable.*",  # it goes on where the checkpoint's epoch was cut off
-    ):
-        warnings.filterwarnings("ignore", message)
 
 
 def loggers(wandb: DictConfig, folder, config: dict, step: int | None) -> list:
@@ -180,7 +175,7 @@ def loggers(wandb: DictConfig, folder, config: dict, step: int | None) -> list:
     """
     from pytorch_lightning.loggers import WandbLogger
 
-    from rnode.errors import require
+    from rnode.errors import configured, require
     from rnode.metrics import MetricsFile
 
     modes = ("offline", "online", "disabled")
@@ -193,7 +188,8 @@ def loggers(wandb: DictConfig, folder, config: dict, step: int | None) -> list:
     setup(Settings(silent=True))  # the summary says what W&B would
     earlier = folder.glob("wandb/*run-*-*") if step is not None else ()  # offline-run-DATE_TIME-ID
     identity = max((path.name.split("-")[-2:] for path in earlier), default=[None])[-1]
-    return [metrics, WandbLogger(save_dir=folder, config=config, id=identity, **wandb)]
+    with configured("wandb"):
+        return [metrics, WandbLogger(save_dir=folder, config=config, id=identity, **wandb)]
 
 
 def finish_wandb() -> None:

@@ -1,22 +1,29 @@
-"""train.py in forks of one process that has done the imports: a run starts in a moment and is a process of its own.
+"""The scripts in forks of one process that has done the imports: a run starts in a moment and is a process of its own.
 
 Reads a JSON object a line: {"run": [arguments], "err": file} is answered by the run's pid, {"wait": pid} by its exit code.
-A run may have limits: "largest_file" in bytes; "unprivileged", so that files' permissions are meant for it too.
+Of a run may also be given: "script", another than train; "out", a file for what goes to stdout, otherwise to `err` too;
+"largest_file" and "memory", limits in bytes; "seconds", after which SIGALRM ends it; "network": false; "unprivileged", so
+that files' permissions are meant for it too.
 """
 
 import ctypes
 import json
 import os
 import resource
+import signal
 import sys
+import urllib.request
 
 import sklearn.datasets  # noqa: F401
 
 import build  # noqa: F401
 import cli
+import evaluate
 import rnode.callbacks  # noqa: F401
+import sample
 import train
 
+SCRIPTS = {"train": train, "evaluate": evaluate, "sample": sample}
 CAPABILITY_VERSION, DAC_OVERRIDE = 0x20080522, 1 << 1
 
 
@@ -34,18 +41,26 @@ def main() -> None:
 
 
 def run(request: dict) -> None:
-    """In the child: train.py as its command line would run it, and out."""
-    with open(request["err"], "w") as err:
-        os.dup2(err.fileno(), 1)
-        os.dup2(err.fileno(), 2)
-    if "largest_file" in request:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (request["largest_file"],) * 2)
+    """In the child: a script as its command line would run it, and out."""
+    for descriptor, name in ((2, "err"), (1, request.get("out") and "out")):
+        if name:
+            with open(request[name], "w") as file:
+                os.dup2(file.fileno(), descriptor)
+        else:
+            os.dup2(2, descriptor)
+    for name, limit in (("largest_file", resource.RLIMIT_FSIZE), ("memory", resource.RLIMIT_AS)):
+        if name in request:
+            resource.setrlimit(limit, (request[name],) * 2)
+    signal.alarm(request.get("seconds", 0))
+    if not request.get("network", True):
+        urllib.request.urlopen = no_network
     if request.get("unprivileged"):
         obey_permissions()
-    sys.argv = ["train.py", *request["run"]]
+    script = request.get("script", "train")
+    sys.argv = [f"{script}.py", *request["run"]]
     code = 1
     try:
-        cli.run(train.main, "train.py", "")
+        cli.run(SCRIPTS[script].main, f"{script}.py", "")
         code = 0
     except SystemExit as stop:
         code = stop.code
@@ -57,6 +72,10 @@ def run(request: dict) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+def no_network(*arguments: object, **keywords: object) -> None:
+    raise OSError("there is no network in this test")
 
 
 def obey_permissions() -> None:

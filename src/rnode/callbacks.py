@@ -22,7 +22,7 @@ from rnode.flow import Flow
 from rnode.metrics import MetricsFile
 from rnode.module import RNODE
 from rnode.pictures import draw_curves, draw_samples
-from rnode.solver import Solver
+from rnode.solver import Method, Solver
 
 
 class Progress(TQDMProgressBar):
@@ -103,6 +103,8 @@ class RefineGrid(Callback):
         return {"step_size": self.step_size}
 
     def load_state_dict(self, state: dict) -> None:
+        if state["step_size"] is not None:
+            Method("rk4", step_size=state["step_size"])  # refuses what is no step
         self.step_size = state["step_size"]
 
 
@@ -220,12 +222,13 @@ class EpochTimer(Callback):
         self.mark = now
 
     def on_train_epoch_end(self, trainer: Trainer, module: RNODE) -> None:
-        module.log("train/seconds_per_epoch", self.seconds)
+        module.log("train/seconds_per_epoch", self.seconds, sync_dist=True)
 
     def state_dict(self) -> dict:
         return {"seconds": self.seconds}
 
     def load_state_dict(self, state: dict) -> None:
+        require(is_number(state["seconds"], at_least=0), "seconds", state["seconds"], "a number, 0 or more")
         self.seconds = state["seconds"]
 
 

@@ -19,10 +19,10 @@ import torch
 import torch.nn.functional as F
 from pytorch_lightning import LightningDataModule
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
 
 from rnode.draws import sample_generators, step_seed
-from rnode.errors import InputError, is_int, one_line, require
+from rnode.errors import LARGEST, SHAPE, InputError, configured, is_int, is_shape, one_line, require
 from rnode.transforms import Dequantize, Logit
 
 SPLIT_SEED = 0  # of every split: the same images are held out whatever the seed of the run
@@ -110,6 +110,9 @@ class DataModule(LightningDataModule):
     ):
         super().__init__()
         inspect.signature(source).bind(**arguments)  # a misspelt one is found here, not after hours in a queue
+        require(is_shape(shape), "dataset.shape", shape, SHAPE)
+        require(isinstance(flip, bool), "dataset.flip", flip, "true or false")
+        require(is_int(seed, at_least=0), "dataset.seed", seed, "a whole number, 0 or more")
         require(is_int(batch_size, at_least=1), "dataset.batch_size", batch_size, "a whole number, 1 or more")
         require(is_int(eval_batch_size, at_least=1), "dataset.eval_batch_size", eval_batch_size, "a whole number, 1 or more")
         self.source, self.arguments = source, arguments
@@ -126,7 +129,8 @@ class DataModule(LightningDataModule):
     def setup(self, stage: str | None = None) -> None:
         if self.splits is not None:
             return
-        splits = self.source(**self.arguments)
+        with configured("dataset"):
+            splits = self.source(**self.arguments)
         for name, rows in splits._asdict().items():
             require(len(rows) > 0, f"number of {name} samples", len(rows), "1 or more")
             if not isinstance(rows, Tensor):
@@ -153,9 +157,13 @@ class DataModule(LightningDataModule):
     def test_dataloader(self) -> DataLoader:
         return self.eval_dataloader(self.splits.test)
 
-    def eval_dataloader(self, rows: Tensor) -> DataLoader:
+    def eval_dataloader(self, rows: Tensor, rank: int = 0, processes: int = 1) -> DataLoader:
+        """The rows in their order; for one of several processes, every so manieth."""
+        data = Indexed(rows)
+        if processes > 1:
+            data = Subset(data, range(rank, len(rows), processes))
         # Its own generator: a loader draws a number each time it starts, and training's random stream is not to notice.
-        return DataLoader(Indexed(rows), self.eval_batch_size, collate_fn=as_fetched, generator=torch.Generator())
+        return DataLoader(data, self.eval_batch_size, collate_fn=as_fetched, generator=torch.Generator())
 
     def on_before_batch_transfer(self, batch: tuple[Tensor, Tensor], dataloader_idx: int) -> tuple[Tensor, Tensor]:
         trainer = self.trainer
@@ -242,6 +250,8 @@ def idx_images(name: str, root: str, validation: int, resize: int = 28) -> Split
 
     `resize`, where it is not 28, is the side to which the images are reduced.
     """
+    require(name in ("MNIST", "FashionMNIST"), "dataset.name", name, "MNIST or FashionMNIST")
+    require(isinstance(root, str), "dataset.root", root, "a folder")
     folders = [Path(root), Path(root) / name / "raw"]  # torchvision downloads to the second
     if not any(find_idx(folder, file) for folder in folders for file in IDX_FILES.values()):
         download(name, root)
@@ -265,24 +275,26 @@ def read_idx(path: Path) -> Tensor:
     The format: bytes 0, 0, type (8: uint8), number of dimensions; each dimension as a big-endian uint32; the values.
     """
     try:
-        content = path.read_bytes()
-        if path.suffix == ".gz":
-            content = gzip.decompress(content)
+        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
+            header = file.read(16)
+            if header[:4] != bytes([0, 0, 8, 3]) or len(header) < 16:
+                start = header[:4].hex() or "nothing"
+                raise InputError(f"{path}: starts with {start}; an IDX file of images starts with 00000803")
+            shape = tuple(int(n) for n in np.frombuffer(header, ">u4", count=3, offset=4))
+            pixels = file.read(math.prod(shape) + 1) if math.prod(shape) <= LARGEST else b""
     except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"{path}: cannot be read ({error}); it must be a whole IDX file, gzipped or plain") from None
-    if content[:4] != bytes([0, 0, 8, 3]) or len(content) < 16:
-        raise InputError(f"{path}: starts with {content[:4].hex() or 'nothing'}; an IDX file of images starts with 00000803")
-    shape = tuple(int(n) for n in np.frombuffer(content, ">u4", count=3, offset=4))
-    if len(content) - 16 != math.prod(shape):
-        raise InputError(
-            f"{path}: holds {len(content) - 16} bytes of pixels where its header says {shape}; it must be whole"
-        )
-    return torch.from_numpy(np.frombuffer(content, np.uint8, offset=16).reshape(shape).copy())
+    if len(pixels) != math.prod(shape):
+        many = "more" if len(pixels) > math.prod(shape) else len(pixels)
+        raise InputError(f"{path}: holds {many} bytes of pixels where its header says {shape}; it must be whole")
+    return torch.from_numpy(np.frombuffer(pixels, np.uint8).reshape(shape).copy())
 
 
 def cifar10(root: str, validation: int, resize: int = 32) -> Splits:
     """CIFAR10, (3, 32, 32): from `root`; downloaded there if missing. `resize` as for `idx_images`."""
     from torchvision.datasets import CIFAR10
+
+    require(isinstance(root, str), "dataset.root", root, "a folder")
 
     def images(train: bool) -> Tensor:
         return reduced(torch.from_numpy(CIFAR10(root, train=train).data).permute(0, 3, 1, 2).contiguous(), resize)

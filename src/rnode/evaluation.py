@@ -14,6 +14,7 @@ from rnode.dynamics import State
 from rnode.errors import DivergenceError
 from rnode.flow import Flow
 from rnode.objective import bits_per_dim, log_normal
+from rnode.processes import gathered, share
 
 PROBES = 1  # stream of the probes in evaluation (see sample_generators)
 BIN_CENTRE = 0.5
@@ -83,14 +84,16 @@ def evaluate(
 
     Every draw belongs to a sample, so batches of another size change nothing beyond the solver's tolerance. `noises`
     dequantizations of each image make the importance-weighted bound; vectors, which are continuous, have none.
-    `progress` wraps the loader's iteration.
+    `progress` wraps the loader's iteration. Where torch.distributed is initialized each process solves its share of the
+    samples, and all return the whole.
     """
-    parts, nfe = [], []
-    for x, index in progress(data.eval_dataloader(getattr(data.splits, split))):
+    parts = []
+    for x, index in progress(data.eval_dataloader(getattr(data.splits, split), *share())):
         columns, by_piece = evaluate_batch(flow, data, x, index, noises, seed)
-        parts.append({name: values.double().cpu() for name, values in columns.items()})
-        nfe.append(by_piece)
-    columns = {name: torch.cat([part[name] for part in parts], dim=-1) for name in parts[0]}
+        parts.append(({name: values.double().cpu() for name, values in columns.items()}, by_piece))
+    parts, nfe = zip(*gathered(parts), strict=True)
+    order = torch.cat([part["index"] for part in parts]).argsort()
+    columns = {name: torch.cat([part[name] for part in parts], dim=-1)[..., order] for name in parts[0]}
     return summarize(columns, torch.tensor(nfe, dtype=torch.float64)), columns
 
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rnode.dynamics import Dynamics, Probes, State
-from rnode.errors import DivergenceError, InputError, is_int, require
+from rnode.errors import SHAPE, DivergenceError, InputError, is_int, is_shape, require
 from rnode.networks import Field, TimeConv2d, TimeLinear
 from rnode.objective import log_normal
 from rnode.solver import Method, Solver, solve, solve_back
@@ -235,8 +235,7 @@ def mlp(shape: Sequence[int], solver: Solver, probes: Probes, hidden: int = 64, 
 
 
 def check_sizes(shape: Sequence[int], hidden: int, layers: int, pieces: int) -> None:
-    whole = len(shape) > 0 and all(is_int(n, at_least=1) for n in shape)
-    require(whole, "dataset.shape", list(shape), "a list of whole numbers, 1 or more")
-    require(is_int(hidden, at_least=1), "model.hidden", hidden, "a whole number, 1 or more")
-    require(is_int(layers, at_least=2), "model.layers", layers, "a whole number, 2 or more")
-    require(is_int(pieces, at_least=1), "model.pieces", pieces, "a whole number, 1 or more")
+    require(is_shape(shape), "dataset.shape", list(shape) if isinstance(shape, tuple) else shape, SHAPE)
+    for name, value, least, most in (("hidden", hidden, 1, 2**16), ("layers", layers, 2, 100), ("pieces", pieces, 1, 100)):
+        whole = is_int(value, at_least=least) and value <= most
+        require(whole, f"model.{name}", value, f"a whole number from {least} to {most}")

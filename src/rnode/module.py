@@ -11,13 +11,14 @@ from torchmetrics import CatMetric
 
 from rnode.data import Batch
 from rnode.draws import sample_generators
-from rnode.errors import DivergenceError, InputError, is_int, is_number, require
+from rnode.errors import DivergenceError, configured, is_int, is_number, require
 from rnode.evaluation import PROBES, measure, standard_error
 from rnode.flow import Flow
 from rnode.objective import bits_per_dim, log_normal, objective
 from rnode.solver import solver_errors
 
 NOTHING = torch.iinfo(torch.int64).max
+TRIAL = (2, 3)  # shape of the weight on which an optimizer is tried
 
 
 class RNODE(LightningModule):
@@ -171,11 +172,37 @@ class RNODE(LightningModule):
     def on_test_epoch_end(self) -> None:
         self.evaluation_end("test")
 
+    def on_train_start(self) -> None:
+        """Refuse to go on from an optimizer's state that is not what it makes itself, before the first step meets it."""
+        path, (optimizer,) = self.trainer.ckpt_path, self.trainer.optimizers
+        if path is None:
+            return
+        for group in optimizer.param_groups:
+            require(is_number(group["lr"], at_least=0), f"ckpt_path={path}: lr", group["lr"], "a number, 0 or more")
+            with configured(f"ckpt_path={path}: the options of its optimizer"):
+                ours = self.try_optimizer({name: value for name, value in group.items() if name != "params"})
+        for weight, state in optimizer.state.items():
+            for name, value in ours.items():
+                given, right = state.get(name), f"what a run of ours writes, for weights {tuple(weight.shape)}"
+                fits = type(given) is type(value)
+                if fits and isinstance(value, Tensor):
+                    shape = weight.shape if value.shape == TRIAL else given.shape
+                    fits = given.shape == shape and bool(given.isfinite().all())
+                require(fits, f"ckpt_path={path}: {name}", type(given).__name__, right)
+
+    def try_optimizer(self, options: dict) -> dict:
+        """The state that the optimizer has made for a weight of shape TRIAL after one step. `options` replace its own."""
+        weight = torch.zeros(TRIAL, device=self.device, dtype=self.dtype).requires_grad_()
+        weight.grad = torch.zeros_like(weight)
+        optimizer = self.optimizer([weight])
+        optimizer.param_groups[0].update(options)
+        optimizer.step(lambda: weight.sum())
+        return optimizer.state[weight]
+
     def configure_optimizers(self) -> torch.optim.Optimizer | dict:
-        try:
+        with configured("optimizer"):
+            self.try_optimizer({})  # finds a value of the wrong type, which constructors take
             optimizer = self.optimizer(self.parameters())
-        except (TypeError, ValueError) as error:
-            raise InputError(f"optimizer: {error}") from None
         if self.warmup_steps == 0 and not self.decay:
             return optimizer
         steps = self.trainer.estimated_stepping_batches if self.decay else math.inf
@@ -185,7 +212,7 @@ class RNODE(LightningModule):
     def learning_rate_factor(self, step: int, steps: float) -> float:
         """A linear rise over the warm-up, times half a cosine from 1 to 0 over all the steps if `decay`."""
         rise = min(1.0, (step + 1) / (self.warmup_steps + 1))
-        return rise * (1 + math.cos(math.pi * min(step / steps, 1))) / 2 if self.decay else rise
+        return rise * (1 + math.cos(math.pi * min(step / max(steps, 1), 1))) / 2 if self.decay else rise
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         self.stop_if_diverged()  # rather than write over the last good one

@@ -20,6 +20,7 @@ ADAPTIVE = ("dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun")
 GRADIENTS = ("backprop", "adjoint", "checkpoint")
 QUADRATURES = {"simpson": simpson, "radau": radau}
 INTEGRALS = ("system", *QUADRATURES)
+MOST_STEPS = 10_000  # of a fixed grid
 T = 1.0  # final time of every piece: a longer one is a larger f
 
 
@@ -46,12 +47,14 @@ class Method:
     def __post_init__(self):
         require(self.method in FIXED_GRID + ADAPTIVE, "method", self.method, f"one of {', '.join(FIXED_GRID + ADAPTIVE)}")
         step = self.step_size
-        divides = is_number(step) and 0 < step <= T and math.isclose(T / step, round(T / step), rel_tol=1e-9)
-        require(divides, "step_size", step, f"a positive number that divides T = {T:g} into whole steps, such as 0.25")
+        divides = is_number(step) and T / MOST_STEPS <= step <= T and math.isclose(T / step, round(T / step), rel_tol=1e-9)
+        right = f"a positive number that divides T = {T:g} into whole steps, {MOST_STEPS} at most, such as 0.25"
+        require(divides, "step_size", step, right)
         require(self.integrals in INTEGRALS, "integrals", self.integrals, " or ".join(INTEGRALS))
         for name, value in (("rtol", self.rtol), ("atol", self.atol), ("first_step", self.first_step)):
             require(is_number(value) and value > 0, name, value, "a positive number, such as 1e-5")
-        require(is_int(self.max_steps, at_least=1), "max_steps", self.max_steps, "a whole number, 1 or more")
+        whole = is_int(self.max_steps, at_least=1) and self.max_steps < 2**31  # torchdiffeq counts in 32 bits
+        require(whole, "max_steps", self.max_steps, "a whole number from 1 to 2^31 - 1")
 
     @property
     def adaptive(self) -> bool:
@@ -91,6 +94,11 @@ class Solver:
     dtype: str = "float32"
 
     def __post_init__(self):
+        for name in ("train", "test"):
+            method = getattr(self, name)
+            require(
+                isinstance(method, Method), f"solver.{name}", method, "a section with a method, as in conf/solver/rk4.yaml"
+            )
         require(self.gradient in GRADIENTS, "solver.gradient", self.gradient, " or ".join(GRADIENTS))
         require(self.dtype in ("float32", "float64"), "solver.dtype", self.dtype, "float32 or float64")
 
