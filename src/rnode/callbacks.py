@@ -1,5 +1,6 @@
 """What Lightning calls while a flow trains: progress, compilation, the time an epoch takes, pictures."""
 
+import gc
 import signal
 import sys
 import time
@@ -265,3 +266,4 @@ class Pictures(Callback):
                 logger.log_image("samples", [str(path)])
             elif isinstance(logger, MetricsFile):
                 draw_curves(logger.path, self.folder / "curves.png")
+        gc.collect()  # figures refer to themselves: they would pile up until Python looks for such things
