@@ -314,6 +314,7 @@ def make_run(folder, recipe, seed, bits, seconds, *, diverged=False, data="digit
         if not diverged:
             last = {"test/bits_per_dim": bits[-1], "test/nfe_forward": 150}
             writer.writerow({"epoch": len(bits), "step": len(bits), **last})
+    if not diverged:
         (run.folder / "result.json").write_text(json.dumps({"test/bits_per_dim": bits[-1]}))
     if diverged:
         (run.folder / "diverged.txt").write_text("the loss became NaN")
