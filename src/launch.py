@@ -65,3 +65,11 @@ def settle(trainer, given: list[str]) -> None:
         name, asked = f"trainer.{key}", trainer[key]
         require(name not in named or asked == value, name, asked, f"{value}, as {started.by} has started, or left out")
         trainer[key] = value
+
+
+def plugins() -> list:
+    """For Lightning under srun: without its own requeueing, whose handler of SIGUSR1 writes a checkpoint beside last.ckpt."""
+    from pytorch_lightning.plugins.environments import SLURMEnvironment
+
+    started = launched()
+    return [SLURMEnvironment(auto_requeue=False)] if started is not None and started.by == "srun" else []

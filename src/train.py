@@ -98,6 +98,7 @@ def train(cfg: DictConfig, folder, ckpt_path: str | None, learning_rate_factor: 
     from pytorch_lightning.utilities import rank_zero_only
 
     from build import build
+    from launch import plugins
     from rnode.callbacks import Compile, EpochTimer, Progress, RefineGrid, SaveWithinEpochs, ScaleLearningRate, StopOnSignal
     from rnode.checkpoint import AtomicCheckpointIO, check_checkpoint, restoring
     from rnode.errors import Stopped
@@ -129,7 +130,7 @@ def train(cfg: DictConfig, folder, ckpt_path: str | None, learning_rate_factor: 
         OmegaConf.masked_copy(cfg.trainer, [name for name in cfg.trainer if name != "on_divergence"]),
         logger=loggers(cfg.wandb, folder, config, step),
         callbacks=callbacks,
-        plugins=[AtomicCheckpointIO(), *(cfg.trainer.plugins or [])],
+        plugins=[AtomicCheckpointIO(), *plugins(), *(cfg.trainer.plugins or [])],
         default_root_dir=folder,
     )
     sweep.refuse_own_processes(trainer)

@@ -17,8 +17,8 @@ import yaml
 from test_faults import SMALL, SOURCE, assert_same_run, rows
 
 SBATCH = Path(__file__).parent / "slurm" / "train.sbatch"
-STEPS = 4 * 30  # of the run that is preempted
-LONG = [*SMALL, "trainer.max_epochs=4"]
+STEPS = 3 * 20  # of the run that is preempted
+SHORT = [*SMALL, "trainer.limit_train_batches=20"]
 ENVIRONMENT = os.environ | {
     "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",  # its python is the one of these tests
     "PYTHONPATH": SOURCE,  # for what submitit unpickles
@@ -69,7 +69,7 @@ def cluster():
 @pytest.fixture(scope="module")
 def whole(cluster, tmp_path_factory):
     """A job of two processes that nobody disturbed."""
-    job = Job(tmp_path_factory.mktemp("whole"), [*LONG, "wandb.mode=offline"])
+    job = Job(tmp_path_factory.mktemp("whole"), [*SHORT, "wandb.mode=offline"])
     job.finish()
     return job
 
@@ -91,13 +91,13 @@ def test_two_tasks_make_one_run(whole):
 
 @pytest.mark.slurm
 def test_a_preempted_job_is_requeued_and_goes_on_to_the_same_end(whole, tmp_path):
-    job = Job(tmp_path, LONG)
-    job.wait_for_step(40)
+    job = Job(tmp_path, SHORT)
+    job.wait_for_step(10)
     slurm("srun", "--partition=high", "--ntasks=2", "sleep", "1")
     job.finish()
     assert job.show("Restarts") == "1"
     (stopped,) = set(re.findall(r"^stopped: by SIGTERM after (\d+) training steps", job.log, re.MULTILINE))
-    assert 40 < int(stopped) < STEPS
+    assert 10 < int(stopped) < STEPS
     assert "Traceback" not in job.log
     assert_same_run(job.run, whole.run)
 
