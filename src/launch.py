@@ -68,7 +68,7 @@ def settle(trainer, given: list[str]) -> None:
 
 
 def plugins() -> list:
-    """For Lightning under srun: without its own requeueing, whose handler of SIGUSR1 writes a checkpoint beside last.ckpt."""
+    """For Lightning under srun: without its own requeueing, which writes a checkpoint beside last.ckpt."""
     from pytorch_lightning.plugins.environments import SLURMEnvironment
 
     started = launched()
