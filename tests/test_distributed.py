@@ -26,7 +26,7 @@ def run(*command, cwd):
     return done.stdout
 
 
-@pytest.mark.parametrize("gradient", ["backprop", "adjoint"])
+@pytest.mark.parametrize("gradient", ["backprop", pytest.param("adjoint", marks=pytest.mark.slow)])  # three more starts
 def test_two_processes_have_the_gradient_of_one_with_twice_the_batch(tmp_path, gradient):
     script = TESTS / "ddp_gradient.py"
     run(*TWO, script, tmp_path / "two", 8, gradient, cwd=tmp_path)

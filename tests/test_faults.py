@@ -343,13 +343,14 @@ def test_what_wandb_cannot_write_is_said_in_one_line(start, tmp_path, whole):
 
 
 def test_two_runs_of_the_same_second_have_folders_of_their_own(start, tmp_path):
-    pattern = f"hydra.run.dir={tmp_path}/${{now:%Y-%m-%d_%H-%M-%S-%f}}"
+    pattern = f"hydra.run.dir={tmp_path}/${{run_name:}}"
     runs = [start(tmp_path / name, "trainer.max_epochs=1", pattern) for name in "ab"]
     for run in runs:
         run.finish()
     assert len([path for path in tmp_path.iterdir() if (path / "last.ckpt").exists()]) == 2
 
 
+@pytest.mark.slow  # 550 steps
 @pytest.mark.parametrize("gradient", ["backprop", "checkpoint", "adjoint"])
 def test_memory_and_open_files_stay_as_they_are_over_500_steps(start, tmp_path, gradient):
     """With validations, checkpoints and pictures every 50 steps, and W&B."""
@@ -480,6 +481,7 @@ def test_what_one_process_of_two_meets_stops_both_with_one_line(tmp_path):
     assert torch.load(folder / "last.ckpt", weights_only=True)["global_step"] == 10
 
 
+@pytest.mark.slow  # a run of two processes that starts four times
 def test_what_one_process_of_two_meets_takes_both_back_and_on(tmp_path):
     """A NaN, a solver that gives up and one that does so in the gradient, one after the other."""
     rewind = ["trainer.on_divergence=rewind", "solver.gradient=checkpoint", "optimizer.lr=0.008"]
