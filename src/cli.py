@@ -117,11 +117,20 @@ def one_line_errors(function: Callable) -> Callable:
             message, code = explain(error)
             if message is None or FULL_ERROR:
                 raise
+            if code > 128 and is_follower():  # all stop together: the first process says it, and has the exit code
+                sys.exit(0)
             message = message if len(message) <= LONGEST else f"{message[:LONGEST]}…"
             print(f"{'stopped' if code > 128 else 'error'}: {message}{where()}", file=sys.stderr)
             sys.exit(code)
 
     return wrapped
+
+
+def is_follower() -> bool:
+    """Whether this is another process of a run than its first."""
+    from pytorch_lightning.utilities import rank_zero_only
+
+    return rank_zero_only.rank > 0
 
 
 def where() -> str:
