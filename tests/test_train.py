@@ -490,6 +490,8 @@ def test_checkpoints_that_do_not_fit_get_one_line(run, capsys, tmp_path):
     assert "carries no configuration" in mistake(elsewhere, capsys, *TWO_STEPS, f"ckpt_path={damaged}")[0]
     line, _ = mistake(run, capsys, *TWO_STEPS, "model.hidden=5", f"ckpt_path={folder / 'last.ckpt'}")
     assert "another architecture: model.hidden is 4 there and 5 here" in line
+    line, _ = mistake(run, capsys, *TWO_STEPS, "dataset.alpha=0.01", f"ckpt_path={folder / 'last.ckpt'}")
+    assert "on another data set: dataset.alpha is 1e-05 there and 0.01 here" in line
 
 
 @pytest.mark.parametrize(

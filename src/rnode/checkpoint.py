@@ -17,6 +17,7 @@ MOST_VALUES, DEEPEST = 10_000, 20  # of a configuration; a run's has some two hu
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 CONTAINERS = (dict, list, tuple)
 COUNTS = ("ready", "started", "processed", "completed", "_batches_that_stepped", "is_last_batch")  # of Lightning's loops
+DATA = ("source", "name", "shape", "levels", "alpha")  # of a configuration's dataset, what says which data these are
 STATE = {  # what a run goes on from
     "state_dict": dict,
     "optimizer_states": list,
@@ -51,18 +52,20 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 def check_checkpoint(path: str, config: dict) -> int:
-    """The training step of a checkpoint; InputError unless it is a whole one of a run whose model is that of `config`."""
+    """The training step of a checkpoint; InputError unless it is a whole one of a run with `config`'s model and data."""
     checkpoint = load_checkpoint(path)
-    theirs, ours = checkpoint["config"].get("model"), config["model"]
-    if not isinstance(theirs, dict):
-        raise InputError(f"ckpt_path={path}: its configuration has no model")
-    differ = [
-        f"model.{key} is {str(theirs.get(key))[:80]} there and {ours.get(key)} here"
-        for key in sorted(theirs.keys() | ours.keys(), key=str)
-        if theirs.get(key) != ours.get(key)
-    ]
-    if differ:
-        raise InputError(f"ckpt_path={path}: was trained with another architecture: {'; '.join(differ)[:800]}")
+    for section, what in (("model", "with another architecture"), ("dataset", "on another data set")):
+        theirs, ours = checkpoint["config"].get(section), config[section]
+        if not isinstance(theirs, dict):
+            raise InputError(f"ckpt_path={path}: its configuration has no {section}")
+        keys = DATA if section == "dataset" else theirs.keys() | ours.keys()
+        differ = [
+            f"{section}.{key} is {str(theirs.get(key))[:80]} there and {ours.get(key)} here"
+            for key in sorted(keys, key=str)
+            if theirs.get(key) != ours.get(key)
+        ]
+        if differ:
+            raise InputError(f"ckpt_path={path}: was trained {what}: {'; '.join(differ)[:800]}")
     if wrong := unfit_state(checkpoint):
         raise InputError(f"ckpt_path={path}: cannot be gone on from: its {wrong}")
     return checkpoint["global_step"]
@@ -73,7 +76,8 @@ def load_checkpoint(path: str) -> dict:
     if not isinstance(path, str | Path) or not Path(path).is_file():
         raise InputError(f"ckpt_path={path}: there is no such file")
     try:
-        with warnings.catch_warnings(action="ignore"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever the bytes of a file lead a reader to
         reason = one_line(error)[:100]
