@@ -69,9 +69,9 @@ def is_shape(value: object) -> bool:
 
 
 def is_number(value: object, at_least: float = float("-inf")) -> bool:
-    """A real number that is at least `at_least`, within what a float holds."""
+    """A finite real number that is at least `at_least`; torch takes no whole number beyond LARGEST for one."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    return number and value >= at_least and abs(value) <= sys.float_info.max
+    return number and value >= at_least and abs(value) <= (LARGEST if isinstance(value, int) else sys.float_info.max)
 
 
 def one_line(error: BaseException) -> str:
