@@ -39,6 +39,8 @@ SMALL = [
     "wandb.mode=disabled",
 ]
 
+SLOW = pytest.mark.slow  # of a test whose first case takes as long
+
 
 class Run:
     """A run of train.py as a process."""
@@ -141,7 +143,10 @@ def whole(start, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize(("step", "number"), [(40, signal.SIGTERM), (3, signal.SIGINT), (65, signal.SIGUSR1)])
+@pytest.mark.parametrize(
+    ("step", "number"),
+    [(40, signal.SIGTERM), pytest.param(3, signal.SIGINT, marks=SLOW), pytest.param(65, signal.SIGUSR1, marks=SLOW)],
+)
 def test_a_signal_stops_a_run_and_it_goes_on_to_the_same_end(start, tmp_path, whole, step, number):
     folder = tmp_path / "run"
     run = start(folder)
@@ -248,6 +253,7 @@ def test_a_full_disk_gets_one_line_whatever_is_written(start, tmp_path, file):
     assert not list(folder.glob("*.part"))
 
 
+@pytest.mark.slow  # three runs
 def test_a_curve_that_cannot_grow_stops_the_run_and_is_gone_on_with(start, tmp_path, whole):
     """metrics.csv alone meets its limit, as nothing else is written."""
     folder = tmp_path / "run"
@@ -276,7 +282,7 @@ def test_a_folder_that_becomes_read_only_gets_one_line_and_leaves_the_last_good_
     step = torch.load(folder / "last.ckpt", weights_only=True)["global_step"]
     assert step >= 30
     (line,) = start(folder, epochs, "ckpt_path=auto", unprivileged=True).finish(code=1).strip().splitlines()
-    assert re.match(rf"error: .*Permission denied: '{folder}/", line)
+    assert re.match(rf"error: {folder}/.*Permission denied", line)
     folder.chmod(0o755)
     start(folder, f"trainer.max_steps={step + 2}", epochs, "ckpt_path=auto", unprivileged=True).finish()
     assert torch.load(folder / "last.ckpt", weights_only=True)["global_step"] == step + 2
@@ -313,6 +319,7 @@ def leveldb_records(data):
             record = b""
 
 
+@pytest.mark.slow  # two runs with W&B
 def test_wandb_is_closed_by_a_signal_and_a_resumed_run_goes_on_with_the_same_curves(start, tmp_path, whole):
     folder = tmp_path / "run"
     run = start(folder, "wandb.mode=offline")
@@ -396,6 +403,7 @@ def test_a_second_run_in_a_folder_is_refused_and_touches_nothing(start, tmp_path
     assert_same_run(folder, whole)
 
 
+@pytest.mark.slow  # three runs
 def test_of_two_runs_started_at_once_in_one_folder_one_is_refused(start, tmp_path, whole):
     folder = tmp_path / "run"
     runs = [start(tmp_path / name, f"hydra.run.dir={folder}") for name in "ab"]
@@ -403,6 +411,7 @@ def test_of_two_runs_started_at_once_in_one_folder_one_is_refused(start, tmp_pat
     assert_same_run(folder, whole)
 
 
+@pytest.mark.slow  # three runs
 def test_a_killed_run_leaves_its_folder_to_the_next(start, tmp_path, whole):
     run = start(tmp_path / "run", "save_every_n_steps=7")
     run.wait_for_step(40)
@@ -439,7 +448,7 @@ def test_a_folder_is_held_by_one_alone_but_where_the_file_system_has_no_locks(tm
         assert (tmp_path / ".lock").exists()
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=SLOW)])
 def test_when_a_process_of_two_dies_the_other_stops_with_one_line(tmp_path, victim):
     folder = tmp_path / "run"
     command = [sys.executable, f"{SOURCE}/train.py", *SMALL, f"hydra.run.dir={folder}", "trainer.devices=2"]
@@ -471,6 +480,7 @@ def two_processes(folder, sick, *overrides):
     return done.returncode, done.stderr
 
 
+@pytest.mark.slow  # two processes that import everything
 def test_what_one_process_of_two_meets_stops_both_with_one_line(tmp_path):
     folder = tmp_path / "run"
     code, printed = two_processes(folder, "nan")

@@ -125,6 +125,7 @@ def test_a_folder_with_a_run_of_another_configuration_is_refused_and_left_as_it_
     assert {row["status"] for row in table(tmp_path).values()} == {"finished"}
 
 
+@pytest.mark.slow  # three runs and a sweep
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_a_sweep_that_is_stopped_in_its_second_job_goes_on_to_the_same_end(start, tmp_path, number):
     folder = tmp_path / "sweep"

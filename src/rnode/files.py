@@ -30,8 +30,9 @@ def whole_file(path: Path, mode: str = "wb") -> Iterator[IO]:
     except OSError as error:
         with contextlib.suppress(OSError):
             part.unlink()
+        reason = f"[Errno {error.errno}] {error.strerror}" if error.errno else one_line(error)[:100]
         kept = "the one written before is whole" if path.exists() else "there is none from before"
-        raise WriteError(f"{path} could not be written ({one_line(error)[:100]}); {kept}") from error
+        raise WriteError(f"{path} could not be written ({reason}); {kept}") from error
 
 
 def claim(folder: Path, ckpt_path: str | None) -> contextlib.ExitStack:
