@@ -145,7 +145,11 @@ def whole(start, tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("step", "number"),
-    [(40, signal.SIGTERM), pytest.param(3, signal.SIGINT, marks=SLOW), pytest.param(65, signal.SIGUSR1, marks=SLOW)],
+    [
+        (40, signal.SIGTERM),
+        pytest.param(3, signal.SIGINT, marks=SLOW),
+        pytest.param(65, signal.SIGUSR1, marks=SLOW),
+    ],
 )
 def test_a_signal_stops_a_run_and_it_goes_on_to_the_same_end(start, tmp_path, whole, step, number):
     folder = tmp_path / "run"
