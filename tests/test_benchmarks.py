@@ -33,6 +33,7 @@ def test_the_plain_recipe_in_the_same_program_gives_the_same_state():
     assert recipe.nfe[1] > 0
 
 
+@pytest.mark.slow  # six benchmarks
 @pytest.mark.parametrize(
     ("name", "arguments", "rows"),
     [

@@ -79,6 +79,7 @@ def test_an_evaluation_by_two_processes_is_that_of_one(folder, tmp_path):
     assert [line.split(",")[0] for line in tables[0]] == [line.split(",")[0] for line in tables[1]]
 
 
+@pytest.mark.slow  # three processes that import everything
 def test_samples_by_two_processes_are_those_of_one(folder, tmp_path):
     drawn = []
     for name, command in (("one", [sys.executable, "SCRIPT"]), ("two", [sys.executable, "SCRIPT", "trainer.devices=2"])):
@@ -90,6 +91,7 @@ def test_samples_by_two_processes_are_those_of_one(folder, tmp_path):
     assert np.array_equal(*drawn)
 
 
+@pytest.mark.slow  # three processes that import torch
 def test_another_number_of_devices_than_torchrun_started_gets_one_line(tmp_path):
     command = [*TWO, ROOT / "src" / "train.py", "trainer.devices=3", f"hydra.run.dir={tmp_path / 'run'}"]
     done = subprocess.run(

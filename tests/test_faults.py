@@ -242,7 +242,13 @@ def test_a_folder_that_cannot_be_made_gets_one_line(start, tmp_path):
     assert f"{tmp_path}/file" in line
 
 
-@pytest.mark.parametrize("file", ["config.yaml", "best.ckpt", "samples.png", "curves.png", "metrics.csv"])
+FULL = [
+    "metrics.csv",
+    *(pytest.param(name, marks=SLOW) for name in ("config.yaml", "best.ckpt", "samples.png", "curves.png")),
+]
+
+
+@pytest.mark.parametrize("file", FULL)
 def test_a_full_disk_gets_one_line_whatever_is_written(start, tmp_path, file):
     folder = tmp_path / "run"
     start(folder, "trainer.max_epochs=1").finish()
@@ -390,7 +396,7 @@ def contents(folder):
     return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize("overrides", [[], ["ckpt_path=auto"]], ids=["anew", "auto"])
+@pytest.mark.parametrize("overrides", [[], pytest.param(["ckpt_path=auto"], marks=SLOW)], ids=["anew", "auto"])
 def test_a_second_run_in_a_folder_is_refused_and_touches_nothing(start, tmp_path, whole, overrides):
     folder = tmp_path / "run"
     first = start(folder)
@@ -452,7 +458,8 @@ def test_a_folder_is_held_by_one_alone_but_where_the_file_system_has_no_locks(tm
         assert (tmp_path / ".lock").exists()
 
 
-@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=SLOW)])
+@pytest.mark.slow  # two processes that import everything
+@pytest.mark.parametrize("victim", [0, 1])
 def test_when_a_process_of_two_dies_the_other_stops_with_one_line(tmp_path, victim):
     folder = tmp_path / "run"
     command = [sys.executable, f"{SOURCE}/train.py", *SMALL, f"hydra.run.dir={folder}", "trainer.devices=2"]

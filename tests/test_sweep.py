@@ -224,6 +224,7 @@ def test_a_guided_sweep_goes_on_after_a_failure_and_started_again_asks_for_the_s
     assert results(tmp_path).keys() == {"0", "1", "2"}
 
 
+@pytest.mark.slow  # a sweep of its own for one choice more
 def test_a_guided_sweep_minimizes_bits_and_nfe_together(tmp_path):
     call("train", "-m", *TINY, *guided(tmp_path, "objective=bits_per_dim_and_nfe", "solver=dopri5,rk4"))
     found = {(one["val/bits_per_dim"], one["val/nfe_forward"]) for one in results(tmp_path).values()}
