@@ -63,6 +63,7 @@ def test_torchrun_starts_one_run(folder):
     assert (folder / ".hydra" / "overrides.yaml").exists()
 
 
+@pytest.mark.slow  # three processes that import everything
 def test_an_evaluation_by_two_processes_is_that_of_one(folder, tmp_path):
     results = []
     for name, command in (("one", [sys.executable]), ("two", TWO)):

@@ -399,6 +399,7 @@ def altered(draw, checkpoint: dict) -> tuple[dict, list]:
     return checkpoint, places
 
 
+@pytest.mark.slow  # runs of three scripts
 @pytest.mark.parametrize("script", ["train", "evaluate", "sample"])
 @cases(8)
 @given(st.data())

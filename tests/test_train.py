@@ -458,6 +458,7 @@ def test_data_that_are_not_there_and_cannot_be_had_get_one_line(run, capsys, tmp
         assert code == 2
 
 
+@pytest.mark.slow  # two processes that import everything
 def test_two_processes_make_one_run(tmp_path):
     """DDP over gloo: one folder, one set of checkpoints, and every validation image counted once."""
     options = [o for o in TWO_STEPS if "limit_" not in o and "eval_batch" not in o]
