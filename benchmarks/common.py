@@ -1,4 +1,4 @@
-"""What the benchmarks share: contenders timed in turn, the convolutions' own rate, memory, a table with its CSV and bars."""
+"""What the benchmarks share: timing in turn, the rate of convolutions, memory, tables and plots."""
 
 import argparse
 import csv
@@ -10,28 +10,40 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
 
 from rnode import Flow, Method, Probes, Solver, TimeConv2d, multiscale
 
-SHAPES = {"digits": (1, 8, 8), "mnist": (1, 28, 28), "fashion_mnist": (1, 28, 28), "cifar10": (3, 32, 32)}
+SHAPES = {
+    "digits": (1, 8, 8),
+    "mnist": (1, 28, 28),
+    "fashion_mnist": (1, 28, 28),
+    "cifar10": (3, 32, 32),
+}
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LAMBDA = 0.01
-RK4, SIMPSON, RADAU = Method("rk4"), Method("rk4", "simpson"), Method("rk4", "radau", step_size=1 / 3)
-COARSE = Method("rk4", "radau", step_size=1 / 2)  # solver=auto at first, …
-FINE = Method("rk4", "radau", step_size=1 / 4)  # … and after its first refinement
+RK4, SIMPSON = Method("rk4", step_size=0.25), Method("rk4", "simpson", step_size=0.25)
+RADAU = Method("rk4", "radau", steps=3)
+COARSE = Method("rk4", "radau", steps=2)  # solver=auto at first …
+FINE = Method("rk4", "radau", steps=4)  # … and after its first refinement
 DOPRI5 = Method("dopri5")
-FFJORD = Method("dopri5", first_step=1e-2)  # as the plain recipe has it
-EXACT = Method("dopri5", rtol=1e-8, atol=1e-8)  # what the others are measured against
+FFJORD = Method("dopri5", first_step=1e-2)  # as in the plain recipe
+EXACT = Method("dopri5", rtol=1e-8, atol=1e-8)  # the reference for errors
 Rows = list[dict[str, str]]
 
 
 def arguments(doc: str) -> argparse.ArgumentParser:
+    """The options that most benchmarks have. The first line of `doc` describes the benchmark."""
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
-    parser.add_argument("--dataset", choices=SHAPES, default="fashion_mnist", help="whose shape the images have")
+    help = "data set whose image size is used"
+    parser.add_argument("--dataset", choices=SHAPES, default="fashion_mnist", help=help)
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--channels", type=int, default=64, help="of the inner layers")
+    parser.add_argument("--channels", type=int, default=64, help="channels of the inner layers")
     parser.add_argument("--repetitions", type=int, default=3)
-    parser.add_argument("--quick", action="store_true", help="one repetition of a quarter of the batch")
+    help = "one repetition with a quarter of the batch"
+    parser.add_argument("--quick", action="store_true", help=help)
     return parser
 
 
@@ -42,8 +54,10 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
     return options
 
 
-def make_flow(options: argparse.Namespace, method: Method = RK4, gradient: str = "backprop") -> Flow:
-    """A flow of the same weights each time."""
+def make_flow(
+    options: argparse.Namespace, method: Method = RK4, gradient: str = "backprop"
+) -> Flow:
+    """A flow with the same weights each time."""
     torch.manual_seed(0)
     solver = Solver(method, DOPRI5, gradient)
     flow = multiscale(SHAPES[options.dataset], solver, Probes(), hidden=options.channels)
@@ -51,18 +65,20 @@ def make_flow(options: argparse.Namespace, method: Method = RK4, gradient: str =
 
 
 def as_if_trained(flow: Flow) -> Flow:
-    """Random weights in every layer, the last ones too: f is not 0."""
+    """Set random weights in every layer, also in the last ones, so that f is not 0."""
     for layer in (layer for layer in flow.modules() if isinstance(layer, TimeConv2d)):
         torch.nn.init.normal_(layer.weight, std=0.3 / layer.weight[0].numel() ** 0.5)
     return flow
 
 
 def images(options: argparse.Namespace) -> torch.Tensor:
+    """A batch of Gaussian noise, the same each time."""
     torch.manual_seed(1)
     return torch.randn(options.batch, *SHAPES[options.dataset], device=DEVICE)
 
 
 def timed(function: Callable[[], object], before: Callable[[], object] = lambda: None) -> float:
+    """Seconds that a call of `function` takes; the call of `before` is not counted."""
     before()
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()
@@ -74,27 +90,43 @@ def timed(function: Callable[[], object], before: Callable[[], object] = lambda:
 
 
 def medians(
-    contenders: dict[str, Callable[[], object]], repetitions: int, before: Callable[[], object] = lambda: None
+    contenders: dict[str, Callable[[], object]],
+    repetitions: int,
+    before: Callable[[], object] = lambda: None,
 ) -> dict[str, float]:
-    """Median seconds of each, after a call that does not count; in turn, so that a machine that slows down slows all.
+    """Median seconds of each contender, after one call that is not counted.
 
-    `before` is called before each and does not count."""
+    The contenders run in turn, so a machine that slows down slows all of them.
+
+    Args:
+        contenders: functions by name.
+        repetitions: timed calls of each function.
+        before: called before each call; its time is not counted.
+    """
     for contender in contenders.values():
         contender()
-    seconds = [{name: timed(contender, before) for name, contender in contenders.items()} for _ in range(repetitions)]
+    seconds = [
+        {name: timed(contender, before) for name, contender in contenders.items()}
+        for _ in range(repetitions)
+    ]
     return {name: statistics.median(row[name] for row in seconds) for name in contenders}
 
 
-def convolution(options: argparse.Namespace, dtype: torch.dtype) -> tuple[Callable[[], object], float]:
-    """A 3×3 convolution between two inner layers at the image's size, ten times, and its FLOPs."""
-    h = torch.randn(options.batch, options.channels, *SHAPES[options.dataset][1:], device=DEVICE, dtype=dtype)
-    weight = torch.randn(options.channels, options.channels, 3, 3, device=DEVICE, dtype=dtype)
-    return lambda: [F.conv2d(h, weight, padding=1) for _ in range(10)], 10 * 2 * 9 * options.channels * h.numel()
+def convolution(
+    options: argparse.Namespace, dtype: torch.dtype
+) -> tuple[Callable[[], object], float]:
+    """Ten 3×3 convolutions between inner layers at the size of the image, and their FLOPs."""
+    channels, size = options.channels, SHAPES[options.dataset][1:]
+    h = torch.randn(options.batch, channels, *size, device=DEVICE, dtype=dtype)
+    weight = torch.randn(channels, channels, 3, 3, device=DEVICE, dtype=dtype)
+    flops = 10 * 2 * 9 * channels * h.numel()
+    return lambda: [F.conv2d(h, weight, padding=1) for _ in range(10)], flops
 
 
 def evaluation_flops(shape: tuple[int, ...], channels: int) -> float:
     """FLOPs of the convolutions of one evaluation of f in every piece, for one image."""
-    flow = multiscale(shape, Solver(Method("euler", step_size=1.0), DOPRI5), Probes(), hidden=channels)
+    solver = Solver(Method("euler", steps=1), DOPRI5)
+    flow = multiscale(shape, solver, Probes(), hidden=channels)
     flops = []
 
     def note(layer, _, out):
@@ -107,59 +139,70 @@ def evaluation_flops(shape: tuple[int, ...], channels: int) -> float:
 
 
 def step_flops(options: argparse.Namespace, method: Method) -> float:
-    """FLOPs of the convolutions that a training step by a quadrature needs: a product costs as much as an evaluation, and
-    the backward pass of either twice as much."""
-    extra = 1 if method.integrals == "simpson" else 0  # its node at T
-    evaluations, products = 4 * method.steps + extra, method.steps + extra
-    return 3 * (evaluations + products) * options.batch * evaluation_flops(SHAPES[options.dataset], options.channels)
+    """FLOPs of the convolutions in a training step with a quadrature.
+
+    A product εᵀ∇f costs as much as an evaluation of f, and their backward passes twice as much.
+    """
+    extra = 1 if method.integrals == "simpson" else 0  # Simpson's node at T
+    evaluations, products = 4 * method.grid_steps + extra, method.grid_steps + extra
+    one = evaluation_flops(SHAPES[options.dataset], options.channels)
+    return 3 * (evaluations + products) * options.batch * one
 
 
 def peak_memory(function: Callable[[], object]) -> float:
-    """GiB that a call takes at its peak, above what was held before it (on the CPU: Linux alone)."""
+    """GiB that a call allocates at its peak, above what was allocated before (CPU: Linux only)."""
     if DEVICE.type == "cuda":
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         function()
         return (torch.cuda.max_memory_allocated() - before) / 2**30
     ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
     before = resident("VmRSS")
     function()
     return (resident("VmHWM") - before) / 2**20
 
 
 def resident(key: str) -> int:
-    """KiB, from /proc/self/status."""
+    """A value of /proc/self/status in KiB."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(key))
 
 
 def describe(options: argparse.Namespace) -> str:
-    return f"{options.dataset}, batch {options.batch}, {options.channels} channels, {DEVICE.type}"
+    size = f"batch {options.batch}, {options.channels} channels"
+    return f"{options.dataset}, {size}, {DEVICE.type}"
 
 
-def report(name: str, title: str, rows: Rows, bars: str = "ratio", label: str = "speed against the plain recipe") -> None:
-    """Print the table and write outputs/benchmarks/`name`.csv and .png, whose bars are the column `bars`."""
-    import matplotlib
+def report(
+    name: str,
+    title: str,
+    rows: Rows,
+    bars: str = "ratio",
+    label: str = "speed relative to the plain recipe",
+) -> None:
+    """Print a table and write outputs/benchmarks/`name`.csv and .png.
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
+    Args:
+        name: name of the files.
+        title: title of the table and the plot.
+        rows: rows of the table; the first column names the contender.
+        bars: column that the bars of the plot show.
+        label: label of the bars' axis.
+    """
     first = next(iter(rows[0]))
-    figure, ax = plt.subplots(figsize=(8, 1.2 + 0.4 * len(rows)), layout="constrained")
-    drawn = ax.barh([row[first] for row in rows], [float(row[bars]) for row in rows])
-    ax.bar_label(drawn, [row[bars] for row in rows], padding=2)
+    figure = Figure(figsize=(8, 1.2 + 0.4 * len(rows)), layout="constrained")
+    ax = figure.subplots()
+    container = ax.barh([row[first] for row in rows], [float(row[bars]) for row in rows])
+    ax.bar_label(container, [row[bars] for row in rows], padding=2)
     ax.invert_yaxis()
     ax.set(title=title, xlabel=label)
     figure.savefig(folder() / f"{name}.png", dpi=120)
-    plt.close(figure)
     write_table(name, title, rows)
 
 
 def write_table(name: str, title: str, rows: Rows) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
+    """Print a table and write outputs/benchmarks/`name`.csv."""
     path = write_csv(name, rows)
     table = Table(title=title, title_justify="left")
     for i, column in enumerate(rows[0]):

@@ -1,12 +1,25 @@
-"""Memory of a training step at its peak, by gradient and batch, side by side with the plain recipe.
+"""Peak memory of a training step by gradient, beside the plain recipe.
 
 python benchmarks/memory.py [--dataset fashion_mnist] [--batch 32] [--channels 64] [--quick]
 
-GiB above what was held before the step. `time` is against backprop in the same run, `memory` likewise. Written to
-outputs/benchmarks/memory_DATASET.csv and .png as well.
+GiB are counted above what was allocated before the step. `time` and `memory` are relative to
+backprop in the same run. The results are also written to outputs/benchmarks/memory_DATASET.csv and
+.png.
 """
 
-from common import LAMBDA, RADAU, RK4, arguments, describe, images, make_flow, medians, parse, peak_memory, report
+from common import (
+    LAMBDA,
+    RADAU,
+    RK4,
+    arguments,
+    describe,
+    images,
+    make_flow,
+    medians,
+    parse,
+    peak_memory,
+    report,
+)
 from plain import PlainFlow
 from rnode import objective
 
@@ -31,23 +44,19 @@ def main() -> None:
     steps = {name: contender(*choice) for name, choice in CONTENDERS.items()}
     steps["plain recipe"] = lambda: plain.loss(x, LAMBDA, LAMBDA).backward()
     for step in steps.values():
-        step()  # the gradients are there from now on, and are not counted
+        step()  # allocates the gradients, which are not counted
     memory = {name: peak_memory(step) for name, step in steps.items()}
     seconds = medians(steps, options.repetitions)
     rows = []
     for name, peak in memory.items():
-        against = "rk4, backprop" if name.startswith("rk4") else "radau, backprop"
+        reference = "rk4, backprop" if name.startswith("rk4") else "radau, backprop"
         row = {"contender": name, "peak GiB": f"{peak:.3f}", "memory": "", "time": ""}
         if name != "plain recipe":
-            row |= {"memory": f"{peak / memory[against]:.2f}", "time": f"{seconds[name] / seconds[against]:.2f}"}
+            row["memory"] = f"{peak / memory[reference]:.2f}"
+            row["time"] = f"{seconds[name] / seconds[reference]:.2f}"
         rows.append(row)
-    report(
-        f"memory_{options.dataset}",
-        f"peak memory of a training step, {describe(options)}",
-        rows,
-        bars="peak GiB",
-        label="GiB",
-    )
+    title = f"peak memory of a training step, {describe(options)}"
+    report(f"memory_{options.dataset}", title, rows, bars="peak GiB", label="GiB")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""The plain recipe, written independently of the package: what its results are held against.
+"""The plain recipe, written independently of the package, as the reference for its results.
 
-torchdiffeq's `odeint_adjoint` over a right-hand side that concatenates time as a channel and calls `autograd.grad` with
-`create_graph`, as FFJORD's and RNODE's papers describe it.
+It calls torchdiffeq's `odeint_adjoint` on a right-hand side that concatenates time as a channel and
+calls `autograd.grad` with `create_graph`, as the papers of FFJORD and RNODE describe it.
 """
 
 import math
@@ -16,7 +16,7 @@ from rnode.solver import error_norm
 
 
 class PlainNet(nn.Module):
-    """The same network as rnode.Field, from copies of its weights."""
+    """The network of a rnode.Field, with copies of its weights."""
 
     def __init__(self, field):
         super().__init__()
@@ -25,16 +25,17 @@ class PlainNet(nn.Module):
 
     def forward(self, t, z):
         for i, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
-            if z.dim() == 4:
-                z = F.conv2d(torch.cat([t.expand(z.shape[0], 1, *z.shape[2:]), z], 1), weight, bias, padding=1)
-            else:
-                z = F.linear(torch.cat([t.expand(z.shape[0], 1), z], 1), weight, bias)
+            z = torch.cat([t.expand(len(z), 1, *z.shape[2:]), z], 1)  # time as the first channel
+            image = z.dim() == 4
+            z = F.conv2d(z, weight, bias, padding=1) if image else F.linear(z, weight, bias)
             if i < len(self.weights) - 1:
                 z = F.softplus(z)
         return z
 
 
 class PlainODE(nn.Module):
+    """The right-hand side for z, l, E and n. It counts its evaluations in `nfe`."""
+
     def __init__(self, net, eps):
         super().__init__()
         self.net, self.eps = net, eps
@@ -51,69 +52,86 @@ class PlainODE(nn.Module):
         return f, div, f.flatten(1).pow(2).sum(1), product.flatten(1).pow(2).sum(1)
 
 
-class PlainFlow(nn.Module):
-    """The same multi-scale or dense flow as a rnode.Flow, from copies of its weights, solved by the adjoint method."""
+def plain_solve(ode, z, **options):
+    """Integrate (z, 0, 0, 0) from time 0 to 1 by the adjoint method."""
+    zero = torch.zeros(len(z), dtype=z.dtype, device=z.device)
+    t = torch.tensor([0.0, 1.0], dtype=z.dtype, device=z.device)
+    path = odeint_adjoint(ode, (z, zero, zero, zero), t, **options)
+    return [part[-1] for part in path]
 
-    def __init__(self, flow, **arguments):
+
+def squeeze(z):
+    """z (B, C, H, W) → (B, 4C, H/2, W/2), written out as a permutation."""
+    b, c, h, w = z.shape
+    z = z.view(b, c, h // 2, 2, w // 2, 2).permute(0, 1, 3, 5, 2, 4)
+    return z.reshape(b, 4 * c, h // 2, w // 2)
+
+
+def unsqueeze(z):
+    """z (B, 4C, H, W) → (B, C, 2H, 2W), the inverse of `squeeze`."""
+    b, c, h, w = z.shape
+    z = z.view(b, c // 4, 2, 2, h, w).permute(0, 1, 4, 2, 5, 3)
+    return z.reshape(b, c // 4, 2 * h, 2 * w)
+
+
+class PlainFlow(nn.Module):
+    """The layers of a rnode.Flow, with copies of its weights, solved by the adjoint method.
+
+    Args:
+        flow: the flow to copy.
+        **options: keyword arguments of `odeint_adjoint`.
+    """
+
+    def __init__(self, flow, **options):
         super().__init__()
-        self.scales = [
-            ([PlainNet(p.field) for p in before], [PlainNet(p.field) for p in after]) for before, after in flow.scales
-        ]
-        self.last = [PlainNet(p.field) for p in flow.last]
-        # In the order of the flow's own pieces, so that parameters can be compared one by one.
-        self.nets = nn.ModuleList([net for scale in self.scales for nets in scale for net in nets] + self.last)
-        self.arguments = arguments
+        self.nets = nn.ModuleList(PlainNet(piece.field) for piece in flow.pieces)
+        nets = iter(self.nets)
+        # A list, not a ModuleList: parameters are registered once and in the order of the pieces.
+        self.layers = [next(nets) if isinstance(m, rnode.Piece) else m for m in flow.layers]
+        self.options = options
 
     def forward(self, x):
-        """x (B, *shape) → z (B, d) and l, E, n (B,); probes are drawn in the order of the pieces."""
-        integrals = [0, 0, 0]
-
-        def run(nets, z):
-            for net in nets:
-                z, *parts = self.solve(net, z, torch.randn_like(z))
-                integrals[:] = [total + part for total, part in zip(integrals, parts, strict=True)]
-            return z
-
-        z, finished = x, []
-        for before, after in self.scales:
-            z = run(before, z)
-            b, c, h, w = z.shape  # the squeeze, as a permutation written out
-            z = z.view(b, c, h // 2, 2, w // 2, 2).permute(0, 1, 3, 5, 2, 4).reshape(b, 4 * c, h // 2, w // 2)
-            z = run(after, z)
-            finished.append(z[:, 2 * c :].flatten(1))
-            z = z[:, : 2 * c]
-        finished.append(run(self.last, z).flatten(1))
-        return torch.cat(finished, 1), *integrals
-
-    def solve(self, net, z, eps):
-        zero = torch.zeros(len(z), dtype=z.dtype, device=z.device)
-        t = torch.tensor([0.0, 1.0], dtype=z.dtype, device=z.device)
-        path = odeint_adjoint(PlainODE(net, eps), (z, zero, zero, zero), t, **self.arguments)
-        return [p[-1] for p in path]
+        """x (B, *shape) → z (B, d) and l, E, n (B,); probes are sampled in order of the pieces."""
+        z, finished, integrals = x, [], [0, 0, 0]
+        for layer in self.layers:
+            if isinstance(layer, PlainNet):
+                ode = PlainODE(layer, torch.randn_like(z))
+                z, *parts = plain_solve(ode, z, **self.options)
+                integrals = [total + part for total, part in zip(integrals, parts, strict=True)]
+            elif isinstance(layer, rnode.Squeeze):
+                z = squeeze(z)
+            elif isinstance(layer, rnode.FactorOut):
+                half = z.shape[1] // 2
+                z, done = z[:, :half], z[:, half:]
+                finished.append(done.flatten(1))
+            else:
+                z = z.flatten(1)
+        return torch.cat([*finished, z.flatten(1)], 1), *integrals
 
     def loss(self, x, lambda_k, lambda_j):
+        """Equation (17), in nats per dimension."""
         z, l, E, n = self(x)
         log_q = -0.5 * z.pow(2).sum(1) - 0.5 * z.shape[1] * math.log(2 * math.pi)
         return (-log_q - l + lambda_k * E + lambda_j * n).mean() / z.shape[1]
 
 
 class PlainPiece(rnode.Piece):
-    """A piece of the program itself, solved the plain way: everything around it is as in any other run."""
+    """A piece of the program that is solved by the plain recipe."""
 
     def forward(self, z, eps, method, gradient):
-        ode = self.last_solve = PlainODE(self.field, eps[0])
-        zero = z.new_zeros(len(z))
-        t = torch.tensor([0.0, 1.0], dtype=z.dtype, device=z.device)
-        path = odeint_adjoint(ode, (z, zero, zero, zero), t, **method.arguments(error_norm))
-        self.nfe_forward = ode.nfe
-        return rnode.State(*(p[-1] for p in path))
+        ode = PlainODE(self.field, eps[0])
+        state = rnode.State(*plain_solve(ode, z, **method.odeint_options(error_norm)))
+        return rnode.PieceSolution(z, state, ode, ode.nfe)
 
 
 def multiscale(*arguments, **keywords):
-    """rnode.multiscale of plain pieces: PYTHONPATH=benchmarks python src/train.py model._target_=plain.multiscale
-    solver=rk4 trainer.inference_mode=false (autograd.grad does not work in inference mode)."""
+    """rnode.multiscale with plain pieces, to train in the same program.
+
+    Train it with PYTHONPATH=benchmarks and the overrides model._target_=plain.multiscale,
+    solver=rk4 and trainer.inference_mode=false: autograd.grad does not work in inference mode.
+    """
     flow = rnode.multiscale(*arguments, **keywords)
-    for pieces in [half for scale in flow.scales for half in scale] + [flow.last]:
-        for k, piece in enumerate(pieces):
-            pieces[k] = PlainPiece(PlainNet(piece.field))
+    for i, layer in enumerate(flow.layers):
+        if isinstance(layer, rnode.Piece):
+            flow.layers[i] = PlainPiece(PlainNet(layer.field))
     return flow

@@ -1,12 +1,14 @@
-"""One training step (forward, gradient, Adam), side by side with the plain recipe.
+"""One training step (forward, gradient, Adam), beside the plain recipe.
 
-python benchmarks/step.py [--dataset fashion_mnist] [--batch 32] [--channels 64] [--repetitions 3] [--compile] [--quick]
+python benchmarks/step.py [--dataset fashion_mnist] [--batch 32] [--channels 64] [--repetitions 3]
+                          [--compile] [--quick]
 
-Every contender has the same weights, batch and λ. `radau` is the solver of that name, three steps a piece; `radau 1/2` and
-`radau 1/4` are the first grid of the default, solver=auto, and its grid once refined. Repetitions are interleaved. The table
-gives medians, the ratio to the plain recipe, the share of the limit (the seconds that the convolutions of the step would
-take at the rate that a 3×3 convolution reaches in the same run, over the seconds it took) and the memory of the step at its
-peak; it is written to outputs/benchmarks/step_DATASET.csv and .png as well.
+Every contender has the same weights, batch and λ. `radau` has three steps a piece; `radau 1/2` and
+`radau 1/4` are the first grid of the default, solver=auto, and its grid after one refinement.
+Repetitions are interleaved. The table gives medians, the ratio to the plain recipe, the share of
+the limit and the peak memory of the step. The limit is the time that the convolutions of the step
+would take at the rate of a 3×3 convolution in the same run. The results are also written to
+outputs/benchmarks/step_DATASET.csv and .png.
 """
 
 from collections.abc import Callable
@@ -18,8 +20,8 @@ import common
 from common import COARSE, DEVICE, FINE, LAMBDA, RADAU, RK4, SIMPSON, make_flow
 from plain import PlainFlow
 from rnode import Flow, objective
-from rnode.allocator import keep_freed_memory
-from rnode.callbacks import compile_fields
+from rnode.app.launch import keep_freed_memory
+from rnode.training.callbacks import compile_fields
 
 CONTENDERS = {  # name: (training method, gradient, bfloat16 in f, compiled)
     "rk4, adjoint": (RK4, "adjoint", False, False),
@@ -38,7 +40,8 @@ CONTENDERS = {  # name: (training method, gradient, bfloat16 in f, compiled)
 
 def main() -> None:
     parser = common.arguments(__doc__)
-    parser.add_argument("--compile", action="store_true", help="with compiled contenders; takes minutes more")
+    help = "add compiled contenders, which take some minutes more"
+    parser.add_argument("--compile", action="store_true", help=help)
     options = common.parse(parser)
     keep_freed_memory()
 
@@ -46,10 +49,12 @@ def main() -> None:
     contenders = {name: c for name, c in CONTENDERS.items() if options.compile or not c[3]}
     steps = {"plain recipe": plain_step(make_flow(options), x)}
     for name, (method, gradient, bf16, compiled) in contenders.items():
-        steps[name] = our_step(make_flow(options, method, gradient), x, bf16, compiled)
+        steps[name] = flow_step(make_flow(options, method, gradient), x, bf16, compiled)
     memory = {name: common.peak_memory(step) for name, step in steps.items()}
-    convolutions = {bf16: common.convolution(options, torch.bfloat16 if bf16 else torch.float32) for bf16 in (False, True)}
-    seconds = common.medians(steps | {bf16: function for bf16, (function, _) in convolutions.items()}, options.repetitions)
+    dtypes = {False: torch.float32, True: torch.bfloat16}
+    convolutions = {bf16: common.convolution(options, dtype) for bf16, dtype in dtypes.items()}
+    timed = steps | {bf16: function for bf16, (function, _) in convolutions.items()}
+    seconds = common.medians(timed, options.repetitions)
     rate = {bf16: flops / seconds.pop(bf16) for bf16, (_, flops) in convolutions.items()}  # FLOP/s
 
     rows = []
@@ -58,13 +63,20 @@ def main() -> None:
         if name in contenders and contenders[name][0] is not RK4:
             method, _, bf16, _ = contenders[name]
             share = f"{common.step_flops(options, method) / rate[bf16] / median:.0%}"
-        ratio = f"{seconds['plain recipe'] / median:.2f}"
-        row = {"contender": name, "seconds": f"{median:.3f}", "ratio": ratio, "share of the limit": share}
-        rows.append(row | {"peak GiB": f"{memory[name]:.2f}"})
-    common.report(f"step_{options.dataset}", f"training step, {common.describe(options)}", rows)
+        rows.append(
+            {
+                "contender": name,
+                "seconds": f"{median:.3f}",
+                "ratio": f"{seconds['plain recipe'] / median:.2f}",
+                "share of the limit": share,
+                "peak GiB": f"{memory[name]:.2f}",
+            }
+        )
+    title = f"training step, {common.describe(options)}"
+    common.report(f"step_{options.dataset}", title, rows)
 
 
-def our_step(flow: Flow, x: torch.Tensor, bf16: bool, compiled: bool) -> Callable[[], None]:
+def flow_step(flow: Flow, x: Tensor, bf16: bool, compiled: bool) -> Callable[[], None]:
     if compiled:
         compile_fields(flow)
 
@@ -75,7 +87,7 @@ def our_step(flow: Flow, x: torch.Tensor, bf16: bool, compiled: bool) -> Callabl
     return adam_step(flow, loss)
 
 
-def plain_step(flow: Flow, x: torch.Tensor) -> Callable[[], None]:
+def plain_step(flow: Flow, x: Tensor) -> Callable[[], None]:
     plain = PlainFlow(flow, method="rk4", options={"step_size": 0.25})
     return adam_step(plain, lambda: plain.loss(x, LAMBDA, LAMBDA))
 

@@ -1,44 +1,18 @@
+"""Fixtures that several test files share."""
+
+import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
-from torch import nn
 
-from rnode import Field, Method, Probes, Solver, TimeConv2d, TimeLinear, mlp, multiscale
+from helpers import Run, call, randomize
+from rnode import Field, TimeConv2d, TimeLinear
 
 torch.set_num_threads(1)  # the tests' tensors are small, and pytest-xdist runs one process a core
-
-
-class Linear(nn.Module):
-    """f(t, z) = A z: everything about its flow is known in closed form."""
-
-    def __init__(self, A):
-        super().__init__()
-        self.A = nn.Parameter(A)
-
-    def forward(self, t, z):
-        return z @ self.A.T
-
-    def vjp(self, t, z, eps):
-        return self(t, z), eps @ self.A
-
-
-def randomize(module, scale=1.0):
-    """Weights as PyTorch would initialize them, in the layers that start at zero too."""
-    for layer in module.modules():
-        if isinstance(layer, TimeConv2d | TimeLinear):
-            fan_in = layer.weight[0].numel()
-            nn.init.uniform_(layer.weight, -scale * fan_in**-0.5, scale * fan_in**-0.5)
-            nn.init.uniform_(layer.bias, -scale * fan_in**-0.5, scale * fan_in**-0.5)
-    return module
-
-
-RK4 = Method("rk4", step_size=0.25)
-DOPRI5 = Method("dopri5")
-
-
-def make_flow(shape, *, train=RK4, test=DOPRI5, gradient="backprop", divergence="gaussian", probes=1, **sizes):
-    solver = Solver(train, test, gradient)
-    build = multiscale if len(shape) == 3 else mlp
-    return randomize(build(shape, solver, Probes(divergence, probes), hidden=8, **sizes).double())
 
 
 @pytest.fixture(autouse=True)
@@ -48,14 +22,68 @@ def seeded():
 
 @pytest.fixture(params=["conv", "dense"])
 def field_and_z(request):
-    """A field with random weights and a batch for it, float64."""
-    layer, sizes, shape = {"conv": (TimeConv2d, [2, 7, 5, 2], (2, 4, 3)), "dense": (TimeLinear, [6, 9, 9, 6], (6,))}[
-        request.param
-    ]
+    """A field of random weights and a batch for it, float64."""
+    layer, sizes, shape = {
+        "conv": (TimeConv2d, [2, 7, 5, 2], (2, 4, 3)),
+        "dense": (TimeLinear, [6, 9, 9, 6], (6,)),
+    }[request.param]
     field = randomize(Field(layer, sizes).double())
     return field, torch.randn(3, *shape, dtype=torch.float64)
 
 
-def close(a, b, rtol):
-    """Relative error of two tensors as a whole, in both directions."""
-    return bool((a - b).norm() <= rtol * torch.maximum(a.norm(), b.norm()))
+@pytest.fixture
+def run(tmp_path):
+    """run(*overrides, folder="run") trains in this process and returns the run folder."""
+
+    def train(*overrides, folder="run"):
+        call("train", f"hydra.run.dir={tmp_path / folder}", *overrides)
+        return tmp_path / folder
+
+    return train
+
+
+@pytest.fixture(scope="session")
+def fork_server():
+    """tests/forked.py as a process, which starts runs in forks of itself."""
+    command = [sys.executable, Path(__file__).with_name("forked.py")]
+    # One thread: sums are then in the same order, however many cores are free.
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment) as server:
+        yield server
+        server.stdin.close()
+
+
+@pytest.fixture(scope="session")
+def start(fork_server):
+    """start(folder, *overrides) starts a run as a process and returns its `Run`."""
+    return functools.partial(Run, fork_server)
+
+
+@pytest.fixture(scope="session")
+def whole(start, tmp_path_factory):
+    """The folder of a run of SMALL that nothing disturbed. Tests must not change it."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    start(folder).finish()
+    return folder
+
+
+@pytest.fixture(scope="session")
+def digits_run(tmp_path_factory):
+    """The folder of a run on digits. Tests must not change it."""
+    folder = tmp_path_factory.mktemp("digits")
+    sizes = ["model.hidden=8", "model.pieces=1", "dataset.batch_size=128"]
+    splits = ["dataset.test=40", "dataset.validation=40"]
+    once = ["trainer.max_epochs=1", "trainer.enable_progress_bar=false", "wandb.mode=disabled"]
+    call("train", *sizes, *splits, *once, f"hydra.run.dir={folder}")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def toy_run(tmp_path_factory):
+    """The folder of a run on a density in the plane. Tests must not change it."""
+    folder = tmp_path_factory.mktemp("toy")
+    data = ["dataset=toy", "dataset.name=moons", "dataset.test=500", "dataset.validation=200"]
+    short = ["trainer.max_epochs=12", "trainer.enable_progress_bar=false", "wandb.mode=disabled"]
+    call("train", *data, *short, "pictures.samples=100", f"hydra.run.dir={folder}")
+    return folder

@@ -1,9 +1,15 @@
-"""The scripts in forks of one process that has done the imports: a run starts in a moment and is a process of its own.
+"""A fork server: runs of the commands as forks of one process that has done the imports.
 
-Reads a JSON object a line: {"run": [arguments], "err": file} is answered by the run's pid, {"wait": pid} by its exit code.
-Of a run may also be given: "script", another than train; "out", a file for what goes to stdout, otherwise to `err` too;
-"largest_file" and "memory", limits in bytes; "seconds", after which SIGALRM ends it; "network": false; "unprivileged", so
-that files' permissions are meant for it too.
+It reads one JSON object a line. {"run": [arguments], "err": file} starts a run; the answer is its
+process id. {"wait": pid} waits for its end; the answer is its exit code. Other keys of "run":
+
+    command          another command than train
+    out              a file for stdout, which otherwise goes to `err` too
+    largest_file     limit of the size of a file in bytes
+    memory           limit of the address space in bytes
+    seconds          SIGALRM ends the run after that time, by default after 30 minutes
+    network          false: downloads fail
+    unprivileged     true: permissions of files hold for root too
 """
 
 import ctypes
@@ -12,18 +18,18 @@ import os
 import resource
 import signal
 import sys
+import traceback
 import urllib.request
 
 import sklearn.datasets  # noqa: F401
 
-import build  # noqa: F401
-import cli
-import evaluate
-import rnode.callbacks  # noqa: F401
-import sample
-import train
+import rnode.app.evaluate
+import rnode.app.sample
+import rnode.app.train
+import rnode.training.callbacks  # noqa: F401
+from helpers import HANG
+from rnode.app import cli
 
-SCRIPTS = {"train": train, "evaluate": evaluate, "sample": sample}
 CAPABILITY_VERSION, DAC_OVERRIDE = 0x20080522, 1 << 1
 
 
@@ -41,32 +47,30 @@ def main() -> None:
 
 
 def run(request: dict) -> None:
-    """In the child: a script as its command line would run it, and out."""
-    for descriptor, name in ((2, "err"), (1, request.get("out") and "out")):
-        if name:
-            with open(request[name], "w") as file:
+    """In the child: run a command as its command line does, and exit."""
+    for descriptor, key in ((2, "err"), (1, "out")):
+        if key in request:
+            with open(request[key], "w") as file:
                 os.dup2(file.fileno(), descriptor)
         else:
             os.dup2(2, descriptor)
-    for name, limit in (("largest_file", resource.RLIMIT_FSIZE), ("memory", resource.RLIMIT_AS)):
-        if name in request:
-            resource.setrlimit(limit, (request[name],) * 2)
-    signal.alarm(request.get("seconds", 0))
+    for key, limit in (("largest_file", resource.RLIMIT_FSIZE), ("memory", resource.RLIMIT_AS)):
+        if key in request:
+            resource.setrlimit(limit, (request[key],) * 2)
+    signal.alarm(request.get("seconds", HANG))
     if not request.get("network", True):
         urllib.request.urlopen = no_network
     if request.get("unprivileged"):
         obey_permissions()
-    script = request.get("script", "train")
-    sys.argv = [f"{script}.py", *request["run"]]
+    command = request.get("command", "train")
+    sys.argv = [f"{command}.py", *request["run"]]
     code = 1
     try:
-        cli.run(SCRIPTS[script].main, f"{script}.py", "")
+        cli.run(command)
         code = 0
     except SystemExit as stop:
-        code = stop.code
+        code = stop.code or 0
     except BaseException:
-        import traceback
-
         traceback.print_exc()
     finally:
         sys.stdout.flush()
@@ -79,8 +83,10 @@ def no_network(*arguments: object, **keywords: object) -> None:
 
 
 def obey_permissions() -> None:
-    """Give up root's privilege to write whatever a file's permissions say. (As another user it could not read what is
-    imported late, where Python lies in root's home.)"""
+    """Give up root's privilege to write to any file.
+
+    Another user could not import what is imported late if Python is in root's home.
+    """
     libc = ctypes.CDLL(None, use_errno=True)
     header, data = (ctypes.c_uint32 * 2)(CAPABILITY_VERSION, 0), (ctypes.c_uint32 * 6)()
     libc.capget(header, data)  # effective, permitted and inheritable, twice 32 of each

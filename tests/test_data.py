@@ -1,150 +1,39 @@
-import gzip
+import hashlib
 import math
+import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from pytorch_lightning import Trainer
 from sklearn.datasets import load_digits, load_sample_images
+from torchvision import datasets
+from torchvision.datasets.mnist import read_image_file
 
+from helpers import cifar10_files, mnist_files, write_idx
 from rnode import InputError
-from rnode.data import DENSITIES, DataModule, Order, digits, idx_images, patches, read_idx, toy
+from rnode.data.datamodule import DataModule, EpochOrder
+from rnode.data.densities import DENSITIES, toy
+from rnode.data.images import cifar10, digits, idx_images, patches, read_idx, reduce_images
+from rnode.data.splits import hold_out
 
-
-def write_idx(path, images):
-    """The format of MNIST's files, gzipped if the name says so."""
-    content = bytes([0, 0, 8, 3]) + np.array(images.shape, ">u4").tobytes() + images.astype(np.uint8).tobytes()
-    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+# Fixed values, here and below, hold that the same seed gives the same data in every version.
+# These are the last rows of the validation set, of the test set and of a training batch.
+POINTS = {
+    "eight_gaussians": [[-1.50669, -1.41093], [2.14029, 0.00335], [-1.55761, 1.30469]],
+    "moons": [[0.77593, 0.57042], [2.64252, -0.68336], [3.21565, 0.20747]],
+    "circles": [[0.7219, 1.82663], [0.15398, -0.90792], [-0.87061, -0.17552]],
+    "pinwheel": [[1.93083, 0.00713], [-1.84292, 1.11161], [-0.79492, 1.25476]],
+    "checkerboard": [[0.11937, 0.54938], [-1.51135, -1.24463], [1.9573, -0.19793]],
+    "spirals": [[-1.93289, 0.3347], [-0.71417, -0.2202], [-2.20163, -1.37778]],
+    "rings": [[-1.55659, 1.07049], [-0.56886, -0.29224], [0.3873, -1.14134]],
+    "two_gaussians": [[1.57345], [0.73516], [-1.73197]],
+}
 
 
 @pytest.fixture
 def images():
-    return np.random.default_rng(0).integers(256, size=(50, 28, 28))
-
-
-def rows(tensor):
-    return {bytes(row.numpy().tobytes()) for row in tensor}
-
-
-def test_digits_are_scikit_learns_all_of_them_once():
-    splits = digits()
-    assert [len(part) for part in splits] == [1257, 180, 360]
-    assert splits.train.dtype == torch.uint8
-    every = torch.cat(splits)
-    assert every.shape == (1797, 1, 8, 8)
-    assert sorted(map(bytes, every.numpy().reshape(1797, 64))) == sorted(
-        map(bytes, load_digits().images.astype(np.uint8).reshape(1797, 64))
-    )
-
-
-def test_the_split_never_changes_and_the_test_set_does_not_depend_on_validation():
-    first, second = digits(validation=180), digits(validation=100)
-    assert torch.equal(first.test, second.test)
-    torch.manual_seed(1)
-    assert all(torch.equal(a, b) for a, b in zip(first, digits(), strict=True))
-
-
-def test_patches_come_from_disjoint_regions_of_the_photographs():
-    splits = patches(size=32, stride=8)
-    assert all(part.shape[1:] == (3, 32, 32) and part.dtype == torch.uint8 for part in splits)
-    photos = np.stack(load_sample_images().images)
-    first = photos[0, :32, :32].transpose(2, 0, 1)
-    assert np.array_equal(splits.train[0].numpy(), first)
-    edges = [0, int(0.70 * 640), int(0.85 * 640), 640]
-    for part, left, right in zip(splits, edges, edges[1:], strict=False):
-        columns = (right - left - 32) // 8 + 1
-        assert len(part) == 2 * ((427 - 32) // 8 + 1) * columns
-        last = photos[0, :32, left + 8 * (columns - 1) : left + 8 * (columns - 1) + 32].transpose(2, 0, 1)
-        assert left + 8 * (columns - 1) + 32 <= right
-        assert np.array_equal(part[columns - 1].numpy(), last)
-
-
-@pytest.mark.parametrize("name", DENSITIES)
-def test_densities_are_drawn_afresh_for_every_batch_and_stay_in_view(name):
-    splits = toy(name, train=1000, validation=100, test=200)
-    assert [len(part) for part in splits] == [1000, 100, 200]
-    first, again, second = (splits.train.__getitems__(indices)[0] for indices in ([0, 1, 2], [0, 1, 2], [0, 2, 1]))
-    assert torch.equal(first, again)
-    assert not torch.equal(first, second)
-    points = torch.from_numpy(DENSITIES[name](20000, np.random.default_rng(0)))
-    assert points.abs().max() < 4
-    assert points.std(0).min() > 0.5
-    assert points.mean(0).abs().max() < 0.5
-
-
-def test_densities_with_a_known_entropy_have_it():
-    rng = np.random.default_rng(0)
-    points = DENSITIES["checkerboard"](4000, rng)
-    cell = np.floor(points).astype(int)
-    assert set((cell.sum(1) % 2).tolist()) == {0}
-    assert len({tuple(c) for c in cell}) == 8
-    points = DENSITIES["eight_gaussians"](200000, rng)
-    angle = np.round(np.arctan2(points[:, 1], points[:, 0]) / (math.pi / 4)) * (math.pi / 4)
-    spread = points - 2 * np.stack([np.cos(angle), np.sin(angle)], 1)
-    entropy = math.log(8) + math.log(2 * math.pi * math.e * spread.var())
-    assert math.isclose(entropy, 0.985, abs_tol=0.01)
-
-
-@pytest.mark.parametrize("folder", ["", "MNIST/raw"])
-@pytest.mark.parametrize("ending", ["", ".gz"])
-def test_idx_files_gzipped_or_plain_where_a_user_or_torchvision_puts_them(tmp_path, images, ending, folder):
-    (tmp_path / folder).mkdir(parents=True, exist_ok=True)
-    write_idx(tmp_path / folder / f"train-images-idx3-ubyte{ending}", images)
-    write_idx(tmp_path / folder / f"t10k-images-idx3-ubyte{ending}", images[:7])
-    splits = idx_images("MNIST", str(tmp_path), validation=10)
-    assert [len(part) for part in splits] == [40, 10, 7]
-    assert rows(torch.cat(splits[:2])) == rows(torch.from_numpy(images.astype(np.uint8)))
-    assert torch.equal(splits.test[:, 0], torch.from_numpy(images[:7].astype(np.uint8)))
-
-
-def test_torchvision_reads_what_the_tests_write(tmp_path, images):
-    from torchvision.datasets.mnist import read_image_file
-
-    write_idx(tmp_path / "images", images)
-    assert torch.equal(read_image_file(str(tmp_path / "images")), read_idx(tmp_path / "images"))
-
-
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (lambda content: b"", "starts with nothing"),
-        (lambda content: content[:9], "starts with 00000803"),
-        (lambda content: content[:-1], "39199 bytes of pixels"),
-        (lambda content: content + b"x", "holds more bytes of pixels"),
-        (lambda content: content[:4] + b"\xff" * 12 + content[16:], "holds 0 bytes of pixels"),
-        (lambda content: b"\x89PNG" + content, "starts with 89504e47"),
-        (lambda content: bytes([0, 0, 8, 1]) + content[4:], "starts with 00000801"),
-    ],
-)
-def test_damaged_idx_files_are_refused(tmp_path, images, damage, message):
-    path = tmp_path / "train-images-idx3-ubyte"
-    write_idx(path, images)
-    path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(InputError, match=message):
-        read_idx(path)
-
-
-@pytest.mark.parametrize("cut", [0, 5, 1000, -1])
-def test_damaged_gzip_files_are_refused(tmp_path, images, cut):
-    path = tmp_path / "train-images-idx3-ubyte.gz"
-    write_idx(path, images)
-    path.write_bytes(path.read_bytes()[:cut])
-    with pytest.raises(InputError, match="cannot be read|starts with nothing"):
-        read_idx(path)
-
-
-def test_a_folder_with_half_of_the_files_is_refused(tmp_path, images):
-    write_idx(tmp_path / "train-images-idx3-ubyte.gz", images)
-    with pytest.raises(InputError, match="holds no t10k-images-idx3-ubyte"):
-        idx_images("MNIST", str(tmp_path), validation=10)
-
-
-@pytest.mark.parametrize("validation", [0, 50, 51, "ten"])
-def test_a_validation_set_that_cannot_be_cut_is_refused(tmp_path, images, validation):
-    for name in ("train", "t10k"):
-        write_idx(tmp_path / f"{name}-images-idx3-ubyte", images)
-    with pytest.raises(InputError, match=f"dataset.validation={validation}"):
-        idx_images("MNIST", str(tmp_path), validation=validation)
+    return np.random.default_rng(0).integers(256, size=(50, 28, 28), dtype=np.uint8)
 
 
 def module(**changes):
@@ -159,126 +48,214 @@ def module(**changes):
     return DataModule(**(arguments | changes))
 
 
-class FakeTrainer:
-    def __init__(self, training):
-        self.training = training
+def trainer(training, epoch=0, step=0, rank=0, processes=1, done=0):
+    """What a DataModule reads of a Lightning Trainer."""
+    current = SimpleNamespace(ready=step, processed=done)
+    progress = SimpleNamespace(current=current, is_last_batch=False)
+    return SimpleNamespace(
+        training=training,
+        current_epoch=epoch,
+        global_rank=rank,
+        world_size=processes,
+        fit_loop=SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=progress)),
+    )
 
 
-def test_a_batch_is_the_logit_of_the_dequantized_images_with_its_log_det():
-    data = module()
-    data.setup()
-    x = data.splits.train[:5]
-    y, log_det, _index = data.transform(x, torch.arange(5))
-    u = (y.double().sigmoid() - 1e-5) / (1 - 2e-5)
-    assert torch.equal((u * 17).floor().to(torch.uint8), x)
-    # d y / d x = (1 − 2α) / 17 / (s (1 − s)), s = sigmoid(y)
-    s = y.double().sigmoid()
-    expected = (math.log((1 - 2e-5) / 17) - s.log() - (1 - s).log()).flatten(1).sum(1)
-    torch.testing.assert_close(log_det.double(), expected, rtol=1e-4, atol=1e-3)
-    assert data.inverse(y).min() >= 0
-    assert data.inverse(y).max() <= 1
+def transfer(data, batch):
+    return data.on_after_batch_transfer(data.on_before_batch_transfer(batch, 0), 0)
 
 
-def test_noise_is_fresh_in_training_and_belongs_to_the_image_in_evaluation():
-    data = module()
-    data.setup()
-    x, index = data.splits.val[:4], torch.arange(4)
-    data.trainer = FakeTrainer(training=True)
-    assert not torch.equal(data.on_after_batch_transfer((x, index), 0).y, data.on_after_batch_transfer((x, index), 0).y)
-    data.trainer = FakeTrainer(training=False)
-    y = data.on_after_batch_transfer((x, index), 0).y
-    assert torch.equal(y[2:], data.on_after_batch_transfer((x[2:], index[2:]), 0).y)
-    other = module(seed=1)
-    other.trainer = FakeTrainer(training=False)
-    assert not torch.equal(y, other.on_after_batch_transfer((x, index), 0).y)
+# Splits
 
 
-def test_images_are_flipped_in_training_alone():
-    data = module(flip=True)
-    data.setup()
-    x = data.splits.train[:200]
-    for training in (True, False):
-        data.trainer = FakeTrainer(training)
-        levels = (data.inverse(data.on_after_batch_transfer((x, torch.arange(200)), 0).y) * 17).floor().to(torch.uint8)
-        same, flipped = ((levels == reference).flatten(1).all(1) for reference in (x, x.flip(-1)))
-        assert (same | flipped).all()
-        if training:
-            assert 60 < int((flipped & ~same).sum()) < 140
-        else:
-            assert same.all()
+def test_digits_are_all_of_scikit_learns_in_splits_that_never_change():
+    splits = digits()
+    assert [len(part) for part in splits] == [1257, 180, 360]
+    pixels = torch.cat(splits).numpy()
+    expected = load_digits().images.astype(np.uint8).reshape(1797, 64)
+    assert sorted(map(bytes, pixels.reshape(1797, 64))) == sorted(map(bytes, expected))
+    assert hashlib.sha256(pixels.tobytes()).hexdigest().startswith("89fb075c4295214c55350029312c65")
+    assert torch.equal(digits(validation=100).test, splits.test)
 
 
-def test_vectors_pass_unchanged():
-    data = DataModule(toy, shape=[2], batch_size=8, eval_batch_size=8, name="rings")
-    data.setup()
-    x, index = next(iter(data.val_dataloader()))
-    y, log_det, _ = data.transform(x, index)
-    assert torch.equal(y, x)
-    assert not log_det.any()
-    assert torch.equal(data.inverse(y), x)
+def test_patches_come_from_disjoint_regions_of_the_photographs():
+    splits = patches(size=32, stride=8)
+    photo = torch.tensor(load_sample_images().images[0]).permute(2, 0, 1)
+    edges = [0, int(0.70 * 640), int(0.85 * 640), 640]
+    for part, left, right in zip(splits, edges[:-1], edges[1:], strict=True):
+        columns = (right - left - 32) // 8 + 1
+        assert part.shape == (2 * ((427 - 32) // 8 + 1) * columns, 3, 32, 32)
+        last = left + 8 * (columns - 1)
+        assert last + 32 <= right
+        assert torch.equal(part[0], photo[:, :32, left : left + 32])
+        assert torch.equal(part[columns - 1], photo[:, :32, last : last + 32])
 
 
-def test_batches_are_fetched_whole_and_every_image_once():
-    data = module()
-    data.trainer = Trainer(logger=False, accelerator="cpu")
-    data.setup()
-    seen = torch.cat([index for _, index in data.train_dataloader()])
-    assert torch.equal(seen.sort().values, torch.arange(1257))
-    x, index = next(iter(data.train_dataloader()))
-    assert x.dtype == torch.uint8
-    assert torch.equal(x, data.splits.train[index])
+@pytest.mark.parametrize("name", DENSITIES)
+def test_densities_are_sampled_afresh_for_every_batch_and_stay_in_view(name):
+    splits = toy(name, train=1000, validation=100, test=200)
+    assert [len(part) for part in splits] == [1000, 100, 200]
+    batches = [splits.train.__getitems__(order)[0] for order in ([2, 0, 1], [2, 0, 1], [0, 1, 2])]
+    assert torch.equal(batches[0], batches[1])
+    assert not torch.equal(batches[0], batches[2])
+    found = torch.stack([splits.val[-1], splits.test[-1], batches[0][-1]])
+    torch.testing.assert_close(found, torch.tensor(POINTS[name]), rtol=0, atol=1e-4)
+    points = torch.from_numpy(DENSITIES[name](20000, np.random.default_rng(0)))
+    assert points.abs().max() < 4
+    assert points.std(0).min() > 0.5
+    assert points.mean(0).abs().max() < 0.5
+
+
+def test_densities_have_their_known_entropy_and_moments():
+    rng = np.random.default_rng(0)
+    cell = np.floor(DENSITIES["checkerboard"](4000, rng)).astype(int)
+    assert set((cell.sum(1) % 2).tolist()) == {0}
+    assert len({tuple(c) for c in cell}) == 8
+
+    points = DENSITIES["eight_gaussians"](200000, rng)
+    angle = np.round(np.arctan2(points[:, 1], points[:, 0]) / (math.pi / 4)) * (math.pi / 4)
+    spread = points - 2 * np.stack([np.cos(angle), np.sin(angle)], 1)
+    entropy = math.log(8) + math.log(2 * math.pi * math.e * spread.var())
+    assert math.isclose(entropy, 0.985, abs_tol=0.01)
+
+    x = DENSITIES["two_gaussians"](200000, rng)
+    mean = (-1.6 + 2 * 1.2) / 3
+    assert math.isclose(x.mean(), mean, abs_tol=0.02)
+    assert math.isclose(x.var(), 0.4**2 + (1.6**2 + 2 * 1.2**2) / 3 - mean**2, abs_tol=0.02)
+
+
+# Files
+
+
+@pytest.mark.parametrize(("folder", "suffix"), [("", ""), ("", ".gz"), ("MNIST/raw", ".gz")])
+def test_idx_files_are_read_plain_or_gzipped_from_both_folders(tmp_path, images, folder, suffix):
+    (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+    write_idx(tmp_path / folder / f"train-images-idx3-ubyte{suffix}", images)
+    write_idx(tmp_path / folder / f"t10k-images-idx3-ubyte{suffix}", images[:7])
+    splits = idx_images("MNIST", str(tmp_path), validation=10)
+    assert [len(part) for part in splits] == [40, 10, 7]
+    held_in, held_out = hold_out(torch.from_numpy(images)[:, None], 10, "validation")
+    assert torch.equal(splits.train, held_in)
+    assert torch.equal(splits.val, held_out)
+    assert torch.equal(splits.test[:, 0], torch.from_numpy(images[:7]))
+
+
+def test_torchvision_reads_what_the_tests_write(tmp_path, images):
+    write_idx(tmp_path / "images", images)
+    assert torch.equal(read_image_file(str(tmp_path / "images")), read_idx(tmp_path / "images"))
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("suffix", "damage", "message"),
     [
-        ({"batch_size": 0}, "dataset.batch_size=0"),
-        ({"eval_batch_size": -1}, "dataset.eval_batch_size=-1"),
-        ({"alpha": 0.5}, "dataset.alpha=0.5"),
-        ({"levels": 16}, "dataset.levels=16: must be more than 16"),
-        ({"shape": [1, 8, 9]}, r"dataset.shape=\[1, 8, 9\]: must be \[1, 8, 8\]"),
-        ({"source": toy, "name": "moon"}, "dataset.name=moon: must be one of eight_gaussians"),
+        ("", lambda content: b"", "starts with nothing"),
+        ("", lambda content: content[:9], "starts with 00000803"),
+        ("", lambda content: content[:-1], "holds 39199 pixels, but its header says (50, 28, 28)"),
+        ("", lambda content: content + b"x", "holds 39201 pixels"),
+        ("", lambda content: content[:4] + b"\xff" * 12 + content[16:], "holds 39200 pixels"),
+        ("", lambda content: bytes([0, 0, 8, 1]) + content[4:], "starts with 00000801"),
+        (".gz", lambda content: b"", "starts with nothing"),
+        (".gz", lambda content: content[:5], "cannot be read"),
+        (".gz", lambda content: content[:1000], "cannot be read"),
+        (".gz", lambda content: content[:1000] + b"\xff" * 99 + content[1099:], "cannot be read"),
+        (".gz", lambda content: b"\x89PNG" + content, "cannot be read"),
     ],
 )
-def test_what_does_not_fit_the_data_is_refused(changes, message):
-    with pytest.raises(InputError, match=message):
-        module(**changes).setup()
+def test_damaged_idx_files_are_refused(tmp_path, images, suffix, damage, message):
+    path = tmp_path / f"train-images-idx3-ubyte{suffix}"
+    write_idx(path, images)
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(InputError, match=f"^{re.escape(str(path))}: .*{re.escape(message)}"):
+        read_idx(path)
 
 
-def test_an_argument_that_the_source_does_not_know_is_refused_at_once():
-    with pytest.raises(TypeError, match="validaton"):
-        module(validaton=10)
+def test_missing_files_are_named(tmp_path, images, monkeypatch):
+    write_idx(tmp_path / "train-images-idx3-ubyte.gz", images)
+    missing = re.escape(f"{tmp_path}: t10k-images-idx3-ubyte[.gz] is missing")
+    with pytest.raises(InputError, match=missing):
+        idx_images("MNIST", str(tmp_path), validation=10)
+
+    class Offline:
+        base_folder = "cifar-10-batches-py"
+
+        def __init__(self, root, train=True, download=False):
+            raise OSError("no network\nat all") if download else RuntimeError("not found")
+
+    for name in ("FashionMNIST", "CIFAR10"):
+        monkeypatch.setattr(datasets, name, Offline)
+    failed = "downloading {} failed \\(no network at all\\); put the files there"
+    files = re.escape("train-images-idx3-ubyte[.gz] and t10k-images-idx3-ubyte[.gz]")
+    with pytest.raises(InputError, match=f"{files}.*{failed.format('FashionMNIST')}"):
+        idx_images("FashionMNIST", str(tmp_path / "empty"), validation=10)
+    with pytest.raises(InputError, match=f"cifar-10-batches-py.*{failed.format('CIFAR10')}"):
+        cifar10(str(tmp_path), validation=10)
 
 
-def test_reduced_images_are_the_means_of_their_blocks(tmp_path):
-    from rnode.data import reduced
-
+def test_images_are_reduced_to_the_means_of_their_blocks(tmp_path, monkeypatch):
     images = torch.randint(256, (5, 3, 28, 28), dtype=torch.uint8)
     blocks = images.double().unfold(2, 2, 2).unfold(3, 2, 2).mean((-2, -1))
-    smaller = reduced(images, 14)
+    smaller = reduce_images(images, 14)
     assert smaller.dtype == torch.uint8
     assert (smaller.double() - blocks).abs().max() <= 0.5
-    assert reduced(images, 28) is images
-    for side in (3, 29, 14.0):
-        with pytest.raises(InputError, match="dataset.resize"):
-            reduced(images, side)
-    write_idx(tmp_path / "train-images-idx3-ubyte", np.zeros((9, 28, 28)))
-    write_idx(tmp_path / "t10k-images-idx3-ubyte", np.zeros((4, 28, 28)))
-    assert idx_images("MNIST", str(tmp_path), 2, resize=14).val.shape == (2, 1, 14, 14)
+    assert reduce_images(images, 28) is images
+
+    mnist_files(tmp_path)
+    small = idx_images("MNIST", str(tmp_path), validation=2, resize=14)
+    assert small.train.shape == (28, 1, 14, 14)
+    cifar10_files(tmp_path, monkeypatch)
+    small = cifar10(str(tmp_path), validation=10, resize=16)
+    assert [part.shape for part in small] == [(n, 3, 16, 16) for n in (30, 10, 8)]
 
 
-def test_the_density_on_the_line_has_its_moments():
-    x = torch.from_numpy(DENSITIES["two_gaussians"](200000, np.random.default_rng(0)))
-    assert x.shape == (200000, 1)
-    mean = (-1.6 + 2 * 1.2) / 3
-    variance = 0.4**2 + (1.6**2 + 2 * 1.2**2) / 3 - mean**2
-    assert abs(x.mean() - mean) < 0.02
-    assert abs(x.var() - variance) < 0.02
+# Batches
 
 
-def test_the_order_of_an_epoch_follows_from_its_seed_and_is_shared_out():
+def test_training_batches_have_not_changed():
+    """Order, flips and noise of a resumed run in the second of two processes."""
+    data = module(flip=True, seed=5)
+    data.setup()
+    data.trainer = trainer(True, epoch=1, step=3, rank=1, processes=2, done=3)
+    loader = data.train_dataloader()
+    loader.sampler.set_epoch(1)
+    x, index = next(iter(loader))
+    assert index[:8].tolist() == [159, 1016, 888, 850, 364, 1028, 1240, 996]
+    y, log_det, _ = transfer(data, (x, index))
+    levels = data.transform.dequantize.inverse(data.transform.inverse(y.double()))
+    flipped = torch.tensor([0, 1, 1, 0, 0, 1, 1, 0]).bool()[:, None, None, None]
+    assert torch.equal(levels[:8], torch.where(flipped, x[:8].flip(-1), x[:8]))
+    close = {"rtol": 1e-4, "atol": 1e-3}
+    expected = torch.tensor([-4.34446, -6.36591, -1.16659, 1.10608])
+    torch.testing.assert_close(y[0, 0, 3, :4], expected, **close)
+    torch.testing.assert_close(log_det[:2], torch.tensor([-3.61627, -6.69835]), **close)
+
+
+def test_evaluation_batches_have_not_changed_and_are_not_flipped():
+    data = module(flip=True, seed=5)
+    data.setup()
+    data.trainer = trainer(False)
+    torch.manual_seed(0)
+    x, index = next(iter(data.val_dataloader()))
+    assert torch.equal(x, data.splits.val[:100])
+    y, _, index = transfer(data, (x, index))
+    assert torch.equal(index, torch.arange(100))
+    assert torch.equal(data.transform.dequantize.inverse(data.transform.inverse(y.double())), x)
+    expected = torch.tensor([-3.50291, -2.83699, 1.11643, 1.42571])
+    torch.testing.assert_close(y[7, 0, 3, :4], expected, rtol=1e-4, atol=1e-4)
+    after = torch.rand(1)  # training's random stream has not moved
+    assert torch.equal(after, torch.rand(1, generator=torch.Generator().manual_seed(0)))
+
+
+def test_processes_share_an_evaluation():
+    data = module()
+    rows = torch.arange(250)[:, None]
+    shares = [list(data.eval_dataloader(rows, rank, processes=3)) for rank in range(3)]
+    assert [[len(x) for x, _ in share] for share in shares] == [[84], [83], [83]]
+    assert [index[:2].tolist() for ((_, index),) in shares] == [[0, 3], [1, 4], [2, 5]]
+
+
+def test_the_order_follows_from_the_seed_and_the_epoch_and_is_shared_out():
     def orders(seed, epoch, replicas=1, skip=0):
-        samplers = [Order(range(10), replicas, rank, seed, skip) for rank in range(replicas)]
+        samplers = [EpochOrder(range(10), replicas, rank, seed, skip) for rank in range(replicas)]
         for sampler in samplers:
             sampler.set_epoch(epoch)
         return [list(sampler) for sampler in samplers]
@@ -288,8 +265,31 @@ def test_the_order_of_an_epoch_follows_from_its_seed_and_is_shared_out():
     assert [first] == orders(0, 0) != orders(1, 0)
     assert [first] != orders(0, 1)
     assert orders(0, 0, skip=4) == [first[4:]]
-    a, b = orders(0, 0, replicas=2)
-    assert sorted(a + b) == list(range(10))
-    sampler = Order(range(10), 1, 0, 0, skip=4)
-    assert len(list(sampler)) == 6
-    assert len(list(sampler)) == 10
+    first, second = orders(0, 0, replicas=2)
+    assert sorted(first + second) == list(range(10))
+    sampler = EpochOrder(range(10), 1, 0, 0, skip=4)
+    assert [len(list(sampler)) for _ in range(2)] == [6, 10]
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("load", "message"),
+    [
+        (lambda: module(validaton=10), "arguments of the data source: .*'validaton'"),
+        (lambda: module(source=idx_images, name="MNIST"), "arguments of the data source: .*'root'"),
+        (lambda: module(levels=16).setup(), "levels=16: the train split has the grey level 16"),
+        (lambda: module(shape=[1, 8, 9]).setup(), r"shape=\[1, 8, 9\]: .* shape \[1, 8, 8\]"),
+        (lambda: module(source=toy, name="rings", train=0).setup(), "the train split is empty"),
+        (lambda: toy("moon"), "name=moon: must be one of eight_gaussians, moons"),
+        (lambda: idx_images("KMNIST", ".", 1), "name=KMNIST: must be MNIST or FashionMNIST"),
+        (lambda: digits(test=1797), "test=1797: must be 1 to 1796, out of 1797 samples"),
+        (lambda: digits(validation=1437), "validation=1437: must be 1 to 1436, out of 1437"),
+        (lambda: patches(size=97), "size=97: must be at most 96"),
+        (lambda: reduce_images(torch.zeros(2, 1, 28, 28), 29), "resize=29: must be at most 28"),
+    ],
+)
+def test_arguments_that_do_not_fit_the_data_are_refused(load, message):
+    with pytest.raises(InputError, match=f"^{message}"):
+        load()

@@ -12,14 +12,17 @@ from rnode.networks import _SoftplusSigmoid
 def test_softplus_and_sigmoid_are_torchs_with_their_gradients():
     a = torch.linspace(-30, 30, 2001, dtype=torch.float64, requires_grad=True)
     softplus, sigmoid = _SoftplusSigmoid.apply(a)
-    torch.testing.assert_close(softplus, F.softplus(a, threshold=1e9), rtol=1e-9, atol=1e-15)
+    expected = F.softplus(a, threshold=1e9)
+    torch.testing.assert_close(softplus, expected, rtol=1e-9, atol=1e-15)
     torch.testing.assert_close(sigmoid, a.sigmoid())
-    assert torch.autograd.gradcheck(_SoftplusSigmoid.apply, a[::100].detach().requires_grad_())
+    few = a[::100].detach().requires_grad_()
+    assert torch.autograd.gradcheck(_SoftplusSigmoid.apply, few)
 
 
 def test_softplus_in_float32_is_within_rounding():
     a = torch.linspace(-30, 30, 20001)
-    assert (_SoftplusSigmoid.apply(a)[0].double() - F.softplus(a.double())).abs().max() < 2e-6
+    softplus, _ = _SoftplusSigmoid.apply(a)
+    assert (softplus.double() - F.softplus(a.double())).abs().max() < 2e-6
 
 
 def test_field_is_the_plain_network_with_time_concatenated(field_and_z):
@@ -35,8 +38,12 @@ def test_vjp_is_the_product_with_autograds_full_jacobian(field_and_z, count):
     eps = torch.randn(count, *z.shape, dtype=torch.float64)
     f, product = field.vjp(t, z, eps)
     torch.testing.assert_close(f, field(t, z), rtol=1e-13, atol=1e-13)
+
+    def flat(x):
+        return field(t, x[None])[0].flatten()
+
     for b in range(len(z)):
-        jacobian = torch.autograd.functional.jacobian(lambda x: field(t, x[None])[0].flatten(), z[b]).flatten(1)
+        jacobian = torch.autograd.functional.jacobian(flat, z[b]).flatten(1)
         expected = eps[:, b].flatten(1) @ jacobian
         torch.testing.assert_close(product[:, b].flatten(1), expected, rtol=1e-12, atol=1e-12)
 
@@ -50,9 +57,9 @@ def test_gradient_through_the_vjp_is_autograds_double_backward(field_and_z):
 
     plain = PlainNet(field)
     x = z.clone().requires_grad_()
-    g = plain(t, x)
-    product = torch.autograd.grad(g, x, eps[0], create_graph=True)[0]
-    (g.square().sum() + (product * eps[0]).sum() + product.square().sum()).backward()
+    f = plain(t, x)
+    product = torch.autograd.grad(f, x, eps[0], create_graph=True)[0]
+    (f.square().sum() + (product * eps[0]).sum() + product.square().sum()).backward()
     for layer, weight, bias in zip(field.layers, plain.weights, plain.biases, strict=True):
         torch.testing.assert_close(layer.weight.grad, weight.grad, rtol=1e-10, atol=1e-12)
         torch.testing.assert_close(layer.bias.grad, bias.grad, rtol=1e-10, atol=1e-12)
@@ -66,18 +73,14 @@ def test_field_starts_as_exactly_zero(layer, shape):
     assert not product.any()
 
 
-def test_state_dict_reads_as_convolutions_over_one_channel_more():
+def test_the_weights_are_those_of_convolutions_with_one_channel_more():
     field = Field(TimeConv2d, [3, 64, 64, 64, 3])
-    assert [tuple(layer.weight.shape) for layer in field.layers] == [
-        (64, 4, 3, 3),
-        (64, 65, 3, 3),
-        (64, 65, 3, 3),
-        (3, 65, 3, 3),
-    ]
+    shapes = [tuple(layer.weight.shape) for layer in field.layers]
+    assert shapes == [(64, 4, 3, 3), (64, 65, 3, 3), (64, 65, 3, 3), (3, 65, 3, 3)]
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-def test_f_and_the_product_come_in_the_types_of_the_state_and_the_probes(autocast):
+def test_f_and_the_product_have_the_dtypes_of_the_state(autocast):
     field = Field(TimeConv2d, [1, 8, 1])
     z = torch.randn(2, 1, 4, 4, dtype=torch.float64)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):

@@ -5,14 +5,14 @@ from rnode.quadrature import radau, simpson
 
 
 @pytest.mark.parametrize("nodes", range(1, 9))
-def test_radau_begins_at_0_and_integrates_polynomials_of_degree_2n_minus_2(nodes):
+def test_radau_starts_at_0_and_integrates_polynomials_of_degree_2n_minus_2(nodes):
     x, weights = radau(nodes)
     assert x.shape == weights.shape == (nodes,)
     assert x[0] == 0
     assert (np.diff(x) > 0).all()
     assert x[-1] < 1
     powers = np.arange(2 * nodes)
-    error = np.abs(weights @ x[:, None] ** powers - 1 / (powers + 1))  # against the integrals of x^p over [0, 1]
+    error = np.abs(weights @ x[:, None] ** powers - 1 / (powers + 1))  # ∫₀¹ x^p = 1 / (p + 1)
     assert (error[:-1] < 1e-14).all()
     assert error[-1] > 1e-10
 
@@ -30,5 +30,5 @@ def test_simpson_is_exact_for_cubics_on_equal_steps():
     np.testing.assert_allclose(weights * 12, [1, 4, 2, 4, 1])
     for power in range(4):
         assert abs(weights @ x**power - 1 / (power + 1)) < 1e-15
-    with pytest.raises(ValueError, match="even number of steps, not 3"):
+    with pytest.raises(ValueError, match="steps=3: must be even"):
         simpson(3)

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from rnode import Dequantize, InputError, Logit, bits_per_dim
+from rnode import Dequantize, InputError, Logit, Transform, bits_per_dim
 
 
 @pytest.mark.parametrize("alpha", [1e-5, 0.05])
@@ -13,14 +13,15 @@ def test_logit_inverse_and_log_det_against_autograd(alpha):
     y, log_det = logit(u)
     torch.testing.assert_close(logit.inverse(y), u, rtol=1e-9, atol=1e-9)
     for b in range(3):
-        jacobian = torch.autograd.functional.jacobian(lambda x: logit(x[None])[0].flatten(), u[b]).reshape(4, 4)
-        torch.testing.assert_close(log_det[b], torch.linalg.slogdet(jacobian).logabsdet)
+        jacobian = torch.autograd.functional.jacobian(lambda x: logit(x[None])[0].flatten(), u[b])
+        expected = torch.linalg.slogdet(jacobian.reshape(4, 4)).logabsdet
+        torch.testing.assert_close(log_det[b], expected)
 
 
 def test_dequantize_inverse_range_and_log_det():
     x = torch.arange(256, dtype=torch.uint8).view(2, 1, 16, 8)
     for noise in (torch.zeros(x.shape), torch.rand(x.shape), torch.full(x.shape, 1 - 2**-24)):
-        u, log_det = Dequantize(256)(x, noise)
+        u, _ = Dequantize(256)(x, noise)
         assert u.min() >= 0
         assert u.max() < 1
     u, log_det = Dequantize(256)(x, torch.rand(x.shape) * 0.999)
@@ -29,22 +30,54 @@ def test_dequantize_inverse_range_and_log_det():
 
 
 @pytest.mark.parametrize("levels", [256, 17])
-def test_uniform_data_score_log2_of_the_levels(levels):
-    """A model that is uniform on [0, 1) before the logit: log p(y) = −log|det dy/du|, and bits/dim = log₂ levels."""
+def test_a_uniform_model_scores_log2_of_the_levels(levels):
+    """A model that is uniform on [0, 1) before the logit has log p(y) = −log|det dy/du|."""
     x = torch.randint(levels, (5, 1, 4, 4))
-    u, log_det_u = Dequantize(levels)(x, torch.rand(x.shape, dtype=torch.float64))
-    _, log_det_y = Logit(0.05)(u)
-    bits = bits_per_dim(-log_det_y, log_det_u + log_det_y, d=16)
+    noise = torch.rand(x.shape, dtype=torch.float64)
+    _, log_det_y = Logit(0.05)(Dequantize(levels)(x, noise)[0])
+    log_det = Transform(levels, 0.05)(x, torch.arange(5), noise).log_det
+    bits = bits_per_dim(-log_det_y, log_det, d=16)
     torch.testing.assert_close(bits, torch.full_like(bits, math.log2(levels)), rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("alpha", [0, 0.5, -0.1, 0.7, None, "x"])
-def test_alpha_outside_its_range_is_refused(alpha):
-    with pytest.raises(InputError, match=f"alpha={alpha}"):
-        Logit(alpha)
+def test_images_are_recovered_from_their_transform():
+    transform = Transform(levels=17, alpha=1e-5)
+    x, index = torch.randint(17, (5, 1, 8, 8), dtype=torch.uint8), torch.arange(5)
+    y, log_det, _ = transform(x, index)
+    u = transform.inverse(y)
+    assert u.min() >= 0
+    assert u.max() <= 1
+    assert torch.equal(transform.dequantize.inverse(transform.inverse(y.double())), x)
+    # dy/dx = (1 − 2α) / 17 / (s (1 − s)) with s = sigmoid(y)
+    s = y.double().sigmoid()
+    expected = (math.log((1 - 2e-5) / 17) - s.log() - (1 - s).log()).flatten(1).sum(1)
+    torch.testing.assert_close(log_det.double(), expected, rtol=1e-4, atol=1e-3)
 
 
-@pytest.mark.parametrize("levels", [1, 2.5])
-def test_levels_out_of_range_are_refused(levels):
-    with pytest.raises(InputError, match=f"levels={levels}"):
-        Dequantize(levels)
+def test_noise_is_fresh_by_default_and_belongs_to_the_image_in_evaluation():
+    transform = Transform(levels=17, alpha=1e-5)
+    x, index = torch.randint(17, (4, 1, 8, 8), dtype=torch.uint8), torch.arange(4)
+    assert not torch.equal(transform(x, index).y, transform(x, index).y)
+    y = transform.for_evaluation(x, index, seed=0).y
+    assert torch.equal(y[2:], transform.for_evaluation(x[2:], index[2:], seed=0).y)
+    for other in (transform.for_evaluation(x, index, 1), transform.for_evaluation(x, index + 4, 0)):
+        assert not torch.equal(y, other.y)
+
+
+def test_vectors_stay_as_they_are():
+    transform = Transform()
+    x, index = torch.randn(5, 2), torch.arange(5)
+    for y, log_det, i in (transform(x, index), transform.for_evaluation(x, index, seed=0)):
+        assert torch.equal(y, x)
+        assert torch.equal(log_det, torch.zeros(5))
+        assert torch.equal(i, index)
+    assert torch.equal(transform.inverse(x), x)
+    assert not transform.discrete
+
+
+def test_arguments_out_of_range_are_refused():
+    for alpha in (0, 0.5, -0.1, 0.7):
+        with pytest.raises(InputError, match=f"alpha={alpha}: must be between 0 and 0.5"):
+            Transform(256, alpha)
+    with pytest.raises(InputError, match="levels=1: must be at least 2"):
+        Transform(1, 0.05)

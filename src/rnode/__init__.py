@@ -1,31 +1,31 @@
-"""RNODE: continuous normalizing flows with kinetic and Jacobian regularization (Finlay et al., 2020), in plain PyTorch."""
+"""RNODE: continuous normalizing flows with kinetic and Jacobian regularization.
 
-from rnode.dynamics import Dynamics, Probes, State
-from rnode.errors import DivergenceError, InputError
-from rnode.flow import Flow, Piece, mlp, multiscale
-from rnode.networks import Field, TimeConv2d, TimeLinear
-from rnode.objective import bits_per_dim, log_normal, objective
-from rnode.solver import Method, Solver
-from rnode.transforms import Dequantize, Logit
+The method is that of Finlay et al. (2020). Public names are imported on first use (PEP 562), so
+`import rnode.errors` does not import torch.
+"""
 
-__all__ = [
-    "Dequantize",
-    "DivergenceError",
-    "Dynamics",
-    "Field",
-    "Flow",
-    "InputError",
-    "Logit",
-    "Method",
-    "Piece",
-    "Probes",
-    "Solver",
-    "State",
-    "TimeConv2d",
-    "TimeLinear",
-    "bits_per_dim",
-    "log_normal",
-    "mlp",
-    "multiscale",
-    "objective",
-]
+import importlib
+from typing import Any
+
+_MODULES = {
+    "dynamics": ("Dynamics", "Probes", "State"),
+    "errors": ("DivergenceError", "InputError"),
+    "flow": ("FactorOut", "Flatten", "Flow", "Piece", "PieceSolution", "Solution", "Squeeze"),
+    "models": ("mlp", "multiscale"),
+    "networks": ("Field", "TimeConv2d", "TimeLinear"),
+    "loss": ("bits_per_dim", "log_normal", "objective"),
+    "solver": ("Method", "Solver"),
+    "transforms": ("Dequantize", "Logit", "Transform"),
+}
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
+__all__ = sorted(_MODULE_OF)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'rnode' has no attribute '{name}'")
+    return getattr(importlib.import_module(f"rnode.{_MODULE_OF[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

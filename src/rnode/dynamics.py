@@ -1,16 +1,17 @@
-"""The system (RNODE) of section 5: the state z and the three integrals that run beside it."""
+"""The system (RNODE) of section 5: the state z and the three integrals l, E and n."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from rnode.errors import is_int, require
+from rnode.choices import DIVERGENCES
+from rnode.errors import require
 
 
 class State(NamedTuple):
-    """z (B, *shape) and its integrals so far, each (B,): l = ∫ div f, E = ∫ ‖f‖², n = ∫ ‖∇f‖_F²."""
+    """z (B, *shape) and its integrals, each (B,): l = ∫ div f, E = ∫ ‖f‖², n = ∫ ‖∇f‖_F²."""
 
     z: Tensor
     l: Tensor
@@ -19,25 +20,50 @@ class State(NamedTuple):
 
     @classmethod
     def initial(cls, z: Tensor) -> "State":
+        """The state at time 0: z with integrals of zero."""
         zeros = z.new_zeros(z.shape[0])
         return cls(z, zeros, zeros, zeros)
 
 
-class Probes:
-    """How div f and ‖∇f‖_F² are had from vector-Jacobian products, equations (5) and (16).
+class VectorField(Protocol):
+    """A field f(z, t) with its vector-Jacobian product: `rnode.Field`, or a user's own module."""
 
-    Σ_k ε_kᵀ∇f ε_k = div f and Σ_k ‖ε_kᵀ∇f‖² = ‖∇f‖_F², in expectation for `count` random vectors of covariance I/count
-    (gaussian, rademacher), exactly for the d unit vectors (exact: d products instead of `count`).
+    def __call__(self, t: Tensor, z: Tensor) -> Tensor:
+        """t (), z (B, *shape) → f(z, t) (B, *shape)."""
+        ...
+
+    def vjp(self, t: Tensor, z: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
+        """t (), z (B, *shape), eps (K, B, *shape) → f(z, t) (B, *shape), εᵀ∇f (K, B, *shape)."""
+        ...
+
+
+class Probes:
+    """Vectors ε for the estimates of div f and ‖∇f‖_F², equations (5) and (16).
+
+    Σ_k ε_kᵀ∇f ε_k = div f and Σ_k ‖ε_kᵀ∇f‖² = ‖∇f‖_F²: in expectation for `count` random vectors of
+    covariance I/count, exactly for the d unit vectors.
+
+    Args:
+        divergence: `gaussian` or `rademacher` (random), or `exact` (the unit vectors).
+        count: number of random vectors per sample; `exact` ignores it.
     """
 
     def __init__(self, divergence: str = "gaussian", count: int = 1):
-        kinds = ("gaussian", "rademacher", "exact")
-        require(divergence in kinds, "divergence", divergence, " or ".join(kinds))
-        require(is_int(count, at_least=1), "probes", count, "a whole number, 1 or more")
+        known = divergence in DIVERGENCES
+        require(known, f"divergence={divergence}: must be one of {', '.join(DIVERGENCES)}")
+        require(count >= 1, f"count={count}: must be at least 1")
         self.divergence, self.count = divergence, count
 
-    def draw(self, z: Tensor, generators: Sequence[torch.Generator] | None = None) -> Tensor:
-        """Probes for z (B, *shape): (K, B, *shape). `generators`, one a sample, replace torch's global random state."""
+    def sample(self, z: Tensor, generators: Sequence[torch.Generator] | None = None) -> Tensor:
+        """Sample probes for z (B, *shape).
+
+        Args:
+            z: the state, whose shape, type and device the probes take.
+            generators: one per sample, instead of torch's global random state.
+
+        Returns:
+            ε, (K, B, *shape).
+        """
         if self.divergence == "exact":
             d = z[0].numel()
             unit = torch.eye(d, device=z.device, dtype=z.dtype)
@@ -46,28 +72,33 @@ class Probes:
             eps = torch.randn(self.count, *z.shape, device=z.device, dtype=z.dtype)
         else:
             shape = (self.count, *z.shape[1:])
-            eps = torch.stack([torch.randn(shape, generator=g, dtype=z.dtype) for g in generators], dim=1).to(z.device)
+            vectors = [torch.randn(shape, generator=g, dtype=z.dtype) for g in generators]
+            eps = torch.stack(vectors, dim=1).to(z.device)
         if self.divergence == "rademacher":
             eps = torch.where(eps < 0, -1.0, 1.0).to(z.dtype)
         return eps / self.count**0.5
 
 
 class Dynamics:
-    """Right-hand side of (RNODE) for one piece and one solve, with its probes frozen; counts its evaluations.
+    """Right-hand side of (RNODE) for one piece and one solve. It counts its evaluations in `nfe`.
 
-    Without probes it is that of (ODE) alone, `f`.
+    Args:
+        field: the vector field f.
+        eps: the probes (K, B, *shape), frozen for the whole solve; None if only `f` is called.
     """
 
-    def __init__(self, field: nn.Module, eps: Tensor | None = None):
+    def __init__(self, field: VectorField, eps: Tensor | None = None):
         self.field, self.eps = field, eps
         self.nfe = 0
 
     def f(self, t: Tensor, z: Tensor) -> Tensor:
-        """The right-hand side of (ODE) alone."""
+        """The right-hand side of (ODE): t (), z (B, *shape) → dz/dt (B, *shape)."""
         self.nfe += 1
         return self.field(t, z)
 
     def __call__(self, t: Tensor, state: State) -> State:
+        """The right-hand side of (RNODE): the time derivatives of z, l, E and n."""
+        assert self.eps is not None
         self.nfe += 1
         f, eps_jac = self.field.vjp(t, state.z, self.eps)  # f(z, t) and εᵀ∇f
         return State(

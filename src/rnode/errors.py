@@ -1,21 +1,16 @@
-"""What can go wrong by a user's hand or in a run, as exceptions whose message is one line."""
-
-import contextlib
-import math
-import sys
-from collections.abc import Iterator, Sequence
-
-LARGEST = 2**32 - 1  # whole number that a configuration may have: torch and NumPy take no larger seeds
+"""Errors that a user can meet. Each message is one line."""
 
 
 class InputError(ValueError):
-    """A mistake in what the user gave: the message names it, its value and what would be right."""
+    """A value that the user gave is wrong; the message says what would be right."""
 
 
 class DivergenceError(ArithmeticError):
-    """A computation that left the finite numbers, or a solver whose step size underflowed.
+    """A quantity became NaN or infinite, or the step size of a solver underflowed.
 
-    shared: whether every process of the run raises it, at the same point.
+    Args:
+        message: what diverged, and where.
+        shared: whether every process of the run raises this error at the same step.
     """
 
     def __init__(self, message: str, shared: bool = False):
@@ -24,56 +19,28 @@ class DivergenceError(ArithmeticError):
 
 
 class WriteError(OSError):
-    """A file that could not be written; the message is one line."""
+    """A file could not be written."""
 
 
 class Stopped(Exception):
-    """The run was asked by a signal to stop, and has."""
+    """A signal stopped the run, which ended cleanly.
+
+    Args:
+        message: where the run stopped and how to resume it.
+        signal: the number of the signal.
+    """
 
     def __init__(self, message: str, signal: int):
         super().__init__(message)
         self.signal = signal
 
 
-def require(condition: bool, name: str, value: object, right: str) -> None:
-    """Raise InputError unless `condition`: `name=value` is not what it must be, which is `right`."""
+def require(condition: bool, message: str) -> None:
+    """Raise InputError with `message` unless `condition` holds."""
     if not condition:
-        too_large = isinstance(value, int) and value > LARGEST and "number" in right
-        shown = " ".join(str(value).split())
-        raise InputError(f"{name}={shown[:200]}: must be {right}{f', at most {LARGEST}' if too_large else ''}")
-
-
-@contextlib.contextmanager
-def configured(key: str) -> Iterator[None]:
-    """What a library says while the section `key` of the configuration is made into an object is about that section."""
-    try:
-        yield
-    except (AssertionError, AttributeError, LookupError, OverflowError, RuntimeError, TypeError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{key}: {one_line(error)}") from error
-
-
-SHAPE = f"a list of whole numbers, 1 or more, with a product of at most {LARGEST}"
-
-
-def is_int(value: object, at_least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and at_least <= value <= LARGEST
-
-
-def is_shape(value: object) -> bool:
-    """A list of whole numbers, 1 or more, of which no array's size is out of reach."""
-    if isinstance(value, str) or not isinstance(value, Sequence) or not value:
-        return False
-    return all(is_int(n, at_least=1) for n in value) and math.prod(value) <= LARGEST
-
-
-def is_number(value: object, at_least: float = float("-inf")) -> bool:
-    """A finite real number that is at least `at_least`; torch takes no whole number beyond LARGEST for one."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return number and value >= at_least and abs(value) <= (LARGEST if isinstance(value, int) else sys.float_info.max)
+        raise InputError(message)
 
 
 def one_line(error: BaseException) -> str:
-    """A library's message without its line breaks, to stand in one of ours."""
-    return " ".join(str(error).split("\nException raised from ")[0].split())  # what follows is torch's own call stack
+    """The message of an error without line breaks and without torch's C++ call stack."""
+    return " ".join(str(error).split("\nException raised from ")[0].split())

@@ -1,77 +1,150 @@
-"""One piece, and the flow made of pieces: from data to the normal variable and back.
+"""One piece, and the flow: a flat list of invertible layers from data to the normal variable.
 
-A flow is a sequence of scales (Dinh et al., 2017): pieces, a squeeze that turns every 2×2 block of pixels into channels,
-pieces, and half of the channels factored out as finished normal variables. The last scale is pieces alone; a flow for
-vectors has no other.
+The layers are pieces, which solve an ODE, and permutations between them: a squeeze turns every 2×2
+block of pixels into channels, and half of the channels is then factored out as finished normal
+variables (Dinh et al., 2017).
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rnode.dynamics import Dynamics, Probes, State
-from rnode.errors import SHAPE, DivergenceError, InputError, is_int, is_shape, require
-from rnode.networks import Field, TimeConv2d, TimeLinear
-from rnode.objective import log_normal
+from rnode.dynamics import Dynamics, Probes, State, VectorField
+from rnode.errors import DivergenceError, require
+from rnode.loss import log_normal
 from rnode.solver import Method, Solver, solve, solve_back
 
 
-class Piece(nn.Module):
-    """The flow of one field over one stretch of time [0, T]: θ(t) is piecewise constant (section 6)."""
+@dataclass
+class PieceSolution:
+    """What one solve of one piece gave.
 
-    def __init__(self, field: nn.Module):
-        super().__init__()
-        self.field = field
-        self.last_solve: Dynamics | None = None
-        self.nfe_forward = self.nfe_inverse = 0
-        self.finite = torch.ones(4, dtype=torch.bool)  # whether z, l, E and n of the last solve were; on z's device
+    Attributes:
+        start: z at time 0, (B, *shape).
+        state: z, l, E and n at time T; the integrals are those of this piece.
+        dynamics: the right-hand side, which counts its evaluations.
+        nfe_forward: evaluations of f in the forward pass.
+    """
 
-    def forward(self, z: Tensor, eps: Tensor, method: Method, gradient: str) -> State:
-        """z (B, *shape), eps (K, B, *shape) → State at time T, its integrals over this piece."""
-        dynamics = self.last_solve = Dynamics(self.field, eps)
-        state = solve(dynamics, z, method, gradient, self.field.parameters())
-        self.nfe_forward = dynamics.nfe
-        self.finite = torch.stack([part.detach().isfinite().all() for part in state])
-        return state
-
-    def inverse(self, z: Tensor, method: Method, intervals: int = 1) -> Tensor:
-        """z (B, *shape) at time T → z at `intervals` + 1 equal times from T to 0, (times, B, *shape)."""
-        dynamics = Dynamics(self.field)
-        path = solve_back(dynamics.f, z, method, intervals)
-        self.nfe_inverse = dynamics.nfe
-        return path
+    start: Tensor
+    state: State
+    dynamics: Dynamics
+    nfe_forward: int
 
     @property
     def nfe_backward(self) -> int:
-        """Evaluations of f in the backward pass of the last solve: by the adjoint, or by a checkpoint's second solve."""
-        return self.last_solve.nfe - self.nfe_forward if self.last_solve else 0
+        """Evaluations of f in the backward pass so far, by the adjoint or by `checkpoint`."""
+        return self.dynamics.nfe - self.nfe_forward
+
+
+class Solution(NamedTuple):
+    """The state of a whole flow, z (B, d) and l, E, n (B,), with the solutions of its pieces."""
+
+    state: State
+    pieces: list[PieceSolution]
+
+    @property
+    def nfe_forward(self) -> int:
+        """Evaluations of f in the forward pass, summed over the pieces."""
+        return sum(piece.nfe_forward for piece in self.pieces)
+
+    @property
+    def nfe_backward(self) -> int:
+        """Evaluations of f in the backward pass so far, summed over the pieces."""
+        return sum(piece.nfe_backward for piece in self.pieces)
+
+
+class Piece(nn.Module):
+    """The flow of one field over [0, T]: θ(t) is piecewise constant (section 6).
+
+    Args:
+        field: a torch module with a `vjp`.
+    """
+
+    field: VectorField
+
+    def __init__(self, field: VectorField):
+        super().__init__()
+        self.field = field
+
+    def forward(self, z: Tensor, eps: Tensor, method: Method, gradient: str) -> PieceSolution:
+        """z (B, *shape) at time 0, eps (K, B, *shape) → the solution at time T."""
+        dynamics = Dynamics(self.field, eps)
+        state = solve(dynamics, z, method, gradient, self.parameters())
+        return PieceSolution(z, state, dynamics, dynamics.nfe)
+
+    def inverse(self, z: Tensor, method: Method, intervals: int = 1) -> tuple[Tensor, int]:
+        """z (B, *shape) at time T → z at `intervals` + 1 times from T to 0, and the NFE."""
+        dynamics = Dynamics(self.field)
+        return solve_back(dynamics.f, z, method, intervals), dynamics.nfe
+
+
+class Flatten(nn.Module):
+    """z (B, *shape) → (B, d)."""
+
+    def __init__(self, shape: Sequence[int]):
+        super().__init__()
+        self.shape = torch.Size(shape)
+
+    def forward(self, z: Tensor, factored: list[Tensor]) -> Tensor:
+        return z.flatten(1)
+
+    def inverse(self, z: Tensor, factored: list[Tensor]) -> Tensor:
+        return z.unflatten(1, self.shape)
+
+
+class Squeeze(nn.Module):
+    """z (B, C, H, W) → (B, 4C, H/2, W/2)."""
+
+    def forward(self, z: Tensor, factored: list[Tensor]) -> Tensor:
+        return F.pixel_unshuffle(z, 2)
+
+    def inverse(self, z: Tensor, factored: list[Tensor]) -> Tensor:
+        return F.pixel_shuffle(z, 2)
+
+
+class FactorOut(nn.Module):
+    """z (B, C, H, W) → its first C/2 channels; the others are appended to `factored`."""
+
+    def forward(self, z: Tensor, factored: list[Tensor]) -> Tensor:
+        z, half = z.chunk(2, dim=1)
+        factored.append(half)
+        return z
+
+    def inverse(self, z: Tensor, factored: list[Tensor]) -> Tensor:
+        return torch.cat([z, factored.pop()], dim=1)
+
+
+Layer = Piece | Flatten | Squeeze | FactorOut
 
 
 class Flow(nn.Module):
-    """x (B, *shape) ↔ z (B, d), with l, E, n summed over the pieces.
+    """An invertible map x (B, *shape) ↔ z (B, d) with a density, equations (2) and (4).
 
-    scales: for each scale but the last, its pieces before and after the squeeze. last: the pieces of the last scale, which
-    work on z of `last_shape`.
-    The solver is `solver.train` in training mode and `solver.test` in evaluation mode.
+    Args:
+        shape: shape of one sample x.
+        layers: the layers from x to z.
+        solver: `solver.train` solves in training mode, `solver.test` in evaluation mode.
+        probes: the probes of every piece's estimates.
     """
 
-    def __init__(
-        self,
-        shape: Sequence[int],
-        scales: list[tuple[list[Piece], list[Piece]]],
-        last: list[Piece],
-        last_shape: Sequence[int],
-        solver: Solver,
-        probes: Probes,
-    ):
+    layers: Sequence[Layer]
+
+    def __init__(self, shape: Sequence[int], layers: list[Layer], solver: Solver, probes: Probes):
         super().__init__()
-        self.shape, self.last_shape = torch.Size(shape), torch.Size(last_shape)
-        self.scales = nn.ModuleList(nn.ModuleList(map(nn.ModuleList, pair)) for pair in scales)
-        self.last = nn.ModuleList(last)
+        self.shape = torch.Size(shape)
+        self.layers = nn.ModuleList(layers)  # ty: ignore[invalid-assignment]
         self.solver, self.probes = solver, probes
+        factored, z = [], torch.empty(1, *shape, device="meta")
+        for layer in self.layers:
+            z = z if isinstance(layer, Piece) else layer(z, factored)
+        # Shapes of the parts of z, in order.
+        self.z_shapes = [torch.Size(part.shape[1:]) for part in (*factored, z)]
 
     @property
     def d(self) -> int:
@@ -80,162 +153,123 @@ class Flow(nn.Module):
 
     @property
     def pieces(self) -> list[Piece]:
-        return [module for module in self.modules() if isinstance(module, Piece)]
+        return [layer for layer in self.layers if isinstance(layer, Piece)]
 
     @property
     def method(self) -> Method:
         return self.solver.train if self.training else self.solver.test
 
-    @property
-    def nfe(self) -> tuple[int, int]:
-        """Evaluations of f in the last forward pass and in the backward pass that followed, summed over the pieces."""
-        return sum(p.nfe_forward for p in self.pieces), sum(p.nfe_backward for p in self.pieces)
+    def forward(self, x: Tensor) -> State:
+        """x (B, *shape) → z (B, d) and l, E, n (B,), the integrals summed over the pieces."""
+        return self.solve(x).state
 
-    @property
-    def nfe_inverse(self) -> int:
-        """Evaluations of f in the last inverse, summed over the pieces."""
-        return sum(p.nfe_inverse for p in self.pieces)
+    def solve(self, x: Tensor, generators: Sequence[torch.Generator] | None = None) -> Solution:
+        """Map x to z and report on each piece.
 
-    def to_state(self, x: Tensor) -> Tensor:
-        """x in a type at least as precise as the solver's."""
-        return x.to(torch.promote_types(x.dtype, getattr(torch, self.solver.dtype)))
+        Args:
+            x: (B, *shape).
+            generators: one per sample, to sample the probes from; torch's global generator if None.
 
-    def forward(self, x: Tensor, generators: Sequence[torch.Generator] | None = None) -> State:
-        """x (B, *shape) → State(z (B, d), l, E, n (B,)). `generators`, one a sample, draw the probes if given."""
-        require(x.shape[1:] == self.shape, "shape of x", tuple(x.shape[1:]), f"{tuple(self.shape)}")
-        z = self.to_state(x)
+        Raises:
+            DivergenceError: if the solver cannot reach T; the message names the piece.
+        """
+        fits = x.shape[1:] == self.shape
+        require(fits, f"x of shape {tuple(x.shape)}: must be (B, {str(tuple(self.shape))[1:]}")
+        z = self._to_state(x)
         _, l, E, n = State.initial(z)
-
-        def run(pieces: nn.ModuleList, z: Tensor) -> Tensor:
-            nonlocal l, E, n
-            for piece in pieces:
-                eps = self.probes.draw(z, generators)
-                try:
-                    z, dl, dE, dn = piece(z, eps, self.method, self.solver.gradient)
-                except DivergenceError as error:
-                    raise DivergenceError(f"{error} in piece {1 + self.pieces.index(piece)}") from None
-                l, E, n = l + dl, E + dE, n + dn
-            return z
-
-        finished = []
-        for before, after in self.scales:
-            z = F.pixel_unshuffle(run(before, z), 2)
-            z, half = run(after, z).chunk(2, dim=1)
-            finished.append(half.flatten(1))
-        finished.append(run(self.last, z.reshape(-1, *self.last_shape)).flatten(1))
-        return State(torch.cat(finished, dim=1), l, E, n)
+        factored: list[Tensor] = []
+        solutions: list[PieceSolution] = []
+        for layer in self.layers:
+            if not isinstance(layer, Piece):
+                z = layer(z, factored)
+                continue
+            eps = self.probes.sample(z, generators)
+            try:
+                solution = layer(z, eps, self.method, self.solver.gradient)
+            except DivergenceError as error:
+                raise DivergenceError(f"{error} in piece {len(solutions) + 1}") from None
+            z, dl, dE, dn = solution.state
+            l, E, n = l + dl, E + dE, n + dn
+            solutions.append(solution)
+        z = torch.cat([part.flatten(1) for part in (*factored, z)], dim=1)
+        return Solution(State(z, l, E, n), solutions)
 
     def inverse(self, z: Tensor) -> Tensor:
         """z (B, d) → x (B, *shape), with forward(inverse(z)).z = z up to the solver's error."""
+        return self.solve_inverse(z)[0]
 
-        def run(pieces: nn.ModuleList, z: Tensor) -> Tensor:
-            for piece in reversed(pieces):
-                z = piece.inverse(z, self.method)[-1]
-            return z
-
-        return self.merge(self.to_state(z), run)
+    def solve_inverse(self, z: Tensor) -> tuple[Tensor, int]:
+        """z (B, d) → x (B, *shape) and the evaluations of f, summed over the pieces."""
+        z, factored = self._split(z)
+        nfe = 0
+        for layer in reversed(self.layers):
+            if isinstance(layer, Piece):
+                path, evaluations = layer.inverse(z, self.method)
+                z, nfe = path[-1], nfe + evaluations
+            else:
+                z = layer.inverse(z, factored)
+        return z, nfe
 
     def trajectory(self, z: Tensor, intervals: int = 1) -> Tensor:
-        """z (B, d) → what becomes of it on the way to x, each in the arrangement of x: (pieces · intervals + 1, B, *shape).
+        """Follow z on its way to x.
 
-        A frame shows the pieces still to come as the identity. The first is z, the last x = inverse(z).
+        Args:
+            z: (B, d).
+            intervals: number of equal intervals of time in each piece.
+
+        Returns:
+            Frames in the arrangement of x, (pieces · intervals + 1, B, *shape). A frame shows the
+            pieces still to come as the identity: the first is z, the last x = inverse(z).
         """
-        paths, reached = {}, {}
-
-        def solve(pieces: nn.ModuleList, z: Tensor) -> Tensor:
-            for piece in reversed(pieces):
-                paths[piece] = piece.inverse(z, self.method, intervals)
-                z = paths[piece][-1]
-            return z
-
-        def show(pieces: nn.ModuleList, z: Tensor) -> Tensor:
-            return next((reached[piece] for piece in pieces if piece in reached), z)
-
-        z = self.to_state(z)
-        self.merge(z, solve)
-        frames = [self.merge(z, show)]
-        for piece, path in paths.items():
-            for z_t in path[1:]:
-                reached[piece] = z_t
-                frames.append(self.merge(z, show))
+        z, factored = self._split(z)
+        frames = [self._rearrange(z, factored, len(self.layers))]
+        for i, layer in reversed(list(enumerate(self.layers))):
+            if isinstance(layer, Piece):
+                path, _ = layer.inverse(z, self.method, intervals)
+                frames += [self._rearrange(z_t, factored, i) for z_t in path[1:]]
+                z = path[-1]
+            else:
+                z = layer.inverse(z, factored)
         return torch.stack(frames)
 
     def as_x(self, z: Tensor) -> Tensor:
-        """z (B, d) in the arrangement of x, (B, *shape): the inverse of a flow whose pieces are the identity."""
-        return self.merge(z, lambda pieces, z: z)
+        """z (B, d) → (B, *shape): the inverse with every piece the identity."""
+        return self._rearrange(*self._split(z), len(self.layers))
 
-    def merge(self, z: Tensor, run: Callable[[nn.ModuleList, Tensor], Tensor]) -> Tensor:
-        """Undo the squeezes and the factoring out: z (B, d) → (B, *shape), `run` undoing each stack of pieces."""
-        require(z.shape[1:] == (self.d,), "shape of z", tuple(z.shape[1:]), f"({self.d},)")
-        *halves, z = z.split([*(math.prod(s) for s in self.factored_shapes), self.last_shape.numel()], dim=1)
-        z = run(self.last, z.unflatten(1, self.last_shape))
-        for (before, after), half, shape in zip(
-            reversed(self.scales), reversed(halves), reversed(self.factored_shapes), strict=True
-        ):
-            z = run(after, torch.cat([z, half.unflatten(1, shape)], dim=1))
-            z = run(before, F.pixel_shuffle(z, 2))
-        return z.reshape(-1, *self.shape)
+    def _split(self, z: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """z (B, d) → what the last layer gives, and the parts that were factored out."""
+        require(z.shape[1:] == (self.d,), f"z of shape {tuple(z.shape)}: must be (B, {self.d})")
+        sizes = [shape.numel() for shape in self.z_shapes]
+        parts = zip(self._to_state(z).split(sizes, dim=1), self.z_shapes, strict=True)
+        *factored, z = (part.unflatten(1, shape) for part, shape in parts)
+        return z, factored
 
-    @property
-    def factored_shapes(self) -> list[tuple[int, int, int]]:
-        """Shapes of the halves that are factored out, (2^(k+1) C, H/2^(k+1), W/2^(k+1)) at scale k."""
-        factors = [2 ** (k + 1) for k in range(len(self.scales))]
-        return [(self.shape[0] * f, self.shape[1] // f, self.shape[2] // f) for f in factors]
+    def _rearrange(self, z: Tensor, factored: list[Tensor], end: int) -> Tensor:
+        """Undo the layers before `end`, with every piece the identity."""
+        factored = list(factored)
+        for layer in reversed(self.layers[:end]):
+            z = z if isinstance(layer, Piece) else layer.inverse(z, factored)
+        return z
+
+    def _to_state(self, x: Tensor) -> Tensor:
+        """x in a dtype at least as precise as the solver's."""
+        return x.to(torch.promote_types(x.dtype, getattr(torch, self.solver.dtype)))
 
     def log_prob(self, x: Tensor) -> Tensor:
-        """log p(x) in nats, equation (4): x (*batch, *shape) → (*batch); div f as the flow's probes estimate it."""
+        """x (*batch, *shape) → log p(x) in nats, equation (4), (*batch)."""
         batch = x.shape[: x.dim() - len(self.shape)]
         state = self(x.reshape(-1, *x.shape[len(batch) :]))
         return (log_normal(state.z) + state.l).reshape(batch)
 
     @torch.no_grad()
     def sample(self, batch: int | Sequence[int] = (), temperature: float = 1.0) -> Tensor:
-        """Draw x (*batch, *shape): z from a normal of standard deviation `temperature`, carried back to time 0."""
+        """Sample x (*batch, *shape).
+
+        Args:
+            batch: number of samples, or the shape of a batch.
+            temperature: standard deviation of z.
+        """
         batch = (batch,) if isinstance(batch, int) else tuple(batch)
-        parameter = next(self.parameters())
-        z = temperature * torch.randn(math.prod(batch), self.d, device=parameter.device, dtype=parameter.dtype)
-        return self.inverse(z).reshape(*batch, *self.shape)
-
-
-def multiscale(
-    shape: Sequence[int], solver: Solver, probes: Probes, hidden: int = 64, layers: int = 4, pieces: int = 2
-) -> Flow:
-    """The paper's flow for images of shape (channels, height, width).
-
-    Scales go on while height and width are at least 4: 28×28 gives 10 pieces, 32×32 gives 14.
-    """
-    check_sizes(shape, hidden, layers, pieces)
-    image = len(shape) == 3 and min(shape[1:]) >= 4
-    require(image, "dataset.shape", list(shape), "[channels, height, width], 4 or more high and wide, for model=multiscale")
-    channels, height, width = shape
-
-    def stack(channels: int) -> list[Piece]:
-        sizes = [channels, *[hidden] * (layers - 1), channels]
-        return [Piece(Field(TimeConv2d, sizes)) for _ in range(pieces)]
-
-    scales = []
-    while min(height, width) >= 8:
-        if height % 2 or width % 2:
-            fits = [side - side % 2 ** (len(scales) + 1) for side in shape[1:]]
-            raise InputError(
-                f"dataset.shape={list(shape)}: model=multiscale halves images while both sides stay at least 4, and cannot "
-                f"halve {height}×{width}; crop or pad them, to {fits[0]}×{fits[1]} for example"
-            )
-        scales.append((stack(channels), stack(4 * channels)))
-        channels, height, width = 2 * channels, height // 2, width // 2
-    return Flow(shape, scales, stack(channels), (channels, height, width), solver, probes)
-
-
-def mlp(shape: Sequence[int], solver: Solver, probes: Probes, hidden: int = 64, layers: int = 4, pieces: int = 1) -> Flow:
-    """A stack of dense pieces for vectors; images are flattened."""
-    check_sizes(shape, hidden, layers, pieces)
-    d = math.prod(shape)
-    sizes = [d, *[hidden] * (layers - 1), d]
-    return Flow(shape, [], [Piece(Field(TimeLinear, sizes)) for _ in range(pieces)], (d,), solver, probes)
-
-
-def check_sizes(shape: Sequence[int], hidden: int, layers: int, pieces: int) -> None:
-    require(is_shape(shape), "dataset.shape", list(shape) if isinstance(shape, tuple) else shape, SHAPE)
-    for name, value, least, most in (("hidden", hidden, 1, 2**16), ("layers", layers, 2, 100), ("pieces", pieces, 1, 100)):
-        whole = is_int(value, at_least=least) and value <= most
-        require(whole, f"model.{name}", value, f"a whole number from {least} to {most}")
+        like = next(self.parameters())
+        z = torch.randn(math.prod(batch), self.d, device=like.device, dtype=like.dtype)
+        return self.inverse(temperature * z).reshape(*batch, *self.shape)

@@ -1,14 +1,16 @@
-"""The vector field f(t, z) of a piece, and its vector-Jacobian product εᵀ∇f.
+"""The vector field f(z, t) of a piece and its vector-Jacobian product εᵀ∇f.
 
-Both come from one network: layers with time as an extra input channel, softplus between them, the last layer zero at the
-start so that f = 0 and the flow begins as the identity (paper, section 6).
+Both come from one network: layers with time as an extra input channel and softplus between them.
+The last layer starts at zero, so f = 0 and the flow starts as the identity (paper, section 6).
 
-The product is written out as the network's own second pass, a chain of transposed layers: for
-f = W₃ s(W₂ s(W₁ z)), εᵀ∇f = ((εᵀW₃ · s'(a₂)) W₂ · s'(a₁)) W₁, with s' = sigmoid. Backpropagation through it costs one
-pass less than through autograd's, and evaluation needs no autograd at all.
+The product is written out as a second pass through the network, a chain of transposed layers. For
+f = W₃ s(W₂ s(W₁ z)), it is εᵀ∇f = ((εᵀW₃ · s'(a₂)) W₂ · s'(a₁)) W₁ with s' = sigmoid.
+Backpropagation through it costs one pass less than through autograd's product, and evaluation needs
+no autograd at all.
 """
 
 import itertools
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -16,15 +18,17 @@ from torch import Tensor, nn
 
 
 class _SoftplusSigmoid(torch.autograd.Function):
-    """a → (softplus(a), sigmoid(a)), keeping sigmoid(a) alone for the backward pass. Differentiable once.
+    """a → (softplus(a), sigmoid(a)). Saves only sigmoid(a) for backward. Differentiable once.
 
-    softplus(a) = relu(a) − log σ(|a|), with σ(|a|) = max(σ(a), 1 − σ(a)), costs the same in every build of torch on CPUs;
-    F.softplus is a little faster where its log1p is vectorized (torch 2.15), several times slower where not (2.14).
+    softplus(a) = relu(a) − log σ(|a|) with σ(|a|) = max(σ(a), 1 − σ(a)) has the same speed in every
+    build of torch on CPUs. F.softplus is several times slower where log1p is not vectorized
+    (torch 2.14) and a little faster where it is (torch 2.15).
     """
 
     @staticmethod
     def forward(ctx, a):
-        ctx.set_materialize_grads(False)  # most evaluations use no slope: their grad_sigmoid is None, not a tensor of zeros
+        # Most evaluations do not use the slope: grad_sigmoid is then None, not a tensor of zeros.
+        ctx.set_materialize_grads(False)
         sigmoid = a.sigmoid()
         ctx.save_for_backward(sigmoid)
         return a.relu().sub_(torch.maximum(sigmoid, 1 - sigmoid).log_()), sigmoid
@@ -39,10 +43,15 @@ class _SoftplusSigmoid(torch.autograd.Function):
         return (grad if grad_softplus is None else grad.add_(grad_softplus)).mul_(sigmoid)
 
 
-def _laid_out(h: Tensor) -> Tensor:
-    """Images (B, C, H, W) in channels_last order where no gradient is wanted: convolutions are faster in it then (a training
-    step is not, in bfloat16 it is a third slower)."""
-    return h if torch.is_grad_enabled() or h.dim() != 4 else h.clone(memory_format=torch.channels_last)
+def _channels_last(h: Tensor) -> Tensor:
+    """Put images (B, C, H, W) in channels_last order if no gradient is needed.
+
+    Convolutions are faster in that order, but a training step is not: in bfloat16 it is a third
+    slower.
+    """
+    if torch.is_grad_enabled() or h.dim() != 4:
+        return h
+    return h.clone(memory_format=torch.channels_last)
 
 
 def _softplus(a: Tensor) -> Tensor:
@@ -50,9 +59,10 @@ def _softplus(a: Tensor) -> Tensor:
 
 
 class TimeConv2d(nn.Conv2d):
-    """3×3 convolution of (t, h): time is the first of its in_channels + 1 input channels, constant over the image.
+    """3×3 convolution of (t, h). Time is the first of its in_channels + 1 input channels.
 
-    The time channel is the same for every sample, so its convolution is computed once and added like a bias.
+    The time channel is the same for every sample, so its convolution is computed once and added
+    like a bias.
     """
 
     def __init__(self, in_channels: int, out_channels: int):
@@ -66,13 +76,13 @@ class TimeConv2d(nn.Conv2d):
 
     def vjp(self, g: Tensor) -> Tensor:
         """g (K, B, out_channels, H, W) → gᵀ ∂layer/∂h (K, B, in_channels, H, W)."""
-        # The transposed convolution, as a convolution: several times faster where out_channels are few.
+        # The transposed convolution as a convolution: several times faster for few out_channels.
         kernel = self.weight[:, 1:].transpose(0, 1).flip(2, 3)
         return F.conv2d(g.flatten(0, 1), kernel, padding=1).unflatten(0, g.shape[:2])
 
 
 class TimeLinear(nn.Linear):
-    """Dense layer of (t, h): time is the first of its in_features + 1 inputs."""
+    """Dense layer of (t, h). Time is the first of its in_features + 1 inputs."""
 
     def __init__(self, in_features: int, out_features: int):
         super().__init__(in_features + 1, out_features)
@@ -87,38 +97,44 @@ class TimeLinear(nn.Linear):
 
 
 class Field(nn.Module):
-    """f(t, z): `layer(size[0], size[1])`, softplus, `layer(size[1], size[2])`, … ; exactly zero at the start.
+    """The network f(z, t), with softplus between its layers. It starts as exactly zero.
 
-    `layer` is TimeConv2d for images (sizes are channels) or TimeLinear for vectors.
+    Args:
+        layer: TimeConv2d for images (the sizes are channels) or TimeLinear for vectors.
+        sizes: sizes of z, of the hidden layers and of f.
     """
+
+    layers: Sequence[TimeConv2d | TimeLinear]
 
     def __init__(self, layer: type[TimeConv2d] | type[TimeLinear], sizes: list[int]):
         super().__init__()
-        self.layers = nn.ModuleList(layer(*pair) for pair in itertools.pairwise(sizes))
-        nn.init.zeros_(self.layers[-1].weight)
-        nn.init.zeros_(self.layers[-1].bias)
+        layers = [layer(*pair) for pair in itertools.pairwise(sizes)]
+        self.layers = nn.ModuleList(layers)  # ty: ignore[invalid-assignment]
+        for parameter in layers[-1].parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, t: Tensor, z: Tensor) -> Tensor:
-        """t (), z (B, *shape) → f(z, t) (B, *shape), in z's dtype whatever the weights'."""
+        """t (), z (B, *shape) → f(z, t) (B, *shape), in the dtype of z."""
         *inner, last = self.layers
-        h = _laid_out(z.to(last.weight.dtype))
+        h = _channels_last(z.to(last.weight.dtype))
         for layer in inner:
             h = _softplus(layer(t, h))
         return last(t, h).to(z.dtype)
 
     def vjp(self, t: Tensor, z: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
-        """t (), z (B, *shape), eps (K, B, *shape) → f(z, t) (B, *shape) and εᵀ∇f for each probe (K, B, *shape)."""
+        """t (), z (B, *shape), eps (K, B, *shape) → f(z, t) (B, *shape) and εᵀ∇f (K, B, *shape)."""
         *inner, last = self.layers
-        h = _laid_out(z.to(last.weight.dtype))
+        h = _channels_last(z.to(last.weight.dtype))
         slopes = []
         for layer in inner:
             h, slope = _SoftplusSigmoid.apply(layer(t, h))
             slopes.append(slope)
-        g = last.vjp(_laid_out(eps.to(h.dtype).flatten(0, 1)).unflatten(0, eps.shape[:2]))
+        g = last.vjp(_channels_last(eps.to(h.dtype).flatten(0, 1)).unflatten(0, eps.shape[:2]))
         for layer, slope in zip(reversed(inner), reversed(slopes), strict=True):
             g = layer.vjp(g * slope)
         return last(t, h).to(z.dtype), g.to(z.dtype)
 
     def compile(self) -> None:
-        """Let torch.compile do f and εᵀ∇f from now on. Fields of one shape share what is compiled: weights are arguments."""
-        self.forward, self.vjp = (torch.compile(function, dynamic=False) for function in (self.forward, self.vjp))
+        """Compile f and εᵀ∇f by torch.compile. Fields of one shape share the compiled code."""
+        self.forward = torch.compile(self.forward, dynamic=False)
+        self.vjp = torch.compile(self.vjp, dynamic=False)

@@ -1,91 +1,116 @@
-"""How an initial-value problem is solved and differentiated; the integration itself is torchdiffeq's."""
+"""The ODE methods for training and evaluation, and how gradients are computed.
+
+torchdiffeq integrates; this file says what it integrates, by which method and with which gradient.
+"""
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torchdiffeq import odeint, odeint_adjoint
 
+from rnode.choices import ADAPTIVE, FIXED_GRID, GRADIENTS, INTEGRALS, ONE_STEP
 from rnode.dynamics import Dynamics, State
-from rnode.errors import DivergenceError, is_int, is_number, one_line, require
+from rnode.errors import DivergenceError, one_line, require
 from rnode.quadrature import radau, simpson
 
-ONE_STEP = ("euler", "midpoint", "heun2", "heun3", "rk4")
-FIXED_GRID = (*ONE_STEP, "explicit_adams", "implicit_adams")
-ADAPTIVE = ("dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun")
-GRADIENTS = ("backprop", "adjoint", "checkpoint")
 QUADRATURES = {"simpson": simpson, "radau": radau}
-INTEGRALS = ("system", *QUADRATURES)
-MOST_STEPS = 10_000  # of a fixed grid
-T = 1.0  # final time of every piece: a longer one is a larger f
+T = 1.0  # final time of every piece; a longer time is the same as a larger f
 
 
 @dataclass(frozen=True)
 class Method:
-    """One of torchdiffeq's methods. Fixed-grid methods take step_size; adaptive ones the four that follow it.
+    """A method of torchdiffeq with its options.
 
-    integrals: `system` solves (RNODE) as it stands, z, l, E and n together. The other two solve z alone and have the
-    integrals by quadrature at points of its grid, for one product εᵀ∇f a point instead of one an evaluation: l, E and n
-    never feed back into z. `simpson` takes the method's equal steps and Simpson's rule, of fourth order as rk4 is; it needs
-    an even number of steps. `radau` lays as many steps between the nodes of Radau's quadrature: uneven steps (step_size is
-    their mean), and l, E and n of higher order. Both apply to one-step methods on a grid; other methods, and the adjoint
-    gradient, solve the system all the same.
+    Fixed-grid methods take `step_size` or `steps`, one of the two. Adaptive methods take `rtol`,
+    `atol`, `first_step` and `max_steps`.
+
+    Args:
+        method: name of the method in torchdiffeq.
+        integrals: how l, E and n are computed. `system` integrates them together with z. The other
+            two integrate z alone and apply a quadrature rule on its grid, which costs one product
+            εᵀ∇f per node instead of one per evaluation. `simpson` takes an even number of equal
+            steps and Simpson's rule, of fourth order like rk4. `radau` lays the steps between the
+            nodes of Radau's rule: uneven steps, l, E and n of higher order. Both need a one-step
+            method and a gradient other than the adjoint; else the system is integrated.
+        step_size: length of a step; divides T = 1 into whole steps.
+        steps: number of steps from 0 to T.
+        rtol: relative tolerance.
+        atol: absolute tolerance.
+        first_step: length of the first step that is tried.
+        max_steps: number of steps per piece beyond which the solve counts as diverged.
     """
 
     method: str
     integrals: str = "system"
-    step_size: float = 0.25
+    step_size: float | None = None
+    steps: int | None = None
     rtol: float = 1e-5
     atol: float = 1e-5
     first_step: float = 0.3
     max_steps: int = 10000
 
     def __post_init__(self):
-        require(self.method in FIXED_GRID + ADAPTIVE, "method", self.method, f"one of {', '.join(FIXED_GRID + ADAPTIVE)}")
-        step = self.step_size
-        divides = is_number(step) and T / MOST_STEPS <= step <= T and math.isclose(T / step, round(T / step), rel_tol=1e-9)
-        right = f"a positive number that divides T = {T:g} into whole steps, {MOST_STEPS} at most, such as 0.25"
-        require(divides, "step_size", step, right)
-        require(self.integrals in INTEGRALS, "integrals", self.integrals, " or ".join(INTEGRALS))
-        for name, value in (("rtol", self.rtol), ("atol", self.atol), ("first_step", self.first_step)):
-            require(is_number(value) and value > 0, name, value, "a positive number, such as 1e-5")
-        whole = is_int(self.max_steps, at_least=1) and self.max_steps < 2**31  # torchdiffeq counts in 32 bits
-        require(whole, "max_steps", self.max_steps, "a whole number from 1 to 2^31 - 1")
+        methods = FIXED_GRID + ADAPTIVE
+        known = self.method in methods
+        require(known, f"method={self.method}: must be one of {', '.join(methods)}")
+        known = self.integrals in INTEGRALS
+        require(known, f"integrals={self.integrals}: must be one of {', '.join(INTEGRALS)}")
+        both = f"step_size={self.step_size} and steps={self.steps}: "
+        one = (self.step_size is None) != (self.steps is None)
+        require(one or self.adaptive, f"{both}give one of the two, set the other to None (null)")
+        if self.step_size is not None:
+            count = T / self.step_size if self.step_size > 0 else 0.0
+            whole = count >= 1 and math.isclose(count, round(count), rel_tol=1e-9)
+            right = "must divide 1 into whole steps, as 0.25 does"
+            require(whole, f"step_size={self.step_size}: {right}")
+        require(self.steps is None or self.steps >= 1, f"steps={self.steps}: must be at least 1")
 
     @property
     def adaptive(self) -> bool:
         return self.method in ADAPTIVE
 
     @property
-    def steps(self) -> int:
-        """Steps of a fixed-grid method from 0 to T."""
-        return round(T / self.step_size)
+    def grid_steps(self) -> int:
+        """Number of steps of a fixed-grid method from 0 to T."""
+        if self.step_size is not None:
+            return round(T / self.step_size)
+        assert self.steps is not None, f"{self.method} has no grid"
+        return self.steps
 
-    def by_quadrature(self, gradient: str) -> bool:
-        """Whether l, E and n are had by quadrature."""
-        possible = self.method in ONE_STEP and gradient != "adjoint"
-        return possible and (self.integrals == "radau" or (self.integrals == "simpson" and self.steps % 2 == 0))
+    def uses_quadrature(self, gradient: str) -> bool:
+        """Whether l, E and n are computed by a quadrature rule."""
+        if self.method not in ONE_STEP or gradient == "adjoint":
+            return False
+        even = self.grid_steps % 2 == 0
+        return self.integrals == "radau" or (self.integrals == "simpson" and even)
 
-    def arguments(self, norm: Callable) -> dict:
-        """Keyword arguments of torchdiffeq's odeint. `norm` measures the error that an adaptive method controls."""
-        if self.adaptive:
-            options = {"first_step": self.first_step, "max_num_steps": self.max_steps, "norm": norm}
-            return {"method": self.method, "rtol": self.rtol, "atol": self.atol, "options": options}
-        return {"method": self.method, "options": {"step_size": self.step_size}}
+    def odeint_options(self, norm: Callable) -> dict:
+        """Keyword arguments of `odeint`. `norm` measures the error that adaptive methods control."""
+        if not self.adaptive:
+            return {"method": self.method, "options": {"step_size": T / self.grid_steps}}
+        options = {"first_step": self.first_step, "max_num_steps": self.max_steps, "norm": norm}
+        return {"method": self.method, "rtol": self.rtol, "atol": self.atol, "options": options}
 
 
 @dataclass(frozen=True)
 class Solver:
-    """How a flow is solved while it trains and when it is evaluated, and how its gradient is had.
+    """The methods for training and evaluation, and how gradients are computed.
 
-    gradient: `backprop` through the solver's steps (the exact gradient of the discrete flow), `checkpoint` (the same
-    gradient, each piece solved once more in the backward pass instead of being kept) or `adjoint` (the paper's: the
-    adjoint equations solved backwards in time).
-    dtype: the least precise floating-point type of z, l, E and n; the field keeps that of its weights.
+    Args:
+        train: method in training mode.
+        test: method in evaluation mode, and for inverses.
+        gradient: `backprop` differentiates the solver's steps, which gives the exact gradient of
+            the discrete flow. `checkpoint` gives the same gradient in less memory: the backward
+            pass solves each piece again. `adjoint` solves the adjoint equations backwards in time,
+            as the paper does.
+        dtype: least precise dtype of z, l, E and n, `float32` or `float64`. The field computes in
+            the dtype of its weights.
     """
 
     train: Method
@@ -94,33 +119,31 @@ class Solver:
     dtype: str = "float32"
 
     def __post_init__(self):
-        for name in ("train", "test"):
-            method = getattr(self, name)
-            require(
-                isinstance(method, Method), f"solver.{name}", method, "a section with a method, as in conf/solver/rk4.yaml"
-            )
-        require(self.gradient in GRADIENTS, "solver.gradient", self.gradient, " or ".join(GRADIENTS))
-        require(self.dtype in ("float32", "float64"), "solver.dtype", self.dtype, "float32 or float64")
+        known = self.gradient in GRADIENTS
+        require(known, f"gradient={self.gradient}: must be one of {', '.join(GRADIENTS)}")
+        known = self.dtype in ("float32", "float64")
+        require(known, f"dtype={self.dtype}: must be float32 or float64")
 
 
 def rms(x: Tensor) -> Tensor:
+    """Root mean square over all elements."""
     return x.square().mean().sqrt()
 
 
 def error_norm(state: State) -> Tensor:
-    """Adaptive steps are controlled by z and l alone: E and n measure the flow, they must never shrink a step."""
+    """Error norm of z and l alone: E and n measure the flow and never shrink a step."""
     return torch.maximum(rms(state[0]), rms(state[1]))
 
 
 @contextlib.contextmanager
-def solver_errors() -> Iterator[None]:
-    """Turn torchdiffeq's assertions about a solution that blows up into a DivergenceError."""
+def solver_errors() -> Generator[None]:
+    """Raise torchdiffeq's assertions about a diverging solution as DivergenceError."""
     try:
         yield
     except AssertionError as error:
         signs = {
-            "underflow in dt": "the adaptive solver's step size underflowed",
-            "non-finite": "the adaptive solver's state left the finite numbers",
+            "underflow in dt": "the step size of the adaptive solver underflowed",
+            "non-finite": "the state of the adaptive solver became NaN or infinite",
             "max_num_steps exceeded": "the adaptive solver took more than max_steps",
         }
         what = next((what for sign, what in signs.items() if sign in str(error)), None)
@@ -130,44 +153,65 @@ def solver_errors() -> Iterator[None]:
 
 
 def precision_of(method: Method, device: torch.device) -> contextlib.AbstractContextManager:
-    """Autocast as it is now, to be entered again in a backward pass; off for adaptive methods.
+    """Return the current autocast state, which the backward pass enters again.
 
-    bfloat16 rounds f to 3 digits, noise that an adaptive method asked for 1e-5 would chase with ever smaller steps.
+    Autocast is off for adaptive methods: bfloat16 rounds f to 3 digits, and a method that controls
+    an error of 1e-5 would chase that noise with ever smaller steps.
     """
     enabled = torch.is_autocast_enabled(device.type) and not method.adaptive
     return torch.autocast(device.type, torch.get_autocast_dtype(device.type), enabled=enabled)
 
 
-def solve(dynamics: Dynamics, z: Tensor, method: Method, gradient: str, parameters: Iterable[nn.Parameter]) -> State:
-    """(z, 0, 0, 0) at time 0 → State at time T. `parameters` are those the adjoint equations give gradients to."""
+def solve(
+    dynamics: Dynamics,
+    z: Tensor,
+    method: Method,
+    gradient: str,
+    parameters: Iterable[nn.Parameter] = (),
+) -> State:
+    """Integrate (RNODE) from (z, 0, 0, 0) at time 0 to time T.
+
+    Args:
+        dynamics: the right-hand side.
+        z: z(0), (B, *shape).
+        method: the ODE method.
+        gradient: one of GRADIENTS.
+        parameters: those for which the adjoint equations compute gradients.
+
+    Raises:
+        DivergenceError: if an adaptive method cannot reach T.
+    """
     precision = precision_of(method, z.device)
-    integrate = solve_quadrature if method.by_quadrature(gradient) else solve_system
+    integrate = solve_quadrature if method.uses_quadrature(gradient) else solve_system
     with solver_errors():
         return integrate(dynamics, z, method, gradient, precision, tuple(parameters))
 
 
 def solve_system(dynamics, z, method, gradient, precision, parameters) -> State:
-    """(RNODE) as it stands: torchdiffeq integrates all four."""
+    """Integrate z, l, E and n together by torchdiffeq."""
     t = torch.tensor([0.0, T], device=z.device, dtype=z.dtype)
-    arguments = method.arguments(error_norm)
+    options = method.odeint_options(error_norm)
 
     def right_hand_side(t: Tensor, state: tuple[Tensor, ...]) -> State:
         with precision:
             return dynamics(t, State(*state))
 
     def integrate(z: Tensor) -> State:
-        return State(*(path[-1] for path in odeint(right_hand_side, State.initial(z), t, **arguments)))
+        paths = odeint(right_hand_side, State.initial(z), t, **options)
+        return State(*(path[-1] for path in paths))
 
     if gradient == "adjoint":
-        paths = odeint_adjoint(right_hand_side, State.initial(z), t, adjoint_params=parameters, **arguments)
+        initial = State.initial(z)
+        paths = odeint_adjoint(right_hand_side, initial, t, adjoint_params=parameters, **options)
         return State(*(path[-1] for path in paths))
-    return again_in_backward(integrate, z) if gradient == "checkpoint" else integrate(z)
+    return recompute_in_backward(integrate, z) if gradient == "checkpoint" else integrate(z)
 
 
 def solve_quadrature(dynamics, z, method, gradient, precision, parameters) -> State:
-    """z by the method, in steps from node to node; l, E and n by quadrature, from their rates where each step begins."""
-    nodes, weights = QUADRATURES[method.integrals](method.steps)
-    t = T * torch.tensor([*nodes[: method.steps], 1.0], device=z.device, dtype=z.dtype)
+    """Integrate z from node to node, and l, E, n by quadrature of their rates at the nodes."""
+    steps = method.grid_steps
+    nodes, weights = QUADRATURES[method.integrals](steps)
+    t = T * torch.tensor([*nodes[:steps], 1.0], device=z.device, dtype=z.dtype)
 
     def step(z: Tensor, t: Tensor) -> tuple[Tensor, ...]:
         rates = []
@@ -176,29 +220,48 @@ def solve_quadrature(dynamics, z, method, gradient, precision, parameters) -> St
             with precision:
                 if rates:
                     return dynamics.f(t, z)
-                rates.append(dynamics(t, State.initial(z)))  # a step's first evaluation is at the node
+                rates.append(dynamics(t, State.initial(z)))  # the first evaluation is at the node
                 return rates[0].z
 
         return odeint(f, z, t, method=method.method)[-1], *rates[0][1:]
 
     rates = []
-    for k in range(method.steps):
-        z, *rate = again_in_backward(step, z, t[k : k + 2]) if gradient == "checkpoint" else step(z, t[k : k + 2])
+    for k in range(steps):
+        interval = t[k : k + 2]
+        if gradient == "checkpoint":
+            z, *rate = recompute_in_backward(step, z, interval)
+        else:
+            z, *rate = step(z, interval)
         rates.append(rate)
-    if len(nodes) > method.steps:  # T is a node too
+    if len(nodes) > steps:  # T is a node too
         with precision:
             rates.append(dynamics(t[-1], State.initial(z))[1:])
-    integrals = (sum(T * w * r for w, r in zip(weights, rate, strict=True)) for rate in zip(*rates, strict=True))
-    return State(z, *integrals)
+    return State(z, *(weighted_sum(weights, rate) for rate in zip(*rates, strict=True)))
 
 
-def again_in_backward(function: Callable, *arguments: Tensor):
-    """Call `function` without keeping its graph, and once more in the backward pass."""
+def weighted_sum(weights: np.ndarray, rates: tuple[Tensor, ...]) -> Tensor:
+    return sum(T * weight * rate for weight, rate in zip(weights, rates, strict=True))
+
+
+def recompute_in_backward(function: Callable, *arguments: Tensor):
+    """Call `function` without saving its graph; the backward pass calls it again."""
     return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
 
 
-def solve_back(f: Callable[[Tensor, Tensor], Tensor], z: Tensor, method: Method, intervals: int = 1) -> Tensor:
-    """z at time T → z at `intervals` + 1 equal times from T to 0, (times, B, *shape): (ODE) alone, without the integrals."""
+def solve_back(
+    f: Callable[[Tensor, Tensor], Tensor], z: Tensor, method: Method, intervals: int = 1
+) -> Tensor:
+    """Integrate (ODE) alone from time T back to time 0.
+
+    Args:
+        f: the right-hand side of (ODE).
+        z: z(T), (B, *shape).
+        method: the ODE method.
+        intervals: number of equal intervals of time.
+
+    Returns:
+        z at `intervals` + 1 times from T to 0, (times, B, *shape).
+    """
     t = torch.linspace(T, 0, intervals + 1, device=z.device, dtype=z.dtype)
     with solver_errors(), precision_of(method, z.device):
-        return odeint(f, z, t, **method.arguments(rms))
+        return odeint(f, z, t, **method.odeint_options(rms))

@@ -1,24 +1,36 @@
-"""From grey levels to real numbers and back: dequantization and the logit, each with its log-determinant.
-
-(The third transform of the flow, the squeeze, is torch's `pixel_unshuffle`: a permutation, log-determinant zero.)
-"""
+"""Dequantization and the logit transform, each with its inverse and its log-determinant."""
 
 import math
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from rnode.errors import is_int, is_number, require
+from rnode.errors import require
+from rnode.seeding import NOISE, sample_generators
+
+
+class Batch(NamedTuple):
+    """Transformed data: y (B, *shape), log|det dy/dx| (B,), index of each sample in its split (B,)."""
+
+    y: Tensor
+    log_det: Tensor
+    index: Tensor
 
 
 class Dequantize:
-    """u = (x + noise) / levels: whole grey levels x in {0, …, levels − 1} to u in [0, 1).
+    """u = (x + noise) / levels: grey levels x in {0, …, levels − 1} to u in [0, 1).
 
-    With noise uniform on [0, 1), E[log p(u)] − d log(levels) is a lower bound on the discrete log-likelihood of x.
+    With noise uniform on [0, 1), E[log p(u)] − d log(levels) is a lower bound on the discrete
+    log-likelihood of x.
+
+    Args:
+        levels: number of grey levels, at least 2.
     """
 
     def __init__(self, levels: int = 256):
-        require(is_int(levels, at_least=2), "dataset.levels", levels, "a whole number of grey levels, 2 or more")
+        require(levels >= 2, f"levels={levels}: must be at least 2")
         self.levels = levels
 
     def __call__(self, x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
@@ -34,10 +46,14 @@ class Dequantize:
 
 
 class Logit:
-    """y = logit(α + (1 − 2α) u): [0, 1] to the real line; α keeps the ends finite (0.05 for CIFAR10, 1e-5 for MNIST)."""
+    """y = logit(α + (1 − 2α) u): [0, 1] to the real line.
+
+    Args:
+        alpha: α in (0, 0.5), which keeps the ends finite (1e-5 for MNIST, 0.05 for CIFAR10).
+    """
 
     def __init__(self, alpha: float):
-        require(is_number(alpha) and 0 < alpha < 0.5, "dataset.alpha", alpha, "a number between 0 and 0.5, both excluded")
+        require(0 < alpha < 0.5, f"alpha={alpha}: must be between 0 and 0.5, both excluded")
         self.alpha = alpha
 
     def __call__(self, u: Tensor) -> tuple[Tensor, Tensor]:
@@ -50,3 +66,50 @@ class Logit:
     def inverse(self, y: Tensor) -> Tensor:
         """y (B, *shape) → u (B, *shape), outside [0, 1] by at most α/(1 − 2α)."""
         return (y.sigmoid() - self.alpha) / (1 - 2 * self.alpha)
+
+
+class Transform:
+    """Data x to what the flow models, y: dequantization, then the logit. Vectors stay as they are.
+
+    Args:
+        levels: number of grey levels of images; None for vectors, which are continuous.
+        alpha: α of the logit transform; needed with `levels`.
+    """
+
+    def __init__(self, levels: int | None = None, alpha: float | None = None):
+        self.dequantize = None if levels is None else Dequantize(levels)
+        self.logit = None if alpha is None else Logit(alpha)
+
+    @property
+    def discrete(self) -> bool:
+        """Whether x are grey levels, of which log p(y) bounds a discrete likelihood."""
+        return self.dequantize is not None
+
+    def __call__(self, x: Tensor, index: Tensor, noise: Tensor | None = None) -> Batch:
+        """Transform data.
+
+        Args:
+            x: grey levels or vectors, (B, *shape).
+            index: the position of each sample in its split, (B,).
+            noise: dequantization noise in [0, 1), (B, *shape); sampled uniformly if None.
+        """
+        if self.dequantize is None or self.logit is None:
+            return Batch(x, x.new_zeros(len(x)), index)
+        noise = torch.rand(x.shape, device=x.device) if noise is None else noise.to(x.device)
+        u, log_det_u = self.dequantize(x, noise)
+        y, log_det_y = self.logit(u)
+        return Batch(y, log_det_u + log_det_y, index)
+
+    def for_evaluation(self, x: Tensor, index: Tensor, seed: int) -> Batch:
+        """Transform data with the noise that belongs to each sample and `seed`."""
+        return self(x, index, self.noise(x, sample_generators(index, seed, NOISE)))
+
+    def noise(self, x: Tensor, generators: Sequence[torch.Generator]) -> Tensor | None:
+        """Sample uniform noise for x (B, *shape), one generator per sample; None for vectors."""
+        if not self.discrete:
+            return None
+        return torch.stack([torch.rand(x.shape[1:], generator=g) for g in generators])
+
+    def inverse(self, y: Tensor) -> Tensor:
+        """y (B, *shape) → images in [0, 1], or vectors unchanged, (B, *shape)."""
+        return y if self.logit is None else self.logit.inverse(y).clamp(0, 1)

@@ -1,0 +1,5 @@
+"""`python -m rnode train …` is the command `rnode train …`."""
+
+from rnode.app.cli import main
+
+main()

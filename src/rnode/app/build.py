@@ -1,0 +1,118 @@
+"""From a configuration to data and flow, and from a checkpoint to those of its run."""
+
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
+from lightning_fabric import Fabric
+from omegaconf import DictConfig, OmegaConf
+
+from rnode.app.launch import match_processes
+from rnode.app.schema import CONF
+from rnode.data.datamodule import DataModule
+from rnode.dynamics import Probes
+from rnode.errors import require
+from rnode.flow import Flow
+from rnode.training.checkpoint import flow_weights, load_checkpoint
+
+EXACT_UP_TO = 16  # dimensions: there div f by as many products as dimensions is cheap
+SECTIONS = ("dataset", "model", "solver", "divergence", "probes")
+
+
+def build(cfg: DictConfig) -> tuple[DataModule, Flow]:
+    """Build what dataset, model and solver describe."""
+    data, solver = instantiate(cfg.dataset), instantiate(cfg.solver)
+    return data, instantiate(cfg.model)(solver=solver, probes=Probes(cfg.divergence, cfg.probes))
+
+
+def from_checkpoint(cfg: DictConfig) -> tuple[DataModule, Flow, Fabric]:
+    """Load the data and the flow of `cfg.ckpt_path`, changed as the command line asks.
+
+    From here on as many processes run as `cfg.trainer` asks for, each with the flow on its device.
+    """
+    data, flow = load_flow(cfg.ckpt_path, lambda config: apply_overrides(config, cfg))
+    match_processes(cfg.trainer, HydraConfig.get().overrides.task)
+    fabric = Fabric(**cfg.trainer)
+    fabric.launch()
+    return data, flow.to(fabric.device), fabric
+
+
+def exact_if_small(config: DictConfig) -> None:
+    if math.prod(config.dataset.shape) <= EXACT_UP_TO:
+        config.divergence = "exact"
+
+
+def load_flow(
+    path: str, change: Callable[[DictConfig], None] = exact_if_small
+) -> tuple[DataModule, Flow]:
+    """Load the data and the trained flow of a checkpoint, on the CPU.
+
+    Args:
+        path: the checkpoint.
+        change: changes the run's configuration first.
+
+    Raises:
+        InputError: if the checkpoint is unreadable, or its configuration names a class that no file
+            of conf/ and no folder of --config-dir names.
+    """
+    checkpoint = load_checkpoint(path)
+    sections = {name: checkpoint["config"][name] for name in SECTIONS}
+    known = set(known_targets())
+    for key, value in leaves(sections):
+        foreign = key == "_target_" and value not in known
+        require(
+            not foreign, f"ckpt_path={path}: its configuration would call {value}, which is foreign"
+        )
+        text = f"ckpt_path={path}: its configuration would be interpreted: {value}"
+        require("${" not in f"{key}{value}", text)
+    config = OmegaConf.create(sections)
+    change(config)
+    data, flow = build(config)
+    flow.load_state_dict(flow_weights(checkpoint))
+    return data, flow.to(next(iter(flow_weights(checkpoint).values())).dtype).eval()
+
+
+def known_targets() -> Iterator[str]:
+    """The classes that conf/ and the folders of --config-dir name for data, models and solvers."""
+    sources = HydraConfig.get().runtime.config_sources if HydraConfig.initialized() else []
+    folders = [Path(s.path) for s in sources if s.schema == "file"]
+    for group in ("dataset", "model", "solver"):
+        for file in (
+            file for folder in (CONF, *folders) for file in (folder / group).glob("*.yaml")
+        ):
+            content = yaml.safe_load(file.read_text(encoding="utf-8"))
+            yield from (str(value) for key, value in leaves(content) if key == "_target_")
+
+
+def leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """The plain values of nested dictionaries and lists, each with its key."""
+    if isinstance(value, dict | list):
+        pairs = value.items() if isinstance(value, dict) else ((key, part) for part in value)
+        for name, part in pairs:
+            yield from leaves(part, str(name))
+    else:
+        yield key, value
+
+
+def apply_overrides(config: DictConfig, cfg: DictConfig) -> None:
+    """Apply what the command line `cfg` sets to the configuration of a run."""
+    keys = [override.split("=", 1)[0] for override in HydraConfig.get().overrides.task]
+    if "solver" in keys:
+        config.solver = cfg.solver
+        config.solver.test = cfg.solver.train
+    for key in (key for key in keys if key.startswith("solver.")):
+        used = key.startswith("solver.test.") or key == "solver.dtype"
+        require(used, f"{key}: only solver.test.… and solver.dtype apply to a trained flow")
+        OmegaConf.update(config, key, OmegaConf.select(cfg, key))
+    for key, value in cfg.dataset.items():
+        if value is not None:
+            known = key in config.dataset
+            require(known, f"dataset.{key}={value}: the data of this run have no such option")
+            config.dataset[key] = value
+    exact_if_small(config)
+    for key in ("divergence", "probes"):
+        config[key] = config[key] if cfg[key] is None else cfg[key]

@@ -1,0 +1,116 @@
+"""The processes of a run: how torchrun or srun started them, and what they share."""
+
+import contextlib
+import ctypes
+import logging
+import os
+import time
+import warnings
+from typing import NamedTuple
+
+from omegaconf import DictConfig
+
+from rnode.errors import require
+
+EXPECTED_WARNINGS = (  # of Lightning and torch, about choices that are made on purpose
+    r".*does not have many workers.*",  # the data are in memory: a worker would only copy them
+    r".*(Checkpoint|Experiment logs) directory .* exists and is not empty.*",  # Hydra created it
+    r".*number of training batches .* is smaller than the logging interval.*",
+    r".*could not find the monitored key.*",  # a run that stopped before its first validation
+    r".*The dirpath has changed.*",  # a run may resume in another folder
+    r".*Using `DistributedSampler` with the dataloaders.*",  # the metrics count each image once
+    r".*There is a wandb run already in progress.*",  # of this run, before it went back
+    r".*The `srun` command is available on your system but is not used.*",  # a login node
+    r".*LeafSpec.*",  # inside Lightning
+    r".*your dataloader is not resumable.*",  # it resumes where the epoch was interrupted
+)
+
+
+class Launched(NamedTuple):
+    """This process among those that torchrun or srun started."""
+
+    by: str
+    rank: int
+    per_node: int
+    nodes: int
+
+
+def launched() -> Launched | None:
+    """Return None if no launcher started this process; then Lightning starts the others."""
+    env = os.environ
+    if "TORCHELASTIC_RUN_ID" in env:
+        world, per_node = int(env["WORLD_SIZE"]), int(env["LOCAL_WORLD_SIZE"])
+        return Launched("torchrun", int(env["RANK"]), per_node, world // per_node)
+    # The condition is Lightning's own.
+    if "SLURM_PROCID" in env and env.get("SLURM_JOB_NAME") not in ("bash", "interactive"):
+        tasks = env.get("SLURM_NTASKS_PER_NODE", env.get("SLURM_NTASKS", "1"))
+        nodes = int(env.get("SLURM_NNODES", "1"))
+        return Launched("srun", int(env["SLURM_PROCID"]), int(tasks.split("(")[0]), nodes)
+    return None
+
+
+def is_first_process() -> bool:
+    """Return whether this process writes the files of the run."""
+    started = launched()
+    ranks = (os.environ.get(name, "0") for name in ("NODE_RANK", "LOCAL_RANK"))  # set by Lightning
+    return all(rank == "0" for rank in ranks) if started is None else started.rank == 0
+
+
+def run_name() -> str:
+    """Return the default name of a run's folder, the same in every process of the run.
+
+    It is the time, or under SLURM the number of the job, which a requeued job keeps, with the number
+    of the step where a job has several.
+    """
+    started = launched()
+    if started is not None and started.by == "srun":
+        step = os.environ.get("SLURM_STEP_ID", "0")
+        return f"slurm-{os.environ['SLURM_JOB_ID']}" + ("" if step in ("0", "") else f".{step}")
+    now = time.time()
+    name = time.strftime("%Y-%m-%d_%H-%M-%S", time.localtime(now)) + f"-{int(now % 1 * 1e6):06d}"
+    return name if started is None else agree_on(name)
+
+
+def agree_on(value: str) -> str:
+    """Return the `value` of the first process of torchrun; a restarted process gets it again."""
+    from torch.distributed import rendezvous  # --help and mistakes do not wait for torch
+
+    store, _, _ = next(rendezvous("env://"))
+    while hasattr(store, "underlying_store"):  # each attempt of torchrun has its own prefix
+        store = store.underlying_store
+    return store.compare_set("rnode/run_name", "", value).decode()
+
+
+def match_processes(trainer: DictConfig, overrides: list[str]) -> None:
+    """Set `devices` and `num_nodes` to the processes that a launcher started.
+
+    Raises:
+        InputError: if the command line asks for another number.
+    """
+    started = launched()
+    if started is None:
+        return
+    given = {override.split("=")[0].lstrip("+") for override in overrides}
+    for key, value in (("devices", started.per_node), ("num_nodes", started.nodes)):
+        wrong = f"trainer.{key}" in given and trainer[key] != value
+        right = f"{value}, as {started.by} has started, or left out"
+        require(not wrong, f"trainer.{key}={trainer[key]}: must be {right}")
+        trainer[key] = value
+
+
+def prepare_process() -> None:
+    """Silence expected warnings, and let glibc keep freed memory.
+
+    Steps of the same size would otherwise return their pages to the kernel and map them again.
+    """
+    for library in (
+        "pytorch_lightning.utilities.rank_zero",
+        "lightning_fabric.utilities.distributed",
+    ):
+        logging.getLogger(library).setLevel(logging.WARNING)
+    for message in EXPECTED_WARNINGS:
+        warnings.filterwarnings("ignore", message)
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # a system without mallopt
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+        mallopt(-3, 2**30)  # M_MMAP_THRESHOLD

@@ -1,0 +1,90 @@
+"""Errors as the user sees them: one line and an exit code. The traceback of a bug goes to a file."""
+
+import contextlib
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
+
+from rnode.app.launch import is_first_process, launched
+from rnode.errors import DivergenceError, InputError, Stopped, one_line
+
+ONE_LINE = "RNODE_ONE_LINE_ERRORS"  # set where this program, not the user, set HYDRA_FULL_ERROR
+LONGEST = 1500  # characters of a message; a value that it repeats may be longer
+
+
+def wants_traceback() -> bool:
+    """Return whether the user set HYDRA_FULL_ERROR=1."""
+    return os.environ.get("HYDRA_FULL_ERROR") == "1" and ONE_LINE not in os.environ
+
+
+@contextlib.contextmanager
+def hydra_raises() -> Iterator[None]:
+    """Let Hydra raise its errors; by itself it prints them in several lines and exits."""
+    names = {"HYDRA_FULL_ERROR": "1", ONE_LINE: "1"} if not wants_traceback() else {}
+    os.environ.update(names)
+    try:
+        yield
+    finally:
+        for name in names:
+            os.environ.pop(name, None)
+
+
+def describe_error(error: Exception) -> tuple[str, int]:
+    """Return the line that describes an error, and the exit code.
+
+    The exit code is 2 for a mistake in the input, 1 for a run that failed, 128 + n after signal n.
+    Errors of unexpected classes are written to error.log in the run folder.
+    """
+    cause = error
+    while isinstance(cause, HydraException) and isinstance(cause.__cause__, Exception):
+        cause = cause.__cause__  # Hydra wraps what a class that it builds raises
+    if isinstance(cause, Stopped):
+        line, code = one_line(cause), 128 + cause.signal
+    elif isinstance(cause, InputError | HydraException | OmegaConfBaseException):
+        line, code = one_line(cause), 2
+    elif isinstance(cause, DivergenceError | OSError):
+        line, code = one_line(cause), 1
+    else:
+        code = 1
+        line = f"{type(cause).__name__}: {one_line(cause)[:500]}; {save_traceback(error)}"
+        if isinstance(cause, MemoryError) or "out of memory" in line or "can't allocate" in line:
+            line = f"not enough memory, try a smaller dataset.batch_size or model.hidden ({line})"
+    return line if len(line) <= LONGEST else f"{line[:LONGEST]}…", code
+
+
+def save_traceback(error: Exception) -> str:
+    """Write the traceback to error.log in the run folder and return where it is."""
+    folder = Path(HydraConfig.get().runtime.output_dir if HydraConfig.initialized() else "outputs")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        text = "".join(traceback.format_exception(error))
+        (folder / "error.log").write_text(text, encoding="utf-8")
+        return f"the traceback is in {folder / 'error.log'}"
+    except OSError as refused:
+        return f"the traceback could not be written ({one_line(refused)})"
+
+
+@contextlib.contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Print one line for an error and exit; with HYDRA_FULL_ERROR=1, let the error pass."""
+    try:
+        yield
+    except Exception as error:
+        if wants_traceback():
+            raise
+        line, code = describe_error(error)
+        if (
+            code > 128 and not is_first_process()
+        ):  # all stop together, and the first process says so
+            sys.exit(0)
+        started = launched()
+        several = started is not None and started.per_node * started.nodes > 1
+        where = f" (process {started.rank})" if several else ""
+        print(f"{'stopped' if code > 128 else 'error'}: {line}{where}", file=sys.stderr)
+        sys.exit(code)

@@ -1,0 +1,66 @@
+"""`rnode reproduce`: train what a figure or the table of the paper needs, and plot it.
+
+The runs lie in outputs/reproduce/SCALE/runs. Figures share them. A finished run is not repeated,
+and an interrupted one resumes.
+"""
+
+import csv
+import subprocess
+import sys
+from pathlib import Path
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.table import Table
+
+from rnode.app.figures import PLOTS
+from rnode.app.paper import DATA, DOWNLOADED, FIGURES, Run
+from rnode.errors import require
+
+LONGEST = 30  # rows of a CSV that is printed; a longer one holds curves
+
+
+def main(cfg: DictConfig) -> None:
+    """Train what is missing; write a PNG, a CSV and a verdict, and print the last two."""
+    name = f"figure{cfg.figure}" if cfg.table is None else f"table{cfg.table}"
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    wanted = FIGURES[name].runs(cfg.scale, folder / "runs")
+    if cfg.train:
+        train([run for run in wanted if not run.ended], cfg)
+    runs = [run for run in wanted if run.ended]
+    none = f"{folder / 'runs'}: holds no finished run for {name}; train=true trains them"
+    require(bool(runs), none)
+    verdict = PLOTS[name](runs, folder / name)
+    if len(runs) < len(wanted):
+        verdict += f" ({len(runs)} of {len(wanted)} runs have finished)"
+    (folder / f"{name}.txt").write_text(f"{verdict}\n", encoding="utf-8")
+    console = Console(highlight=False)
+    with open(folder / f"{name}.csv", encoding="utf-8", newline="") as file:
+        header, *rows = csv.reader(file)
+    if len(rows) <= LONGEST:
+        table = Table(*header)
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
+    console.print(verdict, soft_wrap=True)
+    console.print(f"written to {folder / name}.png, .csv and .txt", soft_wrap=True)
+
+
+def train(runs: list[Run], cfg: DictConfig) -> None:
+    """Start a sweep for each set of overrides: its jobs are the recipes of a seed, seed by seed."""
+    sweeps: dict[tuple[str, ...], list[Run]] = {}
+    for run in runs:
+        sweeps.setdefault((run.data, *run.overrides), []).append(run)
+    for (data, *overrides), members in sweeps.items():
+        root = [f"dataset.root={cfg.root}"] if data in DOWNLOADED else []
+        command = [
+            *(sys.executable, "-m", "rnode", "train", "-m"),
+            f"hydra.sweep.dir={members[0].folder.parent}",
+            f"hydra.sweep.subdir={data}_${{hydra:runtime.choices.recipe}}_${{seed}}",
+            f"hydra/launcher={cfg.launcher}",
+            "seed=" + ",".join(dict.fromkeys(str(run.seed) for run in members)),
+            "recipe=" + ",".join(dict.fromkeys(run.recipe for run in members)),
+            *(*DATA[data], *root, *overrides, "ckpt_path=auto", "wandb.mode=disabled"),
+        ]
+        subprocess.run(command, check=False)  # a run that diverges is part of a figure

@@ -1,0 +1,219 @@
+"""The command `train`: build data and flow, fit, test the best weights, and write the result."""
+
+import shlex
+import sys
+from collections import Counter
+from inspect import signature
+from pathlib import Path
+
+import pytorch_lightning as pl
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.plugins.environments import SLURMEnvironment
+from rich.console import Console
+from rich.table import Table
+
+from rnode.app import sweep
+from rnode.app.build import build
+from rnode.app.launch import is_first_process, launched, match_processes
+from rnode.errors import DivergenceError, Stopped, require
+from rnode.training import callbacks
+from rnode.training.checkpoint import AtomicCheckpointIO, load_checkpoint, load_to_resume
+from rnode.training.loggers import finish_wandb, make_loggers
+from rnode.training.module import RNODE
+from rnode.training.results import RESULT, write_result
+from rnode.training.run_folder import lock, whole_file
+
+REWINDS = 3  # at most, with trainer.on_divergence=rewind
+ADVICE = "try a smaller optimizer.lr, a larger reg.lambda_j or more steps of solver.train"
+
+
+def main(cfg: DictConfig) -> float | list[float]:
+    """Train one flow in the folder of the run.
+
+    Returns:
+        What a sweep minimizes, `sweep_metric`.
+    """
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    match_processes(cfg.trainer, HydraConfig.get().overrides.task)
+    ckpt_path, last = cfg.ckpt_path, folder / "last.ckpt"
+    if sweep.in_sweep():
+        if (result := sweep.earlier_result(cfg, folder)) is not None:
+            print(f"{folder} has finished and is skipped")
+            return sweep.metric_values(cfg, result)
+        ckpt_path = "auto" if last.exists() else ckpt_path
+    resumes = ckpt_path == "auto" or (
+        ckpt_path and Path(ckpt_path).resolve().parent == folder.resolve()
+    )
+    if ckpt_path == "auto":
+        ckpt_path = str(last) if last.exists() else None
+    try:
+        if not is_first_process():
+            return train(cfg, folder, ckpt_path)
+        with lock(folder, bool(resumes)):
+            return train(cfg, folder, ckpt_path)
+    finally:
+        finish_wandb()
+
+
+def train(cfg: DictConfig, folder: Path, ckpt_path: str | None) -> float | list[float]:
+    """Train until the end, and go back to the last checkpoint after a divergence if asked to."""
+    last, first = folder / "last.ckpt", is_first_process()
+    halvings: Counter[int] = (
+        Counter()
+    )  # of the learning rate, by the step that the run went back to
+    while True:
+        factor = 1.0
+        if ckpt_path is not None:
+            checkpoint = load_checkpoint(ckpt_path)
+            step = checkpoint["global_step"]
+            factor = checkpoint["learning_rate_factor"] * 0.5 ** halvings[step]
+        try:
+            return sweep.metric_values(cfg, fit(cfg, folder, ckpt_path, factor))
+        except DivergenceError as error:
+            several = torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
+            alone = several and not error.shared  # the other processes do not know of it
+            stop = cfg.trainer.on_divergence == "stop" or halvings.total() == REWINDS
+            if stop or alone or not last.exists():
+                if not (first or alone):
+                    sys.exit()  # the first process prints the error and returns the exit code
+                good = last if last.exists() else "none yet"
+                message = f"{error}; {ADVICE}; last good checkpoint: {good}"
+                (folder / sweep.DIVERGED).write_text(f"{message}\n", encoding="utf-8")
+                raise DivergenceError(message) from error
+            ckpt_path = str(last)
+            step = load_checkpoint(ckpt_path)["global_step"]
+            halvings[step] += 1
+            if first:
+                again = f"going back to step {step} with half the learning rate"
+                print(f"{error}; {again}", file=sys.stderr)
+
+
+def fit(cfg: DictConfig, folder: Path, ckpt_path: str | None, factor: float) -> dict:
+    """Fit from `ckpt_path` on, or anew, and test the best weights.
+
+    Returns:
+        What result.json holds, in the first process.
+    """
+    pl.seed_everything(cfg.seed, verbose=False)
+    config = OmegaConf.to_container(cfg, resolve=True)
+    data, flow = build(cfg)
+    schedule = {"warmup_steps": cfg.warmup_steps, "decay": cfg.decay}
+    others = {"seed": cfg.seed, "config": config, "learning_rate_factor": factor}
+    module = RNODE(flow, instantiate(cfg.optimizer), **cfg.reg, **schedule, **others)
+    step = None
+    if ckpt_path is not None:
+        checkpoint = load_to_resume(ckpt_path, config)
+        step = checkpoint["global_step"]
+        report_resume(ckpt_path, checkpoint, config)
+    overrides = HydraConfig.get().overrides.task
+    if is_first_process():
+        (folder / RESULT).unlink(missing_ok=True)
+        for name, content in (("config.yaml", cfg), (sweep.OVERRIDES, overrides)):
+            with whole_file(folder / name, "w") as file:
+                OmegaConf.save(content, file, resolve=True)
+    best = ModelCheckpoint(
+        folder, filename="best", monitor="val/bits_per_dim", enable_version_counter=False
+    )
+    logger = make_loggers(cfg.wandb, folder, config, step)
+    trainer = make_trainer(cfg, folder, flow, best, logger)
+    sweep.refuse_own_processes(trainer)
+    try:
+        trainer.fit(module, data, ckpt_path=ckpt_path, weights_only=True)
+        if not best.best_model_path:  # the run stopped before its first validation
+            trainer.validate(module, data, verbose=False)
+        trained = dict(trainer.callback_metrics)
+        tested = best.best_model_path or None
+        trainer.test(module, data, ckpt_path=tested, weights_only=True, verbose=False)
+    except Stopped as stopped:
+        kept = "no checkpoint yet"
+        if (folder / "last.ckpt").exists():
+            resume = ["rnode", "train", *overrides, f"hydra.run.dir={folder}", "ckpt_path=auto"]
+            kept = f"last checkpoint: {folder / 'last.ckpt'}; to resume: {shlex.join(resume)}"
+        raise Stopped(f"{stopped}; {kept}", stopped.signal) from None
+    if not trainer.is_global_zero:
+        return {}
+    metrics, score = trained | trainer.callback_metrics, best.best_model_score
+    score = float(trained.get("val/bits_per_dim", "nan") if score is None else score)
+    result = write_result(folder, metrics, score)
+    print_table(metrics, flow.d, folder)
+    return result
+
+
+def make_trainer(
+    cfg: DictConfig, folder: Path, flow, best: ModelCheckpoint, logger: list
+) -> pl.Trainer:
+    """Make Lightning's Trainer with the callbacks of the configuration."""
+    # Not save_last=True of `best`: Lightning would write the last epoch only if it is also the best.
+    last = ModelCheckpoint(
+        folder, filename="last", save_on_train_epoch_end=True, enable_version_counter=False
+    )
+    path = folder / "last.ckpt"
+    used = [callbacks.EpochTimer(), callbacks.StopOnSignal(path), instantiate(cfg.pictures, folder)]
+    if cfg.trainer.enable_checkpointing:
+        used += [callbacks.SaveWithinEpochs(path, cfg.save_every_n_steps), best, last]
+    if cfg.compile:
+        used.append(callbacks.Compile())
+    if cfg.refine is not None and not flow.solver.train.adaptive:
+        used.append(callbacks.RefineGrid(cfg.refine))
+    if cfg.trainer.enable_progress_bar:
+        used.append(callbacks.Progress())
+    started = launched()
+    plugins: list = [AtomicCheckpointIO()]
+    if started is not None and started.by == "srun":  # Lightning's requeueing writes other files
+        plugins.append(SLURMEnvironment(auto_requeue=False))
+    options = {k: v for k, v in cfg.trainer.items() if k != "on_divergence"}
+    for name in options.keys() - {"_target_"}:
+        known = name in signature(pl.Trainer.__init__).parameters
+        require(known, f"there is no option trainer.{name}; Lightning's Trainer does not know it")
+    given = {k: instantiate(options.pop(k, None)) or [] for k in ("callbacks", "plugins", "logger")}
+    return instantiate(
+        options,
+        callbacks=[*used, *given["callbacks"]],
+        plugins=[*plugins, *given["plugins"]],
+        logger=[*logger, *given["logger"]],
+        default_root_dir=folder,
+    )
+
+
+def report_resume(path: str, checkpoint: dict, config: dict) -> None:
+    """Say what a resumed run takes from the checkpoint and what from the command line."""
+    if not is_first_process():
+        return
+    step, epoch = checkpoint["global_step"], checkpoint["epoch"]
+    print(f"resuming from {path}: weights, optimizer state, step {step} and epoch {epoch}")
+    factor = checkpoint["learning_rate_factor"]
+    if factor != 1:
+        print(f"learning rate: multiplied by {factor:g}, as the run went back after a divergence")
+    theirs, ours = sweep.flatten(checkpoint["config"]), sweep.flatten(config)
+    for key in sorted(theirs.keys() | ours.keys()):
+        if theirs.get(key) != ours.get(key) and not sweep.is_irrelevant(key):
+            print(f"{key}={ours.get(key)} from the command line (checkpoint: {theirs.get(key)})")
+
+
+def print_table(metrics: dict, d: int, folder: Path) -> None:
+    """Print the table at the end of a run."""
+    table = Table("quantity", title="test set", title_justify="left")
+    table.add_column("value", justify="right")
+    bits, error = (float(metrics[f"test/bits_per_dim{suffix}"]) for suffix in ("", "_se"))
+    nats = torch.tensor(2.0).log().item() * d
+    table.add_row("bits/dim (± standard error)", f"{bits:.4f} ± {error:.4f}")
+    table.add_row("negative log-likelihood, nats", f"{bits * nats:.3f} ± {error * nats:.3f}")
+    for name, key, form in (
+        ("NFE forward per batch, training", "train/nfe_forward", "{:.0f}"),
+        ("NFE backward per batch, training", "train/nfe_backward", "{:.0f}"),
+        ("NFE forward per batch, test", "test/nfe_forward", "{:.0f}"),
+        ("kinetic energy / d", "test/kinetic", "{:.4f}"),
+        ("squared Jacobian norm / d", "test/jacobian", "{:.4f}"),
+        ("seconds per epoch", "train/seconds_per_epoch", "{:.1f}"),
+    ):
+        if key in metrics:
+            table.add_row(name, form.format(float(metrics[key])))
+    console = Console()
+    console.print(table)
+    console.print(f"run folder: {folder}", soft_wrap=True)
+    if runs := sorted(map(str, folder.glob("wandb/offline-run-*"))):
+        console.print(f"W&B: wandb sync {' '.join(runs)}", soft_wrap=True)

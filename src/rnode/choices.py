@@ -1,0 +1,8 @@
+"""Names that the library and its configuration share. This file imports nothing, so --help is fast."""
+
+ONE_STEP = ("euler", "midpoint", "heun2", "heun3", "rk4")
+FIXED_GRID = (*ONE_STEP, "explicit_adams", "implicit_adams")
+ADAPTIVE = ("dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun")
+INTEGRALS = ("system", "simpson", "radau")
+GRADIENTS = ("backprop", "checkpoint", "adjoint")
+DIVERGENCES = ("gaussian", "rademacher", "exact")

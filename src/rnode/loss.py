@@ -1,0 +1,41 @@
+"""The training loss, equation (17), and the reported figure, bits per dimension."""
+
+import math
+
+from torch import Tensor
+
+from rnode.dynamics import State
+
+
+def log_normal(z: Tensor) -> Tensor:
+    """log q(z) of the standard normal, in nats: z (B, d) → (B,)."""
+    return -0.5 * (z.square().sum(1) + z.shape[1] * math.log(2 * math.pi))
+
+
+def objective(state: State, lambda_k: float, lambda_j: float) -> Tensor:
+    """Equation (17): the mean over samples and dimensions of −log q(z(T)) − l + λ_K E + λ_J n.
+
+    Args:
+        state: a flow's result, with z (B, d) and l, E, n (B,).
+        lambda_k: λ_K, weight of the kinetic energy.
+        lambda_j: λ_J, weight of the Jacobian's squared Frobenius norm.
+
+    Returns:
+        The loss (), in nats per dimension.
+    """
+    z, l, E, n = state
+    return (-log_normal(z) - l + lambda_k * E + lambda_j * n).mean() / z.shape[1]
+
+
+def bits_per_dim(log_prob: Tensor, log_det: Tensor, d: int) -> Tensor:
+    """−log₂ p(x) / d of the data before its transforms.
+
+    Args:
+        log_prob: log p(y), (B,), in nats.
+        log_det: log|det dy/dx| of the transforms, (B,).
+        d: dimension of x.
+
+    Returns:
+        Bits per dimension, (B,).
+    """
+    return -(log_prob + log_det) / (d * math.log(2))

@@ -1,0 +1,269 @@
+"""Lightning callbacks: progress, compilation, refinement of the grid, checkpoints, signals, pictures."""
+
+import gc
+import signal
+import sys
+import time
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from pytorch_lightning import Callback, Trainer
+from pytorch_lightning.callbacks import TQDMProgressBar
+from pytorch_lightning.loggers import WandbLogger
+from pytorch_lightning.utilities import rank_zero_only
+
+from rnode.data.datamodule import DataModule
+from rnode.errors import Stopped
+from rnode.evaluation import measure
+from rnode.flow import Flow
+from rnode.solver import Solver
+from rnode.training.loggers import MetricsCSV
+from rnode.training.module import RNODE
+from rnode.training.plots import plot_curves, plot_samples
+
+
+class Progress(TQDMProgressBar):
+    """The bar with short names for bits/dim and NFE; finished epochs stay on the screen."""
+
+    def __init__(self):
+        refresh_rate = 1 if sys.stdout.isatty() else 20  # steps; fewer lines in a log file
+        super().__init__(refresh_rate=refresh_rate, leave=True)
+
+    def get_metrics(self, trainer: Trainer, module: RNODE) -> dict:
+        names = {
+            "train/bits_per_dim": "bits/dim",
+            "val/bits_per_dim": "val",
+            "train/nfe_forward": "NFE",
+        }
+        metrics = super().get_metrics(trainer, module)
+        return {short: metrics[name] for name, short in names.items() if name in metrics}
+
+
+class Compile(Callback):
+    """Compiles every field in the first training step.
+
+    What would need another compilation runs uncompiled: a smaller last batch, validation, the test.
+    """
+
+    def on_fit_start(self, trainer: Trainer, module: RNODE) -> None:
+        torch.compiler.set_stance("default")
+        compile_fields(module.flow)
+        self.compiled, self.start = False, time.perf_counter()
+
+    def on_train_batch_end(self, trainer: Trainer, *_) -> None:
+        if not self.compiled:
+            seconds = time.perf_counter() - self.start
+            trainer.print(f"compiled: the first step took {seconds:.0f} s")
+            torch.compiler.set_stance("eager_on_recompile")
+            self.compiled = True
+
+
+def compile_fields(flow: Flow) -> None:
+    """Compile f and εᵀ∇f of every piece by torch.compile, at their next call."""
+    torch._dynamo.config.recompile_limit = 8 * len(flow.pieces)  # scales differ in shape
+    for piece in flow.pieces:
+        piece.field.compile()
+
+
+class RefineGrid(Callback):
+    """Doubles the steps of the training grid when a finer grid gives another likelihood.
+
+    Every 50 training steps it compares the bits/dim of as many validation images as a training batch
+    has, on the grid and on one with twice as many steps. (Section 6 of the paper chose its step by
+    hand.) A network can learn to exploit the error of a coarse grid, which its training loss does not
+    show.
+
+    Args:
+        tolerance: difference in bits/dim above which the grid is refined.
+    """
+
+    EVERY_N_STEPS = 50
+
+    def __init__(self, tolerance: float):
+        self.tolerance = tolerance
+        self.steps: int | None = None  # of the refined grid
+
+    def on_fit_start(self, trainer: Trainer, module: RNODE) -> None:
+        if self.steps is not None:  # from a checkpoint
+            module.flow.solver = with_steps(module.flow.solver, self.steps)
+
+    def on_train_batch_start(self, trainer: Trainer, module: RNODE, *_) -> None:
+        if trainer.global_step % self.EVERY_N_STEPS == 0:
+            solver = module.flow.solver
+            finer = with_steps(solver, 2 * solver.train.grid_steps)
+            error = self.bits(trainer, module, finer) - self.bits(trainer, module, solver)
+            if abs(error) > self.tolerance:
+                module.flow.solver, self.steps = finer, finer.train.grid_steps
+
+    @torch.no_grad()
+    def bits(self, trainer: Trainer, module: RNODE, solver: Solver) -> float:
+        """Mean bits/dim in training mode, of the same images, noise and probes each time."""
+        data: DataModule = trainer.datamodule
+        index = torch.arange(min(data.batch_size, len(data.splits.val)))
+        x = data.splits.val[index].to(module.device)
+        before, module.flow.solver = module.flow.solver, solver
+        batch = data.transform.for_evaluation(x, index, module.seed)
+        _, measures = measure(module.flow, batch, module.seed)
+        module.flow.solver = before
+        return float(measures.bits.mean())
+
+    def state_dict(self) -> dict:
+        return {"steps": self.steps}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.steps = state["steps"]
+
+
+def with_steps(solver: Solver, steps: int) -> Solver:
+    """The same solver with another number of training steps."""
+    return replace(solver, train=replace(solver.train, step_size=None, steps=steps))
+
+
+class SaveWithinEpochs(Callback):
+    """Writes a checkpoint every `every_n_steps` training steps, except after an epoch's last step.
+
+    The checkpoint after the validation covers that step. From one written before it, Lightning would
+    resume with the next epoch and never validate this one.
+    """
+
+    def __init__(self, path: Path, every_n_steps: int):
+        self.path, self.every_n_steps = path, every_n_steps
+
+    def on_train_batch_end(self, trainer: Trainer, *_) -> None:
+        if trainer.global_step % self.every_n_steps == 0 and not trainer.is_last_batch:
+            trainer.save_checkpoint(self.path, weights_only=False)
+
+
+class StopOnSignal(Callback):
+    """Stops the run after the current training step when SIGINT, SIGTERM or SIGUSR1 arrives.
+
+    It writes a checkpoint to `path` and raises Stopped. During a validation it waits for the end of
+    the validation. A second signal of the same kind has its usual effect.
+    """
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.received = self.agreed = 0  # the signal that this process, or any process, received
+
+    def on_train_start(self, trainer: Trainer, module: RNODE) -> None:
+        self.install_handlers()
+
+    def on_test_start(self, trainer: Trainer, module: RNODE) -> None:
+        self.install_handlers()
+
+    def install_handlers(self) -> None:
+        """Replace Lightning's handlers; Lightning restores the earlier ones at the end."""
+        for number in self.SIGNALS:
+            signal.signal(number, self.receive)
+
+    def receive(self, number: int, frame: object) -> None:
+        self.received = number
+        default = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+        signal.signal(number, default)
+
+    def on_train_epoch_start(self, trainer: Trainer, module: RNODE) -> None:
+        self.agree(trainer)
+        self.stop(trainer)
+
+    def on_train_batch_end(self, trainer: Trainer, *_) -> None:
+        self.agree(trainer)
+        if self.agreed and not trainer.is_last_batch and trainer.checkpoint_callbacks:
+            trainer.save_checkpoint(self.path, weights_only=False)
+
+    def on_train_batch_start(
+        self, trainer: Trainer, *_
+    ) -> None:  # the last step's metrics are logged
+        self.stop(trainer)
+
+    def on_test_batch_end(self, trainer: Trainer, *_) -> None:
+        self.agree(trainer)
+        self.stop(trainer)
+
+    def agree(self, trainer: Trainer) -> None:
+        """Stop all processes at the same step if any of them received a signal."""
+        received = torch.tensor(self.received)
+        if trainer.world_size > 1:
+            torch.distributed.all_reduce(received, torch.distributed.ReduceOp.MAX, group=self.group)
+        self.agreed = int(received)
+
+    def stop(self, trainer: Trainer) -> None:
+        if self.agreed:
+            name = signal.Signals(self.agreed).name
+            raise Stopped(f"by {name} after {trainer.global_step} training steps", self.agreed)
+
+    @cached_property
+    def group(self) -> object:
+        """A group of processes on the CPU, so that no process waits for its accelerator."""
+        return torch.distributed.new_group(backend="gloo")
+
+
+class EpochTimer(Callback):
+    """Logs train/seconds_per_epoch: the time spent on training batches, without validation."""
+
+    def __init__(self):
+        self.seconds = 0.0  # in this epoch so far, including an earlier process of the run
+
+    def on_train_start(self, trainer: Trainer, module: RNODE) -> None:
+        self.mark = time.perf_counter()
+
+    def on_train_epoch_start(self, trainer: Trainer, module: RNODE) -> None:
+        self.seconds, self.mark = 0.0, time.perf_counter()
+
+    def on_train_batch_end(self, trainer: Trainer, *_) -> None:
+        now = time.perf_counter()
+        self.seconds += now - self.mark
+        self.mark = now
+
+    def on_train_epoch_end(self, trainer: Trainer, module: RNODE) -> None:
+        module.log("train/seconds_per_epoch", self.seconds, sync_dist=True)
+
+    def state_dict(self) -> dict:
+        return {"seconds": self.seconds}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.seconds = state["seconds"]
+
+
+class Pictures(Callback):
+    """Saves samples.png, samples beside held-out data, and curves.png, the curves of metrics.csv.
+
+    Args:
+        folder: where the pictures go.
+        samples: number of images, or of points.
+        every_n_epochs: epochs between two pictures; the last ones show the tested weights.
+    """
+
+    def __init__(self, folder: Path, samples: int = 64, every_n_epochs: int = 5):
+        self.folder, self.samples, self.every_n_epochs = folder, samples, every_n_epochs
+
+    def on_validation_end(self, trainer: Trainer, module: RNODE) -> None:
+        due = (trainer.current_epoch + 1) % self.every_n_epochs == 0
+        if due and not trainer.sanity_checking:
+            self.save(trainer, module)
+
+    def on_test_end(self, trainer: Trainer, module: RNODE) -> None:
+        self.save(trainer, module)
+
+    @rank_zero_only
+    @torch.no_grad()
+    def save(self, trainer: Trainer, module: RNODE) -> None:
+        data: DataModule = trainer.datamodule
+        held_out = data.splits.val[: self.samples].to(module.device)
+        devices = [module.device] if module.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):  # training's random stream stays as it is
+            torch.manual_seed(module.seed)  # the same noise every time
+            batch = data.transform(held_out, torch.arange(len(held_out)))
+            real = data.transform.inverse(batch.y)
+            sampled = data.transform.inverse(module.flow.sample(len(held_out)))
+        path = self.folder / "samples.png"
+        plot_samples(real.float().cpu(), sampled.float().cpu(), path)
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                logger.log_image("samples", [str(path)])
+            elif isinstance(logger, MetricsCSV):
+                plot_curves(logger.path, self.folder / "curves.png")
+        gc.collect()  # figures refer to themselves and would pile up

@@ -1,0 +1,93 @@
+"""The loggers: metrics.csv and W&B."""
+
+import csv
+import sys
+from pathlib import Path
+
+from omegaconf import DictConfig
+from pytorch_lightning.loggers import Logger, WandbLogger
+from pytorch_lightning.utilities import rank_zero_only
+
+from rnode.errors import WriteError, one_line
+from rnode.training.results import read_metrics
+from rnode.training.run_folder import whole_file
+
+
+class MetricsCSV(Logger):
+    """Appends each row as it is logged, so a killed process loses nothing.
+
+    (Lightning's CSVLogger deletes the file of a resumed run.) A new column rewrites the whole file.
+
+    Args:
+        path: the file.
+        before: rows of this training step and later ones, and rows of a test, are dropped when the
+            logger starts: a resumed run logs them again.
+    """
+
+    name = version = ""
+
+    def __init__(self, path: Path, before: int = 0):
+        super().__init__()
+        self.path, self.columns = path, []
+        if rank_zero_only.rank == 0:
+            rows = [row for row in read_metrics(path) if int(row["step"]) < before]
+            self.write([row for row in rows if not any(key.startswith("test/") for key in row)])
+
+    @property
+    def save_dir(self) -> str:
+        return str(self.path.parent)
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        row = metrics | {"step": step}
+        if not row.keys() <= set(self.columns):
+            self.write([*read_metrics(self.path), row])
+            return
+        try:
+            with open(self.path, "a", encoding="utf-8", newline="") as file:
+                csv.DictWriter(file, self.columns).writerow(row)
+        except OSError as error:
+            raise WriteError(f"{self.path} could not be written ({one_line(error)})") from error
+
+    def write(self, rows: list[dict]) -> None:
+        """Replace the file by these rows; without rows there is no file."""
+        self.columns = sorted(set().union(*rows))
+        if not rows:
+            self.path.unlink(missing_ok=True)
+            return
+        with whole_file(self.path, "w") as file:
+            writer = csv.DictWriter(file, self.columns)
+            writer.writeheader()
+            writer.writerows(rows)
+
+    def log_hyperparams(self, params: object, *args: object, **kwargs: object) -> None:
+        """config.yaml holds them."""
+
+
+def make_loggers(wandb: DictConfig, folder: Path, config: dict, step: int | None) -> list[Logger]:
+    """Make the logger of metrics.csv and, unless it is disabled, a W&B logger in the run folder.
+
+    Args:
+        wandb: the section of the configuration.
+        folder: the run folder.
+        config: the configuration, which W&B stores.
+        step: training step of the checkpoint that the run resumes. If that run was in this folder,
+            its earlier rows are kept, and its W&B run resumes in a second offline folder of the same
+            name, which `wandb sync` joins to the first.
+    """
+    metrics = MetricsCSV(folder / "metrics.csv", before=step or 0)
+    if wandb.mode == "disabled":
+        return [metrics]
+    import wandb as library  # takes a second to import
+
+    library.setup(library.Settings(silent=True))  # the table at the end says what W&B would
+    earlier = folder.glob("wandb/*run-*-*") if step is not None else ()  # offline-run-DATE_TIME-ID
+    identity = max((path.name.split("-")[-2:] for path in earlier), default=[None])[-1]
+    return [metrics, WandbLogger(save_dir=folder, config=config, id=identity, **wandb)]
+
+
+def finish_wandb() -> None:
+    """Close the W&B run, so that the next job of a sweep opens its own."""
+    library = sys.modules.get("wandb")
+    if library is not None and library.run is not None:
+        library.finish()

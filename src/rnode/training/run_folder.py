@@ -1,0 +1,63 @@
+"""The folder of a run: files are written whole or not at all, and one run at a time uses it."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+from filelock import FileLock, Timeout
+
+from rnode.errors import InputError, WriteError, one_line
+
+
+@contextlib.contextmanager
+def whole_file(path: Path, mode: str = "wb") -> Iterator[IO]:
+    """Open a file that replaces `path` once it is complete and on the disk.
+
+    Raises:
+        WriteError: if the system refuses to write; an earlier file of that name is then intact.
+    """
+    part = path.with_name(f"{path.name}.part")
+    text = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(part, mode, **text) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            part.unlink()
+        kept = "the earlier file is intact" if path.exists() else "there is no earlier file"
+        raise WriteError(f"{path} could not be written ({one_line(error)}); {kept}") from error
+
+
+@contextlib.contextmanager
+def lock(folder: Path, resumes: bool) -> Iterator[None]:
+    """Lock a run folder for this process; the system releases the lock however the process ends.
+
+    Args:
+        folder: the run folder.
+        resumes: whether the run resumes the run in this folder, and so may overwrite its checkpoints.
+
+    Raises:
+        InputError: if another run uses the folder, or an earlier run's checkpoints would be lost.
+    """
+    try:
+        with FileLock(folder / ".lock", timeout=0):
+            earlier = [
+                path for path in (folder / "last.ckpt", folder / "best.ckpt") if path.exists()
+            ]
+            if earlier and not resumes:
+                raise InputError(
+                    f"{earlier[0]} is from an earlier run: ckpt_path=auto resumes that run, another "
+                    "hydra.run.dir=… starts a new one"
+                )
+            yield
+    except Timeout:
+        raise InputError(
+            f"{folder}: another run is using this folder; wait until it has ended, or give this run "
+            "another hydra.run.dir=…"
+        ) from None

@@ -1,0 +1,296 @@
+"""What several test files share. Tests do not import one another."""
+
+import csv
+import gzip
+import hashlib
+import json
+import pickle
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from rnode import Method, Probes, Solver, TimeConv2d, TimeLinear, mlp, multiscale
+from rnode.app import cli
+
+ROOT = Path(__file__).resolve().parent.parent
+HANG = 1800  # seconds after which a test that waits has hung; no test depends on a shorter time
+
+RK4 = Method("rk4", step_size=0.25)
+DOPRI5 = Method("dopri5")
+
+QUICK = ["model.hidden=4", "trainer.max_epochs=1", "trainer.enable_progress_bar=false"]
+TWO_STEPS = [
+    *QUICK,
+    "trainer.max_steps=2",
+    "trainer.limit_val_batches=1",
+    "trainer.limit_test_batches=1",
+    "trainer.log_every_n_steps=1",
+    "dataset.batch_size=4",
+    "dataset.eval_batch_size=4",
+    "pictures.samples=4",
+    "wandb.mode=disabled",
+]
+SMALL = [  # 90 steps in three epochs
+    "model.hidden=4",
+    "model.pieces=1",
+    "dataset.batch_size=16",
+    "dataset.eval_batch_size=20",
+    "trainer.limit_train_batches=30",
+    "trainer.limit_val_batches=2",
+    "trainer.limit_test_batches=2",
+    "trainer.max_epochs=3",
+    "trainer.log_every_n_steps=1",
+    "trainer.accelerator=cpu",
+    "trainer.enable_progress_bar=false",
+    "warmup_steps=5",
+    "pictures.samples=4",
+    "wandb.mode=disabled",
+]
+
+
+# Flows and tensors
+
+
+class Linear(nn.Module):
+    """f(t, z) = A z: everything about its flow is known in closed form."""
+
+    def __init__(self, A):
+        super().__init__()
+        self.A = nn.Parameter(A)
+
+    def forward(self, t, z):
+        return z @ self.A.T
+
+    def vjp(self, t, z, eps):
+        return self(t, z), eps @ self.A
+
+
+def randomize(module, scale=1.0):
+    """Initialize every layer as PyTorch does, also the layers that start at zero."""
+    for layer in module.modules():
+        if isinstance(layer, TimeConv2d | TimeLinear):
+            bound = scale * layer.weight[0].numel() ** -0.5
+            nn.init.uniform_(layer.weight, -bound, bound)
+            nn.init.uniform_(layer.bias, -bound, bound)
+    return module
+
+
+def make_flow(
+    shape,
+    *,
+    train=RK4,
+    test=DOPRI5,
+    gradient="backprop",
+    divergence="gaussian",
+    probes=1,
+    **sizes,
+):
+    """A small flow of random weights, float64: multiscale for images, dense for vectors."""
+    solver = Solver(train, test, gradient)
+    model = multiscale if len(shape) == 3 else mlp
+    flow = model(shape, solver, Probes(divergence, probes), **{"hidden": 8} | sizes)
+    return randomize(flow.double())
+
+
+def close(a, b, rtol):
+    """Whether the relative error of two tensors, each as a whole, is at most `rtol`."""
+    return bool((a - b).norm() <= rtol * torch.maximum(a.norm(), b.norm()))
+
+
+# Data files in their true formats
+
+
+def write_idx(path, images):
+    """Write images (N, H, W) in the format of MNIST, gzipped if the name ends in .gz."""
+    header = bytes([0, 0, 8, 3]) + np.array(images.shape, ">u4").tobytes()
+    content = header + images.astype(np.uint8).tobytes()
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+
+
+def mnist_files(folder):
+    """Write MNIST's files with 30 training and 8 test images."""
+    images = np.random.default_rng(0).integers(256, size=(30, 28, 28))
+    write_idx(folder / "train-images-idx3-ubyte.gz", images)
+    write_idx(folder / "t10k-images-idx3-ubyte", images[:8])
+
+
+def cifar10_files(folder, monkeypatch):
+    """Write CIFAR10's files with 8 images each, and patch their checksums into torchvision."""
+    from torchvision.datasets import CIFAR10
+
+    base = folder / CIFAR10.base_folder
+    base.mkdir()
+    rng = np.random.default_rng(0)
+
+    def write(name, content):
+        data = pickle.dumps(content)
+        (base / name).write_bytes(data)
+        return [name, hashlib.md5(data).hexdigest()]
+
+    def batch(name):
+        images = rng.integers(256, size=(8, 3072), dtype=np.uint8)
+        return write(name, {"data": images, "labels": [0] * 8})
+
+    monkeypatch.setattr(CIFAR10, "train_list", [batch(name) for name, _ in CIFAR10.train_list])
+    monkeypatch.setattr(CIFAR10, "test_list", [batch(name) for name, _ in CIFAR10.test_list])
+    filename, md5 = write(CIFAR10.meta["filename"], {"label_names": ["x"]})
+    monkeypatch.setattr(CIFAR10, "meta", CIFAR10.meta | {"filename": filename, "md5": md5})
+
+
+# Commands
+
+
+def call(command, *overrides):
+    """Run a command in this process, exactly as the command line does.
+
+    Args:
+        command: train, evaluate, sample or reproduce.
+        *overrides: the arguments after it.
+    """
+    before, sys.argv = sys.argv, [f"{command}.py", *overrides]
+    try:
+        cli.run(command)
+    finally:
+        sys.argv = before
+
+
+def refused(capsys, command, *overrides):
+    """Run a command that must fail; return the one line that it prints and its exit code."""
+    with pytest.raises(SystemExit) as stop:
+        call(command, *overrides)
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("error: ")
+    return lines[0], stop.value.code
+
+
+def command(*arguments, cwd, script="train"):
+    """Run `python src/train.py …`, or another script, as a process of its own."""
+    return subprocess.run(
+        [sys.executable, ROOT / "src" / f"{script}.py", *arguments],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=HANG,
+    )
+
+
+class Run:
+    """A run as a process that the fork server (tests/forked.py) starts.
+
+    Args:
+        server: the fork server.
+        folder: the run folder. What the run prints goes to a file beside it.
+        *overrides: overrides after those of SMALL.
+        **request: other keys of the request to the fork server.
+    """
+
+    def __init__(self, server, folder, *overrides, **request):
+        self.server, self.folder = server, folder
+        self.err = folder.with_name(f"{folder.name}.err")
+        arguments = [*SMALL, f"hydra.run.dir={folder}", *overrides]
+        self.pid = self.ask({"run": arguments, "err": str(self.err), **request})
+
+    def ask(self, request):
+        """Send a request to the fork server and return its answer, a number."""
+        self.server.stdin.write(json.dumps(request) + "\n")
+        self.server.stdin.flush()
+        return int(self.server.stdout.readline())
+
+    def finish(self, code=0):
+        """Wait for the end of the run, check its exit code and return what it printed."""
+        ended = self.ask({"wait": self.pid})
+        printed = self.err.read_text()
+        assert ended == code, printed[-3000:]
+        return printed
+
+    def wait_until(self, condition):
+        """Wait until `condition()` holds; fail if the run ends before."""
+        wait_until(condition, lambda: alive(self.pid), lambda: self.err.read_text()[-3000:])
+
+    def wait_for_step(self, step):
+        """Wait until metrics.csv has a row of this training step."""
+        self.wait_until(lambda: logged_step(self.folder) >= step)
+
+
+def wait_until(condition, running=lambda: True, message=lambda: "nothing came of it"):
+    """Poll until `condition()` holds; fail with `message()` when `running()` no longer does."""
+    deadline = time.monotonic() + HANG
+    while not condition():
+        going = running() and time.monotonic() < deadline
+        assert going or condition(), message()
+        time.sleep(0.01)
+
+
+def alive(pid):
+    """Whether a process runs: neither ended nor a zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+# What a run has written
+
+
+def metrics(folder):
+    """The rows of metrics.csv, with all columns."""
+    with open(folder / "metrics.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def rows(folder):
+    """The rows of metrics.csv without their empty columns."""
+    return [{key: value for key, value in row.items() if value} for row in metrics(folder)]
+
+
+def column(folder, key):
+    """The numbers of one column of metrics.csv."""
+    return [float(row[key]) for row in rows(folder) if key in row]
+
+
+def curves(folder):
+    """The rows of metrics.csv without the columns of time."""
+    return [{k: value for k, value in row.items() if "seconds" not in k} for row in rows(folder)]
+
+
+def logged_step(folder):
+    """The training step of the last row of metrics.csv; -1 before there is one."""
+    if not (folder / "metrics.csv").exists():
+        return -1
+    lines = (folder / "metrics.csv").read_text().splitlines()
+    return int(lines[-1].split(",")[lines[0].split(",").index("step")])
+
+
+def same(a, b, path=""):
+    """Assert that values out of two checkpoints are equal to the bit, except times and paths."""
+    if isinstance(a, dict):
+        ignored = {"config", "dirpath", "best_model_path", "last_model_path"}
+        ignored |= {"kth_best_model_path", "best_k_models", "seconds"}
+        assert {str(key) for key in a} == {str(key) for key in b}, path
+        for key in a.keys() - ignored:
+            same(a[key], b[key], f"{path}.{key}")
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), path
+        for i, pair in enumerate(zip(a, b, strict=True)):
+            same(*pair, f"{path}[{i}]")
+    elif isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), path
+    else:
+        assert a == b, path
+
+
+def assert_same_run(folder, whole):
+    """Assert that two run folders hold the same checkpoints and curves."""
+    ends = [torch.load(f / "last.ckpt", weights_only=True) for f in (folder, whole)]
+    keys = ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "epoch")
+    keys += ("callbacks", "loops")
+    same(*({key: end[key] for key in keys} for end in ends))
+    same(*(torch.load(f / "best.ckpt", weights_only=True)["state_dict"] for f in (folder, whole)))
+    assert curves(folder) == curves(whole)

@@ -1,0 +1,134 @@
+"""The command reproduce: what is read from runs, figures and verdicts of made-up runs, a figure."""
+
+import csv
+import json
+
+import pytest
+from PIL import Image
+
+from helpers import ROOT, call, refused
+from rnode.app import paper
+from rnode.app.figures import PLOTS
+from rnode.app.paper import FIGURES, Run, speed_ups
+
+
+def make_run(folder, recipe, seed, bits, seconds, *, diverged=False, data="digits"):
+    """Write the folder of a run: validation bits/dim by epoch, seconds of each epoch."""
+    run = Run(data, recipe, seed, (), folder / f"{data}_{recipe}_{seed}")
+    run.folder.mkdir(parents=True)
+    rows = []
+    for epoch, value in enumerate(bits):
+        logged = [
+            {"val/bits_per_dim": value},
+            {"train/nfe_forward": 100 + epoch, "train/jacobian": 1 + epoch, "train/kinetic": 2},
+            {"train/seconds_per_epoch": seconds},
+        ]
+        rows += [{"epoch": epoch, "step": epoch, **row} for row in logged]
+    if diverged:
+        (run.folder / "diverged.txt").write_text("the loss became NaN")
+    else:
+        last = {"test/bits_per_dim": bits[-1], "test/nfe_forward": 150}
+        rows.append({"epoch": len(bits), "step": len(bits), **last})
+        (run.folder / "result.json").write_text(json.dumps(last))
+    with open(run.folder / "metrics.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
+        writer.writeheader()
+        writer.writerows(rows)
+    return run
+
+
+def test_speed_ups_are_read_from_the_curves(tmp_path):
+    slow = make_run(tmp_path, "ffjord", 0, [4.0, 3.0, 2.0], 10)
+    fast = make_run(tmp_path, "fast", 0, [3.0, 2.0, 1.5], 2)
+    never = make_run(tmp_path, "kinetic", 0, [4.0, 3.5, 3.0], 2)
+    assert slow.seconds == [10, 20, 30]
+    assert slow.seconds_to(2.5) == pytest.approx(25)
+    assert fast.seconds_to(3.0) == 2
+    assert never.seconds_to(2.5) is None
+    ratios = speed_ups([slow, fast, never])
+    # Both to 2.01: FFJORD between 20 and 30 s, the other between 2 and 4 s.
+    assert ratios["fast"] == [pytest.approx(29.9 / 3.98)]
+    assert ratios["kinetic"] == [0.0]
+
+
+def test_figures_and_table_are_plotted_from_runs(tmp_path):
+    runs = [
+        make_run(tmp_path, recipe, seed, [4.0, 3.0, 2.0 + 0.01 * seed], seconds)
+        for recipe, seconds in (("ffjord", 30), ("rnode", 8), ("fast", 5))
+        for seed in (0, 1)
+    ]
+    ended = make_run(tmp_path, "unregularized", 0, [3.5, 3.2], 8, diverged=True)
+    assert ended.ended
+    assert not ended.finished
+    needed = {"figure2": runs, "figure3": runs[:1], "figure4": [ended, runs[2]], "table1": runs}
+    verdicts = {name: PLOTS[name](members, tmp_path / name) for name, members in needed.items()}
+    for name, verdict in verdicts.items():
+        assert verdict.startswith("The paper's claim "), name
+        assert (tmp_path / f"{name}.png").stat().st_size > 5000
+        assert (tmp_path / f"{name}.csv").stat().st_size > 30
+    with open(tmp_path / "table1.csv", newline="") as file:
+        rows = {row["flow"]: row for row in csv.DictReader(file)}
+    ours = rows["RNODE, our default (auto)"]
+    assert ours["FFJORD's time / this"] == "6.00 (6.00 – 6.00)"
+    assert rows["FFJORD (dopri5)"]["test bits/dim"] == "2.0050 ± 0.0071"
+    assert rows["RNODE (published)"]["test bits/dim"] == "3.38"
+    assert "holds here" in verdicts["table1"]
+    assert "6.00 (6.00 – 6.00) times sooner" in verdicts["table1"]
+    assert "Runs that diverged: no penalty (rk4)" in verdicts["figure4"]
+
+
+def test_every_figure_names_runs_that_can_be_trained(tmp_path):
+    recipes = {file.stem for file in (ROOT / "conf" / "recipe").glob("*.yaml")}
+    assert FIGURES.keys() == PLOTS.keys()
+    for name, figure in FIGURES.items():
+        for scale in ("small", "paper"):
+            runs = figure.runs(scale, tmp_path)
+            assert {run.recipe for run in runs} <= recipes, name
+            assert {run.data for run in runs} <= paper.DATA.keys(), name
+            assert len({run.folder for run in runs}) == len(runs), name
+
+
+@pytest.mark.slow  # two training runs in processes of their own
+def test_a_figure_trains_its_runs_once(tmp_path, monkeypatch, capsys):
+    short = ["trainer.max_epochs=1", "dataset.train=4000"]
+    monkeypatch.setitem(paper.DATA, "line", [*paper.DATA["line"], *short])
+    call("reproduce", "figure=1", f"hydra.run.dir={tmp_path}")
+    assert "The paper's claim" in capsys.readouterr().out
+    assert Image.open(tmp_path / "figure1.png").size[0] > 800
+    files = list((tmp_path / "runs").glob("*/metrics.csv"))
+    written = {path: path.stat().st_mtime_ns for path in files}
+    assert len(written) == 2
+    (tmp_path / "figure1.png").unlink()
+    call("reproduce", "figure=1", f"hydra.run.dir={tmp_path}")
+    assert (tmp_path / "figure1.png").exists()
+    assert written == {path: path.stat().st_mtime_ns for path in files}
+
+
+@pytest.mark.slow  # two training runs in processes of their own
+def test_samples_are_plotted_side_by_side(tmp_path, monkeypatch, capsys):
+    short = ["trainer.max_epochs=1", "trainer.limit_train_batches=2"]
+    monkeypatch.setitem(paper.DATA, "digits", [*paper.DATA["digits"], *short])
+    call("reproduce", "figure=5", f"hydra.run.dir={tmp_path}")
+    assert "you must judge by eye" in capsys.readouterr().out
+    assert Image.open(tmp_path / "figure5.png").size[0] > 800
+    with open(tmp_path / "figure5.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["recipe"] for row in rows] == ["ffjord", "rnode"]
+    assert all(float(row["sampling NFE"]) > 0 for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ([], "give one of figure=1 to figure=5 and table=1"),
+        (["figure=1", "table=1"], "give one of figure=1 to figure=5 and table=1"),
+        (["figure=6"], "figure=6: must be less than or equal to 5"),
+        (["figure=2", "scale=large"], "scale=large: must be 'small' or 'paper'"),
+        (["figure=2", "train=false"], "holds no finished run for figure2"),
+        (["figur=2"], "figure"),
+    ],
+)
+def test_mistakes_get_one_line(overrides, words, tmp_path, capsys):
+    line, code = refused(capsys, "reproduce", *overrides, f"hydra.run.dir={tmp_path}")
+    assert words in line
+    assert code == 2
