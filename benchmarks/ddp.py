@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 import common
 from common import COARSE, LAMBDA, make_flow
 from rnode import Flow, objective
-from rnode.app.launch import keep_freed_memory
+from rnode.app.launch import prepare_process
 from step import adam_step
 
 
@@ -59,7 +59,7 @@ def process(rank: int, options: argparse.Namespace, rendezvous: str, queue) -> N
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[rank % len(cores)]})
     torch.set_num_threads(1)
-    keep_freed_memory()
+    prepare_process()
     distributed.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=2)
     x = common.images(options).cpu()
     one, apart, together = (Loss(make_flow(options, COARSE).cpu()) for _ in range(3))

@@ -30,13 +30,13 @@ from common import (
 )
 from plain import PlainFlow
 from rnode import Method, Solution, Solver, log_normal
-from rnode.app.launch import keep_freed_memory
+from rnode.app.launch import prepare_process
 from rnode.solver import error_norm
 
 
 def main() -> None:
     options = parse(arguments(__doc__))
-    keep_freed_memory()
+    prepare_process()
     x = images(options)
     flow = make_flow(options).eval()
     plain = PlainFlow(flow, **FFJORD.odeint_options(error_norm))

@@ -27,7 +27,7 @@ from common import (
     write_table,
 )
 from rnode import Method, Probes, Solver, multiscale, objective
-from rnode.app.launch import keep_freed_memory
+from rnode.app.launch import prepare_process
 
 START = {"batch": 8, "side": 16, "pieces": 2, "channels": 32, "steps": 3}
 VARIED = {
@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help=help)
     options = parser.parse_args()
     repetitions, count = (1, 2) if options.quick else (options.repetitions, None)
-    keep_freed_memory()
+    prepare_process()
 
     points, rows = [], []
     for quantity, varied in VARIED.items():

@@ -33,7 +33,7 @@ from torchdiffeq import odeint
 
 from common import DOPRI5, SIMPSON, folder, write_csv, write_table
 from rnode import Probes, Solver, State, Transform, log_normal, mlp, objective
-from rnode.app.launch import keep_freed_memory
+from rnode.app.launch import prepare_process
 from rnode.data.densities import DENSITIES
 from rnode.solver import error_norm
 
@@ -52,7 +52,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="8 seconds each")
     options = parser.parse_args()
     seconds = 8 if options.quick else options.seconds
-    keep_freed_memory()
+    prepare_process()
 
     rows, curves = [], []
     for dataset in options.datasets:

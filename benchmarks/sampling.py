@@ -29,13 +29,13 @@ from common import (
 )
 from plain import PlainFlow, PlainNet, PlainODE, unsqueeze
 from rnode import Flow, Method, Solver, Squeeze
-from rnode.app.launch import keep_freed_memory
+from rnode.app.launch import prepare_process
 from rnode.solver import error_norm
 
 
 def main() -> None:
     options = parse(arguments(__doc__))
-    keep_freed_memory()
+    prepare_process()
     flow = make_flow(options).eval()
     plain = PlainFlow(flow)
     z = torch.randn(options.batch, flow.d, device=DEVICE)

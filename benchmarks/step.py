@@ -20,7 +20,7 @@ import common
 from common import COARSE, DEVICE, FINE, LAMBDA, RADAU, RK4, SIMPSON, make_flow
 from plain import PlainFlow
 from rnode import Flow, objective
-from rnode.app.launch import keep_freed_memory
+from rnode.app.launch import prepare_process
 from rnode.training.callbacks import compile_fields
 
 CONTENDERS = {  # name: (training method, gradient, bfloat16 in f, compiled)
@@ -43,7 +43,7 @@ def main() -> None:
     help = "add compiled contenders, which take some minutes more"
     parser.add_argument("--compile", action="store_true", help=help)
     options = common.parse(parser)
-    keep_freed_memory()
+    prepare_process()
 
     x = common.images(options)
     contenders = {name: c for name, c in CONTENDERS.items() if options.compile or not c[3]}

@@ -90,7 +90,7 @@ def test_every_figure_names_runs_that_can_be_trained(tmp_path):
 
 @pytest.mark.slow  # two training runs in processes of their own
 def test_a_figure_trains_its_runs_once(tmp_path, monkeypatch, capsys):
-    short = ["trainer.max_epochs=1", "dataset.train=4000"]
+    short = ["trainer.max_epochs=1", "dataset.train=4000", "dataset.test=1000"]
     monkeypatch.setitem(paper.DATA, "line", [*paper.DATA["line"], *short])
     call("reproduce", "figure=1", f"hydra.run.dir={tmp_path}")
     assert "The paper's claim" in capsys.readouterr().out
@@ -107,6 +107,7 @@ def test_a_figure_trains_its_runs_once(tmp_path, monkeypatch, capsys):
 @pytest.mark.slow  # two training runs in processes of their own
 def test_samples_are_plotted_side_by_side(tmp_path, monkeypatch, capsys):
     short = ["trainer.max_epochs=1", "trainer.limit_train_batches=2"]
+    short += ["trainer.limit_val_batches=1", "trainer.limit_test_batches=1"]
     monkeypatch.setitem(paper.DATA, "digits", [*paper.DATA["digits"], *short])
     call("reproduce", "figure=5", f"hydra.run.dir={tmp_path}")
     assert "you must judge by eye" in capsys.readouterr().out

@@ -85,7 +85,8 @@ def test_a_run_that_diverges_does_not_stop_the_others(tmp_path, capsys):
     line = (tmp_path / "0" / "diverged.txt").read_text().strip()
     assert "training step" in line
     assert "last good checkpoint" in line
-    assert printed.err.strip().splitlines()[-1] == f"diverged: 0 optimizer.lr=1e9: {line}"
+    last = printed.err.strip().splitlines()[-1]
+    assert last == f"diverged: 0 optimizer.lr=1000000000.0: {line}"
     assert list(results(tmp_path)) == ["1"]
 
 
@@ -264,8 +265,8 @@ def test_a_guided_sweep_minimizes_bits_and_nfe_together(tmp_path):
 
 def test_a_guided_sweep_of_which_every_job_fails_ends_with_one_line(tmp_path, capsys):
     printed = failing(capsys, *guided(tmp_path, "reg.lambda_k=-1,-2"))
-    *jobs, line = printed.err.strip().splitlines()
-    assert [job.startswith("error: job ") for job in jobs] == [True] * 3
+    assert printed.err.count("error: job ") == 3
+    line = printed.err.strip().splitlines()[-1]
     assert line.startswith("error: ")
     assert "No trials are completed yet" in line
 

@@ -11,10 +11,7 @@ def rank_and_world_size() -> tuple[int, int]:
 
 
 def gather_lists(part: list) -> list:
-    """Concatenate the lists of all processes in order of rank.
-
-    Every process must call this function. Tensors in the lists must be on the CPU.
-    """
+    """Concatenate the lists of all processes; every process must call this. Tensors: on the CPU."""
     _, world_size = rank_and_world_size()
     if world_size == 1:
         return part

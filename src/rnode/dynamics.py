@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from rnode.choices import DIVERGENCES
-from rnode.errors import require
+from rnode.errors import require, require_choice
 
 
 class State(NamedTuple):
@@ -30,11 +30,9 @@ class VectorField(Protocol):
 
     def __call__(self, t: Tensor, z: Tensor) -> Tensor:
         """t (), z (B, *shape) → f(z, t) (B, *shape)."""
-        ...
 
     def vjp(self, t: Tensor, z: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
         """t (), z (B, *shape), eps (K, B, *shape) → f(z, t) (B, *shape), εᵀ∇f (K, B, *shape)."""
-        ...
 
 
 class Probes:
@@ -49,20 +47,14 @@ class Probes:
     """
 
     def __init__(self, divergence: str = "gaussian", count: int = 1):
-        known = divergence in DIVERGENCES
-        require(known, f"divergence={divergence}: must be one of {', '.join(DIVERGENCES)}")
+        require_choice("divergence", divergence, DIVERGENCES)
         require(count >= 1, f"count={count}: must be at least 1")
         self.divergence, self.count = divergence, count
 
     def sample(self, z: Tensor, generators: Sequence[torch.Generator] | None = None) -> Tensor:
-        """Sample probes for z (B, *shape).
+        """Sample ε (K, B, *shape) for z (B, *shape).
 
-        Args:
-            z: the state, whose shape, type and device the probes take.
-            generators: one per sample, instead of torch's global random state.
-
-        Returns:
-            ε, (K, B, *shape).
+        `generators`, one per sample, replace torch's global generator.
         """
         if self.divergence == "exact":
             d = z[0].numel()
@@ -98,7 +90,6 @@ class Dynamics:
 
     def __call__(self, t: Tensor, state: State) -> State:
         """The right-hand side of (RNODE): the time derivatives of z, l, E and n."""
-        assert self.eps is not None
         self.nfe += 1
         f, eps_jac = self.field.vjp(t, state.z, self.eps)  # f(z, t) and εᵀ∇f
         return State(

@@ -1,5 +1,7 @@
 """Errors that a user can meet. Each message is one line."""
 
+from collections.abc import Collection
+
 
 class InputError(ValueError):
     """A value that the user gave is wrong; the message says what would be right."""
@@ -8,9 +10,7 @@ class InputError(ValueError):
 class DivergenceError(ArithmeticError):
     """A quantity became NaN or infinite, or the step size of a solver underflowed.
 
-    Args:
-        message: what diverged, and where.
-        shared: whether every process of the run raises this error at the same step.
+    `shared` says whether every process of the run raises this error at the same step.
     """
 
     def __init__(self, message: str, shared: bool = False):
@@ -23,12 +23,7 @@ class WriteError(OSError):
 
 
 class Stopped(Exception):
-    """A signal stopped the run, which ended cleanly.
-
-    Args:
-        message: where the run stopped and how to resume it.
-        signal: the number of the signal.
-    """
+    """The signal of number `signal` stopped the run, which ended cleanly."""
 
     def __init__(self, message: str, signal: int):
         super().__init__(message)
@@ -39,6 +34,11 @@ def require(condition: bool, message: str) -> None:
     """Raise InputError with `message` unless `condition` holds."""
     if not condition:
         raise InputError(message)
+
+
+def require_choice(name: str, value: str, choices: Collection[str]) -> None:
+    """Raise InputError unless the argument `name` has one of `choices` as its `value`."""
+    require(value in choices, f"{name}={value}: must be one of {', '.join(choices)}")
 
 
 def one_line(error: BaseException) -> str:

@@ -46,10 +46,9 @@ def standard_error(values: Tensor) -> Tensor:
 
 
 def probe_error(first: Tensor, second: Tensor) -> Tensor:
-    """Standard error, due to the probes alone, of the mean of `first` (N,).
+    """Standard error of the mean of `first` (N,) that is due to the probes alone.
 
-    `second` (N,) has the same noise and other probes. The two differ by twice the variance of the
-    probes: Var(first − second) = 2 Var(first | image, noise).
+    `second` (N,) has the same noise, other probes: Var(first − second) = 2 Var(first | noise).
     """
     return ((first - second).square().mean() / 2 / len(first)).sqrt()
 
@@ -57,16 +56,10 @@ def probe_error(first: Tensor, second: Tensor) -> Tensor:
 def importance_bound(bits: Tensor, d: int) -> Tensor:
     """Importance-weighted bound on −log₂ P(x) / d (Burda et al., 2016; Ho et al., 2019).
 
-    In expectation the bound falls with the number k of noises, from the uniform bound to the
-    discrete code length. The K noises of an image must share their probes: the mean of
+    bits/dim of K noises for each image of dimension d, (K, B) → (K, B): row k − 1 is
+    −log₂(1/k Σ_{i ≤ k} p(x + u_i)) / d. In expectation it falls with k, from the uniform bound to
+    the discrete code length. The noises of an image must share their probes: the mean of
     exponentials takes an error of l that differs between them for likelihood.
-
-    Args:
-        bits: bits/dim of K noises for each image, (K, B).
-        d: dimension of an image.
-
-    Returns:
-        (K, B); row k − 1 is −log₂(1/k Σ_{i ≤ k} p(x + u_i)) / d.
     """
     nats = d * math.log(2)
     k = torch.arange(1, len(bits) + 1, device=bits.device, dtype=torch.float64)[:, None]
@@ -89,16 +82,12 @@ def evaluate(
     Args:
         flow: the flow, in evaluation mode.
         transform: from the data to what the flow models.
-        batches: data (B, *shape) and their indices (B,). Each process of torch.distributed gives
-            its own share of the split; all processes get the whole result.
+        batches: data (B, *shape) and their indices (B,), the share of this process.
         noises: number of dequantizations of each image in the importance-weighted bound.
         seed: seed of noise and probes.
 
     Returns:
-        A summary of plain numbers, and columns with one value per sample, (N,).
-
-    Raises:
-        DivergenceError: if the bits/dim of a sample are not finite.
+        Plain numbers, and columns with a value for each sample, (N,), of the whole split.
     """
     parts = []
     for x, index in batches:

@@ -22,18 +22,11 @@ from rnode.solver import Method, Solver, solve, solve_back
 
 @dataclass
 class PieceSolution:
-    """What one solve of one piece gave.
+    """What one solve of one piece gave: z, l, E and n at time T, and evaluations of f."""
 
-    Attributes:
-        start: z at time 0, (B, *shape).
-        state: z, l, E and n at time T; the integrals are those of this piece.
-        dynamics: the right-hand side, which counts its evaluations.
-        nfe_forward: evaluations of f in the forward pass.
-    """
-
-    start: Tensor
+    start: Tensor  # z at time 0, (B, *shape)
     state: State
-    dynamics: Dynamics
+    dynamics: Dynamics  # goes on counting in the backward pass
     nfe_forward: int
 
     @property
@@ -43,19 +36,17 @@ class PieceSolution:
 
 
 class Solution(NamedTuple):
-    """The state of a whole flow, z (B, d) and l, E, n (B,), with the solutions of its pieces."""
+    """z (B, d) and l, E, n (B,) of a whole flow, and the solutions of its pieces."""
 
     state: State
     pieces: list[PieceSolution]
 
     @property
     def nfe_forward(self) -> int:
-        """Evaluations of f in the forward pass, summed over the pieces."""
         return sum(piece.nfe_forward for piece in self.pieces)
 
     @property
     def nfe_backward(self) -> int:
-        """Evaluations of f in the backward pass so far, summed over the pieces."""
         return sum(piece.nfe_backward for piece in self.pieces)
 
 
@@ -129,7 +120,7 @@ class Flow(nn.Module):
     Args:
         shape: shape of one sample x.
         layers: the layers from x to z.
-        solver: `solver.train` solves in training mode, `solver.test` in evaluation mode.
+        solver: its method `train` solves in training mode, `test` in evaluation mode.
         probes: the probes of every piece's estimates.
     """
 
@@ -164,14 +155,10 @@ class Flow(nn.Module):
         return self.solve(x).state
 
     def solve(self, x: Tensor, generators: Sequence[torch.Generator] | None = None) -> Solution:
-        """Map x to z and report on each piece.
+        """Map x (B, *shape) to z and report on each piece.
 
-        Args:
-            x: (B, *shape).
-            generators: one per sample, to sample the probes from; torch's global generator if None.
-
-        Raises:
-            DivergenceError: if the solver cannot reach T; the message names the piece.
+        `generators`, one per sample, sample the probes; torch's global generator does if None.
+        A DivergenceError names the piece whose solver could not reach T.
         """
         fits = x.shape[1:] == self.shape
         require(fits, f"x of shape {tuple(x.shape)}: must be (B, {str(tuple(self.shape))[1:]}")
@@ -211,15 +198,10 @@ class Flow(nn.Module):
         return z, nfe
 
     def trajectory(self, z: Tensor, intervals: int = 1) -> Tensor:
-        """Follow z on its way to x.
+        """Follow z (B, d) to x, with frames at `intervals` equal intervals of time in each piece.
 
-        Args:
-            z: (B, d).
-            intervals: number of equal intervals of time in each piece.
-
-        Returns:
-            Frames in the arrangement of x, (pieces · intervals + 1, B, *shape). A frame shows the
-            pieces still to come as the identity: the first is z, the last x = inverse(z).
+        The frames (pieces · intervals + 1, B, *shape) are arranged like x. A frame shows the pieces
+        still to come as the identity: the first is z, the last x = inverse(z).
         """
         z, factored = self._split(z)
         frames = [self._rearrange(z, factored, len(self.layers))]
@@ -263,12 +245,7 @@ class Flow(nn.Module):
 
     @torch.no_grad()
     def sample(self, batch: int | Sequence[int] = (), temperature: float = 1.0) -> Tensor:
-        """Sample x (*batch, *shape).
-
-        Args:
-            batch: number of samples, or the shape of a batch.
-            temperature: standard deviation of z.
-        """
+        """Sample x (*batch, *shape), from z with standard deviation `temperature`."""
         batch = (batch,) if isinstance(batch, int) else tuple(batch)
         like = next(self.parameters())
         z = torch.randn(math.prod(batch), self.d, device=like.device, dtype=like.dtype)

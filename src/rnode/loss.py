@@ -28,14 +28,5 @@ def objective(state: State, lambda_k: float, lambda_j: float) -> Tensor:
 
 
 def bits_per_dim(log_prob: Tensor, log_det: Tensor, d: int) -> Tensor:
-    """−log₂ p(x) / d of the data before its transforms.
-
-    Args:
-        log_prob: log p(y), (B,), in nats.
-        log_det: log|det dy/dx| of the transforms, (B,).
-        d: dimension of x.
-
-    Returns:
-        Bits per dimension, (B,).
-    """
+    """−log₂ p(x) / d of x before its transforms, from log p(y) and log|det dy/dx|: (B,) → (B,)."""
     return -(log_prob + log_det) / (d * math.log(2))

@@ -3,10 +3,9 @@
 Both come from one network: layers with time as an extra input channel and softplus between them.
 The last layer starts at zero, so f = 0 and the flow starts as the identity (paper, section 6).
 
-The product is written out as a second pass through the network, a chain of transposed layers. For
+The product is a second pass through the network, a chain of transposed layers. For
 f = W₃ s(W₂ s(W₁ z)), it is εᵀ∇f = ((εᵀW₃ · s'(a₂)) W₂ · s'(a₁)) W₁ with s' = sigmoid.
-Backpropagation through it costs one pass less than through autograd's product, and evaluation needs
-no autograd at all.
+Backpropagation through it costs one pass less than through autograd's product.
 """
 
 import itertools
@@ -44,11 +43,7 @@ class _SoftplusSigmoid(torch.autograd.Function):
 
 
 def _channels_last(h: Tensor) -> Tensor:
-    """Put images (B, C, H, W) in channels_last order if no gradient is needed.
-
-    Convolutions are faster in that order, but a training step is not: in bfloat16 it is a third
-    slower.
-    """
+    """Put images (B, C, H, W) in channels_last order, which is faster without a gradient."""
     if torch.is_grad_enabled() or h.dim() != 4:
         return h
     return h.clone(memory_format=torch.channels_last)

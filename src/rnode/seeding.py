@@ -13,12 +13,9 @@ NOISE, PROBES = 0, 1  # streams of a sample in evaluation: its dequantization no
 
 
 def sample_generators(index: Tensor, seed: int, stream: int) -> list[torch.Generator]:
-    """Return one CPU generator per sample, seeded by (seed, stream, index of the sample).
+    """Return one CPU generator per sample, seeded by (seed, stream, position in its split).
 
-    Args:
-        index: (B,), the position of each sample in its split.
-        seed: seed of the run.
-        stream: NOISE or PROBES.
+    `index` (B,) holds the positions; `stream` is NOISE or PROBES.
     """
     seeds = (np.random.SeedSequence((seed, stream, i)).generate_state(1)[0] for i in index.tolist())
     return [torch.Generator().manual_seed(int(s)) for s in seeds]

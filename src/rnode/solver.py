@@ -5,10 +5,9 @@ torchdiffeq integrates; this file says what it integrates, by which method and w
 
 import contextlib
 import math
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -16,7 +15,7 @@ from torchdiffeq import odeint, odeint_adjoint
 
 from rnode.choices import ADAPTIVE, FIXED_GRID, GRADIENTS, INTEGRALS, ONE_STEP
 from rnode.dynamics import Dynamics, State
-from rnode.errors import DivergenceError, one_line, require
+from rnode.errors import DivergenceError, one_line, require, require_choice
 from rnode.quadrature import radau, simpson
 
 QUADRATURES = {"simpson": simpson, "radau": radau}
@@ -27,23 +26,20 @@ T = 1.0  # final time of every piece; a longer time is the same as a larger f
 class Method:
     """A method of torchdiffeq with its options.
 
-    Fixed-grid methods take `step_size` or `steps`, one of the two. Adaptive methods take `rtol`,
-    `atol`, `first_step` and `max_steps`.
-
     Args:
         method: name of the method in torchdiffeq.
         integrals: how l, E and n are computed. `system` integrates them together with z. The other
             two integrate z alone and apply a quadrature rule on its grid, which costs one product
-            εᵀ∇f per node instead of one per evaluation. `simpson` takes an even number of equal
-            steps and Simpson's rule, of fourth order like rk4. `radau` lays the steps between the
-            nodes of Radau's rule: uneven steps, l, E and n of higher order. Both need a one-step
-            method and a gradient other than the adjoint; else the system is integrated.
-        step_size: length of a step; divides T = 1 into whole steps.
-        steps: number of steps from 0 to T.
-        rtol: relative tolerance.
-        atol: absolute tolerance.
-        first_step: length of the first step that is tried.
-        max_steps: number of steps per piece beyond which the solve counts as diverged.
+            εᵀ∇f per node instead of one per evaluation: `simpson` takes an even number of equal
+            steps and is of fourth order like rk4; `radau` lays the steps between the nodes of
+            Radau's rule, of higher order. Both need a one-step method and a gradient other than the
+            adjoint; else the system is integrated.
+        step_size: step of a fixed grid, which divides T = 1 into whole steps.
+        steps: number of steps of a fixed grid; give this or `step_size`.
+        rtol: relative tolerance of an adaptive method.
+        atol: absolute tolerance of an adaptive method.
+        first_step: first step that an adaptive method tries.
+        max_steps: adaptive steps of a piece beyond which the solve counts as diverged.
     """
 
     method: str
@@ -56,14 +52,11 @@ class Method:
     max_steps: int = 10000
 
     def __post_init__(self):
-        methods = FIXED_GRID + ADAPTIVE
-        known = self.method in methods
-        require(known, f"method={self.method}: must be one of {', '.join(methods)}")
-        known = self.integrals in INTEGRALS
-        require(known, f"integrals={self.integrals}: must be one of {', '.join(INTEGRALS)}")
-        both = f"step_size={self.step_size} and steps={self.steps}: "
+        require_choice("method", self.method, FIXED_GRID + ADAPTIVE)
+        require_choice("integrals", self.integrals, INTEGRALS)
         one = (self.step_size is None) != (self.steps is None)
-        require(one or self.adaptive, f"{both}give one of the two, set the other to None (null)")
+        both = f"step_size={self.step_size} and steps={self.steps}"
+        require(one or self.adaptive, f"{both}: set one of the two, and the other to None (null)")
         if self.step_size is not None:
             count = T / self.step_size if self.step_size > 0 else 0.0
             whole = count >= 1 and math.isclose(count, round(count), rel_tol=1e-9)
@@ -78,20 +71,16 @@ class Method:
     @property
     def grid_steps(self) -> int:
         """Number of steps of a fixed-grid method from 0 to T."""
-        if self.step_size is not None:
-            return round(T / self.step_size)
-        assert self.steps is not None, f"{self.method} has no grid"
-        return self.steps
+        return self.steps or round(T / (self.step_size or T))
 
     def uses_quadrature(self, gradient: str) -> bool:
         """Whether l, E and n are computed by a quadrature rule."""
-        if self.method not in ONE_STEP or gradient == "adjoint":
-            return False
+        applies = self.method in ONE_STEP and gradient != "adjoint"
         even = self.grid_steps % 2 == 0
-        return self.integrals == "radau" or (self.integrals == "simpson" and even)
+        return applies and (self.integrals == "radau" or (self.integrals == "simpson" and even))
 
     def odeint_options(self, norm: Callable) -> dict:
-        """Keyword arguments of `odeint`. `norm` measures the error that adaptive methods control."""
+        """Keyword arguments of `odeint`; `norm` measures the error of adaptive methods."""
         if not self.adaptive:
             return {"method": self.method, "options": {"step_size": T / self.grid_steps}}
         options = {"first_step": self.first_step, "max_num_steps": self.max_steps, "norm": norm}
@@ -119,14 +108,11 @@ class Solver:
     dtype: str = "float32"
 
     def __post_init__(self):
-        known = self.gradient in GRADIENTS
-        require(known, f"gradient={self.gradient}: must be one of {', '.join(GRADIENTS)}")
-        known = self.dtype in ("float32", "float64")
-        require(known, f"dtype={self.dtype}: must be float32 or float64")
+        require_choice("gradient", self.gradient, GRADIENTS)
+        require_choice("dtype", self.dtype, ("float32", "float64"))
 
 
 def rms(x: Tensor) -> Tensor:
-    """Root mean square over all elements."""
     return x.square().mean().sqrt()
 
 
@@ -136,20 +122,12 @@ def error_norm(state: State) -> Tensor:
 
 
 @contextlib.contextmanager
-def solver_errors() -> Generator[None]:
+def solver_errors() -> Iterator[None]:
     """Raise torchdiffeq's assertions about a diverging solution as DivergenceError."""
     try:
         yield
     except AssertionError as error:
-        signs = {
-            "underflow in dt": "the step size of the adaptive solver underflowed",
-            "non-finite": "the state of the adaptive solver became NaN or infinite",
-            "max_num_steps exceeded": "the adaptive solver took more than max_steps",
-        }
-        what = next((what for sign, what in signs.items() if sign in str(error)), None)
-        if what is None:
-            raise
-        raise DivergenceError(f"{what} ({one_line(error)})") from None
+        raise DivergenceError(f"the adaptive solver diverged ({one_line(error)})") from None
 
 
 def precision_of(method: Method, device: torch.device) -> contextlib.AbstractContextManager:
@@ -175,41 +153,39 @@ def solve(
         dynamics: the right-hand side.
         z: z(0), (B, *shape).
         method: the ODE method.
-        gradient: one of GRADIENTS.
+        gradient: backprop, checkpoint or adjoint.
         parameters: those for which the adjoint equations compute gradients.
 
     Raises:
         DivergenceError: if an adaptive method cannot reach T.
     """
-    precision = precision_of(method, z.device)
-    integrate = solve_quadrature if method.uses_quadrature(gradient) else solve_system
     with solver_errors():
-        return integrate(dynamics, z, method, gradient, precision, tuple(parameters))
+        if method.uses_quadrature(gradient):
+            return solve_quadrature(dynamics, z, method, gradient)
+        return solve_system(dynamics, z, method, gradient, tuple(parameters))
 
 
-def solve_system(dynamics, z, method, gradient, precision, parameters) -> State:
+def solve_system(dynamics, z, method, gradient, parameters) -> State:
     """Integrate z, l, E and n together by torchdiffeq."""
     t = torch.tensor([0.0, T], device=z.device, dtype=z.dtype)
-    options = method.odeint_options(error_norm)
+    options, precision = method.odeint_options(error_norm), precision_of(method, z.device)
 
     def right_hand_side(t: Tensor, state: tuple[Tensor, ...]) -> State:
         with precision:
             return dynamics(t, State(*state))
 
-    def integrate(z: Tensor) -> State:
-        paths = odeint(right_hand_side, State.initial(z), t, **options)
+    def integrate(z: Tensor, odeint=odeint, **adjoint) -> State:
+        paths = odeint(right_hand_side, State.initial(z), t, **adjoint, **options)
         return State(*(path[-1] for path in paths))
 
     if gradient == "adjoint":
-        initial = State.initial(z)
-        paths = odeint_adjoint(right_hand_side, initial, t, adjoint_params=parameters, **options)
-        return State(*(path[-1] for path in paths))
+        return integrate(z, odeint_adjoint, adjoint_params=parameters)
     return recompute_in_backward(integrate, z) if gradient == "checkpoint" else integrate(z)
 
 
-def solve_quadrature(dynamics, z, method, gradient, precision, parameters) -> State:
+def solve_quadrature(dynamics, z, method, gradient) -> State:
     """Integrate z from node to node, and l, E, n by quadrature of their rates at the nodes."""
-    steps = method.grid_steps
+    steps, precision = method.grid_steps, precision_of(method, z.device)
     nodes, weights = QUADRATURES[method.integrals](steps)
     t = T * torch.tensor([*nodes[:steps], 1.0], device=z.device, dtype=z.dtype)
 
@@ -227,20 +203,18 @@ def solve_quadrature(dynamics, z, method, gradient, precision, parameters) -> St
 
     rates = []
     for k in range(steps):
-        interval = t[k : k + 2]
-        if gradient == "checkpoint":
-            z, *rate = recompute_in_backward(step, z, interval)
-        else:
-            z, *rate = step(z, interval)
+        arguments = (z, t[k : k + 2])
+        again = gradient == "checkpoint"
+        z, *rate = recompute_in_backward(step, *arguments) if again else step(*arguments)
         rates.append(rate)
     if len(nodes) > steps:  # T is a node too
         with precision:
             rates.append(dynamics(t[-1], State.initial(z))[1:])
-    return State(z, *(weighted_sum(weights, rate) for rate in zip(*rates, strict=True)))
 
+    def integral(rates: tuple[Tensor, ...]) -> Tensor:
+        return sum(T * weight * rate for weight, rate in zip(weights, rates, strict=True))
 
-def weighted_sum(weights: np.ndarray, rates: tuple[Tensor, ...]) -> Tensor:
-    return sum(T * weight * rate for weight, rate in zip(weights, rates, strict=True))
+    return State(z, *map(integral, zip(*rates, strict=True)))
 
 
 def recompute_in_backward(function: Callable, *arguments: Tensor):
@@ -248,19 +222,10 @@ def recompute_in_backward(function: Callable, *arguments: Tensor):
     return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
 
 
-def solve_back(
-    f: Callable[[Tensor, Tensor], Tensor], z: Tensor, method: Method, intervals: int = 1
-) -> Tensor:
-    """Integrate (ODE) alone from time T back to time 0.
+def solve_back(f: Callable, z: Tensor, method: Method, intervals: int = 1) -> Tensor:
+    """Integrate (ODE), dz/dt = `f(t, z)`, from time T back to time 0.
 
-    Args:
-        f: the right-hand side of (ODE).
-        z: z(T), (B, *shape).
-        method: the ODE method.
-        intervals: number of equal intervals of time.
-
-    Returns:
-        z at `intervals` + 1 times from T to 0, (times, B, *shape).
+    z(T) (B, *shape) → z at `intervals` + 1 equal times from T to 0, (times, B, *shape).
     """
     t = torch.linspace(T, 0, intervals + 1, device=z.device, dtype=z.dtype)
     with solver_errors(), precision_of(method, z.device):

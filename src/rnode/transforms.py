@@ -12,7 +12,7 @@ from rnode.seeding import NOISE, sample_generators
 
 
 class Batch(NamedTuple):
-    """Transformed data: y (B, *shape), log|det dy/dx| (B,), index of each sample in its split (B,)."""
+    """Transformed data: y (B, *shape), log|det dy/dx| (B,), index of each in its split (B,)."""
 
     y: Tensor
     log_det: Tensor
@@ -24,9 +24,6 @@ class Dequantize:
 
     With noise uniform on [0, 1), E[log p(u)] − d log(levels) is a lower bound on the discrete
     log-likelihood of x.
-
-    Args:
-        levels: number of grey levels, at least 2.
     """
 
     def __init__(self, levels: int = 256):
@@ -46,11 +43,7 @@ class Dequantize:
 
 
 class Logit:
-    """y = logit(α + (1 − 2α) u): [0, 1] to the real line.
-
-    Args:
-        alpha: α in (0, 0.5), which keeps the ends finite (1e-5 for MNIST, 0.05 for CIFAR10).
-    """
+    """y = logit(α + (1 − 2α) u): [0, 1] to the real line; α in (0, 0.5) keeps the ends finite."""
 
     def __init__(self, alpha: float):
         require(0 < alpha < 0.5, f"alpha={alpha}: must be between 0 and 0.5, both excluded")
@@ -77,6 +70,8 @@ class Transform:
     """
 
     def __init__(self, levels: int | None = None, alpha: float | None = None):
+        both = f"levels={levels} and alpha={alpha}"
+        require((levels is None) == (alpha is None), f"{both}: images need both, vectors neither")
         self.dequantize = None if levels is None else Dequantize(levels)
         self.logit = None if alpha is None else Logit(alpha)
 
@@ -86,12 +81,9 @@ class Transform:
         return self.dequantize is not None
 
     def __call__(self, x: Tensor, index: Tensor, noise: Tensor | None = None) -> Batch:
-        """Transform data.
+        """Grey levels or vectors x (B, *shape), index of each in its split (B,) → Batch.
 
-        Args:
-            x: grey levels or vectors, (B, *shape).
-            index: the position of each sample in its split, (B,).
-            noise: dequantization noise in [0, 1), (B, *shape); sampled uniformly if None.
+        `noise` (B, *shape) is in [0, 1), and sampled uniformly if None.
         """
         if self.dequantize is None or self.logit is None:
             return Batch(x, x.new_zeros(len(x)), index)

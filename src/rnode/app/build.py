@@ -1,5 +1,6 @@
 """From a configuration to data and flow, and from a checkpoint to those of its run."""
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -46,44 +47,33 @@ def exact_if_small(config: DictConfig) -> None:
         config.divergence = "exact"
 
 
-def load_flow(
-    path: str, change: Callable[[DictConfig], None] = exact_if_small
-) -> tuple[DataModule, Flow]:
+def load_flow(path: str, change: Callable = exact_if_small) -> tuple[DataModule, Flow]:
     """Load the data and the trained flow of a checkpoint, on the CPU.
 
-    Args:
-        path: the checkpoint.
-        change: changes the run's configuration first.
-
-    Raises:
-        InputError: if the checkpoint is unreadable, or its configuration names a class that no file
-            of conf/ and no folder of --config-dir names.
+    `change` changes the configuration of the run first. InputError is raised if the configuration
+    names a class that neither conf/ nor a folder of --config-dir names.
     """
     checkpoint = load_checkpoint(path)
     sections = {name: checkpoint["config"][name] for name in SECTIONS}
     known = set(known_targets())
     for key, value in leaves(sections):
         foreign = key == "_target_" and value not in known
-        require(
-            not foreign, f"ckpt_path={path}: its configuration would call {value}, which is foreign"
-        )
-        text = f"ckpt_path={path}: its configuration would be interpreted: {value}"
-        require("${" not in f"{key}{value}", text)
+        what = f"call {value}, which conf/ does not name" if foreign else f"interpret {value}"
+        refused = foreign or "${" in f"{key}{value}"
+        require(not refused, f"ckpt_path={path}: its configuration would {what}")
     config = OmegaConf.create(sections)
     change(config)
-    data, flow = build(config)
-    flow.load_state_dict(flow_weights(checkpoint))
-    return data, flow.to(next(iter(flow_weights(checkpoint).values())).dtype).eval()
+    (data, flow), weights = build(config), flow_weights(checkpoint)
+    flow.load_state_dict(weights, assign=True)
+    return data, flow.requires_grad_().eval()
 
 
 def known_targets() -> Iterator[str]:
     """The classes that conf/ and the folders of --config-dir name for data, models and solvers."""
     sources = HydraConfig.get().runtime.config_sources if HydraConfig.initialized() else []
     folders = [Path(s.path) for s in sources if s.schema == "file"]
-    for group in ("dataset", "model", "solver"):
-        for file in (
-            file for folder in (CONF, *folders) for file in (folder / group).glob("*.yaml")
-        ):
+    for folder, group in itertools.product((CONF, *folders), ("dataset", "model", "solver")):
+        for file in (folder / group).glob("*.yaml"):
             content = yaml.safe_load(file.read_text(encoding="utf-8"))
             yield from (str(value) for key, value in leaves(content) if key == "_target_")
 

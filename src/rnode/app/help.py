@@ -2,71 +2,54 @@
 
 import difflib
 import json
+from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from pydantic import BaseModel
 
-from rnode.app.schema import CONF, schema_of
+from rnode.app.schema import COMMANDS, CONF
 
-SYNONYMS = {
-    "lr": "optimizer.lr",
-    "learning_rate": "optimizer.lr",
-    "epochs": "trainer.max_epochs",
-    "steps": "trainer.max_steps",
-    "batch_size": "dataset.batch_size",
-    "batch": "dataset.batch_size",
-    "data": "dataset",
-    "root": "dataset.root",
-    "channels": "model.hidden",
-    "width": "model.hidden",
-    "lambda_k": "reg.lambda_k",
-    "lambda_j": "reg.lambda_j",
-    "gpus": "trainer.devices",
-    "devices": "trainer.devices",
-    "precision": "trainer.precision",
-    "adjoint": "solver.gradient",
-    "checkpoint": "ckpt_path",
-    "ckpt": "ckpt_path",
-    "resume": "ckpt_path",
+SYNONYMS = {  # what people type for keys of another name
+    **{"learning_rate": "optimizer.lr", "epochs": "trainer.max_epochs", "data": "dataset"},
+    **{"channels": "model.hidden", "width": "model.hidden", "gpus": "trainer.devices"},
+    **{"steps": "trainer.max_steps", "batch": "dataset.batch_size", "resume": "ckpt_path"},
 }
 
 
-def composed(command: str, overrides: list[str], search: list[str]) -> tuple[dict, dict]:
-    """Compose a configuration and return it with the chosen option of every group."""
-    path = (
-        [f"hydra.searchpath=[{','.join(f'file://{folder}' for folder in search)}]"]
-        if search
-        else []
-    )
-    GlobalHydra.instance().clear()
+def composed(command: str, overrides: list[str], config_dir: str | None) -> DictConfig:
+    """Compose a configuration with Hydra's own section; a missing mandatory value is null."""
+    search = [f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"] if config_dir else []
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = compose(command, [*path, *overrides], return_hydra_config=True)
-    choices = {k: v for k, v in cfg.hydra.runtime.choices.items() if "/" not in k and "@" not in k}
-    own = OmegaConf.masked_copy(cfg, [name for name in cfg if name != "hydra"])
-    for missing in OmegaConf.missing_keys(own):
-        OmegaConf.update(own, missing, None)
-    return OmegaConf.to_container(own, resolve=True), choices
+        config = compose(command, search + overrides, return_hydra_config=True)
+    for key in (key for key in config if key != "hydra" and OmegaConf.is_missing(config, key)):
+        config[key] = None
+    return config
 
 
-def help_text(command: str, purpose: str, overrides: list[str], search: list[str]) -> str:
-    """Describe the groups, and the keys of the configuration that `overrides` make."""
-    config, choices = composed(command, overrides, search)
-    usage = f"rnode {command} [group=option …] [key=value …] [-m for a sweep over a=1,2 b=3,4]"
-    lines = [purpose, "", f"usage: {usage}", f"       python src/{command}.py …"]
-    for group, choice in choices.items():
+def without_hydra(config: DictConfig) -> dict[str, Any]:
+    sections = OmegaConf.masked_copy(config, [key for key in config if key != "hydra"])
+    return OmegaConf.to_container(sections, resolve=True)
+
+
+def help_text(command: str, about: str, overrides: list[str], config_dir: str | None) -> str:
+    """Describe a command, its groups, and the keys of the configuration that `overrides` make."""
+    config = composed(command, overrides, config_dir)
+    sweep = " [-m for a sweep over a=1,2 b=3,4]" if command == "train" else ""
+    lines = [about, "", f"usage: rnode {command} [group=option …] [key=value …]{sweep}"]
+    lines.append(f"       python src/{command}.py …")
+    for group, choice in config.hydra.runtime.choices.items():
+        if "/" in group or "@" in group:
+            continue
         lines += ["", f"{group}={choice or ''}"]
         for file in sorted((CONF / group).glob("*.yaml")):
-            comments = [
-                line[2:] for line in file.read_text("utf-8").splitlines() if line[:2] == "# "
-            ]
-            about = next(comment for comment in comments if not comment.startswith("@package"))
-            lines.append(f"  {file.stem:<20}{about}")
+            comments = (line for line in file.read_text("utf-8").splitlines() if line[:2] == "# ")
+            first = next(line for line in comments if "@package" not in line)
+            lines.append(f"  {file.stem:<20}{first[2:]}")
     lines += ["", "keys, with their values in brackets:"]
-    lines += describe_keys(schema_of(command, config), config)
+    lines += describe_keys(COMMANDS[command], without_hydra(config))
     lines += ["", "--cfg job --resolve prints the configuration that a command line makes."]
     return "\n".join(lines)
 
@@ -76,43 +59,46 @@ def describe_keys(schema: type[BaseModel], config: dict, path: str = "") -> list
     lines = []
     for name, value in config.items():
         field = schema.model_fields.get(name)
-        about = (field.description or "") if field else ""
-        inner = field.annotation if field else None
-        if isinstance(value, dict) and name != "source":
-            model = inner if isinstance(inner, type) and issubclass(inner, BaseModel) else BaseModel
+        about = field.description if field else "an option of your own class"
+        if name.startswith("_") or name == "source":  # for Hydra
+            continue
+        if isinstance(value, dict):
             lines.append(f"{path}{name}: {about}")
-            lines += describe_keys(model, value, f"{path}{name}.")
-        elif not name.startswith("_") and name != "source":
-            shown = "null" if value is None else json.dumps(value, ensure_ascii=False)
+            lines += describe_keys(
+                field.annotation if field else BaseModel, value, f"{path}{name}."
+            )
+        else:
+            shown = value if isinstance(value, str) else json.dumps(value)
             lines.append(f"  {path + name:<34}{about} [{shown}]")
     return lines
 
 
-def wrong_option(command: str, overrides: list[str], search: list[str]) -> str | None:
-    """Name the first override of a key that does not exist, and suggest keys that do."""
+def unknown_key(command: str, overrides: list[str], config_dir: str | None) -> str | None:
+    """Name the first override of a key that does not exist, and suggest one that does."""
     parsed = OverridesParser.create().parse_overrides(overrides)
     groups = {path.name for path in CONF.iterdir() if path.is_dir()}
-    chosen = [o.input_line for o in parsed if o.key_or_group in groups]
-    config, _ = composed(command, chosen, search)
+    chosen = [
+        o.input_line for o in parsed if o.key_or_group in groups and not o.is_sweep_override()
+    ]
+    config = without_hydra(composed(command, chosen, config_dir))
     known = [*dotted_keys(config), *(groups if command == "train" else ["solver"])]
     for override in parsed:
         key = override.key_or_group
-        added = override.is_add() or override.is_force_add() or key.split(".")[0] == "hydra"
-        if not added and key not in known and "/" not in key and "@" not in key:
-            last = key.rsplit(".", 1)[-1]
-            like = [SYNONYMS.get(key) or SYNONYMS.get(last)]
-            like = [name for name in like if name in known] or difflib.get_close_matches(
-                key, known, 1
-            )
-            like = like or [name for name in known if name.endswith(f".{last}")][:1]
-            meant = f"did you mean {like[0]}? " if like else ""
-            return f"there is no option {key}; {meant}rnode {command} --help lists them"
+        exists = key in known or key.startswith("hydra") or "@" in key
+        if exists or override.is_add() or override.is_force_add():
+            continue
+        last = key.rsplit(".", 1)[-1]
+        same = [name for name in known if name == SYNONYMS.get(last) or name.endswith(f".{last}")]
+        close = same or difflib.get_close_matches(key, known, n=1)
+        hint = f"did you mean {close[0]}? " if close else ""
+        if key.split(".")[0] in ("trainer", "wandb"):
+            hint += f"+{key}=… passes it to Lightning; "
+        return f"there is no option {key}; {hint}rnode {command} --help lists them"
     return None
 
 
-def dotted_keys(config: Any, path: str = "") -> list[str]:
+def dotted_keys(config: dict, path: str = "") -> list[str]:
     """All keys of nested sections, such as trainer and trainer.max_epochs."""
-    if not isinstance(config, dict):
-        return []
     keys = [f"{path}{name}" for name in config]
-    return keys + [key for name in config for key in dotted_keys(config[name], f"{path}{name}.")]
+    sections = {name: value for name, value in config.items() if isinstance(value, dict)}
+    return keys + [k for name in sections for k in dotted_keys(config[name], f"{path}{name}.")]

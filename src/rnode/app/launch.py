@@ -12,23 +12,16 @@ from omegaconf import DictConfig
 
 from rnode.errors import require
 
-EXPECTED_WARNINGS = (  # of Lightning and torch, about choices that are made on purpose
-    r".*does not have many workers.*",  # the data are in memory: a worker would only copy them
-    r".*(Checkpoint|Experiment logs) directory .* exists and is not empty.*",  # Hydra created it
-    r".*number of training batches .* is smaller than the logging interval.*",
-    r".*could not find the monitored key.*",  # a run that stopped before its first validation
-    r".*The dirpath has changed.*",  # a run may resume in another folder
-    r".*Using `DistributedSampler` with the dataloaders.*",  # the metrics count each image once
-    r".*There is a wandb run already in progress.*",  # of this run, before it went back
-    r".*The `srun` command is available on your system but is not used.*",  # a login node
-    r".*LeafSpec.*",  # inside Lightning
-    r".*your dataloader is not resumable.*",  # it resumes where the epoch was interrupted
+EXPECTED_WARNINGS = (  # of Lightning, about choices that this program makes on purpose
+    *("does not have many workers", "directory .* exists and is not empty", "LeafSpec"),
+    *("number of training batches .* is smaller", "could not find the monitored key"),
+    *("The dirpath has changed", "Using `DistributedSampler` with the dataloaders"),
+    *("There is a wandb run already in progress", "The `srun` command is available"),
+    "your dataloader is not resumable",
 )
 
 
-class Launched(NamedTuple):
-    """This process among those that torchrun or srun started."""
-
+class Launched(NamedTuple):  # this process among those that torchrun or srun started
     by: str
     rank: int
     per_node: int
@@ -57,11 +50,7 @@ def is_first_process() -> bool:
 
 
 def run_name() -> str:
-    """Return the default name of a run's folder, the same in every process of the run.
-
-    It is the time, or under SLURM the number of the job, which a requeued job keeps, with the number
-    of the step where a job has several.
-    """
+    """Return the default name of a run folder, equal in all processes: the time, or SLURM's job."""
     started = launched()
     if started is not None and started.by == "srun":
         step = os.environ.get("SLURM_STEP_ID", "0")
@@ -82,11 +71,7 @@ def agree_on(value: str) -> str:
 
 
 def match_processes(trainer: DictConfig, overrides: list[str]) -> None:
-    """Set `devices` and `num_nodes` to the processes that a launcher started.
-
-    Raises:
-        InputError: if the command line asks for another number.
-    """
+    """Set `devices` and `num_nodes` to the processes that a launcher started, or refuse others."""
     started = launched()
     if started is None:
         return
@@ -99,17 +84,14 @@ def match_processes(trainer: DictConfig, overrides: list[str]) -> None:
 
 
 def prepare_process() -> None:
-    """Silence expected warnings, and let glibc keep freed memory.
-
-    Steps of the same size would otherwise return their pages to the kernel and map them again.
-    """
+    """Silence expected warnings, and let glibc keep the memory that the next step needs again."""
     for library in (
         "pytorch_lightning.utilities.rank_zero",
         "lightning_fabric.utilities.distributed",
     ):
         logging.getLogger(library).setLevel(logging.WARNING)
     for message in EXPECTED_WARNINGS:
-        warnings.filterwarnings("ignore", message)
+        warnings.filterwarnings("ignore", f".*{message}.*")
     with contextlib.suppress(AttributeError, OSError, TypeError):  # a system without mallopt
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD

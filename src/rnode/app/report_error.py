@@ -1,4 +1,4 @@
-"""Errors as the user sees them: one line and an exit code. The traceback of a bug goes to a file."""
+"""Errors as the user sees them: one line, an exit code, and a file with the traceback of a bug."""
 
 import contextlib
 import os
@@ -14,19 +14,19 @@ from omegaconf.errors import OmegaConfBaseException
 from rnode.app.launch import is_first_process, launched
 from rnode.errors import DivergenceError, InputError, Stopped, one_line
 
-ONE_LINE = "RNODE_ONE_LINE_ERRORS"  # set where this program, not the user, set HYDRA_FULL_ERROR
+OURS = "RNODE_ONE_LINE_ERRORS"  # set where this program, not the user, set HYDRA_FULL_ERROR
 LONGEST = 1500  # characters of a message; a value that it repeats may be longer
 
 
 def wants_traceback() -> bool:
     """Return whether the user set HYDRA_FULL_ERROR=1."""
-    return os.environ.get("HYDRA_FULL_ERROR") == "1" and ONE_LINE not in os.environ
+    return os.environ.get("HYDRA_FULL_ERROR") == "1" and OURS not in os.environ
 
 
 @contextlib.contextmanager
 def hydra_raises() -> Iterator[None]:
     """Let Hydra raise its errors; by itself it prints them in several lines and exits."""
-    names = {"HYDRA_FULL_ERROR": "1", ONE_LINE: "1"} if not wants_traceback() else {}
+    names = {} if wants_traceback() else {"HYDRA_FULL_ERROR": "1", OURS: "1"}
     os.environ.update(names)
     try:
         yield
@@ -35,27 +35,36 @@ def hydra_raises() -> Iterator[None]:
             os.environ.pop(name, None)
 
 
+@contextlib.contextmanager
+def hydra_restored() -> Iterator[None]:
+    """Undo `hydra_raises` while a job runs, since the processes that it starts inherit it."""
+    names = {
+        name: os.environ.pop(name) for name in ("HYDRA_FULL_ERROR", OURS) if OURS in os.environ
+    }
+    try:
+        yield
+    finally:
+        os.environ.update(names)
+
+
 def describe_error(error: Exception) -> tuple[str, int]:
     """Return the line that describes an error, and the exit code.
 
     The exit code is 2 for a mistake in the input, 1 for a run that failed, 128 + n after signal n.
-    Errors of unexpected classes are written to error.log in the run folder.
+    The traceback of any other error is written to error.log in the run folder.
     """
-    cause = error
-    while isinstance(cause, HydraException) and isinstance(cause.__cause__, Exception):
-        cause = cause.__cause__  # Hydra wraps what a class that it builds raises
-    if isinstance(cause, Stopped):
-        line, code = one_line(cause), 128 + cause.signal
-    elif isinstance(cause, InputError | HydraException | OmegaConfBaseException):
-        line, code = one_line(cause), 2
-    elif isinstance(cause, DivergenceError | OSError):
-        line, code = one_line(cause), 1
-    else:
-        code = 1
-        line = f"{type(cause).__name__}: {one_line(cause)[:500]}; {save_traceback(error)}"
-        if isinstance(cause, MemoryError) or "out of memory" in line or "can't allocate" in line:
-            line = f"not enough memory, try a smaller dataset.batch_size or model.hidden ({line})"
-    return line if len(line) <= LONGEST else f"{line[:LONGEST]}…", code
+    if isinstance(error, HydraException) and isinstance(error.__cause__, Exception):
+        return describe_error(error.__cause__)  # Hydra wraps what a class that it builds raises
+    line = one_line(error)[:LONGEST]
+    if isinstance(error, Stopped):
+        return line, 128 + error.signal
+    if isinstance(error, InputError | HydraException | OmegaConfBaseException):
+        return line, 2
+    if isinstance(error, DivergenceError | OSError):
+        return line, 1
+    memory = isinstance(error, MemoryError) or "out of memory" in line or "can't allocate" in line
+    advice = "not enough memory; try a smaller dataset.batch_size or model.hidden: " * memory
+    return f"{advice}{type(error).__name__}: {line[:500]}; {save_traceback(error)}", 1
 
 
 def save_traceback(error: Exception) -> str:
@@ -79,9 +88,7 @@ def one_line_errors() -> Iterator[None]:
         if wants_traceback():
             raise
         line, code = describe_error(error)
-        if (
-            code > 128 and not is_first_process()
-        ):  # all stop together, and the first process says so
+        if code > 128 and not is_first_process():  # all stop together; the first process says so
             sys.exit(0)
         started = launched()
         several = started is not None and started.per_node * started.nodes > 1

@@ -4,93 +4,62 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from omegaconf import DictConfig, OmegaConf
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from rnode.choices import ADAPTIVE, DIVERGENCES, FIXED_GRID, GRADIENTS, INTEGRALS
 from rnode.errors import InputError
 
 PACKAGE = Path(__file__).resolve().parent.parent
-CONF = next(  # in the installed wheel, or in a checkout
-    folder for folder in (PACKAGE / "conf", PACKAGE.parent.parent / "conf") if folder.is_dir()
-)
-LARGEST = 2**32 - 1  # torch and NumPy take no larger seed
+INSTALLED, CHECKOUT = PACKAGE / "conf", PACKAGE.parent.parent / "conf"
+CONF = INSTALLED if INSTALLED.is_dir() else CHECKOUT
 
-Whole = Annotated[int, Field(ge=0, le=LARGEST)]
-Count = Annotated[int, Field(ge=1, le=LARGEST)]
-Limit = Annotated[int, Field(ge=-1, le=LARGEST)]
+Whole = Annotated[int, Field(ge=0, le=2**32 - 1)]  # torch and NumPy take no larger seed
+Count = Annotated[int, Field(ge=1, le=2**32 - 1)]
+Limit = Annotated[int, Field(ge=-1, le=2**32 - 1)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[int, Field(ge=0)] | Annotated[float, Field(ge=0, le=1)] | None
 
 
 class Section(BaseModel):
-    """A section in which an unknown key is an error. Keys with an underscore are Hydra's."""
+    """A section in which an unknown key is an error."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
 class OpenSection(BaseModel):
-    """A section whose class is the user's own, or takes more options than are listed."""
+    """A section of a class that takes more options, and may be the user's own."""
 
     model_config = ConfigDict(extra="allow", strict=True)
 
 
-def key(description: str) -> Any:
-    return Field(description=description)
+def key(description: str, default: Any = ...) -> Any:
+    return Field(default, description=description)
 
 
-class Dataset(Section):
+class Dataset(OpenSection):
     shape: list[Count] = key("shape of a sample: [channels, height, width] or [dimensions]")
     batch_size: Count = key("samples in a training step (section 6: 200)")
     eval_batch_size: Count = key("samples at a time in validation and test")
     seed: Whole = key("seed of data order and noise")
+    levels: Annotated[int, Field(ge=2, le=65536)] | None = key("number of grey levels", None)
+    alpha: Annotated[float, Field(gt=0, lt=0.5)] | None = key("α of the logit transform", None)
+    flip: bool = key("flip training images at random", False)
+    name: str | None = key("which data set of this kind", None)
+    root: str | None = key("folder of the data, which are downloaded there if missing", None)
+    train: Count | None = key("points of an epoch, sampled afresh for every batch", None)
+    validation: Count | None = key("samples of the validation set", None)
+    test: Count | None = key("samples of the test set", None)
+    resize: Count | None = key("side of the images; a smaller one averages pixels", None)
+    size: Count | None = key("side of a patch, in pixels", None)
+    stride: Count | None = key("pixels from one patch to the next", None)
 
 
-class Images(Dataset):
-    levels: Annotated[int, Field(ge=2, le=65536)] = key("number of grey levels")
-    alpha: Annotated[float, Field(gt=0, lt=0.5)] = key("α of the logit transform")
-
-
-class Digits(Images):
-    validation: Count = key("images of the validation set, cut from the training set")
-    test: Count = key("images of the test set")
-
-
-class Patches(Images):
-    size: Count = key("side of a patch, in pixels")
-    stride: Count = key("pixels from one patch to the next")
-
-
-class Stored(Images):
-    root: str = key("folder of the data, which are downloaded there if missing")
-    validation: Count = key("images of the validation set, cut from the training set")
-    resize: Count = key("side of the images; a smaller one averages pixels")
-
-
-class Idx(Stored):
-    name: str = key("MNIST or FashionMNIST")
-
-
-class Cifar10(Stored):
-    flip: bool = key("flip training images at random")
-
-
-class Toy(Dataset):
-    name: str = key("density")
-    train: Count = key("points of an epoch, sampled afresh for every batch")
-    validation: Count = key("points of the validation set")
-    test: Count = key("points of the test set")
-
-
-class OwnDataset(OpenSection, Dataset):
-    pass
-
-
-class Model(Section):
+class Model(OpenSection):
     shape: list[Count] = key("shape of a sample")
-    hidden: Annotated[int, Field(ge=1, le=65536)] = key("channels, or units, of an inner layer")
-    layers: Annotated[int, Field(ge=2, le=100)] = key("layers of a piece's network")
-    pieces: Annotated[int, Field(ge=1, le=100)] = key("pieces before and after each squeeze")
+    hidden: Annotated[int, Field(ge=1, le=65536)] = key("channels, or units, of a hidden layer", 64)
+    layers: Annotated[int, Field(ge=2, le=100)] = key("layers of a piece's network", 4)
+    pieces: Annotated[int, Field(ge=1, le=100)] = key("pieces before and after each squeeze", 1)
 
 
 class Method(Section):
@@ -101,18 +70,7 @@ class Method(Section):
     rtol: Positive = key("relative tolerance of adaptive steps")
     atol: Positive = key("absolute tolerance of adaptive steps")
     first_step: Positive = key("first step that an adaptive method tries")
-    max_steps: Annotated[int, Field(ge=1, lt=2**31)] = key("steps of a piece before it diverges")
-
-    @model_validator(mode="after")
-    def one_grid(self) -> "Method":
-        given, fixed = (self.step_size, self.steps), self.method in FIXED_GRID
-        if fixed and given.count(None) != 1:
-            both = f"step_size={self.step_size} and steps={self.steps}"
-            raise ValueError(f"{both}: give one of the two and set the other to null")
-        count = 1 / self.step_size if self.step_size else 1
-        if abs(count - round(count)) > 1e-9 * count or not 1 <= round(count) <= 10_000:
-            raise ValueError(f"step_size={self.step_size}: must divide 1 into at most 10000 steps")
-        return self
+    max_steps: Annotated[int, Field(ge=1, lt=2**31)] = key("adaptive steps of a piece, at most")
 
 
 class Solver(Section):
@@ -146,9 +104,7 @@ class Trainer(OpenSection, Devices):
     precision: str | int | None = key("32-true, bf16-mixed (bfloat16 inside f alone) or 64-true")
     gradient_clip_val: NonNegative | None = key("largest norm of the gradient")
     accumulate_grad_batches: Count = key("batches of a training step")
-    on_divergence: Literal["stop", "rewind"] = key(
-        "stop, or rewind to the last checkpoint with half the learning rate, at most 3 times"
-    )
+    on_divergence: Literal["stop", "rewind"] = key("stop, or rewind to last.ckpt at half the rate")
     log_every_n_steps: Whole = key("training steps from one row of metrics.csv to the next")
     check_val_every_n_epoch: Count | None = key("epochs from one validation to the next")
     val_check_interval: Share = key("batches, or share of an epoch, between two validations")
@@ -161,7 +117,6 @@ class Trainer(OpenSection, Devices):
     enable_model_summary: bool = key("print every layer")
     inference_mode: bool = key("evaluate in torch's inference mode")
     fast_dev_run: bool | Count = key("run one batch, or so many, of everything, to find mistakes")
-    deterministic: bool | Literal["warn"] | None = key("use deterministic algorithms only")
 
 
 class Pictures(Section):
@@ -181,13 +136,11 @@ class Train(Section):
     probes: Count = key("random probes of a sample")
     warmup_steps: Whole = key("steps over which the learning rate rises linearly")
     decay: bool = key("let the learning rate fall to 0 over the run, as half a cosine")
-    refine: NonNegative | None = key("bits/dim between a grid and a finer one that refine the grid")
+    refine: NonNegative | None = key("bits/dim from a finer grid at which the grid is refined")
     compile: bool = key("compile f by torch.compile; the first step takes a minute or more")
     save_every_n_steps: Count = key("training steps from one last.ckpt to the next within an epoch")
     ckpt_path: str | None = key("checkpoint to resume; auto: last.ckpt of the run folder, if any")
-    sweep_metric: Literal["bits_per_dim", "bits_per_dim_and_nfe"] = key(
-        "what a guided sweep minimizes on the validation set"
-    )
+    sweep_metric: Literal["bits_per_dim", "bits_per_dim_and_nfe"] = key("what a sweep minimizes")
     dataset: Dataset = key("the data")
     model: Model = key("the flow")
     solver: Solver = key("the ODE methods")
@@ -208,7 +161,7 @@ class FromCheckpoint(Section):
     seed: Whole = key("seed of noise, probes and samples")
     divergence: Literal[DIVERGENCES] | None = key("null: exact up to 16 dimensions, else the run's")
     probes: Count | None = key("random probes of a sample; null: the run's own")
-    solver: Solver = key("solver=… or solver.test.…=… replace the run's own")
+    solver: Solver = key("solver=… and solver.test.…=… replace the run's own; nothing trains")
     trainer: Devices = key("the devices")
     dataset: CheckpointData = key("the data")
 
@@ -236,76 +189,41 @@ class Reproduce(Section):
     root: str = key("folder of FashionMNIST, MNIST and CIFAR10, downloaded there if missing")
     launcher: str = key("Hydra's launcher of the runs")
 
-    @model_validator(mode="after")
-    def one_picture(self) -> "Reproduce":
-        if (self.figure is None) == (self.table is None):
-            raise ValueError("give one of figure=1 to figure=5 and table=1")
-        return self
-
 
 COMMANDS = {"train": Train, "evaluate": Evaluate, "sample": Sample, "reproduce": Reproduce}
-SOURCES = {"digits": Digits, "patches": Patches, "idx_images": Idx, "cifar10": Cifar10, "toy": Toy}
-
-
-def schema_of(command: str, config: dict) -> type[BaseModel]:
-    """Return the schema of a command; that of `train` depends on the classes that are configured."""
-    if command != "train":
-        return COMMANDS[command]
-    fields: dict[str, Any] = {}
-    dataset, model = config.get("dataset"), config.get("model")
-    if isinstance(dataset, dict) and isinstance(dataset.get("source"), dict):
-        module, _, name = str(dataset["source"].get("_target_")).rpartition(".")
-        chosen = SOURCES.get(name) if module.startswith("rnode.data") else None
-        fields["dataset"] = (chosen or OwnDataset, Train.model_fields["dataset"])
-    if isinstance(model, dict) and not str(model.get("_target_")).startswith("rnode.models."):
-        fields["model"] = (OpenSection, Train.model_fields["model"])
-    return create_model("Train", __base__=Train, **fields)
-
-
-def without_targets(value: Any) -> Any:
-    """Leave out `source` and what Hydra interprets: _target_, _partial_ and the like."""
-    if isinstance(value, dict):
-        kept = {k: v for k, v in value.items() if not str(k).startswith("_") and k != "source"}
-        return {k: without_targets(v) for k, v in kept.items()}
-    return value
 
 
 def validate(command: str, cfg: DictConfig) -> None:
-    """Check a composed configuration.
-
-    Raises:
-        InputError: one line with the first wrong key, its value and what would be right.
-    """
+    """Raise InputError with the first wrong key of a composed configuration, if there is one."""
     config = OmegaConf.to_container(cfg, resolve=True)
-    assert isinstance(config, dict)
     try:
-        schema_of(command, config).model_validate(without_targets(config))
+        COMMANDS[command].model_validate(without_targets(config))
     except ValidationError as error:
         raise InputError(describe(error, config)) from None
 
 
-def describe(error: ValidationError, config: dict) -> str:
-    """Word the first wrong key of a validation; alternatives of its type are joined by "or"."""
-    first, rights = error.errors()[0], []
-    names = [str(part) for part in first["loc"]]
-    value: Any = config
-    for depth, name in enumerate(names):  # the rest of a location names alternatives of a type
-        if not isinstance(value, dict) or name not in value:
-            names = names[:depth] if first["type"] != "missing" else names
+def without_targets(value: Any) -> Any:
+    """Leave out what Hydra interprets: `source`, _target_, _partial_ and the like."""
+    if not isinstance(value, dict):
+        return value
+    return {k: without_targets(v) for k, v in value.items() if str(k)[:1] != "_" and k != "source"}
+
+
+def describe(error: ValidationError, config: Any) -> str:
+    """Name the first wrong key, its value and what would be right."""
+    first, path, value = error.errors()[0], [], config
+    for part in first["loc"]:  # the rest of a location names alternatives of a type
+        if not isinstance(value, dict) or (part not in value and first["type"] != "missing"):
             break
-        value = value[name]
-    dotted = ".".join(names)
-    for other in error.errors():
-        if [str(part) for part in other["loc"]][: len(names)] == names:
-            rights.append(other["msg"].removeprefix("Input should be "))
+        path, value = [*path, part], value.get(part)
+    name = ".".join(map(str, path))
     if first["type"] == "extra_forbidden":
-        return f"there is no option {dotted}"
+        return f"there is no option {name}"
     if first["type"] == "missing":
-        return f"{dotted} is missing"
-    if first["type"] == "value_error":
-        where = f"{dotted}: " if dotted else ""
-        return where + first["msg"].removeprefix("Value error, ")
+        return f"{name} is missing"
     if first["type"] in ("model_type", "dict_type"):
-        return f"{dotted}={value}: must be a section, whose keys are set as {dotted}.KEY=…"
+        return f"{name}={value}: must be a section, whose keys are set as {name}.KEY=…"
+    same = (other for other in error.errors() if other["loc"][: len(path)] == tuple(path))
+    right = dict.fromkeys(other["msg"].removeprefix("Input should be ") for other in same)
     shown = "null" if value is None else " ".join(str(value).split())[:200]
-    return f"{dotted}={shown}: must be {' or '.join(dict.fromkeys(rights))}"
+    return f"{name}={shown}: must be {' or '.join(right)}"

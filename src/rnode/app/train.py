@@ -1,9 +1,11 @@
 """The command `train`: build data and flow, fit, test the best weights, and write the result."""
 
+import contextlib
 import shlex
 import sys
 from collections import Counter
 from inspect import signature
+from math import log, nan
 from pathlib import Path
 
 import pytorch_lightning as pl
@@ -20,6 +22,7 @@ from rnode.app import sweep
 from rnode.app.build import build
 from rnode.app.launch import is_first_process, launched, match_processes
 from rnode.errors import DivergenceError, Stopped, require
+from rnode.flow import Flow
 from rnode.training import callbacks
 from rnode.training.checkpoint import AtomicCheckpointIO, load_checkpoint, load_to_resume
 from rnode.training.loggers import finish_wandb, make_loggers
@@ -29,14 +32,18 @@ from rnode.training.run_folder import lock, whole_file
 
 REWINDS = 3  # at most, with trainer.on_divergence=rewind
 ADVICE = "try a smaller optimizer.lr, a larger reg.lambda_j or more steps of solver.train"
+TABLE = {
+    "NFE forward per batch, training": ("train/nfe_forward", ".0f"),
+    "NFE backward per batch, training": ("train/nfe_backward", ".0f"),
+    "NFE forward per batch, test": ("test/nfe_forward", ".0f"),
+    "kinetic energy / d": ("test/kinetic", ".4f"),
+    "squared Jacobian norm / d": ("test/jacobian", ".4f"),
+    "seconds per epoch": ("train/seconds_per_epoch", ".1f"),
+}
 
 
 def main(cfg: DictConfig) -> float | list[float]:
-    """Train one flow in the folder of the run.
-
-    Returns:
-        What a sweep minimizes, `sweep_metric`.
-    """
+    """Train one flow in the run folder, and return what a guided sweep minimizes."""
     folder = Path(HydraConfig.get().runtime.output_dir)
     match_processes(cfg.trainer, HydraConfig.get().overrides.task)
     ckpt_path, last = cfg.ckpt_path, folder / "last.ckpt"
@@ -45,40 +52,32 @@ def main(cfg: DictConfig) -> float | list[float]:
             print(f"{folder} has finished and is skipped")
             return sweep.metric_values(cfg, result)
         ckpt_path = "auto" if last.exists() else ckpt_path
-    resumes = ckpt_path == "auto" or (
-        ckpt_path and Path(ckpt_path).resolve().parent == folder.resolve()
-    )
+    inside = ckpt_path is not None and Path(ckpt_path).resolve().parent == folder.resolve()
+    resumes = inside or ckpt_path == "auto"
     if ckpt_path == "auto":
         ckpt_path = str(last) if last.exists() else None
     try:
-        if not is_first_process():
-            return train(cfg, folder, ckpt_path)
-        with lock(folder, bool(resumes)):
+        with lock(folder, resumes) if is_first_process() else contextlib.nullcontext():
             return train(cfg, folder, ckpt_path)
     finally:
         finish_wandb()
 
 
 def train(cfg: DictConfig, folder: Path, ckpt_path: str | None) -> float | list[float]:
-    """Train until the end, and go back to the last checkpoint after a divergence if asked to."""
-    last, first = folder / "last.ckpt", is_first_process()
+    """Fit and test; after a divergence, go back to the last checkpoint if the run asks for it."""
+    last = folder / "last.ckpt"
     halvings: Counter[int] = (
         Counter()
     )  # of the learning rate, by the step that the run went back to
     while True:
-        factor = 1.0
-        if ckpt_path is not None:
-            checkpoint = load_checkpoint(ckpt_path)
-            step = checkpoint["global_step"]
-            factor = checkpoint["learning_rate_factor"] * 0.5 ** halvings[step]
         try:
-            return sweep.metric_values(cfg, fit(cfg, folder, ckpt_path, factor))
+            return sweep.metric_values(cfg, fit(cfg, folder, ckpt_path, halvings))
         except DivergenceError as error:
             several = torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
             alone = several and not error.shared  # the other processes do not know of it
             stop = cfg.trainer.on_divergence == "stop" or halvings.total() == REWINDS
             if stop or alone or not last.exists():
-                if not (first or alone):
+                if not (is_first_process() or alone):
                     sys.exit()  # the first process prints the error and returns the exit code
                 good = last if last.exists() else "none yet"
                 message = f"{error}; {ADVICE}; last good checkpoint: {good}"
@@ -87,39 +86,33 @@ def train(cfg: DictConfig, folder: Path, ckpt_path: str | None) -> float | list[
             ckpt_path = str(last)
             step = load_checkpoint(ckpt_path)["global_step"]
             halvings[step] += 1
-            if first:
-                again = f"going back to step {step} with half the learning rate"
-                print(f"{error}; {again}", file=sys.stderr)
+            back = f"going back to step {step} with half the learning rate"
+            if is_first_process():
+                print(f"{error}; {back}", file=sys.stderr)
 
 
-def fit(cfg: DictConfig, folder: Path, ckpt_path: str | None, factor: float) -> dict:
-    """Fit from `ckpt_path` on, or anew, and test the best weights.
-
-    Returns:
-        What result.json holds, in the first process.
-    """
+def fit(cfg: DictConfig, folder: Path, ckpt_path: str | None, halvings: Counter[int]) -> dict:
+    """Fit anew or from `ckpt_path` on, test the best weights, and return the result."""
     pl.seed_everything(cfg.seed, verbose=False)
     config = OmegaConf.to_container(cfg, resolve=True)
     data, flow = build(cfg)
-    schedule = {"warmup_steps": cfg.warmup_steps, "decay": cfg.decay}
-    others = {"seed": cfg.seed, "config": config, "learning_rate_factor": factor}
-    module = RNODE(flow, instantiate(cfg.optimizer), **cfg.reg, **schedule, **others)
-    step = None
+    step, factor = None, 1.0
     if ckpt_path is not None:
         checkpoint = load_to_resume(ckpt_path, config)
         step = checkpoint["global_step"]
+        factor = checkpoint["learning_rate_factor"] * 0.5 ** halvings[step]
         report_resume(ckpt_path, checkpoint, config)
+    schedule = {"warmup_steps": cfg.warmup_steps, "decay": cfg.decay}
+    options = {"seed": cfg.seed, "config": config, "learning_rate_factor": factor}
+    module = RNODE(flow, instantiate(cfg.optimizer), **cfg.reg, **schedule, **options)
     overrides = HydraConfig.get().overrides.task
     if is_first_process():
         (folder / RESULT).unlink(missing_ok=True)
         for name, content in (("config.yaml", cfg), (sweep.OVERRIDES, overrides)):
             with whole_file(folder / name, "w") as file:
                 OmegaConf.save(content, file, resolve=True)
-    best = ModelCheckpoint(
-        folder, filename="best", monitor="val/bits_per_dim", enable_version_counter=False
-    )
-    logger = make_loggers(cfg.wandb, folder, config, step)
-    trainer = make_trainer(cfg, folder, flow, best, logger)
+    best = model_checkpoint(folder, "best", monitor="val/bits_per_dim")
+    trainer = make_trainer(cfg, folder, flow, best, make_loggers(cfg.wandb, folder, config, step))
     sweep.refuse_own_processes(trainer)
     try:
         trainer.fit(module, data, ckpt_path=ckpt_path, weights_only=True)
@@ -137,57 +130,47 @@ def fit(cfg: DictConfig, folder: Path, ckpt_path: str | None, factor: float) -> 
     if not trainer.is_global_zero:
         return {}
     metrics, score = trained | trainer.callback_metrics, best.best_model_score
-    score = float(trained.get("val/bits_per_dim", "nan") if score is None else score)
-    result = write_result(folder, metrics, score)
+    score = trained.get("val/bits_per_dim", nan) if score is None else score
+    result = write_result(folder, metrics, float(score))
     print_table(metrics, flow.d, folder)
     return result
 
 
+def model_checkpoint(folder: Path, name: str, **options) -> ModelCheckpoint:
+    return ModelCheckpoint(folder, filename=name, enable_version_counter=False, **options)
+
+
 def make_trainer(
-    cfg: DictConfig, folder: Path, flow, best: ModelCheckpoint, logger: list
+    cfg: DictConfig, folder: Path, flow: Flow, best: ModelCheckpoint, loggers: list
 ) -> pl.Trainer:
-    """Make Lightning's Trainer with the callbacks of the configuration."""
-    # Not save_last=True of `best`: Lightning would write the last epoch only if it is also the best.
-    last = ModelCheckpoint(
-        folder, filename="last", save_on_train_epoch_end=True, enable_version_counter=False
-    )
+    """Make Lightning's Trainer with the callbacks, plugins and loggers of a run."""
     path = folder / "last.ckpt"
     used = [callbacks.EpochTimer(), callbacks.StopOnSignal(path), instantiate(cfg.pictures, folder)]
     if cfg.trainer.enable_checkpointing:
+        # Not save_last=True of `best`, by which Lightning writes the last epoch only if it is best.
+        last = model_checkpoint(folder, "last", save_on_train_epoch_end=True)
         used += [callbacks.SaveWithinEpochs(path, cfg.save_every_n_steps), best, last]
-    if cfg.compile:
-        used.append(callbacks.Compile())
-    if cfg.refine is not None and not flow.solver.train.adaptive:
-        used.append(callbacks.RefineGrid(cfg.refine))
-    if cfg.trainer.enable_progress_bar:
-        used.append(callbacks.Progress())
-    started = launched()
-    plugins: list = [AtomicCheckpointIO()]
+    used += [callbacks.Compile()] if cfg.compile else []
+    refines = cfg.refine is not None and not flow.solver.train.adaptive
+    used += [callbacks.RefineGrid(cfg.refine)] if refines else []
+    used += [callbacks.Progress()] if cfg.trainer.enable_progress_bar else []
+    started, plugins = launched(), [AtomicCheckpointIO()]
     if started is not None and started.by == "srun":  # Lightning's requeueing writes other files
         plugins.append(SLURMEnvironment(auto_requeue=False))
-    options = {k: v for k, v in cfg.trainer.items() if k != "on_divergence"}
-    for name in options.keys() - {"_target_"}:
-        known = name in signature(pl.Trainer.__init__).parameters
-        require(known, f"there is no option trainer.{name}; Lightning's Trainer does not know it")
-    given = {k: instantiate(options.pop(k, None)) or [] for k in ("callbacks", "plugins", "logger")}
-    return instantiate(
-        options,
-        callbacks=[*used, *given["callbacks"]],
-        plugins=[*plugins, *given["plugins"]],
-        logger=[*logger, *given["logger"]],
-        default_root_dir=folder,
-    )
+    options = {name: value for name, value in cfg.trainer.items() if name != "on_divergence"}
+    for name in options.keys() - signature(pl.Trainer.__init__).parameters - {"_target_"}:
+        require(False, f"there is no option trainer.{name}: Lightning's Trainer does not have it")
+    own = {"callbacks": used, "plugins": plugins, "logger": loggers}
+    own = {name: ours + list(instantiate(options.pop(name, []))) for name, ours in own.items()}
+    return instantiate(options, **own, default_root_dir=folder)
 
 
 def report_resume(path: str, checkpoint: dict, config: dict) -> None:
-    """Say what a resumed run takes from the checkpoint and what from the command line."""
+    """Print what a resumed run takes from the checkpoint and what from the command line."""
     if not is_first_process():
         return
     step, epoch = checkpoint["global_step"], checkpoint["epoch"]
-    print(f"resuming from {path}: weights, optimizer state, step {step} and epoch {epoch}")
-    factor = checkpoint["learning_rate_factor"]
-    if factor != 1:
-        print(f"learning rate: multiplied by {factor:g}, as the run went back after a divergence")
+    print(f"resuming from {path}: weights, optimizer state, step {step}, epoch {epoch}")
     theirs, ours = sweep.flatten(checkpoint["config"]), sweep.flatten(config)
     for key in sorted(theirs.keys() | ours.keys()):
         if theirs.get(key) != ours.get(key) and not sweep.is_irrelevant(key):
@@ -199,19 +182,12 @@ def print_table(metrics: dict, d: int, folder: Path) -> None:
     table = Table("quantity", title="test set", title_justify="left")
     table.add_column("value", justify="right")
     bits, error = (float(metrics[f"test/bits_per_dim{suffix}"]) for suffix in ("", "_se"))
-    nats = torch.tensor(2.0).log().item() * d
+    nats = log(2) * d
     table.add_row("bits/dim (± standard error)", f"{bits:.4f} ± {error:.4f}")
     table.add_row("negative log-likelihood, nats", f"{bits * nats:.3f} ± {error * nats:.3f}")
-    for name, key, form in (
-        ("NFE forward per batch, training", "train/nfe_forward", "{:.0f}"),
-        ("NFE backward per batch, training", "train/nfe_backward", "{:.0f}"),
-        ("NFE forward per batch, test", "test/nfe_forward", "{:.0f}"),
-        ("kinetic energy / d", "test/kinetic", "{:.4f}"),
-        ("squared Jacobian norm / d", "test/jacobian", "{:.4f}"),
-        ("seconds per epoch", "train/seconds_per_epoch", "{:.1f}"),
-    ):
+    for name, (key, form) in TABLE.items():
         if key in metrics:
-            table.add_row(name, form.format(float(metrics[key])))
+            table.add_row(name, format(float(metrics[key]), form))
     console = Console()
     console.print(table)
     console.print(f"run folder: {folder}", soft_wrap=True)

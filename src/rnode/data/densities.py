@@ -9,45 +9,42 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from rnode.data.splits import SPLIT_SEED, Splits
-from rnode.errors import require
+from rnode.errors import require_choice
+
+Density = Callable[[int, np.random.Generator], np.ndarray]  # samples n vectors, (n, d)
 
 
 class FreshSamples(Dataset):
-    """Vectors that are sampled anew for every batch, seeded by the indices of the batch.
+    """`count` vectors that are sampled anew for every batch, seeded by the indices of the batch.
 
     Every epoch of every run asks for the indices in another order.
-
-    Args:
-        density: samples n vectors from a generator.
-        count: number of vectors in an epoch.
     """
 
-    def __init__(self, density: Callable[[int, np.random.Generator], np.ndarray], count: int):
+    def __init__(self, density: Density, count: int):
         self.density, self.count = density, count
 
     def __len__(self) -> int:
         return self.count
 
     def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
-        rng = np.random.default_rng(indices)
-        return torch.from_numpy(self.density(len(indices), rng)).float(), torch.tensor(indices)
+        return sample(self.density, len(indices), indices), torch.tensor(indices)
+
+
+def sample(density: Density, count: int, seed: tuple[int, int] | list[int]) -> Tensor:
+    return torch.from_numpy(density(count, np.random.default_rng(seed))).float()
 
 
 def toy(name: str, train: int = 20000, validation: int = 2000, test: int = 10000) -> Splits:
     """Return a density of DENSITIES: fresh training samples, fixed validation and test samples."""
-    require(name in DENSITIES, f"name={name}: must be one of {', '.join(DENSITIES)}")
+    require_choice("name", name, DENSITIES)
     density = DENSITIES[name]
-
-    def fixed(count: int, stream: int) -> Tensor:
-        return torch.from_numpy(density(count, np.random.default_rng((SPLIT_SEED, stream)))).float()
-
-    return Splits(FreshSamples(density, train), fixed(validation, 1), fixed(test, 2))
+    val_rows = sample(density, validation, (SPLIT_SEED, 1))
+    return Splits(FreshSamples(density, train), val_rows, sample(density, test, (SPLIT_SEED, 2)))
 
 
 def eight_gaussians(n: int, rng: np.random.Generator) -> np.ndarray:
     """Eight normals of standard deviation 0.14 on a circle of radius 2: entropy 0.985 nats."""
-    angle = rng.integers(8, size=n) * (np.pi / 4)
-    mean = 2 * np.stack([np.cos(angle), np.sin(angle)], axis=1)
+    mean = polar(2, rng.integers(8, size=n) * (np.pi / 4))
     return mean + 0.14 * rng.standard_normal((n, 2))
 
 
@@ -71,9 +68,8 @@ def pinwheel(n: int, rng: np.random.Generator) -> np.ndarray:
 
 def checkerboard(n: int, rng: np.random.Generator) -> np.ndarray:
     """Uniform on the eight dark unit squares of [−2, 2]²: entropy log 8 = 2.079 nats."""
-    square = rng.integers(8, size=n)
-    row = square // 2
-    corner = np.stack([2 * (square % 2) + row % 2, row], axis=1) - 2.0
+    row, column = np.divmod(rng.integers(8, size=n), 2)
+    corner = np.stack([2 * column + row % 2, row], axis=1) - 2.0
     return corner + rng.random((n, 2))
 
 
@@ -88,14 +84,4 @@ def spirals(n: int, rng: np.random.Generator) -> np.ndarray:
 def rings(n: int, rng: np.random.Generator) -> np.ndarray:
     """Four concentric circles, equally likely, with noise."""
     radius = 0.6 * (1 + rng.integers(4, size=n)) + 0.06 * rng.standard_normal(n)
-    angle = 2 * np.pi * rng.random(n)
-    return np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1)
-
-
-def two_gaussians(n: int, rng: np.random.Generator) -> np.ndarray:
-    """One-dimensional: normals of standard deviation 0.4 at −1.6 and 1.2, the second 2/3 likely."""
-    return 2.8 * (rng.random((n, 1)) < 2 / 3) - 1.6 + 0.4 * rng.standard_normal((n, 1))
-
-
-_ALL = (eight_gaussians, moons, circles, pinwheel, checkerboard, spirals, rings, two_gaussians)
-DENSITIES = {density.__name__: density for density in _ALL}
+    return polar(radius, 2 * np.pi * rng.random(n))

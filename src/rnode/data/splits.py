@@ -12,9 +12,7 @@ SPLIT_SEED = 0  # the same samples are held out whatever the seed of the run
 
 
 class Splits(NamedTuple):
-    """Images, uint8 (N, C, H, W), or vectors, float (N, d)."""
-
-    train: Tensor | Dataset
+    train: Tensor | Dataset  # images, uint8 (N, C, H, W), or vectors, float (N, d)
     val: Tensor
     test: Tensor
 
