@@ -1,7 +1,6 @@
 """Fixtures that several test files share."""
 
 import functools
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from helpers import Run, call, randomize
+from helpers import ONE_THREAD, TWO_STEPS, Run, call, randomize
 from rnode import Field, TimeConv2d, TimeLinear
 
 torch.set_num_threads(1)  # the tests' tensors are small, and pytest-xdist runs one process a core
@@ -43,13 +42,13 @@ def run(tmp_path):
 
 
 @pytest.fixture(scope="session")
-def fork_server():
+def fork_server(tmp_path_factory):
     """tests/forked.py as a process, which starts runs in forks of itself."""
     command = [sys.executable, Path(__file__).with_name("forked.py")]
     # One thread: sums are then in the same order, however many cores are free.
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    options = {"env": ONE_THREAD, "cwd": tmp_path_factory.mktemp("fork_server"), "text": True}
     pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment) as server:
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, **options) as server:
         yield server
         server.stdin.close()
 
@@ -65,6 +64,14 @@ def whole(start, tmp_path_factory):
     """The folder of a run of SMALL that nothing disturbed. Tests must not change it."""
     folder = tmp_path_factory.mktemp("whole") / "run"
     start(folder).finish()
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory):
+    """The folder of a run of two steps on digits. Tests must not change it."""
+    folder = tmp_path_factory.mktemp("tiny")
+    call("train", *TWO_STEPS, "model.pieces=1", f"hydra.run.dir={folder}")
     return folder
 
 

@@ -1,6 +1,9 @@
-"""The gradient of one training step, by Lightning: `ddp_gradient.py FILE BATCH GRADIENT`, in one process or under torchrun.
+"""The gradient of one training step by Lightning, in one process or under torchrun.
 
-float64, the same probe for every sample, images without noise: what is left to differ is the order of the sums.
+ddp_gradient.py FILE BATCH GRADIENT
+
+In float64, with the same probe for every sample and data that need no noise: only the order of
+sums can differ between one process and two.
 """
 
 import sys
@@ -8,25 +11,29 @@ import sys
 import torch
 from pytorch_lightning import Callback, Trainer
 
-from conftest import make_flow
-from launch import launched
+from helpers import make_flow
 from rnode import Probes
-from rnode.data import DataModule, Splits
-from rnode.module import RNODE
+from rnode.app.launch import launched
+from rnode.data.datamodule import DataModule
+from rnode.data.splits import Splits
+from rnode.training.module import RNODE
 
 
 def source():
-    rows = torch.randn(64, 1, 8, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    generator = torch.Generator().manual_seed(1)
+    rows = torch.randn(64, 1, 8, 8, generator=generator, dtype=torch.float64)
     return Splits(rows, rows, rows)
 
 
-def draw(self, z, generators=None):
-    eps = torch.randn(1, 1, *z.shape[1:], generator=torch.Generator().manual_seed(2), dtype=z.dtype)
+def sample(self, z, generators=None):
+    """Replaces Probes.sample: one probe for all samples of all processes."""
+    generator = torch.Generator().manual_seed(2)
+    eps = torch.randn(1, 1, *z.shape[1:], generator=generator, dtype=z.dtype)
     return eps.expand(1, *z.shape)
 
 
 class Keep(Callback):
-    """The gradient as the optimizer sees it, and the weights after its step, of every process."""
+    """Saves, from every process, the gradient that the optimizer gets and the weights after."""
 
     def __init__(self, path):
         self.path = path
@@ -36,16 +43,17 @@ class Keep(Callback):
 
     def on_train_end(self, trainer, module):
         weights = torch.cat([p.detach().flatten() for p in module.parameters()])
-        torch.save({"gradient": self.gradient, "weights": weights}, f"{self.path}.{trainer.global_rank}")
+        content = {"gradient": self.gradient, "weights": weights}
+        torch.save(content, f"{self.path}.{trainer.global_rank}")
 
 
 def main() -> None:
     path, batch, gradient = sys.argv[1:]
     started = launched()
-    Probes.draw = draw
+    Probes.sample = sample
     torch.manual_seed(0)
     flow = make_flow((1, 8, 8), gradient=gradient, pieces=1)
-    module = RNODE(flow, torch.optim.Adam, 0.01, 0.01)
+    module = RNODE(flow, torch.optim.Adam, lambda_k=0.01, lambda_j=0.01)
     trainer = Trainer(
         accelerator="cpu",
         devices=1 if started is None else started.per_node,

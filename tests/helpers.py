@@ -4,7 +4,9 @@ import csv
 import gzip
 import hashlib
 import json
+import os
 import pickle
+import struct
 import subprocess
 import sys
 import time
@@ -20,6 +22,7 @@ from rnode.app import cli
 
 ROOT = Path(__file__).resolve().parent.parent
 HANG = 1800  # seconds after which a test that waits has hung; no test depends on a shorter time
+ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}  # more would wait for one another's cores
 
 RK4 = Method("rk4", step_size=0.25)
 DOPRI5 = Method("dopri5")
@@ -175,6 +178,7 @@ def command(*arguments, cwd, script="train"):
     return subprocess.run(
         [sys.executable, ROOT / "src" / f"{script}.py", *arguments],
         cwd=cwd,
+        env=ONE_THREAD,
         capture_output=True,
         text=True,
         timeout=HANG,
@@ -266,6 +270,30 @@ def logged_step(folder):
         return -1
     lines = (folder / "metrics.csv").read_text().splitlines()
     return int(lines[-1].split(",")[lines[0].split(",").index("step")])
+
+
+def wandb_records(folder):
+    """The records of a run's offline W&B files, by the name of the W&B folder.
+
+    A .wandb file is a LevelDB log with a header of 7 bytes: blocks of 32 KiB hold parts of records.
+    """
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    found = {}
+    for path in sorted(folder.glob("wandb/offline-run-*/*.wandb")):
+        data, position, record = path.read_bytes(), 7, b""
+        while position < len(data):
+            left = 32768 - position % 32768
+            if left < 7:  # the padding of a block
+                position += left
+                continue
+            _, length, kind = struct.unpack_from("<IHB", data, position)
+            record += data[position + 7 : position + 7 + length]
+            position += 7 + length
+            if kind in (1, 4):  # a whole record, or its last part
+                found.setdefault(path.parent.name, []).append(Record.FromString(record))
+                record = b""
+    return found
 
 
 def same(a, b, path=""):

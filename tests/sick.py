@@ -1,15 +1,18 @@
-"""train.py with faults in the second process alone: SICK lists their kinds, one for each time that step 12 is come to.
+"""train.py with faults in the second process alone.
 
-nan: the batch is NaN. forward: an adaptive solver gives up. backward: so it does in the gradient, when a part of it is sent.
+SICK lists their kinds, one for each time that the run reaches step 12:
+
+    nan         the batch is NaN
+    forward     an adaptive solver gives up
+    backward    an adaptive solver gives up in the backward pass, after a part of it was sent
 """
 
 import os
 from dataclasses import replace
 
-import cli
-import train
 from rnode import Method
-from rnode.module import RNODE
+from rnode.app.cli import run
+from rnode.training.module import RNODE
 
 kinds = os.environ["SICK"].split() if os.environ.get("LOCAL_RANK") == "1" else []
 healthy = RNODE.training_step
@@ -28,16 +31,17 @@ def sick(self, batch, batch_idx):
             return healthy(self, batch, batch_idx)
         finally:
             self.flow.solver = solver
-    handle = next(self.flow.pieces[1].parameters()).register_hook(lambda gradient: give_up(handle))
+    weight = next(self.flow.pieces[1].parameters())
+    handle = weight.register_hook(lambda gradient: give_up(handle))
     return healthy(self, batch, batch_idx)
 
 
 def give_up(handle):
     handle.remove()
-    raise AssertionError("underflow in dt 0.0")  # torchdiffeq's words
+    raise AssertionError("underflow in dt 0.0")  # the words of torchdiffeq
 
 
 RNODE.training_step = sick
 
 if __name__ == "__main__":
-    cli.run(train.main, "train.py", "")
+    run("train")

@@ -125,11 +125,12 @@ def test_samples_are_plotted_side_by_side(tmp_path, monkeypatch, capsys):
         (["figure=1", "table=1"], "give one of figure=1 to figure=5 and table=1"),
         (["figure=6"], "figure=6: must be less than or equal to 5"),
         (["figure=2", "scale=large"], "scale=large: must be 'small' or 'paper'"),
-        (["figure=2", "train=false"], "holds no finished run for figure2"),
+        (["figure=2"], "holds no finished run for figure2"),
         (["figur=2"], "figure"),
     ],
 )
 def test_mistakes_get_one_line(overrides, words, tmp_path, capsys):
-    line, code = refused(capsys, "reproduce", *overrides, f"hydra.run.dir={tmp_path}")
+    untrained = ["train=false", f"hydra.run.dir={tmp_path}"]
+    line, code = refused(capsys, "reproduce", *overrides, *untrained)
     assert words in line
     assert code == 2

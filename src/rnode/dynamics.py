@@ -1,7 +1,7 @@
 """The system (RNODE) of section 5: the state z and the three integrals l, E and n."""
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -80,8 +80,8 @@ class Dynamics:
     """
 
     def __init__(self, field: VectorField, eps: Tensor | None = None):
-        self.field, self.eps = field, eps
-        self.nfe = 0
+        self.field, self.nfe = field, 0
+        self.eps: Any = eps
 
     def f(self, t: Tensor, z: Tensor) -> Tensor:
         """The right-hand side of (ODE): t (), z (B, *shape) → dz/dt (B, *shape)."""

@@ -5,7 +5,7 @@ torchdiffeq integrates; this file says what it integrates, by which method and w
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -122,7 +122,7 @@ def error_norm(state: State) -> Tensor:
 
 
 @contextlib.contextmanager
-def solver_errors() -> Iterator[None]:
+def solver_errors() -> Generator[None]:
     """Raise torchdiffeq's assertions about a diverging solution as DivergenceError."""
     try:
         yield

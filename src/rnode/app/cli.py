@@ -44,8 +44,9 @@ def main() -> None:
 def run(command: str, arguments: list[str] | None = None) -> None:
     """Run a command with the arguments of the command line, or print its help."""
     typed = list(sys.argv)
-    arguments = [expand(argument) for argument in (arguments or typed[1:])]
+    arguments = list(map(expand, typed[1:] if arguments is None else arguments))
     parsed = get_args_parser().parse_args(arguments)
+    sys.path += [os.getcwd()] if parsed.config_dir else []  # for classes that its files name
     asked = (parsed.overrides, parsed.config_dir)
     OmegaConf.register_new_resolver("run_name", run_name, use_cache=True, replace=True)
     with one_line_errors():
@@ -90,7 +91,8 @@ def job(command: str, typed: list[str]) -> Any:
 
 def expand(argument: str) -> str:
     """Let the bare path of a checkpoint stand for ckpt_path=PATH."""
-    bare = argument.endswith(".ckpt") and "ckpt_path=" not in argument and argument[0] not in "-+~"
+    path = "=" not in argument or Path(argument).exists()  # and not the value of a key
+    bare = path and argument.endswith(".ckpt") and argument[0] not in "-+~"
     escaped = argument.replace("\\", "\\\\").replace("'", "\\'")
     return f"ckpt_path='{escaped}'" if bare else argument
 

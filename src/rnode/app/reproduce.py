@@ -23,14 +23,16 @@ LONGEST = 30  # rows of a CSV that is printed; a longer one holds curves
 
 def main(cfg: DictConfig) -> None:
     """Train what is missing; write a PNG, a CSV and a verdict, and print the last two."""
+    one = (cfg.figure is None) != (cfg.table is None)
+    require(one, "give one of figure=1 to figure=5 and table=1")
     name = f"figure{cfg.figure}" if cfg.table is None else f"table{cfg.table}"
     folder = Path(HydraConfig.get().runtime.output_dir)
     wanted = FIGURES[name].runs(cfg.scale, folder / "runs")
     if cfg.train:
         train([run for run in wanted if not run.ended], cfg)
     runs = [run for run in wanted if run.ended]
-    none = f"{folder / 'runs'}: holds no finished run for {name}; train=true trains them"
-    require(bool(runs), none)
+    advice = "see the errors above" if cfg.train else "train=true trains what is missing"
+    require(bool(runs), f"{folder / 'runs'}: holds no finished run for {name}; {advice}")
     verdict = PLOTS[name](runs, folder / name)
     if len(runs) < len(wanted):
         verdict += f" ({len(runs)} of {len(wanted)} runs have finished)"

@@ -97,7 +97,7 @@ class Devices(Section):
     strategy: str | dict = key("how devices share the work; ddp for several")
 
 
-class Trainer(OpenSection, Devices):
+class Trainer(Devices, OpenSection):
     max_epochs: Limit | None = key("epochs to train for (section 6: 100)")
     max_steps: Limit = key("training steps after which the run stops; -1: no limit")
     max_time: str | dict | None = key("time after which the run stops, as DD:HH:MM:SS")

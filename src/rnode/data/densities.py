@@ -1,6 +1,6 @@
 """Densities in the plane, and one on the line."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -15,10 +15,7 @@ Density = Callable[[int, np.random.Generator], np.ndarray]  # samples n vectors,
 
 
 class FreshSamples(Dataset):
-    """`count` vectors that are sampled anew for every batch, seeded by the indices of the batch.
-
-    Every epoch of every run asks for the indices in another order.
-    """
+    """`count` vectors, sampled anew for every batch; its indices, in their order, are the seed."""
 
     def __init__(self, density: Density, count: int):
         self.density, self.count = density, count
@@ -30,7 +27,7 @@ class FreshSamples(Dataset):
         return sample(self.density, len(indices), indices), torch.tensor(indices)
 
 
-def sample(density: Density, count: int, seed: tuple[int, int] | list[int]) -> Tensor:
+def sample(density: Density, count: int, seed: Sequence[int]) -> Tensor:
     return torch.from_numpy(density(count, np.random.default_rng(seed))).float()
 
 
@@ -38,24 +35,23 @@ def toy(name: str, train: int = 20000, validation: int = 2000, test: int = 10000
     """Return a density of DENSITIES: fresh training samples, fixed validation and test samples."""
     require_choice("name", name, DENSITIES)
     density = DENSITIES[name]
-    val_rows = sample(density, validation, (SPLIT_SEED, 1))
-    return Splits(FreshSamples(density, train), val_rows, sample(density, test, (SPLIT_SEED, 2)))
+    held_out = (sample(density, n, (SPLIT_SEED, i)) for i, n in enumerate((validation, test), 1))
+    return Splits(FreshSamples(density, train), *held_out)
 
 
 def eight_gaussians(n: int, rng: np.random.Generator) -> np.ndarray:
     """Eight normals of standard deviation 0.14 on a circle of radius 2: entropy 0.985 nats."""
-    mean = polar(2, rng.integers(8, size=n) * (np.pi / 4))
+    angle = rng.integers(8, size=n) * (np.pi / 4)
+    mean = 2 * np.stack([np.cos(angle), np.sin(angle)], axis=1)
     return mean + 0.14 * rng.standard_normal((n, 2))
 
 
 def moons(n: int, rng: np.random.Generator) -> np.ndarray:
-    points, _ = make_moons(n, noise=0.1, random_state=int(rng.integers(2**31)))
-    return 2 * points - np.array([1.0, 0.5])
+    return 2 * make_moons(n, noise=0.1, random_state=int(rng.integers(2**31)))[0] - [1.0, 0.5]
 
 
 def circles(n: int, rng: np.random.Generator) -> np.ndarray:
-    points, _ = make_circles(n, factor=0.5, noise=0.06, random_state=int(rng.integers(2**31)))
-    return 2 * points
+    return 2 * make_circles(n, factor=0.5, noise=0.06, random_state=int(rng.integers(2**31)))[0]
 
 
 def pinwheel(n: int, rng: np.random.Generator) -> np.ndarray:
@@ -69,8 +65,7 @@ def pinwheel(n: int, rng: np.random.Generator) -> np.ndarray:
 def checkerboard(n: int, rng: np.random.Generator) -> np.ndarray:
     """Uniform on the eight dark unit squares of [−2, 2]²: entropy log 8 = 2.079 nats."""
     row, column = np.divmod(rng.integers(8, size=n), 2)
-    corner = np.stack([2 * column + row % 2, row], axis=1) - 2.0
-    return corner + rng.random((n, 2))
+    return np.stack([2 * column + row % 2, row], axis=1) - 2.0 + rng.random((n, 2))
 
 
 def spirals(n: int, rng: np.random.Generator) -> np.ndarray:
@@ -84,4 +79,14 @@ def spirals(n: int, rng: np.random.Generator) -> np.ndarray:
 def rings(n: int, rng: np.random.Generator) -> np.ndarray:
     """Four concentric circles, equally likely, with noise."""
     radius = 0.6 * (1 + rng.integers(4, size=n)) + 0.06 * rng.standard_normal(n)
-    return polar(radius, 2 * np.pi * rng.random(n))
+    angle = 2 * np.pi * rng.random(n)
+    return np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1)
+
+
+def two_gaussians(n: int, rng: np.random.Generator) -> np.ndarray:
+    """One-dimensional: normals of standard deviation 0.4 at −1.6 and 1.2, the second 2/3 likely."""
+    return 2.8 * (rng.random((n, 1)) < 2 / 3) - 1.6 + 0.4 * rng.standard_normal((n, 1))
+
+
+_ALL = (eight_gaussians, moons, circles, pinwheel, checkerboard, spirals, rings, two_gaussians)
+DENSITIES = {density.__name__: density for density in _ALL}

@@ -3,6 +3,7 @@
 import gzip
 import itertools
 import math
+import struct
 import zlib
 from pathlib import Path
 
@@ -22,9 +23,8 @@ IDX_FILES = ("train-images-idx3-ubyte", "t10k-images-idx3-ubyte")
 def digits(validation: int = 180, test: int = 360) -> Splits:
     """Return the 1,797 handwritten digits of scikit-learn: (1, 8, 8), 17 grey levels."""
     images = torch.from_numpy(load_digits().images).to(torch.uint8)[:, None]
-    train, test_rows = hold_out(images, test, "test")
-    train, val = hold_out(train, validation, "validation")
-    return Splits(train, val, test_rows)
+    train, test_images = hold_out(images, test, "test")
+    return Splits(*hold_out(train, validation, "validation"), test_images)
 
 
 def patches(size: int = 32, stride: int = 8) -> Splits:
@@ -35,83 +35,61 @@ def patches(size: int = 32, stride: int = 8) -> Splits:
     """
     photos = torch.from_numpy(np.stack(load_sample_images().images)).permute(0, 3, 1, 2)
     width = photos.shape[3]
-    ends = [0, int(0.70 * width), int(0.85 * width), width]
-    widest = min(b - a for a, b in itertools.pairwise(ends))
+    regions = list(itertools.pairwise([0, int(0.70 * width), int(0.85 * width), width]))
+    widest = min(right - left for left, right in regions)
     require(size <= widest, f"size={size}: must be at most {widest}, the width of a split's region")
 
     def cut(left: int, right: int) -> Tensor:
         windows = photos[..., left:right].unfold(2, size, stride).unfold(3, size, stride)
         return windows.permute(0, 2, 3, 1, 4, 5).reshape(-1, 3, size, size)
 
-    return Splits(*(cut(a, b) for a, b in itertools.pairwise(ends)))
+    return Splits(*itertools.starmap(cut, regions))
 
 
 def idx_images(name: str, root: str, validation: int, resize: int = 28) -> Splits:
     """Return MNIST or FashionMNIST, (1, resize, resize), from IDX files, gzipped or plain.
 
-    Args:
-        name: "MNIST" or "FashionMNIST".
-        root: folder of the files, or of {name}/raw with the files; they are downloaded to the
-            latter if both hold none.
-        validation: number of training images that become the validation set.
-        resize: side to which the images are reduced, from 28.
-
-    Raises:
-        InputError: if a file is missing or damaged, or the download fails.
+    The files are in `root` or in `root`/{name}/raw; torchvision downloads them to the latter if
+    both hold none. `validation` of the training images are held out.
     """
     require(name in ("MNIST", "FashionMNIST"), f"name={name}: must be MNIST or FashionMNIST")
-    folders = [Path(root), Path(root) / name / "raw"]  # torchvision downloads to the second
+    folders = (Path(root), Path(root) / name / "raw")  # torchvision downloads to the second
     names = " and ".join(f"{file}[.gz]" for file in IDX_FILES)
-    if not any(find_idx(folders, file) for file in IDX_FILES):
-        download(name, root, names)
-    paths = [find_idx(folders, file) for file in IDX_FILES]
-    for file, path in zip(IDX_FILES, paths, strict=True):
+
+    def find(file: str) -> Path | None:
+        paths = (folder / f"{file}{suffix}" for folder in folders for suffix in ("", ".gz"))
+        return next((path for path in paths if path.is_file()), None)
+
+    def images(file: str) -> Tensor:
+        path = find(file)
         require(path is not None, f"{root}: {file}[.gz] is missing; {name} needs {names} there")
-    train, test = (reduce_images(read_idx(path)[:, None], resize) for path in paths)
+        return reduce_images(read_idx(path)[:, None], resize)
+
+    if not any(map(find, IDX_FILES)):
+        download(name, root, names)
+    train, test = map(images, IDX_FILES)
     return Splits(*hold_out(train, validation, "validation"), test)
 
 
-def find_idx(folders: list[Path], file: str) -> Path | None:
-    """Return the path of `file`, plain or gzipped, in the first of the folders that holds it."""
-    paths = (folder / f"{file}{suffix}" for folder in folders for suffix in ("", ".gz"))
-    return next((path for path in paths if path.is_file()), None)
-
-
 def read_idx(path: Path) -> Tensor:
-    """Read the images of an IDX file, gzipped if its name ends in .gz: (N, H, W), uint8.
-
-    The format: bytes 0, 0, type (8: uint8), number of dimensions; each dimension as a big-endian
-    uint32; the values.
-    """
+    """Read images (N, H, W): bytes 00 00 08 03; N, H and W as big-endian uint32; the pixels."""
     try:
-        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
-            header, pixels = file.read(16), file.read()
+        content = path.read_bytes()
+        content = gzip.decompress(content) if path.suffix == ".gz" else content
     except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"{path}: cannot be read ({one_line(error)})") from None
-    if header[:4] != bytes([0, 0, 8, 3]) or len(header) < 16:
-        start = header[:4].hex() or "nothing"
-        raise InputError(f"{path}: starts with {start}; an IDX file of images starts with 00000803")
-    shape = tuple(int(n) for n in np.frombuffer(header, ">u4", count=3, offset=4))
-    if len(pixels) != math.prod(shape):
-        raise InputError(f"{path}: holds {len(pixels)} pixels, but its header says {shape}")
-    return torch.from_numpy(np.frombuffer(pixels, np.uint8).reshape(shape).copy())
+    start, pixels = content[:4].hex() or "nothing", np.frombuffer(content[16:], np.uint8)
+    starts_well = start == "00000803" and len(content) >= 16
+    require(starts_well, f"{path}: starts with {start}; an IDX file of images starts with 00000803")
+    shape = struct.unpack(">3I", content[4:16])
+    fits = len(pixels) == math.prod(shape)
+    require(fits, f"{path}: holds {len(pixels)} pixels, but its header says {shape}")
+    return torch.tensor(pixels.reshape(shape))
 
 
 def cifar10(root: str, validation: int, resize: int = 32) -> Splits:
-    """Return CIFAR10, (3, resize, resize).
-
-    Args:
-        root: folder of cifar-10-batches-py; it is downloaded there if missing or damaged.
-        validation: number of training images that become the validation set.
-        resize: side to which the images are reduced, from 32.
-
-    Raises:
-        InputError: if the download fails.
-    """
-    try:
-        datasets.CIFAR10(root)
-    except RuntimeError:  # a file is missing or fails its checksum
-        download("CIFAR10", root, datasets.CIFAR10.base_folder)
+    """Return CIFAR10, (3, resize, resize); download it to `root` if a file is missing or wrong."""
+    download("CIFAR10", root, datasets.CIFAR10.base_folder)
 
     def images(train: bool) -> Tensor:
         pixels = torch.from_numpy(datasets.CIFAR10(root, train=train).data).permute(0, 3, 1, 2)
@@ -131,11 +109,9 @@ def reduce_images(images: Tensor, side: int) -> Tensor:
 
 
 def download(name: str, root: str, files: str) -> None:
-    """Let torchvision download a data set to `root`, in place of the missing `files`."""
+    """Let torchvision download a data set to `root`, unless its `files` there are whole."""
     try:
         getattr(datasets, name)(root, download=True)
     except (OSError, RuntimeError) as error:  # no network or permission; or a wrong checksum
-        raise InputError(
-            f"{root}: {files} are missing or damaged, and downloading {name} failed "
-            f"({one_line(error)}); put the files there"
-        ) from None
+        reason = f"are missing or damaged, and downloading {name} failed ({one_line(error)})"
+        raise InputError(f"{root}: {files} {reason}; put the files there") from None

@@ -1,4 +1,4 @@
-"""Lightning callbacks: progress, compilation, refinement of the grid, checkpoints, signals, pictures."""
+"""Lightning callbacks: progress, compilation, refinement of the grid, checkpoints, pictures."""
 
 import gc
 import signal
@@ -21,43 +21,36 @@ from rnode.flow import Flow
 from rnode.solver import Solver
 from rnode.training.loggers import MetricsCSV
 from rnode.training.module import RNODE
-from rnode.training.plots import plot_curves, plot_samples
+from rnode.training.plots import plot_curves, plot_pair
+
+SHOWN = {"bits/dim": "train/bits_per_dim", "val": "val/bits_per_dim", "NFE": "train/nfe_forward"}
 
 
 class Progress(TQDMProgressBar):
-    """The bar with short names for bits/dim and NFE; finished epochs stay on the screen."""
+    """Shows bits/dim and NFE under short names; finished epochs stay on the screen."""
 
     def __init__(self):
         refresh_rate = 1 if sys.stdout.isatty() else 20  # steps; fewer lines in a log file
         super().__init__(refresh_rate=refresh_rate, leave=True)
 
     def get_metrics(self, trainer: Trainer, module: RNODE) -> dict:
-        names = {
-            "train/bits_per_dim": "bits/dim",
-            "val/bits_per_dim": "val",
-            "train/nfe_forward": "NFE",
-        }
         metrics = super().get_metrics(trainer, module)
-        return {short: metrics[name] for name, short in names.items() if name in metrics}
+        return {short: metrics[name] for short, name in SHOWN.items() if name in metrics}
 
 
 class Compile(Callback):
-    """Compiles every field in the first training step.
-
-    What would need another compilation runs uncompiled: a smaller last batch, validation, the test.
-    """
+    """Compiles every field in the first training step; batches of another size run uncompiled."""
 
     def on_fit_start(self, trainer: Trainer, module: RNODE) -> None:
         torch.compiler.set_stance("default")
         compile_fields(module.flow)
-        self.compiled, self.start = False, time.perf_counter()
+        self.start: float | None = time.perf_counter()
 
     def on_train_batch_end(self, trainer: Trainer, *_) -> None:
-        if not self.compiled:
-            seconds = time.perf_counter() - self.start
-            trainer.print(f"compiled: the first step took {seconds:.0f} s")
+        if self.start is not None:
+            trainer.print(f"compiled: the first step took {time.perf_counter() - self.start:.0f} s")
             torch.compiler.set_stance("eager_on_recompile")
-            self.compiled = True
+            self.start = None
 
 
 def compile_fields(flow: Flow) -> None:
@@ -68,15 +61,11 @@ def compile_fields(flow: Flow) -> None:
 
 
 class RefineGrid(Callback):
-    """Doubles the steps of the training grid when a finer grid gives another likelihood.
+    """Doubles the steps of the training grid when that changes bits/dim by more than `tolerance`.
 
-    Every 50 training steps it compares the bits/dim of as many validation images as a training batch
-    has, on the grid and on one with twice as many steps. (Section 6 of the paper chose its step by
-    hand.) A network can learn to exploit the error of a coarse grid, which its training loss does not
-    show.
-
-    Args:
-        tolerance: difference in bits/dim above which the grid is refined.
+    A network can learn to exploit the error of a coarse grid, and its training loss does not show
+    it. Every 50 training steps, as many validation images as a training batch has are measured on
+    both grids. (The paper chose its step by hand, section 6.)
     """
 
     EVERY_N_STEPS = 50
@@ -91,23 +80,21 @@ class RefineGrid(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, module: RNODE, *_) -> None:
         if trainer.global_step % self.EVERY_N_STEPS == 0:
-            solver = module.flow.solver
-            finer = with_steps(solver, 2 * solver.train.grid_steps)
-            error = self.bits(trainer, module, finer) - self.bits(trainer, module, solver)
-            if abs(error) > self.tolerance:
-                module.flow.solver, self.steps = finer, finer.train.grid_steps
+            coarse = module.flow.solver
+            bits, steps = self.bits(trainer.datamodule, module), 2 * coarse.train.grid_steps
+            module.flow.solver = with_steps(coarse, steps)
+            if abs(self.bits(trainer.datamodule, module) - bits) > self.tolerance:
+                self.steps = steps
+            else:
+                module.flow.solver = coarse
 
     @torch.no_grad()
-    def bits(self, trainer: Trainer, module: RNODE, solver: Solver) -> float:
+    def bits(self, data: DataModule, module: RNODE) -> float:
         """Mean bits/dim in training mode, of the same images, noise and probes each time."""
-        data: DataModule = trainer.datamodule
         index = torch.arange(min(data.batch_size, len(data.splits.val)))
         x = data.splits.val[index].to(module.device)
-        before, module.flow.solver = module.flow.solver, solver
         batch = data.transform.for_evaluation(x, index, module.seed)
-        _, measures = measure(module.flow, batch, module.seed)
-        module.flow.solver = before
-        return float(measures.bits.mean())
+        return float(measure(module.flow, batch, module.seed)[1].bits.mean())
 
     def state_dict(self) -> dict:
         return {"steps": self.steps}
@@ -117,15 +104,14 @@ class RefineGrid(Callback):
 
 
 def with_steps(solver: Solver, steps: int) -> Solver:
-    """The same solver with another number of training steps."""
     return replace(solver, train=replace(solver.train, step_size=None, steps=steps))
 
 
 class SaveWithinEpochs(Callback):
     """Writes a checkpoint every `every_n_steps` training steps, except after an epoch's last step.
 
-    The checkpoint after the validation covers that step. From one written before it, Lightning would
-    resume with the next epoch and never validate this one.
+    The checkpoint after the validation covers that step: from one written before it, Lightning
+    would resume with the next epoch and never validate this one.
     """
 
     def __init__(self, path: Path, every_n_steps: int):
@@ -139,49 +125,40 @@ class SaveWithinEpochs(Callback):
 class StopOnSignal(Callback):
     """Stops the run after the current training step when SIGINT, SIGTERM or SIGUSR1 arrives.
 
-    It writes a checkpoint to `path` and raises Stopped. During a validation it waits for the end of
-    the validation. A second signal of the same kind has its usual effect.
+    It writes a checkpoint to `path` and raises Stopped, after the validation if one is running. A
+    second signal of the same kind has its usual effect.
     """
-
-    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
     def __init__(self, path: Path):
         self.path = path
         self.received = self.agreed = 0  # the signal that this process, or any process, received
 
     def on_train_start(self, trainer: Trainer, module: RNODE) -> None:
-        self.install_handlers()
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self.receive)  # Lightning restores the handlers at the end
 
-    def on_test_start(self, trainer: Trainer, module: RNODE) -> None:
-        self.install_handlers()
-
-    def install_handlers(self) -> None:
-        """Replace Lightning's handlers; Lightning restores the earlier ones at the end."""
-        for number in self.SIGNALS:
-            signal.signal(number, self.receive)
+    on_test_start = on_train_start
 
     def receive(self, number: int, frame: object) -> None:
         self.received = number
         default = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
         signal.signal(number, default)
 
-    def on_train_epoch_start(self, trainer: Trainer, module: RNODE) -> None:
-        self.agree(trainer)
-        self.stop(trainer)
-
     def on_train_batch_end(self, trainer: Trainer, *_) -> None:
         self.agree(trainer)
         if self.agreed and not trainer.is_last_batch and trainer.checkpoint_callbacks:
             trainer.save_checkpoint(self.path, weights_only=False)
 
-    def on_train_batch_start(
-        self, trainer: Trainer, *_
-    ) -> None:  # the last step's metrics are logged
-        self.stop(trainer)
+    def on_train_batch_start(self, trainer: Trainer, *_) -> None:
+        if self.agreed:  # the metrics of the last step are logged
+            name = signal.Signals(self.agreed).name
+            raise Stopped(f"by {name} after {trainer.global_step} training steps", self.agreed)
 
-    def on_test_batch_end(self, trainer: Trainer, *_) -> None:
+    def on_train_epoch_start(self, trainer: Trainer, *_) -> None:
         self.agree(trainer)
-        self.stop(trainer)
+        self.on_train_batch_start(trainer)
+
+    on_test_batch_end = on_train_epoch_start
 
     def agree(self, trainer: Trainer) -> None:
         """Stop all processes at the same step if any of them received a signal."""
@@ -189,11 +166,6 @@ class StopOnSignal(Callback):
         if trainer.world_size > 1:
             torch.distributed.all_reduce(received, torch.distributed.ReduceOp.MAX, group=self.group)
         self.agreed = int(received)
-
-    def stop(self, trainer: Trainer) -> None:
-        if self.agreed:
-            name = signal.Signals(self.agreed).name
-            raise Stopped(f"by {name} after {trainer.global_step} training steps", self.agreed)
 
     @cached_property
     def group(self) -> object:
@@ -207,16 +179,15 @@ class EpochTimer(Callback):
     def __init__(self):
         self.seconds = 0.0  # in this epoch so far, including an earlier process of the run
 
-    def on_train_start(self, trainer: Trainer, module: RNODE) -> None:
+    def on_train_start(self, *_) -> None:
         self.mark = time.perf_counter()
 
-    def on_train_epoch_start(self, trainer: Trainer, module: RNODE) -> None:
+    def on_train_epoch_start(self, *_) -> None:
         self.seconds, self.mark = 0.0, time.perf_counter()
 
-    def on_train_batch_end(self, trainer: Trainer, *_) -> None:
-        now = time.perf_counter()
-        self.seconds += now - self.mark
-        self.mark = now
+    def on_train_batch_end(self, *_) -> None:
+        before, self.mark = self.mark, time.perf_counter()
+        self.seconds += self.mark - before
 
     def on_train_epoch_end(self, trainer: Trainer, module: RNODE) -> None:
         module.log("train/seconds_per_epoch", self.seconds, sync_dist=True)
@@ -231,10 +202,7 @@ class EpochTimer(Callback):
 class Pictures(Callback):
     """Saves samples.png, samples beside held-out data, and curves.png, the curves of metrics.csv.
 
-    Args:
-        folder: where the pictures go.
-        samples: number of images, or of points.
-        every_n_epochs: epochs between two pictures; the last ones show the tested weights.
+    It does so every `every_n_epochs` epochs, and at the end for the tested weights.
     """
 
     def __init__(self, folder: Path, samples: int = 64, every_n_epochs: int = 5):
@@ -243,24 +211,20 @@ class Pictures(Callback):
     def on_validation_end(self, trainer: Trainer, module: RNODE) -> None:
         due = (trainer.current_epoch + 1) % self.every_n_epochs == 0
         if due and not trainer.sanity_checking:
-            self.save(trainer, module)
-
-    def on_test_end(self, trainer: Trainer, module: RNODE) -> None:
-        self.save(trainer, module)
+            self.on_test_end(trainer, module)
 
     @rank_zero_only
     @torch.no_grad()
-    def save(self, trainer: Trainer, module: RNODE) -> None:
-        data: DataModule = trainer.datamodule
-        held_out = data.splits.val[: self.samples].to(module.device)
+    def on_test_end(self, trainer: Trainer, module: RNODE) -> None:
+        transform, held_out = trainer.datamodule.transform, trainer.datamodule.splits.val
+        held_out = held_out[: self.samples].to(module.device)
         devices = [module.device] if module.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):  # training's random stream stays as it is
             torch.manual_seed(module.seed)  # the same noise every time
-            batch = data.transform(held_out, torch.arange(len(held_out)))
-            real = data.transform.inverse(batch.y)
-            sampled = data.transform.inverse(module.flow.sample(len(held_out)))
+            real = transform.inverse(transform(held_out, torch.arange(len(held_out))).y)
+            sampled = transform.inverse(module.flow.sample(len(held_out)))
         path = self.folder / "samples.png"
-        plot_samples(real.float().cpu(), sampled.float().cpu(), path)
+        plot_pair(path, {"data (held out)": real.float().cpu(), "samples": sampled.float().cpu()})
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 logger.log_image("samples", [str(path)])

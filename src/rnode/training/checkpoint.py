@@ -1,4 +1,4 @@
-"""Checkpoints: written whole or not at all, checked byte for byte, and read as data, never as code."""
+"""Checkpoints: written whole or not at all, checked byte for byte, and read as data, not code."""
 
 import zipfile
 from pathlib import Path
@@ -7,7 +7,7 @@ import torch
 from lightning_fabric.plugins import TorchCheckpointIO
 from torch import Tensor
 
-from rnode.errors import InputError, one_line
+from rnode.errors import InputError, one_line, require
 from rnode.training.run_folder import whole_file
 
 FORMAT = 2  # of what a checkpoint holds; format 1 had other names of weights
@@ -15,11 +15,7 @@ DATA = ("source", "name", "shape", "levels", "alpha")  # keys of `dataset` that 
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes checkpoints atomically and reads them with `load_checkpoint`.
-
-    (Lightning writes to the temporary folder and moves the file. Between two disks that is a copy,
-    which can be cut short.)
-    """
+    """Writes checkpoints atomically, as Lightning does not between two disks, and checks them."""
 
     def save_checkpoint(self, checkpoint: dict, path: str, storage_options: object = None) -> None:
         with whole_file(Path(path)) as file:
@@ -32,16 +28,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         return load_checkpoint(path)
 
     def remove_checkpoint(self, path: str) -> None:
-        """Remove nothing: a run overwrites its own files, and a checkpoint may name any other file."""
+        pass  # a run overwrites its own files, and a checkpoint may name any other file
 
 
 def load_checkpoint(path: str | Path) -> dict:
-    """Read a checkpoint into plain containers and tensors on the CPU.
-
-    Raises:
-        InputError: if the file is missing, damaged, not a checkpoint of this program, or of another
-            format.
-    """
+    """Read a checkpoint of this program's format onto the CPU; another file is an InputError."""
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()  # compares every CRC
@@ -54,34 +45,25 @@ def load_checkpoint(path: str | Path) -> dict:
         reason = one_line(error)[:100]
         raise InputError(f"ckpt_path={path}: is damaged or not a checkpoint ({reason})") from None
     found = checkpoint.get("format") if isinstance(checkpoint, dict) else None
-    if found != FORMAT:
-        raise InputError(
-            f"ckpt_path={path}: has format {found or 'none'}, and this version of rnode reads format "
-            f"{FORMAT}; use the version that wrote it"
-        )
+    other = f"has format {found or 'none'}, and this version of rnode reads format {FORMAT}"
+    require(found == FORMAT, f"ckpt_path={path}: {other}; use the version that wrote it")
     return checkpoint
 
 
 def load_to_resume(path: str | Path, config: dict) -> dict:
-    """Read the checkpoint of a run that `config` can resume.
-
-    Raises:
-        InputError: if the run had another model or other data.
-    """
+    """Read the checkpoint of a run that had the model and the data of `config`; else InputError."""
     checkpoint = load_checkpoint(path)
     for section in ("model", "dataset"):
         theirs, ours = checkpoint["config"][section], config[section]
         for key in DATA if section == "dataset" else sorted(theirs.keys() | ours.keys()):
-            if theirs.get(key) != ours.get(key):
-                raise InputError(
-                    f"ckpt_path={path}: {section}.{key} is {theirs.get(key)} there and {ours.get(key)} "
-                    f"here; a run resumes with the same {section}"
-                )
+            there, here = theirs.get(key), ours.get(key)
+            differs = f"{section}.{key} is {there} there and {here} here"
+            same = f"a run resumes with the same {section}"
+            require(there == here, f"ckpt_path={path}: {differs}; {same}")
     return checkpoint
 
 
 def flow_weights(checkpoint: dict) -> dict[str, Tensor]:
     """Return the weights of the flow by name."""
-    prefix = "flow."
     weights = checkpoint["state_dict"].items()
-    return {name.removeprefix(prefix): w for name, w in weights if name.startswith(prefix)}
+    return {name.removeprefix("flow."): w for name, w in weights if name.startswith("flow.")}

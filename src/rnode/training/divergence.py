@@ -4,10 +4,10 @@ import math
 from collections.abc import Iterable
 
 import torch
-from pytorch_lightning import LightningModule
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
+from rnode.distributed import gather_lists, rank_and_world_size
 from rnode.errors import DivergenceError
 from rnode.flow import Flow, Solution
 
@@ -17,11 +17,7 @@ NEVER = torch.iinfo(torch.int64).max
 class DivergenceWatch:
     """Records the first quantity that becomes NaN or infinite, and stops all processes together.
 
-    The record is a tensor on the device, so watching does not wait for the device. `raise_if_diverged`
-    does.
-
-    Args:
-        flow: the flow that trains.
+    The record is a tensor on the device, so `watch` does not wait for the device.
     """
 
     def __init__(self, flow: Flow):
@@ -33,57 +29,35 @@ class DivergenceWatch:
         self.message: str | None = None  # of a solver's error that this process holds
 
     def watch(self, step: int, solution: Solution | None, loss: Tensor) -> None:
-        """Record what became NaN or infinite in a training step; without a solution, the loss did."""
-        finite = [loss.detach().isfinite()]
-        if solution is not None:
-            states = [part for piece in solution.pieces for part in piece.state]
-            finite = [part.detach().isfinite().all() for part in states] + finite
-        else:
-            finite = [torch.ones_like(finite[0])] * 4 * len(self.pieces) + finite
+        """Record what became NaN or infinite in a step; without a solution, the loss did."""
+        states = [part for piece in solution.pieces for part in piece.state] if solution else []
+        finite = [part.detach().isfinite().all() for part in (*states, loss)]
         for piece in self.pieces:
             gradients = [p.grad for p in piece.parameters() if p.grad is not None]
             finite.append(get_total_norm(gradients).isfinite())
         finite = torch.stack(finite)
-        now = step * len(self.names) + finite.int().argmin()
+        now = step * len(self.names) + len(self.names) - len(finite) + finite.int().argmin()
         now = now.masked_fill(finite.all(), NEVER)
         self.first = torch.minimum(self.first.to(now.device), now)
 
-    def raise_if_diverged(self, module: LightningModule) -> None:
+    def raise_if_diverged(self) -> None:
         """Raise DivergenceError in all processes, with what any of them recorded first."""
-        first = self.first.to(module.device, copy=True)
-        first = int(module.trainer.strategy.reduce(first, reduce_op="min"))
+        first = int(self.first)
+        step, position = divmod(first, len(self.names))
+        message = f"{self.names[position]} became NaN or infinite at training step {step}"
+        records = gather_lists([(first, self.message is None, self.message or message)])
+        first, _, message = min(records)
         if first < NEVER:
-            step, quantity = divmod(first, len(self.names))
-            message = f"{self.names[quantity]} became NaN or infinite at training step {step}"
-            self.raise_together(module, message, held=int(self.first) == first)
+            raise DivergenceError(message, shared=True)
 
-    def raise_together(self, module: LightningModule, message: str, held: bool = True) -> None:
-        """Raise DivergenceError in all processes: the first error that one holds, or `message`."""
-        messages = [self.message if held else None]
-        if module.trainer.world_size > 1:
-            messages = [None] * module.trainer.world_size
-            torch.distributed.all_gather_object(messages, self.message if held else None)
-        raise DivergenceError(next(filter(None, messages), message), shared=True)
-
-    def hold(self, module: LightningModule, message: str, can_wait: bool = True) -> None:
-        """Raise a solver's error, or hold it if other processes wait for this one's gradient.
+    def hold(self, message: str, unsent: bool = True) -> None:
+        """Raise a solver's error, or hold it if other processes wait for an `unsent` gradient.
 
         They get NaN instead (`nan_loss`), and all raise the error when they next check.
         """
-        if module.trainer.world_size == 1 or not can_wait:
+        if rank_and_world_size()[1] == 1 or not unsent:
             raise DivergenceError(message) from None
         self.message = self.message or message
-
-    def hold_backward(self, module: LightningModule, message: str, solution: Solution) -> None:
-        """Raise or hold an error of the adjoint; parameters without a gradient get NaN."""
-        # The backward pass visits the pieces from last to first: the first one that began has failed.
-        solved = enumerate(solution.pieces, 1)
-        piece = next(i for i, piece in solved if piece.nfe_backward > 0)
-        # A parameter that has a gradient was sent already: in the first accumulated batch all are.
-        unsent = [parameter for parameter in module.parameters() if parameter.grad is None]
-        where = f"in the gradient of piece {piece} at training step {module.global_step}"
-        self.hold(module, f"{message} {where}", can_wait=bool(unsent))
-        nan_loss(unsent).backward()
 
 
 def nan_loss(parameters: Iterable[nn.Parameter]) -> Tensor:

@@ -14,14 +14,9 @@ from rnode.training.run_folder import whole_file
 
 
 class MetricsCSV(Logger):
-    """Appends each row as it is logged, so a killed process loses nothing.
+    """Appends each row as it is logged; a new column rewrites the whole file.
 
-    (Lightning's CSVLogger deletes the file of a resumed run.) A new column rewrites the whole file.
-
-    Args:
-        path: the file.
-        before: rows of this training step and later ones, and rows of a test, are dropped when the
-            logger starts: a resumed run logs them again.
+    A resumed run drops the rows that it logs again: those from step `before` on, and of a test.
     """
 
     name = version = ""
@@ -32,10 +27,6 @@ class MetricsCSV(Logger):
         if rank_zero_only.rank == 0:
             rows = [row for row in read_metrics(path) if int(row["step"]) < before]
             self.write([row for row in rows if not any(key.startswith("test/") for key in row)])
-
-    @property
-    def save_dir(self) -> str:
-        return str(self.path.parent)
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
@@ -61,29 +52,24 @@ class MetricsCSV(Logger):
             writer.writerows(rows)
 
     def log_hyperparams(self, params: object, *args: object, **kwargs: object) -> None:
-        """config.yaml holds them."""
+        pass  # config.yaml holds them
 
 
 def make_loggers(wandb: DictConfig, folder: Path, config: dict, step: int | None) -> list[Logger]:
-    """Make the logger of metrics.csv and, unless it is disabled, a W&B logger in the run folder.
+    """Return the logger of metrics.csv and, unless `wandb` disables it, one of W&B.
 
-    Args:
-        wandb: the section of the configuration.
-        folder: the run folder.
-        config: the configuration, which W&B stores.
-        step: training step of the checkpoint that the run resumes. If that run was in this folder,
-            its earlier rows are kept, and its W&B run resumes in a second offline folder of the same
-            name, which `wandb sync` joins to the first.
+    A run that resumes from `step` keeps earlier rows. Its W&B run has the same name and another
+    offline folder, which `wandb sync` joins to the first.
     """
-    metrics = MetricsCSV(folder / "metrics.csv", before=step or 0)
-    if wandb.mode == "disabled":
-        return [metrics]
-    import wandb as library  # takes a second to import
+    loggers = [MetricsCSV(folder / "metrics.csv", before=step or 0)]
+    if wandb.mode != "disabled":
+        import wandb as library  # takes a second to import
 
-    library.setup(library.Settings(silent=True))  # the table at the end says what W&B would
-    earlier = folder.glob("wandb/*run-*-*") if step is not None else ()  # offline-run-DATE_TIME-ID
-    identity = max((path.name.split("-")[-2:] for path in earlier), default=[None])[-1]
-    return [metrics, WandbLogger(save_dir=folder, config=config, id=identity, **wandb)]
+        library.setup(library.Settings(silent=True))  # the table at the end says what W&B would
+        earlier = folder.glob("wandb/*run-*-*") if step is not None else ()  # …run-DATE_TIME-ID
+        identity = max((path.name.split("-")[-2:] for path in earlier), default=[None])[-1]
+        loggers.append(WandbLogger(save_dir=folder, config=config, id=identity, **wandb))
+    return loggers
 
 
 def finish_wandb() -> None:

@@ -8,6 +8,7 @@ from pytorch_lightning import LightningModule
 from torch import Tensor
 from torchmetrics import CatMetric
 
+from rnode.distributed import gather_lists
 from rnode.errors import DivergenceError
 from rnode.evaluation import measure, standard_error
 from rnode.flow import Flow, Solution
@@ -23,30 +24,19 @@ class RNODE(LightningModule):
 
     It logs under train/, val/ and test/: bits_per_dim; kinetic and jacobian, E and n per dimension;
     nfe_forward and nfe_backward, evaluations of f summed over the pieces.
-
-    Args:
-        flow: the flow.
-        optimizer: makes the optimizer of the parameters it is given.
-        lambda_k: λ_K, weight of the kinetic energy.
-        lambda_j: λ_J, weight of the Jacobian's squared Frobenius norm.
-        warmup_steps: steps over which the learning rate rises linearly.
-        decay: whether the learning rate then falls to zero over the run, as half a cosine.
-        seed: seed of noise and probes in evaluation.
-        config: the run's configuration as plain containers; checkpoints carry it.
-        learning_rate_factor: multiplies the learning rate of the optimizer.
     """
 
     def __init__(
         self,
         flow: Flow,
         optimizer: Callable[..., torch.optim.Optimizer],
-        lambda_k: float,
-        lambda_j: float,
-        warmup_steps: int = 0,
-        decay: bool = False,
-        seed: int = 0,
-        config: dict | None = None,
-        learning_rate_factor: float = 1.0,
+        lambda_k: float,  # λ_K, weight of the kinetic energy
+        lambda_j: float,  # λ_J, weight of the Jacobian's squared Frobenius norm
+        warmup_steps: int = 0,  # steps over which the learning rate rises linearly
+        decay: bool = False,  # whether it then falls to zero over the run, as half a cosine
+        seed: int = 0,  # of noise and probes in evaluation
+        config: dict | None = None,  # of the run, as plain containers; checkpoints carry it
+        learning_rate_factor: float = 1.0,  # multiplies the learning rate of `optimizer`
     ):
         super().__init__()
         self.flow, self.optimizer = flow, optimizer
@@ -56,35 +46,34 @@ class RNODE(LightningModule):
         self.evaluated = CatMetric()  # a row per sample: index, bits/dim, kinetic, jacobian
         self.divergence = DivergenceWatch(flow)
         self.solution: Solution | None = None  # of the training step that runs
-        self.loss = torch.tensor(math.nan)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         try:
             self.solution = self.flow.solve(batch.y)
         except DivergenceError as error:
-            self.divergence.hold(self, f"{error} at training step {self.global_step}")
-            self.solution, loss = None, nan_loss(self.parameters())
-            self.loss = loss.detach()
-            return loss
-        state = self.solution.state
+            self.divergence.hold(f"{error} at training step {self.global_step}")
+            return nan_loss(self.parameters())
+        state, nfe, d = self.solution.state, self.solution.nfe_forward, self.flow.d
         loss = objective(state, self.lambda_k, self.lambda_j)
-        self.loss = loss.detach()
-        with torch.no_grad():
-            log_prob = log_normal(state.z) + state.l
-            bits = bits_per_dim(log_prob, batch.log_det, self.flow.d).mean()
-        shown = {"train/bits_per_dim": bits, "train/nfe_forward": self.solution.nfe_forward}
-        self.log_dict(shown, prog_bar=True)
-        self.log("train/loss", loss)
-        self.log("train/kinetic", state.E.mean() / self.flow.d)
-        self.log("train/jacobian", state.n.mean() / self.flow.d)
+        bits = bits_per_dim(log_normal(state.z) + state.l, batch.log_det, d).mean()
+        self.log_dict({"train/bits_per_dim": bits, "train/nfe_forward": nfe}, prog_bar=True)
+        kinetic, jacobian = state.E.mean() / d, state.n.mean() / d
+        self.log_dict({"train/loss": loss, "train/kinetic": kinetic, "train/jacobian": jacobian})
         return loss
 
     def backward(self, loss: Tensor) -> None:
+        self.loss = loss.detach()
         try:
             with solver_errors():
                 loss.backward()
         except DivergenceError as error:
-            self.divergence.hold_backward(self, str(error), self.solution)
+            # The backward pass visits the pieces from last to first; the one visited last failed.
+            piece = 1 + [piece.nfe_backward > 0 for piece in self.solution.pieces].index(True)
+            where = f"in the gradient of piece {piece} at training step {self.global_step}"
+            # A parameter with a gradient was sent already: after the first accumulated batch, all.
+            unsent = [parameter for parameter in self.parameters() if parameter.grad is None]
+            self.divergence.hold(f"{error} {where}", bool(unsent))
+            nan_loss(unsent).backward()
             self.loss = self.loss * math.nan
 
     def on_after_backward(self) -> None:
@@ -94,65 +83,52 @@ class RNODE(LightningModule):
         # An accelerator would wait for every check, so it checks when its metrics are read.
         log_every = max(1, self.trainer.log_every_n_steps)
         if self.device.type == "cpu" or (self.global_step + 1) % log_every == 0:
-            self.divergence.raise_if_diverged(self)
+            self.divergence.raise_if_diverged()
 
     def on_validation_start(self) -> None:
-        self.divergence.raise_if_diverged(self)
+        self.divergence.raise_if_diverged()
 
-    def evaluation_step(self, batch: Batch, stage: str) -> None:
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
         try:
             solution, measures = measure(self.flow, batch, self.seed)
             nfe = solution.nfe_forward
         except DivergenceError as error:
-            self.divergence.hold(self, str(error))
+            self.divergence.hold(str(error))
             nfe, measures = 0, 3 * [torch.full_like(batch.log_det, math.nan)]
-        index = batch.index.to(measures[0].dtype)
-        self.evaluated.update(torch.stack([index, *measures], dim=1))
-        size = len(batch.index)
-        self.log(f"{stage}/nfe_forward", nfe, on_epoch=True, batch_size=size, sync_dist=True)
+        self.evaluated.update(torch.stack([batch.index, *measures], dim=1))
+        stage, size = "test" if self.trainer.testing else "val", len(batch.index)
+        self.log(f"{stage}/nfe_forward", nfe, batch_size=size, sync_dist=True)
 
-    def evaluation_end(self, stage: str) -> None:
+    def on_validation_epoch_end(self) -> None:
         rows = self.evaluated.compute()
         self.evaluated.reset()
         # Distributed samplers repeat samples to fill the last batch: each sample counts once.
-        _, first = torch.unique(rows[:, 0], return_inverse=True)
-        unique = rows.new_zeros(int(first.max()) + 1, rows.shape[1])
-        rows = unique.index_copy_(0, first, rows)[:, 1:]
+        rows = rows[rows[:, 0].argsort(stable=True)]
+        rows = rows[rows[:, 0].diff(prepend=rows.new_tensor([-1])) > 0][:, 1:]
         bits, kinetic, jacobian = rows.mean(0)
+        stage = "test" if self.trainer.testing else "val"
         if not bits.isfinite():
+            held = filter(None, gather_lists([self.divergence.message]))
             message = f"{stage} bits/dim is {bits:.3g} after training step {self.global_step}"
-            self.divergence.raise_together(self, message)
-        error = standard_error(rows[:, 0])
+            raise DivergenceError(next(held, message), shared=True)
         self.log(f"{stage}/bits_per_dim", bits, prog_bar=True, sync_dist=True)
-        self.log(f"{stage}/bits_per_dim_se", error, sync_dist=True)
+        self.log(f"{stage}/bits_per_dim_se", standard_error(rows[:, 0]), sync_dist=True)
         self.log(f"{stage}/kinetic", kinetic, sync_dist=True)
         self.log(f"{stage}/jacobian", jacobian, sync_dist=True)
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        self.evaluation_step(batch, "val")
-
-    def on_validation_epoch_end(self) -> None:
-        self.evaluation_end("val")
-
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        self.evaluation_step(batch, "test")
-
-    def on_test_epoch_end(self) -> None:
-        self.evaluation_end("test")
+    test_step, on_test_epoch_end = validation_step, on_validation_epoch_end
 
     def configure_optimizers(self) -> dict:
         optimizer = self.optimizer(self.parameters())
-        for group in optimizer.param_groups:
-            group["lr"] *= self.learning_rate_factor
-        self.options = {k: v for k, v in optimizer.param_groups[0].items() if k != "params"}
+        group = optimizer.param_groups[0]
+        group["lr"] *= self.learning_rate_factor
+        self.options = {k: v for k, v in group.items() if k != "params"}
         if self.warmup_steps == 0 and not self.decay:
             return {"optimizer": optimizer}
         steps = self.trainer.estimated_stepping_batches if self.decay else math.inf
 
         def factor(step: int) -> float:
             rise = min(1.0, (step + 1) / (self.warmup_steps + 1))
-            if not self.decay:
-                return rise
             return rise * (1 + math.cos(math.pi * min(step / max(steps, 1), 1))) / 2
 
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
@@ -160,17 +136,14 @@ class RNODE(LightningModule):
 
     def on_train_start(self) -> None:
         """Set the optimizer's options to the command line's; a checkpoint has put back its own."""
-        for group in self.trainer.optimizers[0].param_groups:
-            group.update(self.options)
-        for config in self.trainer.lr_scheduler_configs:
-            schedule = config.scheduler
-            group = schedule.optimizer.param_groups[0]
-            group["initial_lr"] = self.options["lr"]
-            schedule.base_lrs = [self.options["lr"]]
-            group["lr"] = self.options["lr"] * schedule.lr_lambdas[0](schedule.last_epoch)
+        group = self.trainer.optimizers[0].param_groups[0]
+        group.update(self.options)
+        for schedule in (config.scheduler for config in self.trainer.lr_scheduler_configs):
+            group["initial_lr"] = group["lr"]
+            schedule.base_lrs = [group["lr"]]
+            group["lr"] *= schedule.lr_lambdas[0](schedule.last_epoch)
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
-        self.divergence.raise_if_diverged(self)  # rather than overwrite the last good checkpoint
-        checkpoint["format"] = FORMAT
-        checkpoint["config"] = self.config
+        self.divergence.raise_if_diverged()  # rather than overwrite the last good checkpoint
+        checkpoint |= {"format": FORMAT, "config": self.config}
         checkpoint["learning_rate_factor"] = self.learning_rate_factor

@@ -8,52 +8,36 @@ from pathlib import Path
 from rnode.training.run_folder import whole_file
 
 RESULT = "result.json"
+TRAINED = ("train/nfe_forward", "train/nfe_backward")
 TESTED = ("bits_per_dim", "bits_per_dim_se", "nfe_forward", "kinetic", "jacobian")
 
 
 def read_metrics(path: Path) -> list[dict[str, str]]:
-    """Return the rows of a metrics.csv without their empty cells; no rows if there is no file.
-
-    A last line that was cut short, by a full disk for example, is left out.
-    """
+    """Return the rows of a metrics.csv without empty cells; no rows if there is no file."""
     if not path.is_file():
         return []
     with open(path, encoding="utf-8", newline="") as file:
-        lines = [line for line in file if line.endswith("\n")]
+        lines = [line for line in file if line.endswith("\n")]  # a full disk cuts the last one
     return [{key: cell for key, cell in row.items() if cell} for row in csv.DictReader(lines)]
 
 
 def write_result(folder: Path, tested: dict, best: float) -> dict[str, float | None]:
-    """Write result.json, which marks the run as finished.
+    """Write result.json, which marks the run as finished, and return what it holds.
 
-    Args:
-        folder: the run folder.
-        tested: the metrics of the test, by the names of metrics.csv.
-        best: validation bits/dim of the tested weights.
-
-    Returns:
-        What the file holds: val/… of the tested weights, train/nfe_… of the last logged step,
-        train/seconds without validation, test/…. What was not measured is None.
+    val/… is of the tested weights, whose bits/dim are `best`; train/seconds is without validation;
+    train/nfe_… is of the last logged step. What was not measured is None.
     """
     rows = read_metrics(folder / "metrics.csv")
-    seconds = [
-        float(row["train/seconds_per_epoch"]) for row in rows if "train/seconds_per_epoch" in row
-    ]
-    trained = next((row for row in reversed(rows) if "train/nfe_forward" in row), {})
+    seconds = [float(row.get("train/seconds_per_epoch", 0)) for row in rows]
+    trained = [row for row in rows if "train/nfe_forward" in row] or [{}]
     validated = [row for row in rows if "val/bits_per_dim" in row]
     chosen = min(validated, key=lambda row: abs(float(row["val/bits_per_dim"]) - best), default={})
-    measured = {
-        "val/bits_per_dim": best,
-        "val/nfe_forward": chosen.get("val/nfe_forward", math.nan),
-        "train/seconds": sum(seconds) if seconds else math.nan,
-        **{
-            f"train/{name}": trained.get(f"train/{name}", math.nan)
-            for name in ("nfe_forward", "nfe_backward")
-        },
-        **{f"test/{name}": tested.get(f"test/{name}", math.nan) for name in TESTED},
-    }
-    numbers = {name: float(value) for name, value in measured.items()}
-    result = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
+    measured = {"val/bits_per_dim": best, "val/nfe_forward": chosen.get("val/nfe_forward")}
+    measured["train/seconds"] = sum(seconds) or None
+    measured |= {name: trained[-1].get(name) for name in TRAINED}
+    measured |= {f"test/{name}": tested.get(f"test/{name}") for name in TESTED}
+    numbers = {name: float("nan" if v is None else v) for name, v in measured.items()}
+    result = {name: v if math.isfinite(v) else None for name, v in numbers.items()}
     with whole_file(folder / RESULT, "w") as file:
         json.dump(result, file, indent=2)
     return result

@@ -8,16 +8,12 @@ from typing import IO
 
 from filelock import FileLock, Timeout
 
-from rnode.errors import InputError, WriteError, one_line
+from rnode.errors import InputError, WriteError, one_line, require
 
 
 @contextlib.contextmanager
 def whole_file(path: Path, mode: str = "wb") -> Iterator[IO]:
-    """Open a file that replaces `path` once it is complete and on the disk.
-
-    Raises:
-        WriteError: if the system refuses to write; an earlier file of that name is then intact.
-    """
+    """Open a file that replaces `path` once it is complete and on the disk, or raise WriteError."""
     part = path.with_name(f"{path.name}.part")
     text = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
     try:
@@ -36,28 +32,14 @@ def whole_file(path: Path, mode: str = "wb") -> Iterator[IO]:
 
 @contextlib.contextmanager
 def lock(folder: Path, resumes: bool) -> Iterator[None]:
-    """Lock a run folder for this process; the system releases the lock however the process ends.
-
-    Args:
-        folder: the run folder.
-        resumes: whether the run resumes the run in this folder, and so may overwrite its checkpoints.
-
-    Raises:
-        InputError: if another run uses the folder, or an earlier run's checkpoints would be lost.
-    """
+    """Lock a run folder until this process ends; only a run that `resumes` may find checkpoints."""
+    start = "another hydra.run.dir=… starts a new one"
     try:
         with FileLock(folder / ".lock", timeout=0):
-            earlier = [
-                path for path in (folder / "last.ckpt", folder / "best.ckpt") if path.exists()
-            ]
-            if earlier and not resumes:
-                raise InputError(
-                    f"{earlier[0]} is from an earlier run: ckpt_path=auto resumes that run, another "
-                    "hydra.run.dir=… starts a new one"
-                )
+            for path in (folder / "last.ckpt", folder / "best.ckpt"):
+                earlier = f"{path} is from an earlier run: ckpt_path=auto resumes that run"
+                require(resumes or not path.exists(), f"{earlier}, {start}")
             yield
     except Timeout:
-        raise InputError(
-            f"{folder}: another run is using this folder; wait until it has ended, or give this run "
-            "another hydra.run.dir=…"
-        ) from None
+        wait = "wait until it has ended, or give this run another hydra.run.dir=…"
+        raise InputError(f"{folder}: another run is using this folder; {wait}") from None

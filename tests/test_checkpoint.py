@@ -1,0 +1,214 @@
+"""Checkpoints: read as data alone, checked byte for byte, and resumed under other settings."""
+
+import builtins
+import pickle
+import random
+import zipfile
+
+import pytest
+import torch
+import yaml
+
+from helpers import TWO_STEPS, call, refused, same, wandb_records
+from rnode.app.build import load_flow
+from rnode.errors import InputError
+from rnode.training.checkpoint import FORMAT, AtomicCheckpointIO, load_checkpoint
+
+MORE = [*TWO_STEPS, "model.pieces=1", "trainer.max_steps=4", "trainer.max_epochs=2"]
+WEIGHT = "flow.layers.0.field.layers.0.weight"
+
+
+class Evil:
+    """Makes the file `path` when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return builtins.open, (self.path, "w")
+
+
+def as_pickle(content, path):
+    path.write_bytes(pickle.dumps(content))
+
+
+def as_legacy(content, path):
+    torch.save(content, path, _use_new_zipfile_serialization=False)
+
+
+def put(checkpoint, value, *place):
+    """Set one place of nested containers; return the checkpoint."""
+    part = checkpoint
+    for key in place[:-1]:
+        part = part[key]
+    part[place[-1]] = value
+    return checkpoint
+
+
+@pytest.mark.parametrize(
+    "place",
+    [(), ("config", "seed"), ("state_dict", WEIGHT), ("callbacks", "EpochTimer")],
+    ids=lambda place: place[0] if place else "all of it",
+)
+@pytest.mark.parametrize("write", [torch.save, as_pickle, as_legacy])
+def test_nothing_in_a_checkpoint_is_executed(tiny_run, tmp_path, capsys, write, place):
+    made, path = tmp_path / "made", tmp_path / "evil.ckpt"
+    evil = Evil(made)
+    write(put(load_checkpoint(tiny_run / "last.ckpt"), evil, *place) if place else evil, path)
+    for load in (load_checkpoint, load_flow, AtomicCheckpointIO().load_checkpoint):
+        with pytest.raises(InputError, match="is damaged or not a checkpoint"):
+            load(str(path))
+    for command in ("train", "evaluate", "sample") if write is torch.save and not place else ():
+        line, code = refused(capsys, command, str(path), f"hydra.run.dir={tmp_path / 'out'}")
+        assert f"ckpt_path={path}: is damaged or not a checkpoint" in line
+        assert code == 2
+    assert not made.exists()
+    with open(path, "rb") as file:  # a reader that trusts the file would have made it
+        pickle.load(file) if write is as_pickle else torch.load(file, weights_only=False)
+    assert made.exists()
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "words"),
+    [
+        ("model", {"_target_": "os.system", "_args_": ["true"]}, "would call os.system"),
+        ("model._target_", "builtins.eval", "would call builtins.eval"),
+        ("model.hidden", {"_target_": "os.system"}, "would call os.system"),
+        ("dataset.source._target_", "rnode.flow.torch.load", "would call rnode.flow.torch.load"),
+        ("dataset.shape", [1, [{"a": [{"_target_": "os.system"}]}], 8], "would call os.system"),
+        ("probes", [{"_target_": "os.system"}], "would call os.system"),
+        ("model.hidden", "${oc.env:HOME}", "would interpret ${oc.env:HOME}"),
+        ("model.${seed}", 1, "would interpret"),
+    ],
+)
+def test_a_configuration_that_would_do_other_things_is_refused(
+    tiny_run, tmp_path, place, value, words
+):
+    checkpoint, path = load_checkpoint(tiny_run / "last.ckpt"), tmp_path / "evil.ckpt"
+    torch.save(put(checkpoint, value, "config", *place.split(".")), path)
+    with pytest.raises(InputError) as refusal:
+        load_flow(str(path))
+    assert f"ckpt_path={path}: its configuration would" in str(refusal.value)
+    assert words in str(refusal.value)
+
+
+def test_another_format_is_refused(tiny_run, tmp_path):
+    checkpoint, path = load_checkpoint(tiny_run / "last.ckpt"), tmp_path / "other.ckpt"
+    others = [(checkpoint | {"format": other}, other) for other in (1, FORMAT + 1)]
+    for content, found in [*others, ({"state_dict": {}}, "none"), ([1, 2], "none")]:
+        torch.save(content, path)
+        words = f"has format {found}, and this version of rnode reads format {FORMAT}; use the"
+        with pytest.raises(InputError, match=words):
+            load_checkpoint(path)
+
+
+def test_any_flipped_bit_of_a_checkpoint_is_found(tiny_run, tmp_path):
+    """Some bytes between the records of the archive say nothing; those may change."""
+    good, path = (tiny_run / "last.ckpt").read_bytes(), tmp_path / "flipped.ckpt"
+    whole = load_checkpoint(tiny_run / "last.ckpt")
+    records = []  # the bytes of all weights and other contents
+    with zipfile.ZipFile(tiny_run / "last.ckpt") as archive:
+        for info in archive.infolist():
+            name, extra = (
+                int.from_bytes(good[info.header_offset + i :][:2], "little") for i in (26, 28)
+            )
+            start = info.header_offset + 30 + name + extra
+            records += range(start, start + info.file_size)
+    assert len(records) > len(good) // 2
+    choose = random.Random(0)
+    places = [(choose.choice(records), True) for _ in range(40)]
+    for position, refusal in [*places, *((choose.randrange(len(good)), False) for _ in range(40))]:
+        flipped = bytearray(good)
+        flipped[position] ^= 1 << choose.randrange(8)
+        path.write_bytes(flipped)
+        try:
+            loaded = load_checkpoint(path)
+        except InputError:
+            continue
+        assert not refusal, position
+        same(loaded, whole)
+        assert loaded["config"] == whole["config"]
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        *(("state_dict",), ("state_dict", WEIGHT), ("optimizer_states",)),
+        *(("config",), ("config", "model"), ("learning_rate_factor",), ("global_step",)),
+    ],
+    ids=".".join,
+)
+def test_a_checkpoint_without_a_part_gets_one_line(tiny_run, tmp_path, capsys, place):
+    checkpoint, path = load_checkpoint(tiny_run / "last.ckpt"), tmp_path / "partial.ckpt"
+    part = checkpoint
+    for key in place[:-1]:
+        part = part[key]
+    del part[place[-1]]
+    torch.save(checkpoint, path)
+    folder = tmp_path / "out"
+    _, code = refused(capsys, "train", *MORE, f"ckpt_path={path}", f"hydra.run.dir={folder}")
+    assert code in (1, 2)
+    assert not list(folder.glob("*.ckpt"))
+
+
+def test_a_run_resumes_with_its_own_model_and_data_alone(tiny_run, tmp_path, capsys):
+    resume = [*MORE, f"ckpt_path={tiny_run / 'last.ckpt'}", f"hydra.run.dir={tmp_path}"]
+    line, code = refused(capsys, "train", *resume, "model.hidden=5")
+    assert "model.hidden is 4 there and 5 here; a run resumes with the same model" in line
+    assert code == 2
+    line, _ = refused(capsys, "train", *resume, "dataset.alpha=0.01")
+    assert "dataset.alpha is 1e-05 there and 0.01 here; a run resumes with the same data" in line
+
+
+def test_a_checkpoint_removes_nothing(tiny_run, tmp_path):
+    """Lightning removes the best checkpoint that its state names once there is a better one."""
+    folder, victim = tmp_path / "out", tmp_path / "victim"
+    victim.mkdir()
+    (victim / "file").touch()
+    folder.mkdir()
+    checkpoint = load_checkpoint(tiny_run / "last.ckpt")
+    (state,) = (state for state in checkpoint["callbacks"].values() if state.get("monitor"))
+    worst, path = torch.tensor(99.0), f"local://{victim}"
+    state |= {"dirpath": str(folder), "best_k_models": {path: worst}, "kth_value": worst}
+    state |= {"kth_best_model_path": path, "best_model_path": path, "best_model_score": worst}
+    torch.save(checkpoint, folder / "last.ckpt")
+    often = "trainer.val_check_interval=1"
+    call("train", *MORE, often, f"hydra.run.dir={folder}", "ckpt_path=auto")
+    assert (folder / "best.ckpt").exists()
+    assert (victim / "file").exists()
+
+
+def test_a_resumed_run_says_what_changes_and_changes_it(tiny_run, tmp_path, capsys):
+    """The command line's settings apply; weights, optimizer state, step and epoch continue."""
+    path = tiny_run / "last.ckpt"
+    changes = ["optimizer.lr=0.001", "optimizer.weight_decay=0.1", "reg.lambda_k=0.5", "seed=7"]
+    options = [*MORE, *changes, "wandb.mode=offline", f"hydra.run.dir={tmp_path}"]
+    call("train", *options, f"ckpt_path={path}")
+    printed = capsys.readouterr().out.splitlines()
+    assert f"resuming from {path}: weights, optimizer state, step 2" in " ".join(printed)
+    words = "{} from the command line (checkpoint: {})"
+    before = ["0.004", "0.0", "0.01", "0"]
+    for change, value in zip(changes, before, strict=True):
+        assert words.format(change, value) in printed
+    assert not [line for line in printed if "from the command line" in line and "pictures" in line]
+    config = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    (group,) = load_checkpoint(tmp_path / "last.ckpt")["optimizer_states"][0]["param_groups"]
+    assert config["optimizer"]["lr"] == group["lr"] == 0.001
+    assert config["optimizer"]["weight_decay"] == group["weight_decay"] == 0.1
+    assert (config["reg"]["lambda_k"], config["seed"]) == (0.5, 7)
+    assert load_checkpoint(tmp_path / "last.ckpt")["config"] == config
+    (records,) = wandb_records(tmp_path).values()
+    updates = [update for record in records for update in record.run.config.update]
+    updates += [update for record in records for update in record.config.update]
+    logged = {update.key: yaml.safe_load(update.value_json) for update in updates}
+    assert {key: logged[key] for key in config} == config
+
+
+def test_a_resumed_schedule_continues_from_the_new_learning_rate(tiny_run, tmp_path):
+    options = ["optimizer.lr=0.002", "warmup_steps=9", f"hydra.run.dir={tmp_path}"]
+    call("train", *MORE, "warmup_steps=9", f"hydra.run.dir={tmp_path}", "trainer.max_steps=2")
+    call("train", *MORE, *options, "ckpt_path=auto")
+    end = load_checkpoint(tmp_path / "last.ckpt")
+    (group,) = end["optimizer_states"][0]["param_groups"]
+    assert group["lr"] == pytest.approx(0.002 * 5 / 10)  # of the step after the last
+    assert end["lr_schedulers"][0]["base_lrs"] == [0.002]
