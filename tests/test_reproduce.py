@@ -5,11 +5,11 @@ import json
 
 import pytest
 from PIL import Image
+from rnode.paper import runs as paper
+from rnode.paper.figures import PLOTS
+from rnode.paper.runs import FIGURES, Run, speed_ups
 
 from helpers import ROOT, call, refused
-from rnode.app import paper
-from rnode.app.figures import PLOTS
-from rnode.app.paper import FIGURES, Run, speed_ups
 
 
 def make_run(folder, recipe, seed, bits, seconds, *, diverged=False, data="digits"):

@@ -56,7 +56,7 @@ class Method:
         require_choice("integrals", self.integrals, INTEGRALS)
         one = (self.step_size is None) != (self.steps is None)
         both = f"step_size={self.step_size} and steps={self.steps}"
-        require(one or self.adaptive, f"{both}: set one of the two, and the other to None (null)")
+        require(one or self.adaptive, f"{both}: give one of the two, set the other to None (null)")
         if self.step_size is not None:
             count = T / self.step_size if self.step_size > 0 else 0.0
             whole = count >= 1 and math.isclose(count, round(count), rel_tol=1e-9)
@@ -127,7 +127,15 @@ def solver_errors() -> Generator[None]:
     try:
         yield
     except AssertionError as error:
-        raise DivergenceError(f"the adaptive solver diverged ({one_line(error)})") from None
+        signs = {
+            "underflow in dt": "the step size of the adaptive solver underflowed",
+            "non-finite": "the state of the adaptive solver became NaN or infinite",
+            "max_num_steps exceeded": "the adaptive solver took more than max_steps",
+        }
+        what = next((what for sign, what in signs.items() if sign in str(error)), None)
+        if what is None:
+            raise
+        raise DivergenceError(f"{what} ({one_line(error)})") from None
 
 
 def precision_of(method: Method, device: torch.device) -> contextlib.AbstractContextManager:

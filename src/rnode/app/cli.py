@@ -1,4 +1,4 @@
-"""The commands, from the command line to `main(cfg)` of rnode.app.COMMAND."""
+"""The commands, from the command line to `main(cfg)` of each."""
 
 import contextlib
 import importlib
@@ -26,6 +26,8 @@ ABOUT = {
     "sample": "Sample from a trained flow: rnode sample outputs/…/best.ckpt",
     "reproduce": "Reproduce a figure or the table of the paper: rnode reproduce figure=2",
 }
+MODULES = {command: f"rnode.app.{command}" for command in ABOUT}
+MODULES["reproduce"] = "rnode.paper.reproduce"  # in benchmarks/paper, installed as rnode.paper
 
 
 def main() -> None:
@@ -79,7 +81,7 @@ def job(command: str, typed: list[str]) -> Any:
         validate(command, cfg)
         prepare_process()
         # torch, Lightning and W&B are imported here: --help and mistakes do not wait for them.
-        return importlib.import_module(f"rnode.app.{command}").main(cfg)
+        return importlib.import_module(MODULES[command]).main(cfg)
 
     def call(cfg: DictConfig) -> Any:
         sys.argv = typed  # Lightning starts other processes by it

@@ -1,4 +1,4 @@
-"""Plots and verdicts of Figures 1 to 5 and Table 1, from the runs of `rnode.app.paper`.
+"""Plots and verdicts of Figures 1 to 5 and Table 1, from the runs of `rnode.paper.runs`.
 
 Each function writes a PNG and a CSV at `path`, and returns a verdict in words.
 """
@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib import pyplot as plt
+from rnode.paper.runs import BOTH_PENALTIES, LABELS, PUBLISHED, RATIO, Run, speed_ups
 from scipy.stats import spearmanr
 
 from rnode.app.build import load_flow
-from rnode.app.paper import BOTH_PENALTIES, LABELS, PUBLISHED, RATIO, Run, speed_ups
 from rnode.data.datamodule import DataModule
 from rnode.evaluation import evaluate
 from rnode.flow import Flow

@@ -13,9 +13,9 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
+from rnode.paper.figures import PLOTS
+from rnode.paper.runs import DATA, DOWNLOADED, FIGURES, Run
 
-from rnode.app.figures import PLOTS
-from rnode.app.paper import DATA, DOWNLOADED, FIGURES, Run
 from rnode.errors import require
 
 LONGEST = 30  # rows of a CSV that is printed; a longer one holds curves

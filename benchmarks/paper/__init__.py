@@ -1,0 +1,1 @@
+"""The figures and the table of the paper, from runs of the command line."""
