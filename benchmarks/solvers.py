@@ -55,7 +55,7 @@ def compare(path: str) -> None:
     rows = []
     for name, method in METHODS.items():
         solution, measures = solve(method)
-        error = measures.bits - exact_measures.bits
+        error = measures.bits_per_dim - exact_measures.bits_per_dim
         nfe = str(solution.nfe_forward)
         row = {"solver": name, "NFE": nfe, "bits/dim": f"{error.mean():+.6f}"}
         row["worst"] = f"{error.abs().max():.5f}"

@@ -220,7 +220,7 @@ def test_measure_gives_bits_and_the_integrals_per_dimension():
     z = y @ torch.matrix_exp(A).T
     bits = -(log_normal(z) + A.trace() + 0.7) / (2 * math.log(2))
     jacobian = (A.square().sum() / 2).expand(6)
-    torch.testing.assert_close(measures.bits, bits, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(measures.bits_per_dim, bits, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(measures.jacobian, jacobian, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(measures.kinetic, solution.state.E / 2)
 

@@ -36,10 +36,10 @@ class VectorField(Protocol):
 
 
 class Probes:
-    """Vectors ε for the estimates of div f and ‖∇f‖_F², equations (5) and (16).
+    """Vectors ε with Σ_k ε_kᵀ∇f ε_k = div f and Σ_k ‖ε_kᵀ∇f‖² = ‖∇f‖_F², equations (5) and (16).
 
-    Σ_k ε_kᵀ∇f ε_k = div f and Σ_k ‖ε_kᵀ∇f‖² = ‖∇f‖_F²: in expectation for `count` random vectors of
-    covariance I/count, exactly for the d unit vectors.
+    This holds in expectation for `count` random vectors of covariance I/count, and exactly for the
+    d unit vectors.
 
     Args:
         divergence: `gaussian` or `rademacher` (random), or `exact` (the unit vectors).
@@ -52,10 +52,7 @@ class Probes:
         self.divergence, self.count = divergence, count
 
     def sample(self, z: Tensor, generators: Sequence[torch.Generator] | None = None) -> Tensor:
-        """Sample ε (K, B, *shape) for z (B, *shape).
-
-        `generators`, one per sample, replace torch's global generator.
-        """
+        """Sample ε (K, B, *shape) for z (B, *shape), from one generator per sample if given."""
         if self.divergence == "exact":
             d = z[0].numel()
             unit = torch.eye(d, device=z.device, dtype=z.dtype)
@@ -64,8 +61,8 @@ class Probes:
             eps = torch.randn(self.count, *z.shape, device=z.device, dtype=z.dtype)
         else:
             shape = (self.count, *z.shape[1:])
-            vectors = [torch.randn(shape, generator=g, dtype=z.dtype) for g in generators]
-            eps = torch.stack(vectors, dim=1).to(z.device)
+            samples = [torch.randn(shape, generator=g, dtype=z.dtype) for g in generators]
+            eps = torch.stack(samples, dim=1).to(z.device)
         if self.divergence == "rademacher":
             eps = torch.where(eps < 0, -1.0, 1.0).to(z.dtype)
         return eps / self.count**0.5

@@ -14,27 +14,24 @@ from rnode.loss import bits_per_dim, log_normal
 from rnode.seeding import NOISE, PROBES, sample_generators
 from rnode.transforms import Batch, Transform
 
-BIN_CENTRE = 0.5
-
 
 class Measures(NamedTuple):
     """Values of each sample, (B,): bits/dim, and E and n per dimension."""
 
-    bits: Tensor
+    bits_per_dim: Tensor
     kinetic: Tensor
     jacobian: Tensor
 
 
-def measure(flow: Flow, batch: Batch, seed: int) -> tuple[Solution, Measures]:
-    """Solve the flow once for a batch, with the probes that belong to each sample and `seed`."""
-    return measure_with(flow, batch, sample_generators(batch.index, seed, PROBES))
-
-
-def measure_with(
-    flow: Flow, batch: Batch, probes: Sequence[torch.Generator]
+def measure(
+    flow: Flow, batch: Batch, seed: int, generators: Sequence[torch.Generator] | None = None
 ) -> tuple[Solution, Measures]:
-    """Solve the flow once for a batch, with probes from one generator per sample."""
-    solution = flow.solve(batch.y, probes)
+    """Solve the flow once for a batch, with the probes that belong to each sample and `seed`.
+
+    `generators`, one per sample, give other probes.
+    """
+    generators = generators or sample_generators(batch.index, seed, PROBES)
+    solution = flow.solve(batch.y, generators)
     state = solution.state
     bits = bits_per_dim(log_normal(state.z) + state.l, batch.log_det, flow.d)
     return solution, Measures(bits, state.E / flow.d, state.n / flow.d)
@@ -46,9 +43,9 @@ def standard_error(values: Tensor) -> Tensor:
 
 
 def probe_error(first: Tensor, second: Tensor) -> Tensor:
-    """Standard error of the mean of `first` (N,) that is due to the probes alone.
+    """Standard error of the mean of `first` (N,) due to the probes; `second` has others.
 
-    `second` (N,) has the same noise, other probes: Var(first − second) = 2 Var(first | noise).
+    Var(first − second) = 2 Var(first | noise).
     """
     return ((first - second).square().mean() / 2 / len(first)).sqrt()
 
@@ -57,9 +54,9 @@ def importance_bound(bits: Tensor, d: int) -> Tensor:
     """Importance-weighted bound on −log₂ P(x) / d (Burda et al., 2016; Ho et al., 2019).
 
     bits/dim of K noises for each image of dimension d, (K, B) → (K, B): row k − 1 is
-    −log₂(1/k Σ_{i ≤ k} p(x + u_i)) / d. In expectation it falls with k, from the uniform bound to
-    the discrete code length. The noises of an image must share their probes: the mean of
-    exponentials takes an error of l that differs between them for likelihood.
+    −log₂(1/k Σ_{i ≤ k} p(x + u_i)) / d. In expectation it falls with k, to the discrete code
+    length. The noises of an image must share their probes: the mean of exponentials takes an error
+    of l that differs between them for likelihood.
     """
     nats = d * math.log(2)
     k = torch.arange(1, len(bits) + 1, device=bits.device, dtype=torch.float64)[:, None]
@@ -74,10 +71,7 @@ def evaluate(
     noises: int,
     seed: int,
 ) -> tuple[dict, dict[str, Tensor]]:
-    """Measure everything that is reported about a flow on a split.
-
-    Every random number belongs to a sample, so the batch size changes nothing beyond the solver's
-    tolerance.
+    """Measure everything that is reported about a flow on a split, whatever the batch size.
 
     Args:
         flow: the flow, in evaluation mode.
@@ -92,7 +86,7 @@ def evaluate(
     parts = []
     for x, index in batches:
         columns, by_piece = evaluate_batch(flow, transform, x, index, noises, seed)
-        parts.append(({name: value.double().cpu() for name, value in columns.items()}, by_piece))
+        parts.append(({name: column.double().cpu() for name, column in columns.items()}, by_piece))
     parts, nfe = zip(*gather_lists(parts), strict=True)
     order = torch.cat([part["index"] for part in parts]).argsort()
     columns = {name: torch.cat([part[name] for part in parts], -1)[..., order] for name in parts[0]}
@@ -105,38 +99,35 @@ def evaluate_batch(
     """x (B, *shape), index (B,) → columns, (B,) each but `bounds` (K, B), and NFE by piece."""
     x = x.to(next(flow.parameters()).device)
     noise_generators = sample_generators(index, seed, NOISE)
-    noise, probes = transform.noise(x, noise_generators), sample_generators(index, seed, PROBES)
-    batch = transform(x, index, noise)
-    solution, measures = measure_with(flow, batch, probes)
+    probe_generators = sample_generators(index, seed, PROBES)
+    batch = transform(x, index, transform.noise(x, noise_generators))
+    solution, measures = measure(flow, batch, seed, probe_generators)
     z = solution.state.z
-    squares = [(p.state.z - p.start).square().flatten(1).sum(1) for p in solution.pieces]
     columns = {
         "index": index,
-        "bits_per_dim": measures.bits,
-        "kinetic": measures.kinetic,
-        "jacobian": measures.jacobian,
+        **measures._asdict(),
         "transport_cost": (flow.as_x(z) - batch.y).square().flatten(1).sum(1) / flow.d,
-        "displacement": sum(squares, start=torch.zeros_like(squares[0])) / flow.d,
+        "displacement": sum(p.displacement for p in solution.pieces) / flow.d,
         "inverse_error": (flow.inverse(z) - batch.y).abs().flatten(1).amax(1),
     }
-    if flow.probes.divergence != "exact":  # the same generators go on to give other probes
-        columns["bits_per_dim_other_probes"] = measure_with(flow, batch, probes)[1].bits
+    if flow.probes.divergence != "exact":  # a second call gives each sample other probes
+        other = measure(flow, batch, seed, probe_generators)[1]
+        columns["bits_per_dim_other_probes"] = other.bits_per_dim
     if transform.discrete:
-        bits = [measures.bits]
-        for _ in range(noises - 1):  # the same generators go on to give other noise
-            other = transform(x, index, transform.noise(x, noise_generators))
-            bits.append(measure(flow, other, seed)[1].bits)
+        bits = [measures.bits_per_dim]
+        for _ in range(noises - 1):  # and another noise
+            other_noise = transform(x, index, transform.noise(x, noise_generators))
+            bits.append(measure(flow, other_noise, seed)[1].bits_per_dim)
         columns["bounds"] = importance_bound(torch.stack(bits), flow.d)
-        centre = transform(x, index, torch.full(x.shape, BIN_CENTRE))
-        columns["midpoint"] = measure(flow, centre, seed)[1].bits
+        centre = transform(x, index, torch.full(x.shape, 0.5))  # of each bin
+        columns["midpoint"] = measure(flow, centre, seed)[1].bits_per_dim
     return columns, [piece.nfe_forward for piece in solution.pieces]
 
 
 def summarize(columns: dict[str, Tensor], nfe: Tensor) -> dict:
     """Columns (N,) and evaluations `nfe` (batches, pieces) → plain numbers."""
     bits, total = columns["bits_per_dim"], nfe.sum(1)
-    if not bits.isfinite().all():
-        count = int((~bits.isfinite()).sum())
+    if count := int((~bits.isfinite()).sum()):
         raise DivergenceError(f"bits/dim of {count} of {len(bits)} samples are not finite")
     summary = {
         "samples": len(bits),
@@ -152,11 +143,9 @@ def summarize(columns: dict[str, Tensor], nfe: Tensor) -> dict:
         "straightness": 1 - float(columns["displacement"].sum() / columns["kinetic"].sum()),
         "inverse_error": float(columns["inverse_error"].max()),
     }
-    if "bits_per_dim_other_probes" in columns:
-        error = probe_error(bits, columns["bits_per_dim_other_probes"])
-        summary["standard_error_probes"] = float(error)
-    if "bounds" in columns:
-        bounds = columns["bounds"]
+    if (other := columns.get("bits_per_dim_other_probes")) is not None:
+        summary["standard_error_probes"] = float(probe_error(bits, other))
+    if (bounds := columns.get("bounds")) is not None:
         summary |= {
             "bound": float(bounds[-1].mean()),
             "bound_standard_error": float(standard_error(bounds[-1])),

@@ -1,8 +1,6 @@
-"""One piece, and the flow: a flat list of invertible layers from data to the normal variable.
+"""The flow: a flat list of invertible layers from data to the normal variable.
 
-The layers are pieces, which solve an ODE, and permutations between them: a squeeze turns every 2×2
-block of pixels into channels, and half of the channels is then factored out as finished normal
-variables (Dinh et al., 2017).
+The layers are pieces, which solve an ODE, and the multiscale permutations of Dinh et al. (2017).
 """
 
 import math
@@ -34,6 +32,11 @@ class PieceSolution:
         """Evaluations of f in the backward pass so far, by the adjoint or by `checkpoint`."""
         return self.dynamics.nfe - self.nfe_forward
 
+    @property
+    def displacement(self) -> Tensor:
+        """‖z(T) − z(0)‖², (B,)."""
+        return (self.state.z - self.start).square().flatten(1).sum(1)
+
 
 class Solution(NamedTuple):
     """z (B, d) and l, E, n (B,) of a whole flow, and the solutions of its pieces."""
@@ -51,13 +54,7 @@ class Solution(NamedTuple):
 
 
 class Piece(nn.Module):
-    """The flow of one field over [0, T]: θ(t) is piecewise constant (section 6).
-
-    Args:
-        field: a torch module with a `vjp`.
-    """
-
-    field: VectorField
+    """The flow of one field, a torch module with a `vjp`, over [0, T] (section 6)."""
 
     def __init__(self, field: VectorField):
         super().__init__()
@@ -134,8 +131,7 @@ class Flow(nn.Module):
         factored, z = [], torch.empty(1, *shape, device="meta")
         for layer in self.layers:
             z = z if isinstance(layer, Piece) else layer(z, factored)
-        # Shapes of the parts of z, in order.
-        self.z_shapes = [torch.Size(part.shape[1:]) for part in (*factored, z)]
+        self.z_shapes = [part.shape[1:] for part in (*factored, z)]  # of the parts of z, in order
 
     @property
     def d(self) -> int:
@@ -155,17 +151,15 @@ class Flow(nn.Module):
         return self.solve(x).state
 
     def solve(self, x: Tensor, generators: Sequence[torch.Generator] | None = None) -> Solution:
-        """Map x (B, *shape) to z and report on each piece.
+        """Map x (B, *shape) to z; the probes are sampled from one generator per sample if given.
 
-        `generators`, one per sample, sample the probes; torch's global generator does if None.
         A DivergenceError names the piece whose solver could not reach T.
         """
         fits = x.shape[1:] == self.shape
         require(fits, f"x of shape {tuple(x.shape)}: must be (B, {str(tuple(self.shape))[1:]}")
         z = self._to_state(x)
         _, l, E, n = State.initial(z)
-        factored: list[Tensor] = []
-        solutions: list[PieceSolution] = []
+        factored, solutions = [], []
         for layer in self.layers:
             if not isinstance(layer, Piece):
                 z = layer(z, factored)
@@ -198,10 +192,9 @@ class Flow(nn.Module):
         return z, nfe
 
     def trajectory(self, z: Tensor, intervals: int = 1) -> Tensor:
-        """Follow z (B, d) to x, with frames at `intervals` equal intervals of time in each piece.
+        """Follow z (B, d) to x = inverse(z), in frames (pieces · intervals + 1, B, *shape).
 
-        The frames (pieces · intervals + 1, B, *shape) are arranged like x. A frame shows the pieces
-        still to come as the identity: the first is z, the last x = inverse(z).
+        A frame is arranged like x: it shows the pieces still to come as the identity.
         """
         z, factored = self._split(z)
         frames = [self._rearrange(z, factored, len(self.layers))]

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 
 from rnode.dynamics import Probes
-from rnode.errors import InputError, require
+from rnode.errors import require
 from rnode.flow import FactorOut, Flatten, Flow, Layer, Piece, Squeeze
 from rnode.networks import Field, TimeConv2d, TimeLinear
 from rnode.solver import Solver
@@ -34,28 +34,21 @@ def multiscale(
     Raises:
         InputError: if the shape cannot be halved as often as the scales need.
     """
-    image = len(shape) == 3 and min(shape) >= 1 and min(shape[1:]) >= 4
     size = f"shape={list(shape)}: must be [channels, height, width], 4 or more high and wide"
+    image = len(shape) == 3 and min(shape) >= 1 and min(shape[1:]) >= 4
     require(image, f"{size}; the mlp flow takes any shape")
     channels, height, width = shape
-
-    def stack(channels: int) -> list[Layer]:
-        sizes = [channels, *[hidden] * (layers - 1), channels]
-        return [Piece(Field(TimeConv2d, sizes)) for _ in range(pieces)]
-
     flow: list[Layer] = []
-    scale = 1
     while min(height, width) >= 8:
-        if height % 2 or width % 2:
-            fit = "×".join(str(side - side % (2 * scale)) for side in shape[1:])
-            raise InputError(
-                f"shape={list(shape)}: the multiscale flow halves both sides while they stay at "
-                f"least 4, and cannot halve {height}×{width}; crop or pad the images, to {fit} for "
-                "example"
-            )
-        flow += [*stack(channels), Squeeze(), *stack(4 * channels), FactorOut()]
-        channels, height, width, scale = 2 * channels, height // 2, width // 2, 2 * scale
-    return Flow(shape, [*flow, *stack(channels)], solver, probes)
+        halved = 2 * shape[1] // height  # how many times, with this scale
+        fit = "×".join(str(side - side % halved) for side in shape[1:])
+        even = f"the scales cannot halve {height}×{width}; crop or pad the images, to {fit}"
+        require(height % 2 == width % 2 == 0, f"shape={list(shape)}: {even} for example")
+        flow += [*stack(TimeConv2d, channels, hidden, layers, pieces), Squeeze()]
+        flow += [*stack(TimeConv2d, 4 * channels, hidden, layers, pieces), FactorOut()]
+        channels, height, width = 2 * channels, height // 2, width // 2
+    flow += stack(TimeConv2d, channels, hidden, layers, pieces)
+    return Flow(shape, flow, solver, probes)
 
 
 def mlp(
@@ -68,8 +61,12 @@ def mlp(
 ) -> Flow:
     """A stack of dense pieces, for vectors; images are flattened. Arguments as for `multiscale`."""
     require(len(shape) > 0 and min(shape) >= 1, f"shape={list(shape)}: must be positive sizes")
-    d = math.prod(shape)
-    sizes = [d, *[hidden] * (layers - 1), d]
     flow: list[Layer] = [Flatten(shape)] if len(shape) > 1 else []
-    flow += [Piece(Field(TimeLinear, sizes)) for _ in range(pieces)]
+    flow += stack(TimeLinear, math.prod(shape), hidden, layers, pieces)
     return Flow(shape, flow, solver, probes)
+
+
+def stack(layer: type, size: int, hidden: int, layers: int, pieces: int) -> list[Piece]:
+    """Pieces whose fields have `layers` layers, with `size` inputs and `hidden` inner channels."""
+    sizes = [size, *[hidden] * (layers - 1), size]
+    return [Piece(Field(layer, sizes)) for _ in range(pieces)]

@@ -1,11 +1,11 @@
 """The vector field f(z, t) of a piece and its vector-Jacobian product εᵀ∇f.
 
-Both come from one network: layers with time as an extra input channel and softplus between them.
-The last layer starts at zero, so f = 0 and the flow starts as the identity (paper, section 6).
+The layers have time as an extra input channel, and softplus between them. The last layer starts at
+zero, so f = 0 and the flow starts as the identity (paper, section 6).
 
-The product is a second pass through the network, a chain of transposed layers. For
-f = W₃ s(W₂ s(W₁ z)), it is εᵀ∇f = ((εᵀW₃ · s'(a₂)) W₂ · s'(a₁)) W₁ with s' = sigmoid.
-Backpropagation through it costs one pass less than through autograd's product.
+The product is a chain of transposed layers. For f = W₃ s(W₂ s(W₁ z)), it is
+εᵀ∇f = ((εᵀW₃ · s'(a₂)) W₂ · s'(a₁)) W₁ with s' = sigmoid. Backpropagation through it costs one
+pass less than through autograd's product.
 """
 
 import itertools
@@ -44,9 +44,8 @@ class _SoftplusSigmoid(torch.autograd.Function):
 
 def _channels_last(h: Tensor) -> Tensor:
     """Put images (B, C, H, W) in channels_last order, which is faster without a gradient."""
-    if torch.is_grad_enabled() or h.dim() != 4:
-        return h
-    return h.clone(memory_format=torch.channels_last)
+    images = h.dim() == 4 and not torch.is_grad_enabled()
+    return h.clone(memory_format=torch.channels_last) if images else h
 
 
 def _softplus(a: Tensor) -> Tensor:

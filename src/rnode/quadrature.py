@@ -1,8 +1,8 @@
 """Quadrature rules for the integrals l, E and n along the path of z.
 
-The integrals do not feed back into z, so only z needs an ODE solver. Its steps are laid between the
-nodes of a quadrature rule. Each node costs one vector-Jacobian product; solving the whole system
-costs one for every evaluation of f.
+The integrals do not feed back into z, so only z needs an ODE solver, whose steps lead from node to
+node of the rule. Each node costs one vector-Jacobian product; the whole system costs one for every
+evaluation of f. Each function returns nodes on [0, 1] and their weights.
 """
 
 import functools
@@ -13,11 +13,7 @@ from scipy.special import roots_jacobi
 
 @functools.cache
 def simpson(steps: int) -> tuple[np.ndarray, np.ndarray]:
-    """Simpson's rule on [0, 1] with an even number of equal steps. Fourth order.
-
-    Returns:
-        Nodes and weights, each (steps + 1,).
-    """
+    """Simpson's rule with an even number of equal steps, fourth order: steps + 1 nodes."""
     if steps % 2:
         raise ValueError(f"steps={steps}: must be even for Simpson's rule")
     weights = np.ones(steps + 1)
@@ -27,14 +23,10 @@ def simpson(steps: int) -> tuple[np.ndarray, np.ndarray]:
 
 @functools.cache
 def radau(nodes: int) -> tuple[np.ndarray, np.ndarray]:
-    """Radau's rule on [0, 1] with 0 as its first node.
+    """Radau's rule, whose first node is 0 (Abramowitz and Stegun 25.4.31).
 
-    Exact for polynomials of degree 2·nodes − 2, the highest degree for a rule that samples the
-    start of the path (Abramowitz and Stegun 25.4.31). The other nodes are those of Gauss's rule
-    for the weight 1 + x on [−1, 1].
-
-    Returns:
-        Nodes and weights, each (nodes,).
+    It is exact for polynomials of degree 2·nodes − 2, the most for a rule that has the first node.
+    The other nodes are those of Gauss's rule for the weight 1 + x on [−1, 1].
     """
     if nodes == 1:
         return np.zeros(1), np.ones(1)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from torchdiffeq import odeint, odeint_adjoint
 
@@ -28,18 +28,17 @@ class Method:
 
     Args:
         method: name of the method in torchdiffeq.
-        integrals: how l, E and n are computed. `system` integrates them together with z. The other
-            two integrate z alone and apply a quadrature rule on its grid, which costs one product
-            εᵀ∇f per node instead of one per evaluation: `simpson` takes an even number of equal
-            steps and is of fourth order like rk4; `radau` lays the steps between the nodes of
-            Radau's rule, of higher order. Both need a one-step method and a gradient other than the
-            adjoint; else the system is integrated.
-        step_size: step of a fixed grid, which divides T = 1 into whole steps.
-        steps: number of steps of a fixed grid; give this or `step_size`.
+        integrals: how l, E and n are computed. `system` integrates them together with z. `simpson`
+            and `radau` integrate z alone, from node to node of a quadrature rule, which costs one
+            product εᵀ∇f per node instead of one per evaluation. Both need a one-step method and a
+            gradient other than the adjoint, and Simpson's rule an even number of steps; else the
+            system is integrated.
+        step_size: step of a fixed grid, which divides T = 1 into whole steps; 0.25 by default.
+        steps: number of steps of a fixed grid, instead of `step_size`.
         rtol: relative tolerance of an adaptive method.
         atol: absolute tolerance of an adaptive method.
         first_step: first step that an adaptive method tries.
-        max_steps: adaptive steps of a piece beyond which the solve counts as diverged.
+        max_steps: most adaptive steps of a piece; beyond, the solve has diverged.
     """
 
     method: str
@@ -54,15 +53,14 @@ class Method:
     def __post_init__(self):
         require_choice("method", self.method, FIXED_GRID + ADAPTIVE)
         require_choice("integrals", self.integrals, INTEGRALS)
-        one = (self.step_size is None) != (self.steps is None)
-        both = f"step_size={self.step_size} and steps={self.steps}"
-        require(one or self.adaptive, f"{both}: give one of the two, set the other to None (null)")
+        both = self.step_size is not None and self.steps is not None
+        given = f"step_size={self.step_size} and steps={self.steps}"
+        require(not both, f"{given}: give one of the two, set the other to None (null)")
+        require(self.steps is None or self.steps >= 1, f"steps={self.steps}: must be at least 1")
         if self.step_size is not None:
             count = T / self.step_size if self.step_size > 0 else 0.0
             whole = count >= 1 and math.isclose(count, round(count), rel_tol=1e-9)
-            right = "must divide 1 into whole steps, as 0.25 does"
-            require(whole, f"step_size={self.step_size}: {right}")
-        require(self.steps is None or self.steps >= 1, f"steps={self.steps}: must be at least 1")
+            require(whole, f"step_size={self.step_size}: must divide 1 into whole steps, as 0.25")
 
     @property
     def adaptive(self) -> bool:
@@ -71,7 +69,7 @@ class Method:
     @property
     def grid_steps(self) -> int:
         """Number of steps of a fixed-grid method from 0 to T."""
-        return self.steps or round(T / (self.step_size or T))
+        return self.steps or round(T / (self.step_size or 0.25))
 
     def uses_quadrature(self, gradient: str) -> bool:
         """Whether l, E and n are computed by a quadrature rule."""
@@ -94,10 +92,9 @@ class Solver:
     Args:
         train: method in training mode.
         test: method in evaluation mode, and for inverses.
-        gradient: `backprop` differentiates the solver's steps, which gives the exact gradient of
-            the discrete flow. `checkpoint` gives the same gradient in less memory: the backward
-            pass solves each piece again. `adjoint` solves the adjoint equations backwards in time,
-            as the paper does.
+        gradient: `backprop` differentiates the solver's steps: the exact gradient of the discrete
+            flow. `checkpoint` gives the same in less memory: the backward pass solves each piece
+            again. `adjoint` solves the adjoint equations backwards in time, as the paper does.
         dtype: least precise dtype of z, l, E and n, `float32` or `float64`. The field computes in
             the dtype of its weights.
     """
@@ -124,48 +121,35 @@ def error_norm(state: State) -> Tensor:
 @contextlib.contextmanager
 def solver_errors() -> Generator[None]:
     """Raise torchdiffeq's assertions about a diverging solution as DivergenceError."""
+    signs = {
+        "underflow in dt": "the step size of the adaptive solver underflowed",
+        "non-finite": "the state of the adaptive solver became NaN or infinite",
+        "max_num_steps exceeded": "the adaptive solver took more than max_steps",
+    }
     try:
         yield
     except AssertionError as error:
-        signs = {
-            "underflow in dt": "the step size of the adaptive solver underflowed",
-            "non-finite": "the state of the adaptive solver became NaN or infinite",
-            "max_num_steps exceeded": "the adaptive solver took more than max_steps",
-        }
-        what = next((what for sign, what in signs.items() if sign in str(error)), None)
-        if what is None:
-            raise
-        raise DivergenceError(f"{what} ({one_line(error)})") from None
+        for what in (signs[sign] for sign in signs if sign in str(error)):
+            raise DivergenceError(f"{what} ({one_line(error)})") from None
+        raise
 
 
 def precision_of(method: Method, device: torch.device) -> contextlib.AbstractContextManager:
     """Return the current autocast state, which the backward pass enters again.
 
-    Autocast is off for adaptive methods: bfloat16 rounds f to 3 digits, and a method that controls
-    an error of 1e-5 would chase that noise with ever smaller steps.
+    It is off for adaptive methods: bfloat16 rounds f to 3 digits, an error that they would chase.
     """
     enabled = torch.is_autocast_enabled(device.type) and not method.adaptive
     return torch.autocast(device.type, torch.get_autocast_dtype(device.type), enabled=enabled)
 
 
 def solve(
-    dynamics: Dynamics,
-    z: Tensor,
-    method: Method,
-    gradient: str,
-    parameters: Iterable[nn.Parameter] = (),
+    dynamics: Dynamics, z: Tensor, method: Method, gradient: str, parameters: Iterable[Tensor] = ()
 ) -> State:
-    """Integrate (RNODE) from (z, 0, 0, 0) at time 0 to time T.
+    """Integrate (RNODE) from z (B, *shape), with integrals of zero, from time 0 to time T.
 
-    Args:
-        dynamics: the right-hand side.
-        z: z(0), (B, *shape).
-        method: the ODE method.
-        gradient: backprop, checkpoint or adjoint.
-        parameters: those for which the adjoint equations compute gradients.
-
-    Raises:
-        DivergenceError: if an adaptive method cannot reach T.
+    The adjoint equations compute gradients for `parameters`. An adaptive method that cannot reach T
+    raises DivergenceError.
     """
     with solver_errors():
         if method.uses_quadrature(gradient):
@@ -209,10 +193,9 @@ def solve_quadrature(dynamics, z, method, gradient) -> State:
 
         return odeint(f, z, t, method=method.method)[-1], *rates[0][1:]
 
-    rates = []
+    rates, again = [], gradient == "checkpoint"
     for k in range(steps):
         arguments = (z, t[k : k + 2])
-        again = gradient == "checkpoint"
         z, *rate = recompute_in_backward(step, *arguments) if again else step(*arguments)
         rates.append(rate)
     if len(nodes) > steps:  # T is a node too
@@ -231,10 +214,7 @@ def recompute_in_backward(function: Callable, *arguments: Tensor):
 
 
 def solve_back(f: Callable, z: Tensor, method: Method, intervals: int = 1) -> Tensor:
-    """Integrate (ODE), dz/dt = `f(t, z)`, from time T back to time 0.
-
-    z(T) (B, *shape) → z at `intervals` + 1 equal times from T to 0, (times, B, *shape).
-    """
+    """Integrate dz/dt = f(t, z) back: z(T) → z at `intervals` + 1 times from T to 0."""
     t = torch.linspace(T, 0, intervals + 1, device=z.device, dtype=z.dtype)
     with solver_errors(), precision_of(method, z.device):
         return odeint(f, z, t, **method.odeint_options(rms))

@@ -22,8 +22,7 @@ class Batch(NamedTuple):
 class Dequantize:
     """u = (x + noise) / levels: grey levels x in {0, …, levels − 1} to u in [0, 1).
 
-    With noise uniform on [0, 1), E[log p(u)] − d log(levels) is a lower bound on the discrete
-    log-likelihood of x.
+    With uniform noise, E[log p(u)] − d log(levels) is a lower bound on the discrete log p(x).
     """
 
     def __init__(self, levels: int = 256):
@@ -62,11 +61,9 @@ class Logit:
 
 
 class Transform:
-    """Data x to what the flow models, y: dequantization, then the logit. Vectors stay as they are.
+    """Data x to what the flow models, y: dequantization, then the logit.
 
-    Args:
-        levels: number of grey levels of images; None for vectors, which are continuous.
-        alpha: α of the logit transform; needed with `levels`.
+    Vectors, without `levels` and `alpha`, stay as they are.
     """
 
     def __init__(self, levels: int | None = None, alpha: float | None = None):
@@ -81,10 +78,7 @@ class Transform:
         return self.dequantize is not None
 
     def __call__(self, x: Tensor, index: Tensor, noise: Tensor | None = None) -> Batch:
-        """Grey levels or vectors x (B, *shape), index of each in its split (B,) → Batch.
-
-        `noise` (B, *shape) is in [0, 1), and sampled uniformly if None.
-        """
+        """Transform x (B, *shape) with `noise` (B, *shape), uniform on [0, 1) if None."""
         if self.dequantize is None or self.logit is None:
             return Batch(x, x.new_zeros(len(x)), index)
         noise = torch.rand(x.shape, device=x.device) if noise is None else noise.to(x.device)

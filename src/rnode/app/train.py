@@ -144,12 +144,12 @@ def make_trainer(
     cfg: DictConfig, folder: Path, flow: Flow, best: ModelCheckpoint, loggers: list
 ) -> pl.Trainer:
     """Make Lightning's Trainer with the callbacks, plugins and loggers of a run."""
-    path = folder / "last.ckpt"
-    used = [callbacks.EpochTimer(), callbacks.StopOnSignal(path), instantiate(cfg.pictures, folder)]
+    save = callbacks.SaveAndStop(folder / "last.ckpt", cfg.save_every_n_steps)
+    used = [callbacks.EpochTimer(), save, instantiate(cfg.pictures, folder)]
     if cfg.trainer.enable_checkpointing:
         # Not save_last=True of `best`, by which Lightning writes the last epoch only if it is best.
         last = model_checkpoint(folder, "last", save_on_train_epoch_end=True)
-        used += [callbacks.SaveWithinEpochs(path, cfg.save_every_n_steps), best, last]
+        used += [best, last]
     used += [callbacks.Compile()] if cfg.compile else []
     refines = cfg.refine is not None and not flow.solver.train.adaptive
     used += [callbacks.RefineGrid(cfg.refine)] if refines else []

@@ -75,13 +75,12 @@ class DataModule(LightningDataModule):
             require(len(rows) > 0, f"the {name} split is empty")
             if not isinstance(rows, Tensor):
                 continue
-            expected, shape = list(self.shape), list(rows.shape[1:])
-            split = f"the {name} split has"
-            require(shape == expected, f"shape={expected}: {split} samples of shape {shape}")
+            shape, found = list(self.shape), f"the {name} split has"
+            wrong = f"shape={shape}: {found} samples of shape {list(rows.shape[1:])}"
+            require(list(rows.shape[1:]) == shape, wrong)
             if dequantize is not None:
-                levels, largest = dequantize.levels, int(rows.max())
-                excess = f"{split} the grey level {largest}; levels must exceed it"
-                require(largest < levels, f"levels={levels}: {excess}")
+                wrong = f"levels={dequantize.levels}: {found} the grey level {rows.max()}"
+                require(int(rows.max()) < dequantize.levels, f"{wrong}; levels must exceed it")
         self.splits = splits
 
     def train_dataloader(self) -> DataLoader:

@@ -64,8 +64,8 @@ class RefineGrid(Callback):
     """Doubles the steps of the training grid when that changes bits/dim by more than `tolerance`.
 
     A network can learn to exploit the error of a coarse grid, and its training loss does not show
-    it. Every 50 training steps, as many validation images as a training batch has are measured on
-    both grids. (The paper chose its step by hand, section 6.)
+    it. So this measures a batch of validation images on both grids. (The paper chose its step by
+    hand, section 6.)
     """
 
     EVERY_N_STEPS = 50
@@ -94,7 +94,7 @@ class RefineGrid(Callback):
         index = torch.arange(min(data.batch_size, len(data.splits.val)))
         x = data.splits.val[index].to(module.device)
         batch = data.transform.for_evaluation(x, index, module.seed)
-        return float(measure(module.flow, batch, module.seed)[1].bits.mean())
+        return float(measure(module.flow, batch, module.seed)[1].bits_per_dim.mean())
 
     def state_dict(self) -> dict:
         return {"steps": self.steps}
@@ -107,30 +107,15 @@ def with_steps(solver: Solver, steps: int) -> Solver:
     return replace(solver, train=replace(solver.train, step_size=None, steps=steps))
 
 
-class SaveWithinEpochs(Callback):
-    """Writes a checkpoint every `every_n_steps` training steps, except after an epoch's last step.
+class SaveAndStop(Callback):
+    """Writes a checkpoint to `path` every `every_n_steps` training steps, and at a signal.
 
-    The checkpoint after the validation covers that step: from one written before it, Lightning
-    would resume with the next epoch and never validate this one.
+    After SIGINT, SIGTERM or SIGUSR1 it also raises Stopped: after the training step that runs, or
+    after the validation. A second signal of the same kind has its usual effect.
     """
 
     def __init__(self, path: Path, every_n_steps: int):
         self.path, self.every_n_steps = path, every_n_steps
-
-    def on_train_batch_end(self, trainer: Trainer, *_) -> None:
-        if trainer.global_step % self.every_n_steps == 0 and not trainer.is_last_batch:
-            trainer.save_checkpoint(self.path, weights_only=False)
-
-
-class StopOnSignal(Callback):
-    """Stops the run after the current training step when SIGINT, SIGTERM or SIGUSR1 arrives.
-
-    It writes a checkpoint to `path` and raises Stopped, after the validation if one is running. A
-    second signal of the same kind has its usual effect.
-    """
-
-    def __init__(self, path: Path):
-        self.path = path
         self.received = self.agreed = 0  # the signal that this process, or any process, received
 
     def on_train_start(self, trainer: Trainer, module: RNODE) -> None:
@@ -146,7 +131,10 @@ class StopOnSignal(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, *_) -> None:
         self.agree(trainer)
-        if self.agreed and not trainer.is_last_batch and trainer.checkpoint_callbacks:
+        due = self.agreed or trainer.global_step % self.every_n_steps == 0
+        # From a checkpoint between an epoch's last step and its validation, Lightning would resume
+        # with the next epoch; the checkpoint after the validation covers that step.
+        if due and not trainer.is_last_batch and trainer.checkpoint_callbacks:
             trainer.save_checkpoint(self.path, weights_only=False)
 
     def on_train_batch_start(self, trainer: Trainer, *_) -> None:

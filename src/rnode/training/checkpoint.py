@@ -51,15 +51,15 @@ def load_checkpoint(path: str | Path) -> dict:
 
 
 def load_to_resume(path: str | Path, config: dict) -> dict:
-    """Read the checkpoint of a run that had the model and the data of `config`; else InputError."""
+    """Read the checkpoint of a run with the model, data and optimizer of `config`."""
     checkpoint = load_checkpoint(path)
-    for section in ("model", "dataset"):
-        theirs, ours = checkpoint["config"][section], config[section]
-        for key in DATA if section == "dataset" else sorted(theirs.keys() | ours.keys()):
-            there, here = theirs.get(key), ours.get(key)
+    same = {"model": config["model"], "dataset": DATA, "optimizer": ("_target_",)}
+    for section, keys in same.items():
+        for key in keys:
+            there, here = checkpoint["config"][section].get(key), config[section].get(key)
             differs = f"{section}.{key} is {there} there and {here} here"
-            same = f"a run resumes with the same {section}"
-            require(there == here, f"ckpt_path={path}: {differs}; {same}")
+            message = f"ckpt_path={path}: {differs}; a run resumes with the same {section}"
+            require(there == here, message)
     return checkpoint
 
 

@@ -46,9 +46,8 @@ class DivergenceWatch:
         step, position = divmod(first, len(self.names))
         message = f"{self.names[position]} became NaN or infinite at training step {step}"
         records = gather_lists([(first, self.message is None, self.message or message)])
-        first, _, message = min(records)
-        if first < NEVER:
-            raise DivergenceError(message, shared=True)
+        if min(records)[0] < NEVER:
+            raise DivergenceError(min(records)[-1], shared=True)
 
     def hold(self, message: str, unsent: bool = True) -> None:
         """Raise a solver's error, or hold it if other processes wait for an `unsent` gradient.

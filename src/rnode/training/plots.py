@@ -52,11 +52,11 @@ def plot_curves(metrics: Path, path: Path) -> None:
     for ax, (key, label) in zip(axes.flat, CURVES.items(), strict=True):
         for stage, style in (("train", "-"), ("val", "o-"), ("test", "s")):
             column = f"{stage}/{key}"
-            points = [(int(row["step"]), float(row[column])) for row in rows if column in row]
-            if points:
-                ax.plot(*zip(*points, strict=True), style, markersize=4, linewidth=1, label=stage)
-                ax.legend()
+            used = [row for row in rows if column in row]
+            steps, values = [int(row["step"]) for row in used], [float(row[column]) for row in used]
+            ax.plot(steps, values, style, markersize=4, linewidth=1, label=stage if used else None)
         ax.set_ylabel(label)
+        ax.legend()
     plt.setp(axes[1], xlabel="training step")
     save_figure(figure, path)
 
@@ -85,10 +85,10 @@ def save_points(points: Tensor, path: Path, columns: int | None = None) -> None:
     """Write images (N, C, H, W) in [0, 1] as an enlarged grid, or vectors (N, d) as a plot."""
     if points.dim() == 4:
         plt.imsave(path, image_grid(points, columns, size=800))
-    else:
-        figure, ax = plt.subplots(figsize=(5, 5), layout="constrained")
-        plot_points(ax, points)
-        save_figure(figure, path)
+        return
+    figure, ax = plt.subplots(figsize=(5, 5), layout="constrained")
+    plot_points(ax, points)
+    save_figure(figure, path)
 
 
 def plot_extremes(rows: Tensor, bits: Tensor, transform: Transform, count: int, path: Path) -> None:
@@ -106,11 +106,11 @@ def plot_trajectory(frames: Tensor, folder: Path) -> None:
     times = torch.linspace(0, len(frames) - 1, min(len(frames), 12)).round().long()
     strip = frames[times, :8].transpose(0, 1).flatten(0, 1)
     save_points(strip, folder / "strip.png", columns=len(times))
-    grids = (255 * image_grid(frame, size=400) for frame in frames)
-    first, *others = (Image.fromarray(grid.round().astype(np.uint8)) for grid in grids)
-    durations = [80] * len(others) + [2000]  # milliseconds
-    path = folder / "trajectory.gif"
-    first.save(path, save_all=True, append_images=others, duration=durations, loop=0)
+    grids = ((255 * image_grid(frame, size=400)).round().astype(np.uint8) for frame in frames)
+    first, *others = map(Image.fromarray, grids)
+    milliseconds = [80] * len(others) + [2000]
+    options = {"append_images": others, "duration": milliseconds, "loop": 0}
+    first.save(folder / "trajectory.gif", save_all=True, **options)
 
 
 @torch.no_grad()
