@@ -39,7 +39,7 @@ def main() -> None:
     prepare_process()
     x = images(options)
     flow = make_flow(options).eval()
-    plain = PlainFlow(flow, **FFJORD.odeint_options(error_norm))
+    plain = PlainFlow(flow, **FFJORD.odeint_options(error_norm, torch.float32))
 
     @torch.no_grad()
     def plain_log_prob():

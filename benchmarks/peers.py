@@ -173,7 +173,7 @@ def ot_cfm(d: int, sample: Sample) -> tuple[Step, Evaluate]:
     def evaluate(x: Tensor) -> Tensor:
         """Integrate back from data at time 1 to noise at time 0."""
         state, t = (x, x.new_zeros(len(x))), torch.tensor([1.0, 0.0])
-        z, l = odeint(system, state, t, **DOPRI5.odeint_options(error_norm))
+        z, l = odeint(system, state, t, **DOPRI5.odeint_options(error_norm, torch.float32))
         return log_normal(z[-1]) + l[-1]
 
     return step, evaluate

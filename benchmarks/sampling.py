@@ -48,7 +48,7 @@ def main() -> None:
     exact, _ = inverse(EXACT)
     rows = []
     for name, plain_method, method in (("dopri5 1e-5", FFJORD, DOPRI5), ("rk4 0.25", RK4, RK4)):
-        keywords = plain_method.odeint_options(error_norm)
+        keywords = plain_method.odeint_options(error_norm, torch.float32)
         contenders = {
             f"plain recipe, {name}": partial(plain_inverse, plain, flow, z, keywords),
             f"inverse, {name}": lambda method=method: inverse(method)[0],

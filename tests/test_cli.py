@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 
 from helpers import HANG, ROOT, TWO_STEPS, call, refused
 from rnode.app import cli, evaluate, train
-from rnode.app.help import dotted_keys
+from rnode.app.help import known_keys
 from rnode.app.report_error import describe_error
 from rnode.app.schema import CONF
 from rnode.errors import DivergenceError, InputError, Stopped, WriteError
@@ -58,8 +58,11 @@ MISTAKES = [
     ("pictures=null", "pictures= & : must be a section, whose keys are set as pictures.KEY=…"),
     ("solver.train=rk4", "solver.train=rk4: must be a section"),
     # values that do not go together
-    ("solver.train.step_size=0.5", "step_size=0.5 and steps=2: set one of the two"),
-    ("dataset.shape=[1,9,9]", "shape=[1, 9, 9]: the multiscale flow halves both sides"),
+    ("solver.train.step_size=0.5", "step_size=0.5 and steps=2: give one of the two"),
+    (
+        "dataset.shape=[1,9,9]",
+        "shape=[1, 9, 9]: the scales cannot halve 9×9; crop or pad the images, to 8×8",
+    ),
     ("dataset=toy model=multiscale", "shape=[2]: must be [channels, height, width]"),
     ("dataset=toy dataset.name=moon", "name=moon: must be one of eight_gaussians, moons"),
     ("dataset=patches dataset.size=128", "size=128: must be at most 96"),
@@ -95,7 +98,7 @@ def test_help_describes_every_group_option_and_key(capsys, arguments):
     described = {line.split()[0].rstrip(":"): line.split()[1:] for line in lines if line}
     with initialize_config_dir(str(CONF), version_base="1.3"):
         config = OmegaConf.to_container(compose(command, overrides), throw_on_missing=False)
-    keys = [key for key in dotted_keys(config) if not re.search(r"\._|\.source\b", key)]
+    keys = [key for key in known_keys(config) if not re.search(r"\._|\.source\b", key)]
     assert not [key for key in keys if len(described[key]) < 2]
     assert ("dataset.root" in keys) == (arguments not in ("train", "reproduce"))
     if command == "train":

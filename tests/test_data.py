@@ -12,10 +12,10 @@ from torchvision.datasets.mnist import read_image_file
 
 from helpers import cifar10_files, mnist_files, write_idx
 from rnode import InputError
-from rnode.data.datamodule import DataModule, EpochOrder
-from rnode.data.densities import DENSITIES, toy
+from rnode.data.datamodule import DataModule, EpochOrder, fetch
+from rnode.data.densities import DENSITIES, FreshSamples, toy
 from rnode.data.images import cifar10, digits, idx_images, patches, read_idx, reduce_images
-from rnode.data.splits import hold_out
+from rnode.data.splits import Splits, hold_out
 
 # Fixed values, here and below, hold that the same seed gives the same data in every version.
 # These are the last rows of the validation set, of the test set and of a training batch.
@@ -127,17 +127,58 @@ def test_densities_have_their_known_entropy_and_moments():
 # Files
 
 
-@pytest.mark.parametrize(("folder", "suffix"), [("", ""), ("", ".gz"), ("MNIST/raw", ".gz")])
-def test_idx_files_are_read_plain_or_gzipped_from_both_folders(tmp_path, images, folder, suffix):
+@pytest.mark.parametrize("ending", ["-idx3-ubyte", ".idx3-ubyte", "-idx3-ubyte.gz"])
+@pytest.mark.parametrize("folder", ["", "MNIST/raw", "archive"])
+def test_idx_files_are_found_in_their_usual_clothes(tmp_path, images, folder, ending):
     (tmp_path / folder).mkdir(parents=True, exist_ok=True)
-    write_idx(tmp_path / folder / f"train-images-idx3-ubyte{suffix}", images)
-    write_idx(tmp_path / folder / f"t10k-images-idx3-ubyte{suffix}", images[:7])
+    write_idx(tmp_path / folder / f"train-images{ending}", images)
+    write_idx(tmp_path / folder / f"t10k-images{ending}", images[:7])
     splits = idx_images("MNIST", str(tmp_path), validation=10)
     assert [len(part) for part in splits] == [40, 10, 7]
     held_in, held_out = hold_out(torch.from_numpy(images)[:, None], 10, "validation")
     assert torch.equal(splits.train, held_in)
     assert torch.equal(splits.val, held_out)
     assert torch.equal(splits.test[:, 0], torch.from_numpy(images[:7]))
+
+
+def test_the_content_says_whether_a_file_is_gzipped(tmp_path, images):
+    for name, other in (("plain", "named.gz"), ("zipped.gz", "unnamed")):
+        write_idx(tmp_path / name, images)
+        (tmp_path / name).rename(tmp_path / other)
+        assert torch.equal(read_idx(tmp_path / other), torch.from_numpy(images))
+
+
+@pytest.mark.parametrize("name", ["KMNIST", "QMNIST", "EMNIST"])
+def test_relatives_of_mnist_are_read_from_their_own_files(tmp_path, images, name):
+    stems = {
+        "KMNIST": ("train", "t10k"),
+        "QMNIST": ("qmnist-train", "qmnist-test"),
+        "EMNIST": ("emnist-balanced-train", "emnist-balanced-test"),
+    }
+    for stem in stems[name]:
+        write_idx(tmp_path / f"{stem}-images-idx3-ubyte.gz", images)
+    test = idx_images(name, str(tmp_path), validation=10).test[:, 0]
+    expected = torch.from_numpy(images)
+    assert torch.equal(test, expected.mT if name == "EMNIST" else expected)
+
+
+def test_two_folders_of_files_are_not_guessed_between(tmp_path, images):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        write_idx(tmp_path / folder / "train-images-idx3-ubyte", images)
+    with pytest.raises(InputError, match="a and .*b hold train-images each; give one as root"):
+        idx_images("MNIST", str(tmp_path), validation=10)
+
+
+def test_nothing_is_downloaded_beside_other_data(tmp_path):
+    (tmp_path / "holiday.jpg").touch()
+    for load, name in (
+        (lambda: idx_images("MNIST", str(tmp_path), 10), "MNIST"),
+        (lambda: cifar10(str(tmp_path), 10), "CIFAR10"),
+    ):
+        with pytest.raises(InputError, match=rf"does not hold {name} but other data \(holiday.jpg"):
+            load()
+    assert [path.name for path in tmp_path.iterdir()] == ["holiday.jpg"]
 
 
 def test_torchvision_reads_what_the_tests_write(tmp_path, images):
@@ -158,7 +199,7 @@ def test_torchvision_reads_what_the_tests_write(tmp_path, images):
         (".gz", lambda content: content[:5], "cannot be read"),
         (".gz", lambda content: content[:1000], "cannot be read"),
         (".gz", lambda content: content[:1000] + b"\xff" * 99 + content[1099:], "cannot be read"),
-        (".gz", lambda content: b"\x89PNG" + content, "cannot be read"),
+        (".gz", lambda content: b"\x89PNG" + content, "starts with 89504e47"),
     ],
 )
 def test_damaged_idx_files_are_refused(tmp_path, images, suffix, damage, message):
@@ -171,24 +212,24 @@ def test_damaged_idx_files_are_refused(tmp_path, images, suffix, damage, message
 
 def test_missing_files_are_named(tmp_path, images, monkeypatch):
     write_idx(tmp_path / "train-images-idx3-ubyte.gz", images)
-    missing = re.escape(f"{tmp_path}: t10k-images-idx3-ubyte[.gz] is missing")
-    with pytest.raises(InputError, match=missing):
+    missing = "there is no t10k-images-idx3-ubyte, t10k-images.idx3-ubyte or either with .gz"
+    with pytest.raises(InputError, match=re.escape(f"{tmp_path}: {missing}, which MNIST needs")):
         idx_images("MNIST", str(tmp_path), validation=10)
 
     class Offline:
-        base_folder = "cifar-10-batches-py"
+        base_folder, filename = datasets.CIFAR10.base_folder, datasets.CIFAR10.filename
 
         def __init__(self, root, train=True, download=False):
             raise OSError("no network\nat all") if download else RuntimeError("not found")
 
     for name in ("FashionMNIST", "CIFAR10"):
         monkeypatch.setattr(datasets, name, Offline)
-    failed = "downloading {} failed \\(no network at all\\); put the files there"
-    files = re.escape("train-images-idx3-ubyte[.gz] and t10k-images-idx3-ubyte[.gz]")
-    with pytest.raises(InputError, match=f"{files}.*{failed.format('FashionMNIST')}"):
-        idx_images("FashionMNIST", str(tmp_path / "empty"), validation=10)
-    with pytest.raises(InputError, match=f"cifar-10-batches-py.*{failed.format('CIFAR10')}"):
-        cifar10(str(tmp_path), validation=10)
+    failed = r"downloading it failed \(no network at all\); put the files there: "
+    empty = tmp_path / "empty"
+    with pytest.raises(InputError, match=f"FashionMNIST is missing.*{failed}train-images-idx3-"):
+        idx_images("FashionMNIST", str(empty), validation=10)
+    with pytest.raises(InputError, match=f"CIFAR10 is missing.*{failed}cifar-10-batches-py"):
+        cifar10(str(empty), validation=10)
 
 
 def test_images_are_reduced_to_the_means_of_their_blocks(tmp_path, monkeypatch):
@@ -254,8 +295,14 @@ def test_processes_share_an_evaluation():
 
 
 def test_the_order_follows_from_the_seed_and_the_epoch_and_is_shared_out():
-    def orders(seed, epoch, replicas=1, skip=0):
-        samplers = [EpochOrder(range(10), replicas, rank, seed, skip) for rank in range(replicas)]
+    def orders(seed, epoch, world_size=1, used=0):
+        loop = SimpleNamespace(
+            batch_progress=SimpleNamespace(current=SimpleNamespace(processed=used))
+        )
+        trainer = SimpleNamespace(world_size=world_size, fit_loop=SimpleNamespace(epoch_loop=loop))
+        samplers = []
+        for trainer.global_rank in range(world_size):
+            samplers.append(EpochOrder(range(10), 2, trainer, seed))
         for sampler in samplers:
             sampler.set_epoch(epoch)
         return [list(sampler) for sampler in samplers]
@@ -264,14 +311,33 @@ def test_the_order_follows_from_the_seed_and_the_epoch_and_is_shared_out():
     assert sorted(first) == list(range(10))
     assert [first] == orders(0, 0) != orders(1, 0)
     assert [first] != orders(0, 1)
-    assert orders(0, 0, skip=4) == [first[4:]]
-    first, second = orders(0, 0, replicas=2)
+    assert orders(0, 0, used=2) == [first[4:]]
+    first, second = orders(0, 0, world_size=2)
     assert sorted(first + second) == list(range(10))
-    sampler = EpochOrder(range(10), 1, 0, 0, skip=4)
-    assert [len(list(sampler)) for _ in range(2)] == [6, 10]
 
 
 # Errors
+
+
+@pytest.mark.parametrize(("split", "words"), [(0, "training"), (1, "validation"), (2, "test")])
+def test_data_that_are_not_finite_are_named(split, words):
+    def source():
+        parts = [torch.zeros(9, 3) for _ in range(3)]
+        parts[split][5, 1] = math.nan
+        return Splits(*parts)
+
+    data = DataModule(source, [3], batch_size=4, eval_batch_size=4)
+    line = f"row 5 of the {words} data is not finite: column 1 is nan"
+    with pytest.raises(InputError, match=line):
+        data.setup()
+
+
+def test_samples_that_are_not_finite_are_named():
+    def broken(n, rng):
+        return np.full((n, 2), np.inf)
+
+    with pytest.raises(InputError, match="row 0 of a batch of training data is not finite"):
+        fetch(FreshSamples(broken, 9), [0, 1])
 
 
 @pytest.mark.parametrize(
@@ -283,7 +349,10 @@ def test_the_order_follows_from_the_seed_and_the_epoch_and_is_shared_out():
         (lambda: module(shape=[1, 8, 9]).setup(), r"shape=\[1, 8, 9\]: .* shape \[1, 8, 8\]"),
         (lambda: module(source=toy, name="rings", train=0).setup(), "the train split is empty"),
         (lambda: toy("moon"), "name=moon: must be one of eight_gaussians, moons"),
-        (lambda: idx_images("KMNIST", ".", 1), "name=KMNIST: must be MNIST or FashionMNIST"),
+        (
+            lambda: idx_images("SVHN", ".", 1),
+            "name=SVHN: must be one of MNIST, FashionMNIST, KMNIST",
+        ),
         (lambda: digits(test=1797), "test=1797: must be 1 to 1796, out of 1797 samples"),
         (lambda: digits(validation=1437), "validation=1437: must be 1 to 1436, out of 1437"),
         (lambda: patches(size=97), "size=97: must be at most 96"),

@@ -135,7 +135,7 @@ def test_each_process_gets_its_share_of_a_split():
     ],
 )
 def test_a_slurm_job_is_named_by_its_number(monkeypatch, variables, name):
-    size = {"SLURM_NTASKS": "4", "SLURM_NTASKS_PER_NODE": "2", "SLURM_NNODES": "2"}
+    size = {"SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_NUM_NODES": "2"}
     for key, value in (variables | size | {"SLURM_JOB_NAME": "train"}).items():
         monkeypatch.setenv(key, value)
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)

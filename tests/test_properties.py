@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 
 from helpers import HANG, TWO_STEPS, Run, write_idx
 from rnode.app.build import load_flow
-from rnode.app.help import dotted_keys
+from rnode.app.help import known_keys
 from rnode.app.schema import CONF
 from rnode.data.images import read_idx
 from rnode.errors import InputError
@@ -53,7 +53,7 @@ def overrides(draw, command, data):
     with initialize_config_dir(str(CONF), version_base="1.3"):
         config = OmegaConf.to_container(compose(command, data), throw_on_missing=False)
     groups = [path.name for path in CONF.iterdir() if path.is_dir()]
-    keys = [*dotted_keys(config), *(groups if command == "train" else ["solver"])]
+    keys = [*known_keys(config), *(groups if command == "train" else ["solver"])]
     found = []
     for _ in range(draw(st.integers(1, 3))):
         key = draw(st.sampled_from(keys))

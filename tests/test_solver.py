@@ -4,9 +4,12 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from torchdiffeq import odeint
 
 from helpers import DOPRI5, RK4, Linear, close
 from rnode import DivergenceError, Dynamics, InputError, Method, Piece, Probes, Solver, State
+from rnode.choices import ONE_STEP
+from rnode.runge_kutta import TABLEAUS
 from rnode.solver import ADAPTIVE, FIXED_GRID, error_norm, solve, solve_back
 
 A = torch.tensor([[-0.3, 0.8, 0.1], [-0.5, 0.2, 0.4], [0.3, -0.2, 0.5]], dtype=torch.float64)
@@ -50,6 +53,41 @@ def test_every_method_solves_and_inverts(z, name):
     state = solve_linear(z, method).state
     assert close(state.z, linear_truth(z).z, 0.03)
     assert close(solve_back(Linear(A), state.z, method)[-1], z, 0.05)
+
+
+@pytest.mark.parametrize("name", TABLEAUS)
+def test_the_methods_on_a_fixed_grid_are_those_of_torchdiffeq(field_and_z, name):
+    """Results and gradients of one and of three steps, to rounding."""
+    field, z = field_and_z
+    method = Method(name, steps=3)
+    eps = Probes().sample(z)
+    dynamics, t = Dynamics(field, eps), torch.tensor([0.0, 1.0], dtype=z.dtype)
+
+    def by_torchdiffeq():
+        options = method.odeint_options(error_norm, z.dtype)
+        paths = odeint(lambda t, y: dynamics(t, State(*y)), State.initial(z), t, **options)
+        return State(*(path[-1] for path in paths))
+
+    results = []
+    for state in (solve(dynamics, z, method, "backprop"), by_torchdiffeq()):
+        gradients = torch.autograd.grad(sum(part.sum() for part in state), field.parameters())
+        results.append([*state, *gradients])
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-12)
+    assert set(ONE_STEP) == set(TABLEAUS)
+
+
+@pytest.mark.slow(reason="torch.compile takes half a minute")
+@pytest.mark.parametrize("integrals", ["system", "simpson", "radau"])
+def test_a_solve_on_a_fixed_grid_is_one_graph(field_and_z, integrals):
+    field, z = field_and_z
+    eps, method = Probes().sample(z), Method("rk4", integrals, steps=4)
+
+    def run(z):
+        return tuple(solve(Dynamics(field, eps), z, method, "backprop"))
+
+    for ours, expected in zip(torch.compile(run, fullgraph=True)(z), run(z), strict=True):
+        torch.testing.assert_close(ours, expected)
 
 
 def test_the_inverse_counts_its_evaluations_and_stops_at_equal_intervals(z):

@@ -54,7 +54,7 @@ class Probes:
     def sample(self, z: Tensor, generators: Sequence[torch.Generator] | None = None) -> Tensor:
         """Sample ε (K, B, *shape) for z (B, *shape), from one generator per sample if given."""
         if self.divergence == "exact":
-            d = z[0].numel()
+            d = z.shape[1:].numel()
             unit = torch.eye(d, device=z.device, dtype=z.dtype)
             return unit.view(d, 1, *z.shape[1:]).expand(d, *z.shape)
         if generators is None:

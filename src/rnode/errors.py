@@ -8,14 +8,7 @@ class InputError(ValueError):
 
 
 class DivergenceError(ArithmeticError):
-    """A quantity became NaN or infinite, or the step size of a solver underflowed.
-
-    `shared` says whether every process of the run raises this error at the same step.
-    """
-
-    def __init__(self, message: str, shared: bool = False):
-        super().__init__(message)
-        self.shared = shared
+    """A quantity became NaN or infinite, or the step size of a solver underflowed."""
 
 
 class WriteError(OSError):

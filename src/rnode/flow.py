@@ -90,6 +90,8 @@ class Squeeze(nn.Module):
     """z (B, C, H, W) → (B, 4C, H/2, W/2)."""
 
     def forward(self, z: Tensor, factored: list[Tensor]) -> Tensor:
+        if len(z) == 0:  # F.pixel_unshuffle would give another shape
+            return z.reshape(0, 4 * z.shape[1], z.shape[2] // 2, z.shape[3] // 2)
         return F.pixel_unshuffle(z, 2)
 
     def inverse(self, z: Tensor, factored: list[Tensor]) -> Tensor:

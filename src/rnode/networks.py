@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 
 class _SoftplusSigmoid(torch.autograd.Function):
-    """a → (softplus(a), sigmoid(a)). Saves only sigmoid(a) for backward. Differentiable once.
+    """a → (softplus(a), sigmoid(a)). Saves only sigmoid(a) for backward.
 
     softplus(a) = relu(a) − log σ(|a|) with σ(|a|) = max(σ(a), 1 − σ(a)) has the same speed in every
     build of torch on CPUs. F.softplus is several times slower where log1p is not vectorized
@@ -33,13 +33,19 @@ class _SoftplusSigmoid(torch.autograd.Function):
         return a.relu().sub_(torch.maximum(sigmoid, 1 - sigmoid).log_()), sigmoid
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad_softplus, grad_sigmoid):
         (sigmoid,) = ctx.saved_tensors  # softplus' = sigmoid, sigmoid' = sigmoid (1 − sigmoid)
         if grad_sigmoid is None:
             return None if grad_softplus is None else grad_softplus * sigmoid
         grad = torch.addcmul(grad_sigmoid, grad_sigmoid, sigmoid, value=-1)
+        if torch.is_grad_enabled():  # for second derivatives
+            return (grad if grad_softplus is None else grad + grad_softplus) * sigmoid
         return (grad if grad_softplus is None else grad.add_(grad_softplus)).mul_(sigmoid)
+
+
+def transforms_active() -> bool:
+    """Whether torch.func transforms the code that runs."""
+    return torch._C._are_functorch_transforms_active()
 
 
 def _channels_last(h: Tensor) -> Tensor:
@@ -48,8 +54,14 @@ def _channels_last(h: Tensor) -> Tensor:
     return h.clone(memory_format=torch.channels_last) if images else h
 
 
+def _softplus_sigmoid(a: Tensor) -> tuple[Tensor, Tensor]:
+    if transforms_active():  # they need operators that torch can transform
+        return F.softplus(a), a.sigmoid()
+    return _SoftplusSigmoid.apply(a)
+
+
 def _softplus(a: Tensor) -> Tensor:
-    return _SoftplusSigmoid.apply(a)[0] if torch.is_grad_enabled() else F.softplus(a)
+    return _softplus_sigmoid(a)[0] if torch.is_grad_enabled() else F.softplus(a)
 
 
 class TimeConv2d(nn.Conv2d):
@@ -121,7 +133,7 @@ class Field(nn.Module):
         h = _channels_last(z.to(last.weight.dtype))
         slopes = []
         for layer in inner:
-            h, slope = _SoftplusSigmoid.apply(layer(t, h))
+            h, slope = _softplus_sigmoid(layer(t, h))
             slopes.append(slope)
         g = last.vjp(_channels_last(eps.to(h.dtype).flatten(0, 1)).unflatten(0, eps.shape[:2]))
         for layer, slope in zip(reversed(inner), reversed(slopes), strict=True):

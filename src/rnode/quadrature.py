@@ -5,13 +5,10 @@ node of the rule. Each node costs one vector-Jacobian product; the whole system 
 evaluation of f. Each function returns nodes on [0, 1] and their weights.
 """
 
-import functools
-
 import numpy as np
 from scipy.special import roots_jacobi
 
 
-@functools.cache
 def simpson(steps: int) -> tuple[np.ndarray, np.ndarray]:
     """Simpson's rule with an even number of equal steps, fourth order: steps + 1 nodes."""
     if steps % 2:
@@ -21,7 +18,6 @@ def simpson(steps: int) -> tuple[np.ndarray, np.ndarray]:
     return np.linspace(0, 1, steps + 1), weights / (3 * steps)
 
 
-@functools.cache
 def radau(nodes: int) -> tuple[np.ndarray, np.ndarray]:
     """Radau's rule, whose first node is 0 (Abramowitz and Stegun 25.4.31).
 

@@ -1,22 +1,27 @@
 """The ODE methods for training and evaluation, and how gradients are computed.
 
-torchdiffeq integrates; this file says what it integrates, by which method and with which gradient.
+`rnode.runge_kutta` integrates on a fixed grid, torchdiffeq by every other method.
 """
 
 import contextlib
+import itertools
 import math
 from collections.abc import Callable, Generator, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from torchdiffeq import odeint, odeint_adjoint
 
-from rnode.choices import ADAPTIVE, FIXED_GRID, GRADIENTS, INTEGRALS, ONE_STEP
+from rnode.choices import ADAPTIVE, FIXED_GRID, GRADIENTS, INTEGRALS
 from rnode.dynamics import Dynamics, State
 from rnode.errors import DivergenceError, one_line, require, require_choice
+from rnode.networks import transforms_active
 from rnode.quadrature import radau, simpson
+from rnode.runge_kutta import TABLEAUS, path, step, time
 
 QUADRATURES = {"simpson": simpson, "radau": radau}
 T = 1.0  # final time of every piece; a longer time is the same as a larger f
@@ -49,6 +54,8 @@ class Method:
     atol: float = 1e-5
     first_step: float = 0.3
     max_steps: int = 10000
+    times: tuple[float, ...] = field(init=False, repr=False)  # the grid, from 0 to T
+    weights: tuple[float, ...] = field(init=False, repr=False)  # of its quadrature rule, if any
 
     def __post_init__(self):
         require_choice("method", self.method, FIXED_GRID + ADAPTIVE)
@@ -61,6 +68,14 @@ class Method:
             count = T / self.step_size if self.step_size > 0 else 0.0
             whole = count >= 1 and math.isclose(count, round(count), rel_tol=1e-9)
             require(whole, f"step_size={self.step_size}: must divide 1 into whole steps, as 0.25")
+        steps, one_step = self.grid_steps, self.method in TABLEAUS
+        nodes, weights = np.linspace(0, 1, steps + 1), np.empty(0)
+        if one_step and (
+            self.integrals == "radau" or (self.integrals == "simpson" and steps % 2 == 0)
+        ):
+            nodes, weights = QUADRATURES[self.integrals](steps)
+        object.__setattr__(self, "times", (*(T * nodes[:steps]).tolist(), T))
+        object.__setattr__(self, "weights", tuple((T * weights).tolist()))
 
     @property
     def adaptive(self) -> bool:
@@ -71,17 +86,12 @@ class Method:
         """Number of steps of a fixed-grid method from 0 to T."""
         return self.steps or round(T / (self.step_size or 0.25))
 
-    def uses_quadrature(self, gradient: str) -> bool:
-        """Whether l, E and n are computed by a quadrature rule."""
-        applies = self.method in ONE_STEP and gradient != "adjoint"
-        even = self.grid_steps % 2 == 0
-        return applies and (self.integrals == "radau" or (self.integrals == "simpson" and even))
-
-    def odeint_options(self, norm: Callable) -> dict:
+    def odeint_options(self, norm: Callable, dtype: torch.dtype) -> dict:
         """Keyword arguments of `odeint`; `norm` measures the error of adaptive methods."""
         if not self.adaptive:
             return {"method": self.method, "options": {"step_size": T / self.grid_steps}}
         options = {"first_step": self.first_step, "max_num_steps": self.max_steps, "norm": norm}
+        options["dtype"] = dtype  # of times; torchdiffeq's own is float64, which some devices lack
         return {"method": self.method, "rtol": self.rtol, "atol": self.atol, "options": options}
 
 
@@ -134,6 +144,15 @@ def solver_errors() -> Generator[None]:
         raise
 
 
+def refuse_transforms(method: Method, gradient: str = "backprop") -> None:
+    """Raise InputError if torch.func transforms what it cannot."""
+    able = method.method in TABLEAUS and gradient == "backprop"
+    needs = "torch.func needs gradient=backprop and a one-step method on a fixed grid"
+    require(
+        able or not transforms_active(), f"method={method.method}, gradient={gradient}: {needs}"
+    )
+
+
 def precision_of(method: Method, device: torch.device) -> contextlib.AbstractContextManager:
     """Return the current autocast state, which the backward pass enters again.
 
@@ -151,70 +170,100 @@ def solve(
     The adjoint equations compute gradients for `parameters`. An adaptive method that cannot reach T
     raises DivergenceError.
     """
+    refuse_transforms(method, gradient)
+    if z.numel() == 0:  # the error norm of nothing would be NaN
+        return State.initial(z)
     with solver_errors():
-        if method.uses_quadrature(gradient):
+        if method.weights and gradient != "adjoint":
             return solve_quadrature(dynamics, z, method, gradient)
         return solve_system(dynamics, z, method, gradient, tuple(parameters))
 
 
 def solve_system(dynamics, z, method, gradient, parameters) -> State:
-    """Integrate z, l, E and n together by torchdiffeq."""
-    t = torch.tensor([0.0, T], device=z.device, dtype=z.dtype)
-    options, precision = method.odeint_options(error_norm), precision_of(method, z.device)
+    """Integrate z, l, E and n together."""
+    precision = precision_of(method, z.device)
 
     def right_hand_side(t: Tensor, state: tuple[Tensor, ...]) -> State:
         with precision:
             return dynamics(t, State(*state))
 
     def integrate(z: Tensor, odeint=odeint, **adjoint) -> State:
+        if method.method in TABLEAUS and not adjoint:
+            states = path(right_hand_side, State.initial(z), method.times, method.method)
+            return State(*states[-1])
+        t = torch.linspace(0, T, 2, device=z.device, dtype=z.dtype)
+        options = method.odeint_options(error_norm, z.dtype)
         paths = odeint(right_hand_side, State.initial(z), t, **adjoint, **options)
         return State(*(path[-1] for path in paths))
 
     if gradient == "adjoint":
-        return integrate(z, odeint_adjoint, adjoint_params=parameters)
+        state = integrate(z, odeint_adjoint, adjoint_params=parameters)
+        return State(*FirstOrder.apply(*state))
     return recompute_in_backward(integrate, z) if gradient == "checkpoint" else integrate(z)
 
 
 def solve_quadrature(dynamics, z, method, gradient) -> State:
     """Integrate z from node to node, and l, E, n by quadrature of their rates at the nodes."""
-    steps, precision = method.grid_steps, precision_of(method, z.device)
-    nodes, weights = QUADRATURES[method.integrals](steps)
-    t = T * torch.tensor([*nodes[:steps], 1.0], device=z.device, dtype=z.dtype)
+    precision = precision_of(method, z.device)
 
-    def step(z: Tensor, t: Tensor) -> tuple[Tensor, ...]:
-        rates = []
+    def rates_at(t: float, z: Tensor) -> State:
+        with precision:
+            return dynamics(time(t, z), State.initial(z))
 
-        def f(t: Tensor, z: Tensor) -> Tensor:
-            with precision:
-                if rates:
-                    return dynamics.f(t, z)
-                rates.append(dynamics(t, State.initial(z)))  # the first evaluation is at the node
-                return rates[0].z
+    def f(t: Tensor, y: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        with precision:
+            return (dynamics.f(t, *y),)
 
-        return odeint(f, z, t, method=method.method)[-1], *rates[0][1:]
+    def solve_step(z: Tensor, start: float, end: float) -> tuple[Tensor, ...]:
+        slope, *rates = rates_at(start, z)
+        (z,) = step(f, start, end - start, (z,), method.method, (slope,))
+        return z, *rates
 
     rates, again = [], gradient == "checkpoint"
-    for k in range(steps):
-        arguments = (z, t[k : k + 2])
-        z, *rate = recompute_in_backward(step, *arguments) if again else step(*arguments)
+    for interval in itertools.pairwise(method.times):
+        arguments = (z, *interval)
+        result = recompute_in_backward(solve_step, *arguments) if again else solve_step(*arguments)
+        z, *rate = result
         rates.append(rate)
-    if len(nodes) > steps:  # T is a node too
-        with precision:
-            rates.append(dynamics(t[-1], State.initial(z))[1:])
+    if len(method.weights) > len(rates):  # T is a node too
+        rates.append(rates_at(T, z)[1:])
 
     def integral(rates: tuple[Tensor, ...]) -> Tensor:
-        return sum(T * weight * rate for weight, rate in zip(weights, rates, strict=True))
+        return sum(weight * rate for weight, rate in zip(method.weights, rates, strict=True))
 
     return State(z, *map(integral, zip(*rates, strict=True)))
 
 
-def recompute_in_backward(function: Callable, *arguments: Tensor):
+class FirstOrder(torch.autograd.Function):
+    """The identity, which refuses second derivatives: torchdiffeq's adjoint would give zeros."""
+
+    @staticmethod
+    def forward(ctx, *tensors):
+        return tensors
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        wrong = "gradient=adjoint has no second derivatives: use backprop or checkpoint"
+        require(not torch.is_grad_enabled(), wrong)
+        return gradients
+
+
+def recompute_in_backward(function: Callable, *arguments: Any):
     """Call `function` without saving its graph; the backward pass calls it again."""
     return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
 
 
 def solve_back(f: Callable, z: Tensor, method: Method, intervals: int = 1) -> Tensor:
     """Integrate dz/dt = f(t, z) back: z(T) → z at `intervals` + 1 times from T to 0."""
-    t = torch.linspace(T, 0, intervals + 1, device=z.device, dtype=z.dtype)
+    refuse_transforms(method)
+    if z.numel() == 0:
+        return z.expand(intervals + 1, *z.shape)
     with solver_errors(), precision_of(method, z.device):
-        return odeint(f, z, t, **method.odeint_options(rms))
+        if method.method in TABLEAUS:
+            per_interval = math.ceil(method.grid_steps / intervals)
+            steps = intervals * per_interval
+            grid = [T * k / steps for k in range(steps, -1, -1)]
+            states = path(lambda t, y: (f(t, *y),), (z,), grid, method.method)
+            return torch.stack([z for (z,) in states[::per_interval]])
+        t = torch.linspace(T, 0, intervals + 1, device=z.device, dtype=z.dtype)
+        return odeint(f, z, t, **method.odeint_options(rms, z.dtype))

@@ -4,7 +4,6 @@ import itertools
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import yaml
 from hydra.core.hydra_config import HydraConfig
@@ -12,8 +11,8 @@ from hydra.utils import instantiate
 from lightning_fabric import Fabric
 from omegaconf import DictConfig, OmegaConf
 
-from rnode.app.launch import match_processes
-from rnode.app.schema import CONF
+from rnode.app.launch import cluster_plugins, match_processes
+from rnode.app.schema import CONF, flatten
 from rnode.data.datamodule import DataModule
 from rnode.dynamics import Probes
 from rnode.errors import require
@@ -37,7 +36,7 @@ def from_checkpoint(cfg: DictConfig) -> tuple[DataModule, Flow, Fabric]:
     """
     data, flow = load_flow(cfg.ckpt_path, lambda config: apply_overrides(config, cfg))
     match_processes(cfg.trainer, HydraConfig.get().overrides.task)
-    fabric = Fabric(**cfg.trainer)
+    fabric = Fabric(**cfg.trainer, plugins=cluster_plugins())
     fabric.launch()
     return data, flow.to(fabric.device), fabric
 
@@ -56,8 +55,8 @@ def load_flow(path: str, change: Callable = exact_if_small) -> tuple[DataModule,
     checkpoint = load_checkpoint(path)
     sections = {name: checkpoint["config"][name] for name in SECTIONS}
     known = set(known_targets())
-    for key, value in leaves(sections):
-        foreign = key == "_target_" and value not in known
+    for key, value in flatten(sections).items():
+        foreign = key.endswith("_target_") and value not in known
         what = f"call {value}, which conf/ does not name" if foreign else f"interpret {value}"
         refused = foreign or "${" in f"{key}{value}"
         require(not refused, f"ckpt_path={path}: its configuration would {what}")
@@ -75,17 +74,7 @@ def known_targets() -> Iterator[str]:
     for folder, group in itertools.product((CONF, *folders), ("dataset", "model", "solver")):
         for file in (folder / group).glob("*.yaml"):
             content = yaml.safe_load(file.read_text(encoding="utf-8"))
-            yield from (str(value) for key, value in leaves(content) if key == "_target_")
-
-
-def leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """The plain values of nested dictionaries and lists, each with its key."""
-    if isinstance(value, dict | list):
-        pairs = value.items() if isinstance(value, dict) else ((key, part) for part in value)
-        for name, part in pairs:
-            yield from leaves(part, str(name))
-    else:
-        yield key, value
+            yield from (v for key, v in flatten(content).items() if key.endswith("_target_"))
 
 
 def apply_overrides(config: DictConfig, cfg: DictConfig) -> None:

@@ -8,14 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import hydra
-from hydra._internal.utils import get_args_parser
+from hydra._internal import hydra as hydra_commands
+from hydra._internal import utils as hydra_utils
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import ConfigCompositionException, MissingConfigException
+from hydra.errors import (
+    ConfigCompositionException,
+    MissingConfigException,
+    OverrideParseException,
+)
 from omegaconf import DictConfig, OmegaConf
 
 from rnode.app.help import help_text, unknown_key
-from rnode.app.launch import is_first_process, prepare_process, run_name
-from rnode.app.report_error import hydra_raises, hydra_restored, one_line_errors
+from rnode.app.launch import is_first_process, prepare_process, quote, run_name, shell_quote
+from rnode.app.report_error import one_line_errors
 from rnode.app.schema import CONF, validate
 from rnode.app.sweep import in_sweep, run_job
 from rnode.errors import InputError, one_line
@@ -46,8 +51,11 @@ def main() -> None:
 def run(command: str, arguments: list[str] | None = None) -> None:
     """Run a command with the arguments of the command line, or print its help."""
     typed = list(sys.argv)
+    with contextlib.suppress(AttributeError):  # a stream of a notebook
+        for stream in (sys.stdout, sys.stderr):
+            stream.reconfigure(errors="replace")  # letters that the terminal cannot show
     arguments = list(map(expand, typed[1:] if arguments is None else arguments))
-    parsed = get_args_parser().parse_args(arguments)
+    parsed = hydra_utils.get_args_parser().parse_args(arguments)
     sys.path += [os.getcwd()] if parsed.config_dir else []  # for classes that its files name
     asked = (parsed.overrides, parsed.config_dir)
     OmegaConf.register_new_resolver("run_name", run_name, use_cache=True, replace=True)
@@ -57,16 +65,21 @@ def run(command: str, arguments: list[str] | None = None) -> None:
                 print_to_pipe(help_text(command, ABOUT[command], *asked))
                 return
             if not is_first_process():  # the first process writes what Hydra writes
-                arguments += ["hydra.output_subdir=null", "hydra/job_logging=none"]
+                arguments += ["hydra.output_subdir=null"]
             sys.argv = [typed[0], *arguments]
+            # Hydra itself prints an error in several lines and exits.
+            hydra_commands.run_and_report = hydra_utils.run_and_report = lambda call: call()
             entry = hydra.main(version_base="1.3", config_path=str(CONF), config_name=command)
-            with hydra_raises():
-                entry(job(command, typed))()
+            entry(job(command, typed))()
         except MissingConfigException as error:
-            extra = "pip install 'rnode[sweep]' brings more; "
             where, options = error.missing_cfg_file or "", ", ".join(error.options or [])
-            hint = f"{extra if where.startswith('hydra/') else ''}the options are {options}"
-            raise InputError(f"there is no {where}; {hint}") from error
+            extra = "pip install 'rnode[sweep]' brings more; " * where.startswith("hydra/")
+            raise InputError(f"there is no {where}; {extra}the options are {options}") from error
+        except OverrideParseException as error:
+            key, _, value = error.override.partition("=")
+            quoted = shell_quote(f"{key}={quote(value)}")
+            reason = "= ~ [ ] ( ) and letters like λ need quotes"
+            raise InputError(f"{error.override}: {reason}; write {quoted}") from error
         except ConfigCompositionException as error:
             message = unknown_key(command, *asked) or one_line(error)
             raise InputError(message) from error
@@ -85,7 +98,7 @@ def job(command: str, typed: list[str]) -> Any:
 
     def call(cfg: DictConfig) -> Any:
         sys.argv = typed  # Lightning starts other processes by it
-        with hydra_restored(), contextlib.nullcontext() if in_sweep() else one_line_errors():
+        with contextlib.nullcontext() if in_sweep() else one_line_errors():
             return run_job(main, cfg, Path(HydraConfig.get().runtime.output_dir))
 
     return call
@@ -93,10 +106,9 @@ def job(command: str, typed: list[str]) -> Any:
 
 def expand(argument: str) -> str:
     """Let the bare path of a checkpoint stand for ckpt_path=PATH."""
-    path = "=" not in argument or Path(argument).exists()  # and not the value of a key
+    path = "=" not in argument or os.path.exists(argument)  # and not the value of a key
     bare = path and argument.endswith(".ckpt") and argument[0] not in "-+~"
-    escaped = argument.replace("\\", "\\\\").replace("'", "\\'")
-    return f"ckpt_path='{escaped}'" if bare else argument
+    return f"ckpt_path={quote(argument)}" if bare else argument
 
 
 def print_to_pipe(text: str) -> None:

@@ -50,13 +50,13 @@ def main(cfg: DictConfig) -> float:
         writer = csv.writer(file)
         writer.writerow(columns)
         writer.writerows(zip(*(values.tolist() for values in columns.values()), strict=True))
-    bits = columns["bits_per_dim"]
-    plot_extremes(rows, bits, data.transform, cfg.pictures, folder / "extremes.png")
+    path, bits = folder / "extremes.png", columns["bits_per_dim"]
+    plot_extremes(rows, bits, data.transform, cfg.pictures, path)
     (folder / "evaluation.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    console = Console(record=True)
+    console = Console(record=True, markup=False)
     console.print(make_table(summary))
     (folder / "evaluation.txt").write_text(console.export_text(), encoding="utf-8")
-    console.print(f"folder: {folder}", soft_wrap=True)
+    print(f"folder: {folder}")
     return summary["bits_per_dim"]
 
 
@@ -65,27 +65,29 @@ def make_table(summary: dict) -> Table:
     title = f"{summary['split']} set, {summary['samples']} samples"
     table = Table("quantity", title=title, title_justify="left")
     table.add_column("value", justify="right")
-    bits, error = summary["bits_per_dim"], summary["standard_error_images"]
     nats = summary["dimensions"] * math.log(2)
-    discrete = "bound" in summary
-    table.add_row(f"bits/dim{', uniform dequantization' if discrete else ''}", f"{bits:.4f}")
-    table.add_row("  standard error over samples", f"{error:.4f}")
-    table.add_row("  standard error over probes", f"{summary['standard_error_probes']:.4f}")
-    table.add_row("negative log-likelihood, nats", f"{bits * nats:.3f} ± {error * nats:.3f}")
-    if discrete:
-        name = f"importance-weighted bound, {len(summary['bound_by_noises'])} noises"
-        bound, bound_error = summary["bound"], summary["bound_standard_error"]
-        table.add_row(name, f"{bound:.4f} ± {bound_error:.4f}")
-        table.add_row("midpoint (bin centre: no bound)", f"{summary['midpoint']:.4f}")
-    table.add_row("divergence", summary["divergence"])
-    nfe, least, most = summary["nfe"], summary["nfe_min"], summary["nfe_max"]
-    table.add_row("NFE per batch (least – most)", f"{nfe:.1f} ({least} – {most})")
-    table.add_row("NFE by piece", " ".join(f"{nfe:.0f}" for nfe in summary["nfe_by_piece"]))
-    table.add_row("kinetic energy / d", f"{summary['kinetic']:.4f}")
-    table.add_row("squared Jacobian norm / d", f"{summary['jacobian']:.4f}")
-    table.add_row("transport cost ‖x − z‖² / d", f"{summary['transport_cost']:.4f}")
-    straightness = f"{summary['straightness']:.4f}"
-    table.add_row("straightness (0: straight, at constant speed)", straightness)
-    inverse_error = f"{summary['inverse_error']:.1e}"
-    table.add_row("inverse error max |x − inverse(forward(x))|", inverse_error)
+    noises = len(summary.get("bound_by_noises", ()))
+    s = summary | {
+        "nats": summary["bits_per_dim"] * nats,
+        "nats_error": summary["standard_error_images"] * nats,
+        "by_piece": " ".join(f"{nfe:.0f}" for nfe in summary["nfe_by_piece"]),
+    }
+    for name, form in {
+        f"bits/dim{', uniform dequantization' * (noises > 0)}": "{bits_per_dim:.4f}",
+        "  standard error over samples": "{standard_error_images:.4f}",
+        "  standard error over probes": "{standard_error_probes:.4f}",
+        "negative log-likelihood, nats": "{nats:.3f} ± {nats_error:.3f}",
+        f"importance-weighted bound, {noises} noises": "{bound:.4f} ± {bound_standard_error:.4f}",
+        "midpoint (bin centre: no bound)": "{midpoint:.4f}",
+        "divergence": "{divergence}",
+        "NFE per batch (least – most)": "{nfe:.1f} ({nfe_min} – {nfe_max})",
+        "NFE by piece": "{by_piece}",
+        "kinetic energy / d": "{kinetic:.4f}",
+        "squared Jacobian norm / d": "{jacobian:.4f}",
+        "transport cost ‖x − z‖² / d": "{transport_cost:.4f}",
+        "straightness (0: straight, at constant speed)": "{straightness:.4f}",
+        "inverse error max |x − inverse(forward(x))|": "{inverse_error:.1e}",
+    }.items():
+        if noises or not form.startswith(("{bound", "{midpoint")):
+            table.add_row(name, form.format(**s))
     return table

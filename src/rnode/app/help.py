@@ -1,6 +1,7 @@
 """--help, and suggestions for a misspelt key, from the configuration of a command line."""
 
 import difflib
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 from pydantic import BaseModel
 
-from rnode.app.schema import COMMANDS, CONF
+from rnode.app.schema import COMMANDS, CONF, flatten
 
 SYNONYMS = {  # what people type for keys of another name
     **{"learning_rate": "optimizer.lr", "epochs": "trainer.max_epochs", "data": "dataset"},
@@ -81,7 +82,7 @@ def unknown_key(command: str, overrides: list[str], config_dir: str | None) -> s
         o.input_line for o in parsed if o.key_or_group in groups and not o.is_sweep_override()
     ]
     config = without_hydra(composed(command, chosen, config_dir))
-    known = [*dotted_keys(config), *(groups if command == "train" else ["solver"])]
+    known = [*known_keys(config), *(groups if command == "train" else ["solver"])]
     for override in parsed:
         key = override.key_or_group
         exists = key in known or key.startswith("hydra") or "@" in key
@@ -97,8 +98,8 @@ def unknown_key(command: str, overrides: list[str], config_dir: str | None) -> s
     return None
 
 
-def dotted_keys(config: dict, path: str = "") -> list[str]:
+def known_keys(config: dict) -> list[str]:
     """All keys of nested sections, such as trainer and trainer.max_epochs."""
-    keys = [f"{path}{name}" for name in config]
-    sections = {name: value for name, value in config.items() if isinstance(value, dict)}
-    return keys + [k for name in sections for k in dotted_keys(config[name], f"{path}{name}.")]
+    parts = (key.split(".") for key in flatten(config))
+    keys = (key for path in parts for key in itertools.accumulate(path, "{}.{}".format))
+    return list(dict.fromkeys(keys))

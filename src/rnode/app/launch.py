@@ -4,6 +4,8 @@ import contextlib
 import ctypes
 import logging
 import os
+import re
+import shlex
 import time
 import warnings
 from typing import NamedTuple
@@ -21,6 +23,21 @@ EXPECTED_WARNINGS = (  # of Lightning, about choices that this program makes on 
 )
 
 
+def quote(value: str) -> str:
+    """Quote the value of an override if Hydra cannot read it without quotes."""
+    if re.fullmatch(r"[\w/.:+@%-]+", value, re.ASCII):
+        return value
+    escaped = value.replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{escaped}'"
+
+
+def shell_quote(argument: str) -> str:
+    """Quote an argument for a shell, by double quotes where they do."""
+    quoted = shlex.quote(argument)
+    plain = quoted == argument or re.search(r'["$`\\!]', argument)
+    return quoted if plain else f'"{argument}"'
+
+
 class Launched(NamedTuple):  # this process among those that torchrun or srun started
     by: str
     rank: int
@@ -34,12 +51,23 @@ def launched() -> Launched | None:
     if "TORCHELASTIC_RUN_ID" in env:
         world, per_node = int(env["WORLD_SIZE"]), int(env["LOCAL_WORLD_SIZE"])
         return Launched("torchrun", int(env["RANK"]), per_node, world // per_node)
-    # The condition is Lightning's own.
-    if "SLURM_PROCID" in env and env.get("SLURM_JOB_NAME") not in ("bash", "interactive"):
-        tasks = env.get("SLURM_NTASKS_PER_NODE", env.get("SLURM_NTASKS", "1"))
-        nodes = int(env.get("SLURM_NNODES", "1"))
-        return Launched("srun", int(env["SLURM_PROCID"]), int(tasks.split("(")[0]), nodes)
+    # srun alone sets SLURM_STEP_…; a shell or notebook in a job has other variables of SLURM.
+    if "SLURM_STEP_NUM_TASKS" in env and env.get("SLURM_JOB_NAME") not in ("bash", "interactive"):
+        nodes = int(env.get("SLURM_STEP_NUM_NODES", "1"))
+        per_node = int(env["SLURM_STEP_NUM_TASKS"]) // nodes
+        return Launched("srun", int(env["SLURM_PROCID"]), per_node, nodes)
     return None
+
+
+def cluster_plugins() -> list:
+    """Return what tells Lightning who starts its processes, where it would guess wrong."""
+    from lightning_fabric.plugins.environments import LightningEnvironment, SLURMEnvironment
+
+    if not SLURMEnvironment.detect():
+        return []
+    if launched() is None:  # Lightning would wait for processes that SLURM has not started
+        return [LightningEnvironment()]
+    return [SLURMEnvironment(auto_requeue=False)]  # Lightning's requeueing writes other files
 
 
 def is_first_process() -> bool:
@@ -85,6 +113,7 @@ def match_processes(trainer: DictConfig, overrides: list[str]) -> None:
 
 def prepare_process() -> None:
     """Silence expected warnings, and let glibc keep the memory that the next step needs again."""
+    os.environ["MPLBACKEND"] = "Agg"  # a notebook's may not exist here, and none needs a display
     for library in (
         "pytorch_lightning.utilities.rank_zero",
         "lightning_fabric.utilities.distributed",

@@ -14,44 +14,18 @@ from omegaconf.errors import OmegaConfBaseException
 from rnode.app.launch import is_first_process, launched
 from rnode.errors import DivergenceError, InputError, Stopped, one_line
 
-OURS = "RNODE_ONE_LINE_ERRORS"  # set where this program, not the user, set HYDRA_FULL_ERROR
 LONGEST = 1500  # characters of a message; a value that it repeats may be longer
 
 
 def wants_traceback() -> bool:
     """Return whether the user set HYDRA_FULL_ERROR=1."""
-    return os.environ.get("HYDRA_FULL_ERROR") == "1" and OURS not in os.environ
-
-
-@contextlib.contextmanager
-def hydra_raises() -> Iterator[None]:
-    """Let Hydra raise its errors; by itself it prints them in several lines and exits."""
-    names = {} if wants_traceback() else {"HYDRA_FULL_ERROR": "1", OURS: "1"}
-    os.environ.update(names)
-    try:
-        yield
-    finally:
-        for name in names:
-            os.environ.pop(name, None)
-
-
-@contextlib.contextmanager
-def hydra_restored() -> Iterator[None]:
-    """Undo `hydra_raises` while a job runs, since the processes that it starts inherit it."""
-    names = {
-        name: os.environ.pop(name) for name in ("HYDRA_FULL_ERROR", OURS) if OURS in os.environ
-    }
-    try:
-        yield
-    finally:
-        os.environ.update(names)
+    return os.environ.get("HYDRA_FULL_ERROR") == "1"
 
 
 def describe_error(error: Exception) -> tuple[str, int]:
     """Return the line that describes an error, and the exit code.
 
-    The exit code is 2 for a mistake in the input, 1 for a run that failed, 128 + n after signal n.
-    The traceback of any other error is written to error.log in the run folder.
+    The code is 2 for a mistake in the input, 1 for a run that failed, 128 + n after signal n.
     """
     if isinstance(error, HydraException) and isinstance(error.__cause__, Exception):
         return describe_error(error.__cause__)  # Hydra wraps what a class that it builds raises
@@ -70,13 +44,13 @@ def describe_error(error: Exception) -> tuple[str, int]:
 def save_traceback(error: Exception) -> str:
     """Write the traceback to error.log in the run folder and return where it is."""
     folder = Path(HydraConfig.get().runtime.output_dir if HydraConfig.initialized() else "outputs")
+    text = "".join(traceback.format_exception(error))
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        text = "".join(traceback.format_exception(error))
         (folder / "error.log").write_text(text, encoding="utf-8")
-        return f"the traceback is in {folder / 'error.log'}"
     except OSError as refused:
         return f"the traceback could not be written ({one_line(refused)})"
+    return f"the traceback is in {folder / 'error.log'}"
 
 
 @contextlib.contextmanager

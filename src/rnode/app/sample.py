@@ -6,7 +6,6 @@ import numpy as np
 import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
-from rich.console import Console
 from rich.progress import track
 
 from rnode.app.build import from_checkpoint
@@ -56,10 +55,9 @@ def main(cfg: DictConfig) -> None:
         between = interpolate(flow, data, ends, cfg.interpolate)
         save_points(between.float().cpu(), folder / "interpolation.png", columns=len(between))
 
-    console = Console()
     mean = sum(nfe) / len(nfe)
-    console.print(f"{cfg.n} samples, NFE {mean:.1f} a batch by {flow.solver.test.method}")
-    console.print(f"folder: {folder}", soft_wrap=True)
+    print(f"{cfg.n} samples, NFE {mean:.1f} a batch by {flow.solver.test.method}")
+    print(f"folder: {folder}")
 
 
 def interpolation_ends(pair: list[int], data: DataModule) -> torch.Tensor:

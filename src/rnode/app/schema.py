@@ -202,6 +202,16 @@ def validate(command: str, cfg: DictConfig) -> None:
         raise InputError(describe(error, config)) from None
 
 
+def flatten(value: Any, path: str = "") -> dict[str, Any]:
+    """Return the leaves of nested dictionaries and lists by dotted keys."""
+    if isinstance(value, list) and any(isinstance(part, dict | list) for part in value):
+        value = dict(enumerate(value))
+    if not isinstance(value, dict) or not value:
+        return {path: value}
+    parts = (flatten(child, f"{path}.{key}".removeprefix(".")) for key, child in value.items())
+    return {key: leaf for part in parts for key, leaf in part.items()}
+
+
 def without_targets(value: Any) -> Any:
     """Leave out what Hydra interprets: `source`, _target_, _partial_ and the like."""
     if not isinstance(value, dict):

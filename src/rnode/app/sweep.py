@@ -24,6 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from rnode.app.launch import is_first_process
 from rnode.app.report_error import describe_error, one_line_errors, wants_traceback
+from rnode.app.schema import flatten
 from rnode.errors import Stopped, require
 from rnode.training.results import RESULT, read_result
 
@@ -35,6 +36,7 @@ SWEEP_METRICS = {
 TIMES = ("max_epochs", "max_steps", "max_time", "min_epochs", "min_steps")
 LIMITS = {f"trainer.{key}" for key in TIMES}  # a job resumes a run that had other limits
 DISPLAY = ("log_every_n_steps", "profiler", "enable_progress_bar", "enable_model_summary")
+OTHER = "use another folder"
 IRRELEVANT = (  # keys, and sections, that do not change the result of a run
     *("ckpt_path", "sweep_metric", "save_every_n_steps", "compile", "wandb", "pictures"),
     *("dataset.root", "trainer.accelerator", "trainer.strategy", "trainer.on_divergence"),
@@ -67,25 +69,15 @@ def earlier_result(cfg: DictConfig, folder: Path) -> dict[str, float | None] | N
     theirs, ours = (flatten(OmegaConf.to_container(OmegaConf.create(text))) for text in texts)
     changed = {key for key in theirs.keys() | ours.keys() if theirs.get(key) != ours.get(key)}
     changed = {key for key in changed if not is_irrelevant(key)}
-    other = sorted(changed - LIMITS)
-    words = [f"{key} is {theirs.get(key)} there and {ours.get(key)} here" for key in other[:3]]
-    words += [f"{len(other) - 3} more"] if len(other) > 3 else []
-    differ = f"{folder}: holds a run of another configuration ({'; '.join(words)})"
-    require(not other, f"{differ}; use another folder")
+    for key in sorted(changed - LIMITS):
+        differs = f"{key} is {theirs.get(key)} there and {ours.get(key)} here"
+        require(False, f"{folder}: holds a run of another configuration ({differs}); {OTHER}")
     return None if changed else read_result(folder)
 
 
 def is_irrelevant(key: str) -> bool:
     """Return whether a dotted key does not change the result of a run."""
     return any(f"{key}.".startswith(f"{name}.") for name in IRRELEVANT)
-
-
-def flatten(value: Any, path: str = "") -> dict[str, Any]:
-    """Return the leaves of nested dictionaries by dotted keys."""
-    if not isinstance(value, dict) or not value:
-        return {path: value}
-    parts = (flatten(child, f"{path}.{key}".removeprefix(".")) for key, child in value.items())
-    return {key: leaf for part in parts for key, leaf in part.items()}
 
 
 def refuse_own_processes(trainer: Any) -> None:
@@ -169,14 +161,11 @@ def prepare(config: DictConfig) -> None:
     known = " or ".join(SWEEP_METRICS)
     require(metric in SWEEP_METRICS, f"sweep_metric={metric}: must be {known}")
     if "max_failure_rate" in sweeper:  # Optuna's
-        set_by = {
-            "direction": "sweep_metric sets it",
-            "max_failure_rate": "failed jobs end no sweep",
-        }
         given = {override.split("=")[0] for override in config.hydra.overrides.hydra}
-        for key, reason in set_by.items():
+        for key, reason in (("direction", "sweep_metric"), ("max_failure_rate", "the sweep")):
             name = f"hydra.sweeper.{key}"
-            require(name not in given, f"{name}={sweeper[key]}: must be left out; {reason}")
+            wrong = f"{name}={sweeper[key]}: must be left out; {reason} sets it"
+            require(name not in given, wrong)
         sweeper.direction = ["minimize"] * len(SWEEP_METRICS[metric])
         sweeper.max_failure_rate = 1.0
         if "seed" in sweeper.sampler and sweeper.sampler.seed is None:

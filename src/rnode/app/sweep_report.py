@@ -41,17 +41,16 @@ def report(folder: Path) -> None:
     """Print the table, write sweep.csv and sweep.png, and exit with 1 unless all jobs finished."""
     jobs = read_jobs(folder)
     unfinished = [job for job in jobs if job.status != "finished"]
-    console = Console(highlight=False)
     if len(unfinished) == len(jobs):
-        console.print(f"no job of {folder} has finished", soft_wrap=True)
+        print(f"no job of {folder} has finished")
     else:
         write_csv(jobs, folder / "sweep.csv")
-        console.print(make_table(jobs))
+        Console(highlight=False, markup=False).print(make_table(jobs))
         figure = plot_jobs(jobs)
         if figure is not None:
             figure.savefig(folder / "sweep.png", dpi=100)
         picture = "" if figure is None else " and sweep.png"
-        console.print(f"written to {folder / 'sweep.csv'}{picture}", soft_wrap=True)
+        print(f"written to {folder / 'sweep.csv'}{picture}")
     for job in unfinished:
         overrides = [f"{key}={value}" for key, value in job.swept.items()]
         print(f"{job.status}: {' '.join([job.name, *overrides])}: {job.line}", file=sys.stderr)

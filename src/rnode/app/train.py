@@ -1,7 +1,6 @@
 """The command `train`: build data and flow, fit, test the best weights, and write the result."""
 
 import contextlib
-import shlex
 import sys
 from collections import Counter
 from inspect import signature
@@ -9,18 +8,17 @@ from math import log, nan
 from pathlib import Path
 
 import pytorch_lightning as pl
-import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
-from pytorch_lightning.callbacks import ModelCheckpoint
-from pytorch_lightning.plugins.environments import SLURMEnvironment
+from pytorch_lightning import Callback
 from rich.console import Console
 from rich.table import Table
 
 from rnode.app import sweep
 from rnode.app.build import build
-from rnode.app.launch import is_first_process, launched, match_processes
+from rnode.app.launch import cluster_plugins, is_first_process, match_processes, quote, shell_quote
+from rnode.app.schema import flatten
 from rnode.errors import DivergenceError, Stopped, require
 from rnode.flow import Flow
 from rnode.training import callbacks
@@ -28,8 +26,9 @@ from rnode.training.checkpoint import AtomicCheckpointIO, load_checkpoint, load_
 from rnode.training.loggers import finish_wandb, make_loggers
 from rnode.training.module import RNODE
 from rnode.training.results import RESULT, write_result
-from rnode.training.run_folder import lock, whole_file
+from rnode.training.run_folder import lock, transcript, whole_file
 
+OURS = ("on_divergence", "max_time")  # options of `trainer` that Lightning does not get
 REWINDS = 3  # at most, with trainer.on_divergence=rewind
 ADVICE = "try a smaller optimizer.lr, a larger reg.lambda_j or more steps of solver.train"
 TABLE = {
@@ -57,7 +56,10 @@ def main(cfg: DictConfig) -> float | list[float]:
     if ckpt_path == "auto":
         ckpt_path = str(last) if last.exists() else None
     try:
-        with lock(folder, resumes) if is_first_process() else contextlib.nullcontext():
+        with contextlib.ExitStack() as stack:
+            if is_first_process():
+                stack.enter_context(lock(folder, resumes))
+                stack.enter_context(transcript(folder / "train.log"))
             return train(cfg, folder, ckpt_path)
     finally:
         finish_wandb()
@@ -66,18 +68,14 @@ def main(cfg: DictConfig) -> float | list[float]:
 def train(cfg: DictConfig, folder: Path, ckpt_path: str | None) -> float | list[float]:
     """Fit and test; after a divergence, go back to the last checkpoint if the run asks for it."""
     last = folder / "last.ckpt"
-    halvings: Counter[int] = (
-        Counter()
-    )  # of the learning rate, by the step that the run went back to
+    halvings: Counter[int] = Counter()  # of the learning rate, by the step of the checkpoint
     while True:
         try:
             return sweep.metric_values(cfg, fit(cfg, folder, ckpt_path, halvings))
         except DivergenceError as error:
-            several = torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
-            alone = several and not error.shared  # the other processes do not know of it
             stop = cfg.trainer.on_divergence == "stop" or halvings.total() == REWINDS
-            if stop or alone or not last.exists():
-                if not (is_first_process() or alone):
+            if stop or not last.exists():
+                if not is_first_process():
                     sys.exit()  # the first process prints the error and returns the exit code
                 good = last if last.exists() else "none yet"
                 message = f"{error}; {ADVICE}; last good checkpoint: {good}"
@@ -96,10 +94,12 @@ def fit(cfg: DictConfig, folder: Path, ckpt_path: str | None, halvings: Counter[
     pl.seed_everything(cfg.seed, verbose=False)
     config = OmegaConf.to_container(cfg, resolve=True)
     data, flow = build(cfg)
-    step, factor = None, 1.0
+    step, epoch, factor = None, None, 1.0
     if ckpt_path is not None:
         checkpoint = load_to_resume(ckpt_path, config)
         step = checkpoint["global_step"]
+        batches = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        epoch = None if batches["is_last_batch"] else checkpoint["epoch"]
         factor = checkpoint["learning_rate_factor"] * 0.5 ** halvings[step]
         report_resume(ckpt_path, checkpoint, config)
     schedule = {"warmup_steps": cfg.warmup_steps, "decay": cfg.decay}
@@ -111,8 +111,10 @@ def fit(cfg: DictConfig, folder: Path, ckpt_path: str | None, halvings: Counter[
         for name, content in (("config.yaml", cfg), (sweep.OVERRIDES, overrides)):
             with whole_file(folder / name, "w") as file:
                 OmegaConf.save(content, file, resolve=True)
-    best = model_checkpoint(folder, "best", monitor="val/bits_per_dim")
-    trainer = make_trainer(cfg, folder, flow, best, make_loggers(cfg.wandb, folder, config, step))
+    best = callbacks.BestCheckpoint(folder)
+    trainer = make_trainer(
+        cfg, folder, flow, best, make_loggers(cfg.wandb, folder, config, step, epoch)
+    )
     sweep.refuse_own_processes(trainer)
     try:
         trainer.fit(module, data, ckpt_path=ckpt_path, weights_only=True)
@@ -124,8 +126,10 @@ def fit(cfg: DictConfig, folder: Path, ckpt_path: str | None, halvings: Counter[
     except Stopped as stopped:
         kept = "no checkpoint yet"
         if (folder / "last.ckpt").exists():
-            resume = ["rnode", "train", *overrides, f"hydra.run.dir={folder}", "ckpt_path=auto"]
-            kept = f"last checkpoint: {folder / 'last.ckpt'}; to resume: {shlex.join(resume)}"
+            place = f"hydra.run.dir={quote(str(folder))}"
+            resume = ["rnode", "train", *overrides, place, "ckpt_path=auto"]
+            command = " ".join(map(shell_quote, resume))
+            kept = f"last checkpoint: {folder / 'last.ckpt'}; to resume: {command}"
         raise Stopped(f"{stopped}; {kept}", stopped.signal) from None
     if not trainer.is_global_zero:
         return {}
@@ -136,28 +140,21 @@ def fit(cfg: DictConfig, folder: Path, ckpt_path: str | None, halvings: Counter[
     return result
 
 
-def model_checkpoint(folder: Path, name: str, **options) -> ModelCheckpoint:
-    return ModelCheckpoint(folder, filename=name, enable_version_counter=False, **options)
-
-
 def make_trainer(
-    cfg: DictConfig, folder: Path, flow: Flow, best: ModelCheckpoint, loggers: list
+    cfg: DictConfig, folder: Path, flow: Flow, best: Callback, loggers: list
 ) -> pl.Trainer:
     """Make Lightning's Trainer with the callbacks, plugins and loggers of a run."""
     save = callbacks.SaveAndStop(folder / "last.ckpt", cfg.save_every_n_steps)
     used = [callbacks.EpochTimer(), save, instantiate(cfg.pictures, folder)]
-    if cfg.trainer.enable_checkpointing:
-        # Not save_last=True of `best`, by which Lightning writes the last epoch only if it is best.
-        last = model_checkpoint(folder, "last", save_on_train_epoch_end=True)
-        used += [best, last]
+    used += [best] if cfg.trainer.enable_checkpointing else []
+    if cfg.trainer.max_time is not None:
+        used += [callbacks.MaxTime(cfg.trainer.max_time, interval="epoch", verbose=False)]
     used += [callbacks.Compile()] if cfg.compile else []
     refines = cfg.refine is not None and not flow.solver.train.adaptive
     used += [callbacks.RefineGrid(cfg.refine)] if refines else []
     used += [callbacks.Progress()] if cfg.trainer.enable_progress_bar else []
-    started, plugins = launched(), [AtomicCheckpointIO()]
-    if started is not None and started.by == "srun":  # Lightning's requeueing writes other files
-        plugins.append(SLURMEnvironment(auto_requeue=False))
-    options = {name: value for name, value in cfg.trainer.items() if name != "on_divergence"}
+    plugins = [AtomicCheckpointIO(), *cluster_plugins()]
+    options = {name: value for name, value in cfg.trainer.items() if name not in OURS}
     for name in options.keys() - signature(pl.Trainer.__init__).parameters - {"_target_"}:
         require(False, f"there is no option trainer.{name}: Lightning's Trainer does not have it")
     own = {"callbacks": used, "plugins": plugins, "logger": loggers}
@@ -171,7 +168,7 @@ def report_resume(path: str, checkpoint: dict, config: dict) -> None:
         return
     step, epoch = checkpoint["global_step"], checkpoint["epoch"]
     print(f"resuming from {path}: weights, optimizer state, step {step}, epoch {epoch}")
-    theirs, ours = sweep.flatten(checkpoint["config"]), sweep.flatten(config)
+    theirs, ours = flatten(checkpoint["config"]), flatten(config)
     for key in sorted(theirs.keys() | ours.keys()):
         if theirs.get(key) != ours.get(key) and not sweep.is_irrelevant(key):
             print(f"{key}={ours.get(key)} from the command line (checkpoint: {theirs.get(key)})")
@@ -188,8 +185,7 @@ def print_table(metrics: dict, d: int, folder: Path) -> None:
     for name, (key, form) in TABLE.items():
         if key in metrics:
             table.add_row(name, format(float(metrics[key]), form))
-    console = Console()
-    console.print(table)
-    console.print(f"run folder: {folder}", soft_wrap=True)
+    Console(markup=False).print(table)
+    print(f"run folder: {folder}")
     if runs := sorted(map(str, folder.glob("wandb/offline-run-*"))):
-        console.print(f"W&B: wandb sync {' '.join(runs)}", soft_wrap=True)
+        print(f"W&B: wandb sync {' '.join(runs)}")

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import torch
-from pytorch_lightning import LightningDataModule
+from pytorch_lightning import LightningDataModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
@@ -15,27 +15,39 @@ from rnode.errors import InputError, require
 from rnode.seeding import step_seed
 from rnode.transforms import Batch, Transform
 
+SPLIT_NAMES = {"train": "training", "val": "validation", "test": "test"}
 Rows = tuple[Tensor, Tensor]  # data (B, *shape) and the index of each sample in its split (B,)
 
 
 def fetch(rows: Tensor | Dataset, indices: list[int]) -> Rows:
     """Fetch a whole batch at a time."""
     if not isinstance(rows, Tensor):
-        return rows.__getitems__(indices)
+        samples, index = rows.__getitems__(indices)
+        require_finite(samples, "a batch of training data")
+        return samples, index
     index = torch.tensor(indices)
     return rows[index], index
 
 
-class EpochOrder(DistributedSampler):
-    """Shuffles by (seed, epoch); the first epoch leaves out the first `skip` of a process."""
+def require_finite(rows: Tensor, where: str) -> None:
+    """Raise InputError with the first row and column that is NaN or infinite."""
+    if rows.is_floating_point() and not rows.isfinite().all():
+        row, *column = (~rows.isfinite()).nonzero()[0].tolist()
+        place = f"column {', '.join(map(str, column))} is {float(rows[(row, *column)])}"
+        raise InputError(f"row {row} of {where} is not finite: {place}")
 
-    def __init__(self, data: Sequence, replicas: int, rank: int, seed: int, skip: int):
-        super().__init__(data, num_replicas=replicas, rank=rank, seed=seed)
-        self.skip = skip
+
+class EpochOrder(DistributedSampler):
+    """Shuffles by (seed, epoch); leaves out the batches that a resumed epoch has used."""
+
+    def __init__(self, data: Sequence, batch_size: int, trainer: Trainer, seed: int):
+        ranks = {"num_replicas": trainer.world_size, "rank": trainer.global_rank}
+        super().__init__(data, **ranks, seed=seed)
+        self.batch_size, self.progress = batch_size, trainer.fit_loop.epoch_loop.batch_progress
 
     def __iter__(self) -> Iterator[int]:
-        skip, self.skip = self.skip, 0
-        return itertools.islice(super().__iter__(), skip, None)
+        used = self.progress.current.processed * self.batch_size
+        return itertools.islice(super().__iter__(), used, None)
 
 
 class DataModule(LightningDataModule):
@@ -75,6 +87,7 @@ class DataModule(LightningDataModule):
             require(len(rows) > 0, f"the {name} split is empty")
             if not isinstance(rows, Tensor):
                 continue
+            require_finite(rows, f"the {SPLIT_NAMES[name]} data")
             shape, found = list(self.shape), f"the {name} split has"
             wrong = f"shape={shape}: {found} samples of shape {list(rows.shape[1:])}"
             require(list(rows.shape[1:]) == shape, wrong)
@@ -84,12 +97,8 @@ class DataModule(LightningDataModule):
         self.splits = splits
 
     def train_dataloader(self) -> DataLoader:
-        rows, trainer = self.splits.train, self.trainer
-        indices = range(len(rows))
-        progress = trainer.fit_loop.epoch_loop.batch_progress  # a resumed run's is not at zero
-        skip = 0 if progress.is_last_batch else progress.current.processed * self.batch_size
-        order = EpochOrder(indices, trainer.world_size, trainer.global_rank, self.seed, skip)
-        collate = partial(fetch, rows)
+        indices, collate = range(len(self.splits.train)), partial(fetch, self.splits.train)
+        order = EpochOrder(indices, self.batch_size, self.trainer, self.seed)
         return DataLoader(indices, self.batch_size, sampler=order, collate_fn=collate)
 
     def val_dataloader(self) -> DataLoader:

@@ -15,9 +15,17 @@ from torch import Tensor
 from torchvision import datasets
 
 from rnode.data.splits import Splits, hold_out
-from rnode.errors import InputError, one_line, require
+from rnode.errors import InputError, one_line, require, require_choice
 
-IDX_FILES = ("train-images-idx3-ubyte", "t10k-images-idx3-ubyte")
+IDX_IMAGES = {  # the files of training and test images, without their endings
+    **dict.fromkeys(("MNIST", "FashionMNIST", "KMNIST"), ("train-images", "t10k-images")),
+    "QMNIST": ("qmnist-train-images", "qmnist-test-images"),
+    "EMNIST": ("emnist-balanced-train-images", "emnist-balanced-test-images"),
+}
+DOWNLOAD_OPTIONS = {  # of torchvision's classes, one for each download
+    "QMNIST": [{"what": "train"}, {"what": "test"}],
+    "EMNIST": [{"split": "balanced"}],
+}
 
 
 def digits(validation: int = 180, test: int = 360) -> Splits:
@@ -47,35 +55,46 @@ def patches(size: int = 32, stride: int = 8) -> Splits:
 
 
 def idx_images(name: str, root: str, validation: int, resize: int = 28) -> Splits:
-    """Return MNIST or FashionMNIST, (1, resize, resize), from IDX files, gzipped or plain.
+    """Return a data set of IDX_IMAGES, (1, resize, resize), from IDX files, gzipped or plain.
 
-    The files are in `root` or in `root`/{name}/raw; torchvision downloads them to the latter if
-    both hold none. `validation` of the training images are held out.
+    The files are in `root`, in one folder there, or in `root`/{name}/raw, to which torchvision
+    downloads them if there are none. `validation` of the training images are held out.
     """
-    require(name in ("MNIST", "FashionMNIST"), f"name={name}: must be MNIST or FashionMNIST")
-    folders = (Path(root), Path(root) / name / "raw")  # torchvision downloads to the second
-    names = " and ".join(f"{file}[.gz]" for file in IDX_FILES)
-
-    def find(file: str) -> Path | None:
-        paths = (folder / f"{file}{suffix}" for folder in folders for suffix in ("", ".gz"))
-        return next((path for path in paths if path.is_file()), None)
-
-    def images(file: str) -> Tensor:
-        path = find(file)
-        require(path is not None, f"{root}: {file}[.gz] is missing; {name} needs {names} there")
-        return reduce_images(read_idx(path)[:, None], resize)
-
-    if not any(map(find, IDX_FILES)):
-        download(name, root, names)
-    train, test = map(images, IDX_FILES)
+    require_choice("name", name, IDX_IMAGES)
+    files = [find_idx(name, stem, Path(root).expanduser()) for stem in IDX_IMAGES[name]]
+    if not any(files):
+        names = " and ".join(f"{stem}-idx3-ubyte" for stem in IDX_IMAGES[name])
+        for options in DOWNLOAD_OPTIONS.get(name, [{}]):
+            download(name, root, f"{names} (or .idx3-ubyte, or gzipped)", **options)
+        files = [find_idx(name, stem, Path(root).expanduser()) for stem in IDX_IMAGES[name]]
+    for stem, file in zip(IDX_IMAGES[name], files, strict=True):
+        missing = f"{stem}-idx3-ubyte, {stem}.idx3-ubyte or either with .gz"
+        require(file is not None, f"{root}: there is no {missing}, which {name} needs")
+    train, test = (reduce_images(read_idx(file)[:, None], resize) for file in files)
+    if name == "EMNIST":  # its files hold rows for columns
+        train, test = train.mT, test.mT
     return Splits(*hold_out(train, validation, "validation"), test)
+
+
+def find_idx(name: str, stem: str, root: Path) -> Path | None:
+    """Find the file of images `stem` of the data set `name`."""
+    spellings = [f"{stem}{dot}idx3-ubyte{gz}" for dot in "-." for gz in ("", ".gz")]
+    nested = sorted(path for path in root.glob("*") if path.is_dir())
+    for folders in ([root], [root / name / "raw"], nested):
+        paths = (folder / spelling for folder in folders for spelling in spellings)
+        found = {path.parent: path for path in paths if path.is_file()}
+        several = f"{root}: {' and '.join(map(str, found))} hold {stem} each; give one as root"
+        require(len(found) <= 1, several)
+        if found:
+            return found.popitem()[1]
+    return None
 
 
 def read_idx(path: Path) -> Tensor:
     """Read images (N, H, W): bytes 00 00 08 03; N, H and W as big-endian uint32; the pixels."""
     try:
         content = path.read_bytes()
-        content = gzip.decompress(content) if path.suffix == ".gz" else content
+        content = gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content
     except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"{path}: cannot be read ({one_line(error)})") from None
     start, pixels = content[:4].hex() or "nothing", np.frombuffer(content[16:], np.uint8)
@@ -92,8 +111,8 @@ def cifar10(root: str, validation: int, resize: int = 32) -> Splits:
     download("CIFAR10", root, datasets.CIFAR10.base_folder)
 
     def images(train: bool) -> Tensor:
-        pixels = torch.from_numpy(datasets.CIFAR10(root, train=train).data).permute(0, 3, 1, 2)
-        return reduce_images(pixels.contiguous(), resize)
+        pixels = torch.from_numpy(datasets.CIFAR10(Path(root).expanduser(), train=train).data)
+        return reduce_images(pixels.permute(0, 3, 1, 2).contiguous(), resize)
 
     return Splits(*hold_out(images(train=True), validation, "validation"), images(train=False))
 
@@ -108,10 +127,17 @@ def reduce_images(images: Tensor, side: int) -> Tensor:
     return torch.cat([part.round().byte() for part in parts])
 
 
-def download(name: str, root: str, files: str) -> None:
+def download(name: str, root: str, files: str, **options: object) -> None:
     """Let torchvision download a data set to `root`, unless its `files` there are whole."""
+    folder, cifar = Path(root).expanduser(), datasets.CIFAR10
+    known = {*IDX_IMAGES, cifar.base_folder, cifar.filename}  # torchvision's own names
+    others = sorted({path.name for path in folder.glob("*")} - known)
+    begun = (folder / {"CIFAR10": cifar.base_folder}.get(name, name)).exists()
+    put = f"put the files there: {files}"
+    other = f"{root}: does not hold {name} but other data ({', '.join(others[:3])})"
+    require(begun or not others, f"{other}; give another folder, or {put}")
     try:
-        getattr(datasets, name)(root, download=True)
+        getattr(datasets, name)(folder, download=True, **options)
     except (OSError, RuntimeError) as error:  # no network or permission; or a wrong checksum
-        reason = f"are missing or damaged, and downloading {name} failed ({one_line(error)})"
-        raise InputError(f"{root}: {files} {reason}; put the files there") from None
+        reason = f"is missing or damaged, and downloading it failed ({one_line(error)})"
+        raise InputError(f"{root}: {name} {reason}; {put}") from None

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from pytorch_lightning import Callback, Trainer
-from pytorch_lightning.callbacks import TQDMProgressBar
+from pytorch_lightning.callbacks import ModelCheckpoint, Timer, TQDMProgressBar
 from pytorch_lightning.loggers import WandbLogger
 from pytorch_lightning.utilities import rank_zero_only
 
@@ -19,6 +19,7 @@ from rnode.errors import Stopped
 from rnode.evaluation import measure
 from rnode.flow import Flow
 from rnode.solver import Solver
+from rnode.training.checkpoint import load_checkpoint
 from rnode.training.loggers import MetricsCSV
 from rnode.training.module import RNODE
 from rnode.training.plots import plot_curves, plot_pair
@@ -108,45 +109,64 @@ def with_steps(solver: Solver, steps: int) -> Solver:
 
 
 class SaveAndStop(Callback):
-    """Writes a checkpoint to `path` every `every_n_steps` training steps, and at a signal.
+    """Writes a checkpoint to `path` every `every_n_steps` training steps, at the end of an epoch
+    and at a signal.
 
-    After SIGINT, SIGTERM or SIGUSR1 it also raises Stopped: after the training step that runs, or
-    after the validation. A second signal of the same kind has its usual effect.
+    After SIGINT, SIGTERM or SIGUSR1 it also raises Stopped, before the next training step. A second
+    signal of the same kind has its usual effect.
+
+    A checkpoint tells which batches of an epoch its weights have used. Lightning's own counters
+    also count batches whose gradients were still being accumulated, and an epoch that max_steps cut
+    short as a whole one.
     """
 
     def __init__(self, path: Path, every_n_steps: int):
         self.path, self.every_n_steps = path, every_n_steps
         self.received = self.agreed = 0  # the signal that this process, or any process, received
+        self.step = self.saved = 0  # the last training step, and the one of the last checkpoint
+        self.epoch = self.used = 0  # that step used the batches of this epoch up to `used`
 
     def on_train_start(self, trainer: Trainer, module: RNODE) -> None:
+        self.step = self.saved = trainer.global_step
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self.receive)  # Lightning restores the handlers at the end
-
-    on_test_start = on_train_start
 
     def receive(self, number: int, frame: object) -> None:
         self.received = number
         default = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
         signal.signal(number, default)
 
-    def on_train_batch_end(self, trainer: Trainer, *_) -> None:
-        self.agree(trainer)
-        due = self.agreed or trainer.global_step % self.every_n_steps == 0
-        # From a checkpoint between an epoch's last step and its validation, Lightning would resume
-        # with the next epoch; the checkpoint after the validation covers that step.
-        if due and not trainer.is_last_batch and trainer.checkpoint_callbacks:
-            trainer.save_checkpoint(self.path, weights_only=False)
+    def on_train_batch_end(self, trainer: Trainer, module: RNODE, *batch: object) -> None:
+        if trainer.global_step > self.step:
+            self.step, self.epoch = trainer.global_step, trainer.current_epoch
+            self.used = batch[-1] + 1
 
     def on_train_batch_start(self, trainer: Trainer, *_) -> None:
-        if self.agreed:  # the metrics of the last step are logged
-            name = signal.Signals(self.agreed).name
-            raise Stopped(f"by {name} after {trainer.global_step} training steps", self.agreed)
+        self.agree(trainer)  # the validation and the logs of the last step are complete here
+        if self.agreed or self.step % self.every_n_steps == 0:
+            self.save(trainer)
+        self.stop(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, *_) -> None:
+        self.save(trainer)
 
     def on_train_epoch_start(self, trainer: Trainer, *_) -> None:
         self.agree(trainer)
-        self.on_train_batch_start(trainer)
+        self.stop(trainer)
 
-    on_test_batch_end = on_train_epoch_start
+    on_test_start, on_test_batch_end = on_train_start, on_train_epoch_start
+
+    def save(self, trainer: Trainer) -> None:
+        wanted = trainer.checkpoint_callbacks and not trainer.fast_dev_run
+        if self.step > self.saved and wanted:
+            self.saved = self.step
+            trainer.save_checkpoint(self.path, weights_only=False)
+
+    def on_save_checkpoint(self, trainer: Trainer, module: RNODE, checkpoint: dict) -> None:
+        epoch = trainer.current_epoch
+        used = self.used if self.epoch == epoch else 0
+        if used < trainer.num_training_batches:
+            count_batches(checkpoint["loops"]["fit_loop"], epoch, used, self.step)
 
     def agree(self, trainer: Trainer) -> None:
         """Stop all processes at the same step if any of them received a signal."""
@@ -155,10 +175,54 @@ class SaveAndStop(Callback):
             torch.distributed.all_reduce(received, torch.distributed.ReduceOp.MAX, group=self.group)
         self.agreed = int(received)
 
+    def stop(self, trainer: Trainer) -> None:
+        if self.agreed:
+            name = signal.Signals(self.agreed).name
+            raise Stopped(f"by {name} after {trainer.global_step} training steps", self.agreed)
+
     @cached_property
     def group(self) -> object:
         """A group of processes on the CPU, so that no process waits for its accelerator."""
         return torch.distributed.new_group(backend="gloo")
+
+
+def count_batches(loops: dict, epoch: int, used: int, step: int) -> None:
+    """Set the counters of Lightning's loops to the state after batch `used` of `epoch`."""
+    total = loops["epoch_progress"]["total"]
+    total |= {"ready": epoch + 1, "started": epoch + 1, "processed": epoch, "completed": epoch}
+    loops["epoch_progress"]["current"] = dict(total)
+    progress = loops["epoch_loop.batch_progress"]
+    before = progress["total"]["ready"] - progress["current"]["ready"]  # in earlier epochs
+    for name, count in (("total", before + used), ("current", used)):
+        # Lightning writes checkpoints before it counts a batch as completed.
+        progress[name] = {"ready": count, "started": count, "processed": count}
+        progress[name]["completed"] = count - 1
+    progress["is_last_batch"] = False
+    loops["epoch_loop.state_dict"]["_batches_that_stepped"] = step - 1
+
+
+class BestCheckpoint(ModelCheckpoint):
+    """Keeps best.ckpt of the folder in which the run is now, wherever a checkpoint was written."""
+
+    def __init__(self, folder: Path):
+        options = {"monitor": "val/bits_per_dim", "enable_version_counter": False}
+        super().__init__(folder, filename="best", **options)
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        path = str(Path(self.dirpath) / "best.ckpt")
+        if Path(path).exists():
+            score = load_checkpoint(path)["callbacks"][self.state_key]["current_score"]
+            self.best_model_path = self.kth_best_model_path = path
+            self.best_model_score = self.kth_value = score
+            self.best_k_models = {path: score}
+
+
+class MaxTime(Timer):
+    """Ends training after `duration` as max_steps does, without another validation."""
+
+    def on_train_batch_end(self, trainer: Trainer, *_) -> None:
+        if trainer.strategy.broadcast(self.time_remaining() <= 0):
+            trainer.fit_loop.epoch_loop.max_steps = trainer.global_step
 
 
 class EpochTimer(Callback):

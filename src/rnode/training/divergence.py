@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
-from rnode.distributed import gather_lists, rank_and_world_size
+from rnode.distributed import gather_lists
 from rnode.errors import DivergenceError
 from rnode.flow import Flow, Solution
 
@@ -17,7 +17,8 @@ NEVER = torch.iinfo(torch.int64).max
 class DivergenceWatch:
     """Records the first quantity that becomes NaN or infinite, and stops all processes together.
 
-    The record is a tensor on the device, so `watch` does not wait for the device.
+    The record is a tensor on the device, so `watch` does not wait for the device. Where a solver
+    gives up, the loss is NaN and `message` says why.
     """
 
     def __init__(self, flow: Flow):
@@ -26,7 +27,7 @@ class DivergenceWatch:
         self.names = [f"{quantity} of piece {i}" for i in numbers for quantity in "zlEn"]
         self.names += ["the loss", *(f"the gradient of piece {i}" for i in numbers)]
         self.first = torch.tensor(NEVER)  # step · len(names) + position in names
-        self.message: str | None = None  # of a solver's error that this process holds
+        self.message: str | None = None  # of a solver that gave up in this process
 
     def watch(self, step: int, solution: Solution | None, loss: Tensor) -> None:
         """Record what became NaN or infinite in a step; without a solution, the loss did."""
@@ -47,16 +48,7 @@ class DivergenceWatch:
         message = f"{self.names[position]} became NaN or infinite at training step {step}"
         records = gather_lists([(first, self.message is None, self.message or message)])
         if min(records)[0] < NEVER:
-            raise DivergenceError(min(records)[-1], shared=True)
-
-    def hold(self, message: str, unsent: bool = True) -> None:
-        """Raise a solver's error, or hold it if other processes wait for an `unsent` gradient.
-
-        They get NaN instead (`nan_loss`), and all raise the error when they next check.
-        """
-        if rank_and_world_size()[1] == 1 or not unsent:
-            raise DivergenceError(message) from None
-        self.message = self.message or message
+            raise DivergenceError(min(records)[-1])
 
 
 def nan_loss(parameters: Iterable[nn.Parameter]) -> Tensor:

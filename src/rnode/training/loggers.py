@@ -1,6 +1,7 @@
 """The loggers: metrics.csv and W&B."""
 
 import csv
+import os
 import sys
 from pathlib import Path
 
@@ -16,16 +17,19 @@ from rnode.training.run_folder import whole_file
 class MetricsCSV(Logger):
     """Appends each row as it is logged; a new column rewrites the whole file.
 
-    A resumed run drops the rows that it logs again: those from step `before` on, and of a test.
+    A resumed run drops the rows that it logs again: those from step `before` on, those of a test,
+    and the time of the `epoch` in which it resumes.
     """
 
     name = version = ""
 
-    def __init__(self, path: Path, before: int = 0):
+    def __init__(self, path: Path, before: int = 0, epoch: int | None = None):
         super().__init__()
         self.path, self.columns = path, []
         if rank_zero_only.rank == 0:
             rows = [row for row in read_metrics(path) if int(row["step"]) < before]
+            again = {"train/seconds_per_epoch", "epoch"}
+            rows = [r for r in rows if not (again <= r.keys() and r["epoch"] == str(epoch))]
             self.write([row for row in rows if not any(key.startswith("test/") for key in row)])
 
     @rank_zero_only
@@ -55,20 +59,24 @@ class MetricsCSV(Logger):
         pass  # config.yaml holds them
 
 
-def make_loggers(wandb: DictConfig, folder: Path, config: dict, step: int | None) -> list[Logger]:
+def make_loggers(
+    wandb: DictConfig, folder: Path, config: dict, step: int | None, epoch: int | None
+) -> list[Logger]:
     """Return the logger of metrics.csv and, unless `wandb` disables it, one of W&B.
 
-    A run that resumes from `step` keeps earlier rows. Its W&B run has the same name and another
-    offline folder, which `wandb sync` joins to the first.
+    A run that resumes from `step`, in the middle of `epoch` unless that is None, keeps earlier
+    rows. Its W&B run has the same name and another offline folder, which `wandb sync` joins to the
+    first.
     """
-    loggers = [MetricsCSV(folder / "metrics.csv", before=step or 0)]
+    loggers = [MetricsCSV(folder / "metrics.csv", step or 0, epoch)]
     if wandb.mode != "disabled":
         import wandb as library  # takes a second to import
 
         library.setup(library.Settings(silent=True))  # the table at the end says what W&B would
+        place = os.environ.get("WANDB_DIR", folder)
         earlier = folder.glob("wandb/*run-*-*") if step is not None else ()  # …run-DATE_TIME-ID
         identity = max((path.name.split("-")[-2:] for path in earlier), default=[None])[-1]
-        loggers.append(WandbLogger(save_dir=folder, config=config, id=identity, **wandb))
+        loggers.append(WandbLogger(save_dir=place, config=config, id=identity, **wandb))
     return loggers
 
 

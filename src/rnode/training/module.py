@@ -51,7 +51,7 @@ class RNODE(LightningModule):
         try:
             self.solution = self.flow.solve(batch.y)
         except DivergenceError as error:
-            self.divergence.hold(f"{error} at training step {self.global_step}")
+            self.divergence.message = f"{error} at training step {self.global_step}"
             return nan_loss(self.parameters())
         state, nfe, d = self.solution.state, self.solution.nfe_forward, self.flow.d
         loss = objective(state, self.lambda_k, self.lambda_j)
@@ -72,8 +72,9 @@ class RNODE(LightningModule):
             where = f"in the gradient of piece {piece} at training step {self.global_step}"
             # A parameter with a gradient was sent already: after the first accumulated batch, all.
             unsent = [parameter for parameter in self.parameters() if parameter.grad is None]
-            self.divergence.hold(f"{error} {where}", bool(unsent))
-            nan_loss(unsent).backward()
+            self.divergence.message = f"{error} {where}"
+            if unsent:
+                nan_loss(unsent).backward()
             self.loss = self.loss * math.nan
 
     def on_after_backward(self) -> None:
@@ -93,7 +94,7 @@ class RNODE(LightningModule):
             solution, measures = measure(self.flow, batch, self.seed)
             nfe = solution.nfe_forward
         except DivergenceError as error:
-            self.divergence.hold(str(error))
+            self.divergence.message = str(error)
             nfe, measures = 0, 3 * [torch.full_like(batch.log_det, math.nan)]
         self.evaluated.update(torch.stack([batch.index, *measures], dim=1))
         stage, size = "test" if self.trainer.testing else "val", len(batch.index)
@@ -110,7 +111,7 @@ class RNODE(LightningModule):
         if not bits.isfinite():
             held = filter(None, gather_lists([self.divergence.message]))
             message = f"{stage} bits/dim is {bits:.3g} after training step {self.global_step}"
-            raise DivergenceError(next(held, message), shared=True)
+            raise DivergenceError(next(held, message))
         self.log(f"{stage}/bits_per_dim", bits, prog_bar=True, sync_dist=True)
         self.log(f"{stage}/bits_per_dim_se", standard_error(rows[:, 0]), sync_dist=True)
         self.log(f"{stage}/kinetic", kinetic, sync_dist=True)
@@ -140,7 +141,7 @@ class RNODE(LightningModule):
         group.update(self.options)
         for schedule in (config.scheduler for config in self.trainer.lr_scheduler_configs):
             group["initial_lr"] = group["lr"]
-            schedule.base_lrs = [group["lr"]]
+            schedule.base_lrs, schedule.last_epoch = [group["lr"]], self.trainer.global_step
             group["lr"] *= schedule.lr_lambdas[0](schedule.last_epoch)
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:

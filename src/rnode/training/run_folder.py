@@ -2,9 +2,11 @@
 
 import contextlib
 import os
+import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any, TextIO
 
 from filelock import FileLock, Timeout
 
@@ -28,6 +30,41 @@ def whole_file(path: Path, mode: str = "wb") -> Iterator[IO]:
             part.unlink()
         kept = "the earlier file is intact" if path.exists() else "there is no earlier file"
         raise WriteError(f"{path} could not be written ({one_line(error)}); {kept}") from error
+
+
+class Copy:
+    """A stream whose lines also go to a file, without what draws a progress bar."""
+
+    CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+
+    def __init__(self, stream: TextIO, file: TextIO):
+        self.stream, self.file, self.line = stream, file, ""
+
+    def write(self, text: str) -> int:
+        *lines, self.line = (self.line + text).split("\n")
+        for line in lines:
+            last = self.CONTROL.sub("", line).rstrip("\r").rsplit("\r", 1)[-1]
+            if last.strip():
+                print(last.rstrip(), file=self.file, flush=True)
+        return self.stream.write(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+@contextlib.contextmanager
+def transcript(path: Path) -> Iterator[None]:
+    """Copy what is printed, and an error that ends it, to the end of a file."""
+    with (
+        open(path, "a", encoding="utf-8") as file,
+        contextlib.redirect_stdout(Copy(sys.stdout, file)),
+        contextlib.redirect_stderr(Copy(sys.stderr, file)),
+    ):
+        try:
+            yield
+        except BaseException as error:
+            print(f"{type(error).__name__}: {one_line(error)}", file=file)
+            raise
 
 
 @contextlib.contextmanager

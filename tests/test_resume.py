@@ -1,0 +1,202 @@
+"""A run that ends early and resumes has the batches, weights, best checkpoint and curves of one
+that nothing disturbed."""
+
+import os
+import shutil
+import signal
+
+import pytest
+import torch
+
+from helpers import assert_same_run, call, column, curves, refused
+from rnode.training.callbacks import MaxTime, SaveAndStop
+from rnode.training.checkpoint import load_checkpoint
+from rnode.training.module import RNODE
+
+SHORT = [  # two epochs of six batches
+    *("model.hidden=4", "model.pieces=1", "solver.train.steps=1", "refine=null"),
+    *("trainer.limit_train_batches=6", "trainer.limit_val_batches=1", "trainer.max_epochs=2"),
+    *("trainer.limit_test_batches=1", "dataset.batch_size=4", "dataset.eval_batch_size=4"),
+    *("trainer.log_every_n_steps=1", "trainer.enable_progress_bar=false"),
+    *("pictures.samples=4", "pictures.every_n_epochs=9", "wandb.mode=disabled"),
+]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """undisturbed(*overrides) returns the folder of a whole run; equal runs are made once."""
+    folders = {}
+
+    def run(*overrides):
+        if overrides not in folders:
+            folders[overrides] = tmp_path_factory.mktemp("whole") / "run"
+            call("train", *SHORT, *overrides, f"hydra.run.dir={folders[overrides]}")
+        return folders[overrides]
+
+    return run
+
+
+def stopped(code, *overrides):
+    with pytest.raises(SystemExit) as stop:
+        call("train", *overrides)
+    assert stop.value.code == code
+
+
+def at_batch(monkeypatch, number, function):
+    """Call `function` before the training batch of this number, counted from 0 over all epochs."""
+    count, step = [], RNODE.training_step
+
+    def training_step(self, batch, batch_idx):
+        count.append(batch_idx)
+        if len(count) == number + 1:
+            function()
+        return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(RNODE, "training_step", training_step)
+
+
+ACCUMULATE = "trainer.accumulate_grad_batches=4"  # steps after batches 4 and 6 of an epoch
+OFTEN = "trainer.val_check_interval=2"
+DECAY = ("warmup_steps=2", "decay=true")
+
+
+@pytest.mark.parametrize(
+    ("options", "limits"),
+    [
+        ((), (1,)),
+        ((), (4, 9)),  # the second limit is in the second epoch
+        ((), (6,)),  # at the end of an epoch
+        ((ACCUMULATE,), (1, 3)),
+        ((OFTEN,), (3, 8)),
+        ((OFTEN,), (4,)),  # right after a validation
+    ],
+)
+def test_max_steps(undisturbed, tmp_path, options, limits):
+    whole, folder = undisturbed(*options), f"hydra.run.dir={tmp_path}"
+    for limit in limits:
+        call("train", *SHORT, *options, folder, "ckpt_path=auto", f"trainer.max_steps={limit}")
+        assert load_checkpoint(tmp_path / "last.ckpt")["global_step"] == limit
+    call("train", *SHORT, *options, folder, "ckpt_path=auto")
+    assert_same_run(tmp_path, whole)
+
+
+def test_max_time(undisturbed, tmp_path, monkeypatch):
+    times = ["trainer.max_time=00:01:00:00", f"hydra.run.dir={tmp_path}"]
+    with monkeypatch.context() as patch:
+        left = iter([9, 9, 9, 9, 0, 0, 0])
+        patch.setattr(MaxTime, "time_remaining", lambda self: next(left))
+        call("train", *SHORT, *times)
+    assert load_checkpoint(tmp_path / "last.ckpt")["global_step"] == 5
+    assert not (tmp_path / "best.ckpt").exists()  # no validation out of turn
+    call("train", *SHORT, *times, "ckpt_path=auto")
+    ends = [torch.load(f / "last.ckpt", weights_only=True) for f in (tmp_path, undisturbed())]
+    for weight, expected in zip(*(end["state_dict"].values() for end in ends), strict=True):
+        assert torch.equal(weight, expected)
+    assert ends[0]["loops"] == ends[1]["loops"]
+    assert curves(tmp_path) == curves(undisturbed())
+
+
+@pytest.mark.parametrize("options", [(), (ACCUMULATE,), (OFTEN,), DECAY])
+@pytest.mark.parametrize("batch", [3, 5, 6, 9, 11])
+def test_a_signal_during_any_batch(undisturbed, tmp_path, monkeypatch, options, batch):
+    whole, run = undisturbed(*options), [*SHORT, *options, f"hydra.run.dir={tmp_path}"]
+    with monkeypatch.context() as patch:
+        at_batch(patch, batch, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        stopped(128 + signal.SIGTERM, *run)
+    call("train", *run, "ckpt_path=auto")
+    assert_same_run(tmp_path, whole)
+
+
+@pytest.mark.parametrize("batch", [5, 7])
+def test_a_crash_between_two_checkpoints(undisturbed, tmp_path, monkeypatch, batch):
+    whole, run = undisturbed(), [*SHORT, f"hydra.run.dir={tmp_path}", "save_every_n_steps=2"]
+
+    def crash():
+        raise RuntimeError("a crash")
+
+    with monkeypatch.context() as patch:
+        at_batch(patch, batch, crash)
+        stopped(1, *run)
+    call("train", *run, "ckpt_path=auto")
+    assert_same_run(tmp_path, whole)
+
+
+def test_a_signal_during_validation_and_during_the_test(undisturbed, tmp_path, monkeypatch):
+    run = [*SHORT, f"hydra.run.dir={tmp_path}"]
+    for step in ("validation_step", "test_step"):
+        with monkeypatch.context() as patch:
+            healthy = getattr(RNODE, step)
+
+            def signalled(self, *arguments, healthy=healthy):
+                os.kill(os.getpid(), signal.SIGINT)
+                return healthy(self, *arguments)
+
+            patch.setattr(RNODE, step, signalled)
+            stopped(128 + signal.SIGINT, *run, "ckpt_path=auto")
+    call("train", *run, "ckpt_path=auto")
+    assert_same_run(tmp_path, undisturbed())
+
+
+def test_a_folder_that_was_moved(undisturbed, tmp_path):
+    """Its best checkpoint is the one in the folder now, and only a better one replaces it."""
+    old, new = tmp_path / "old", tmp_path / "new"
+    call("train", *SHORT, f"hydra.run.dir={old}", "trainer.max_steps=7")
+    old.rename(new)
+    call("train", *SHORT, f"hydra.run.dir={new}", "ckpt_path=auto")
+    assert_same_run(new, undisturbed())
+    assert not old.exists()
+    states = load_checkpoint(new / "last.ckpt")["callbacks"].values()
+    (best,) = (state for state in states if "best_model_path" in state)
+    assert best["best_model_path"] == str(new / "best.ckpt")
+    before = (new / "best.ckpt").read_bytes()
+    worse = ["trainer.max_epochs=3", "optimizer.lr=0.5"]
+    call("train", *SHORT, *worse, f"hydra.run.dir={new}", "ckpt_path=auto")
+    assert min(column(new, "val/bits_per_dim")) < column(new, "val/bits_per_dim")[-1]
+    assert (new / "best.ckpt").read_bytes() == before
+
+
+def test_a_run_with_nothing_left_tests_its_best_checkpoint(undisturbed, tmp_path, capsys):
+    folder = shutil.copytree(undisturbed(), tmp_path / "copy")
+    (folder / "result.json").unlink()
+    call("train", *SHORT, f"hydra.run.dir={folder}", "ckpt_path=auto")
+    assert_same_run(folder, undisturbed())
+    assert (folder / "result.json").read_text() == (undisturbed() / "result.json").read_text()
+
+
+def test_a_run_in_another_folder_keeps_its_own_best_checkpoint(undisturbed, tmp_path):
+    path = undisturbed() / "last.ckpt"
+    before = (undisturbed() / "best.ckpt").read_bytes()
+    more = ["trainer.max_epochs=3", "optimizer.lr=0.5", f"ckpt_path={path}"]
+    call("train", *SHORT, *more, f"hydra.run.dir={tmp_path}")
+    assert (tmp_path / "best.ckpt").exists()
+    assert (undisturbed() / "best.ckpt").read_bytes() == before
+
+
+def test_another_class_of_optimizer_is_refused(undisturbed, tmp_path, capsys):
+    other = ["optimizer._target_=torch.optim.SGD", f"ckpt_path={undisturbed() / 'last.ckpt'}"]
+    line, code = refused(capsys, "train", *SHORT, *other, f"hydra.run.dir={tmp_path}")
+    assert "optimizer._target_ is torch.optim.Adam there and torch.optim.SGD here" in line
+    assert code == 2
+
+
+def test_a_schedule_that_was_not_there_before_continues_at_the_true_step(undisturbed, tmp_path):
+    path = undisturbed() / "last.ckpt"
+    more = ["trainer.max_epochs=3", *DECAY, f"ckpt_path={path}", f"hydra.run.dir={tmp_path}"]
+    call("train", *SHORT, *more)
+    (group,) = load_checkpoint(tmp_path / "last.ckpt")["optimizer_states"][0]["param_groups"]
+    assert group["lr"] == pytest.approx(0, abs=1e-12)  # half a cosine over 18 steps has ended
+
+
+def test_the_checkpoint_counts_only_batches_of_completed_steps(tmp_path, monkeypatch):
+    counted = []
+    save = SaveAndStop.save
+
+    def note(self, trainer):
+        save(self, trainer)
+        counted.append((self.step, self.used))
+
+    monkeypatch.setattr(SaveAndStop, "save", note)
+    every = [ACCUMULATE, "save_every_n_steps=1", f"hydra.run.dir={tmp_path}"]
+    call("train", *SHORT, *every)
+    assert {(1, 4), (2, 6), (3, 4), (4, 6)} <= set(counted)
+    assert not {used for _, used in counted} - {0, 4, 6}
