@@ -88,6 +88,7 @@ def test_kills_while_checkpoints_are_written_leave_whole_ones(start, tmp_path):
     folder, steps = tmp_path / "run", [0]
     epochs = "trainer.max_epochs=8"
     for kill in range(15):
+        (folder / "last.ckpt.part").unlink(missing_ok=True)  # of the last kill
         run = start(folder, epochs, "ckpt_path=auto", "save_every_n_steps=1")
         run.wait_until((folder / "last.ckpt.part").exists)
         time.sleep(kill % 3 * 0.2)

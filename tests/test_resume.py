@@ -4,13 +4,14 @@ that nothing disturbed."""
 import os
 import shutil
 import signal
+from pathlib import Path
 
 import pytest
 import torch
 
 from helpers import assert_same_run, call, column, curves, refused
 from rnode.training.callbacks import MaxTime, SaveAndStop
-from rnode.training.checkpoint import load_checkpoint
+from rnode.training.checkpoint import AtomicCheckpointIO, load_checkpoint
 from rnode.training.module import RNODE
 
 SHORT = [  # two epochs of six batches
@@ -200,3 +201,29 @@ def test_the_checkpoint_counts_only_batches_of_completed_steps(tmp_path, monkeyp
     call("train", *SHORT, *every)
     assert {(1, 4), (2, 6), (3, 4), (4, 6)} <= set(counted)
     assert not {used for _, used in counted} - {0, 4, 6}
+
+
+def test_a_run_resumes_from_its_best_checkpoint(undisturbed, tmp_path):
+    """From the end of the first epoch, whose weights are the best of a run of one epoch."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    call("train", *SHORT, "trainer.max_epochs=1", f"hydra.run.dir={first}")
+    call("train", *SHORT, f"ckpt_path={first / 'best.ckpt'}", f"hydra.run.dir={second}")
+    ends = [load_checkpoint(f / "last.ckpt") for f in (second, undisturbed())]
+    for weight, expected in zip(*(end["state_dict"].values() for end in ends), strict=True):
+        assert torch.equal(weight, expected)
+    assert [end["global_step"] for end in ends] == [12, 12]
+    assert column(second, "train/loss") == column(undisturbed(), "train/loss")[6:]
+
+
+def test_best_is_written_before_last(tmp_path, monkeypatch):
+    """A run that dies between the two resumes from before the validation, and makes it again."""
+    written = []
+    save = AtomicCheckpointIO.save_checkpoint
+
+    def note(self, checkpoint, path, storage_options=None):
+        written.append(Path(path).name)
+        save(self, checkpoint, path, storage_options)
+
+    monkeypatch.setattr(AtomicCheckpointIO, "save_checkpoint", note)
+    call("train", *SHORT, f"hydra.run.dir={tmp_path}")
+    assert written == 2 * ["best.ckpt", "last.ckpt"]

@@ -48,7 +48,7 @@ def succeed(*command, cwd):
 def rnode(tmp_path_factory):
     """The command `rnode` of a new environment that finds the installed dependencies."""
     folder, source = tmp_path_factory.mktemp("wheel"), tmp_path_factory.mktemp("source")
-    for name in ("src", "conf"):
+    for name in ("src", "conf", "benchmarks"):
         shutil.copytree(ROOT / name, source / name)
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)

@@ -1,5 +1,6 @@
 """The system (RNODE) of section 5: the state z and the three integrals l, E and n."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -54,7 +55,7 @@ class Probes:
     def sample(self, z: Tensor, generators: Sequence[torch.Generator] | None = None) -> Tensor:
         """Sample ε (K, B, *shape) for z (B, *shape), from one generator per sample if given."""
         if self.divergence == "exact":
-            d = z.shape[1:].numel()
+            d = math.prod(z.shape[1:])
             unit = torch.eye(d, device=z.device, dtype=z.dtype)
             return unit.view(d, 1, *z.shape[1:]).expand(d, *z.shape)
         if generators is None:

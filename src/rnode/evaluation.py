@@ -107,7 +107,7 @@ def evaluate_batch(
         "index": index,
         **measures._asdict(),
         "transport_cost": (flow.as_x(z) - batch.y).square().flatten(1).sum(1) / flow.d,
-        "displacement": sum(p.displacement for p in solution.pieces) / flow.d,
+        "displacement": torch.stack([p.displacement for p in solution.pieces]).sum(0) / flow.d,
         "inverse_error": (flow.inverse(z) - batch.y).abs().flatten(1).amax(1),
     }
     if flow.probes.divergence != "exact":  # a second call gives each sample other probes

@@ -216,7 +216,7 @@ class Flow(nn.Module):
     def _split(self, z: Tensor) -> tuple[Tensor, list[Tensor]]:
         """z (B, d) → what the last layer gives, and the parts that were factored out."""
         require(z.shape[1:] == (self.d,), f"z of shape {tuple(z.shape)}: must be (B, {self.d})")
-        sizes = [shape.numel() for shape in self.z_shapes]
+        sizes = [math.prod(shape) for shape in self.z_shapes]
         parts = zip(self._to_state(z).split(sizes, dim=1), self.z_shapes, strict=True)
         *factored, z = (part.unflatten(1, shape) for part, shape in parts)
         return z, factored

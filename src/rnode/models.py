@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from rnode.dynamics import Probes
 from rnode.errors import require
 from rnode.flow import FactorOut, Flatten, Flow, Layer, Piece, Squeeze
-from rnode.networks import Field, TimeConv2d, TimeLinear
+from rnode.networks import Field, LayerType, TimeConv2d, TimeLinear
 from rnode.solver import Solver
 
 
@@ -66,7 +66,7 @@ def mlp(
     return Flow(shape, flow, solver, probes)
 
 
-def stack(layer: type, size: int, hidden: int, layers: int, pieces: int) -> list[Piece]:
+def stack(layer: LayerType, size: int, hidden: int, layers: int, pieces: int) -> list[Piece]:
     """Pieces whose fields have `layers` layers, with `size` inputs and `hidden` inner channels."""
     sizes = [size, *[hidden] * (layers - 1), size]
     return [Piece(Field(layer, sizes)) for _ in range(pieces)]

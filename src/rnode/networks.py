@@ -102,6 +102,9 @@ class TimeLinear(nn.Linear):
         return g @ self.weight[:, 1:]
 
 
+LayerType = type[TimeConv2d] | type[TimeLinear]
+
+
 class Field(nn.Module):
     """The network f(z, t), with softplus between its layers. It starts as exactly zero.
 
@@ -112,7 +115,7 @@ class Field(nn.Module):
 
     layers: Sequence[TimeConv2d | TimeLinear]
 
-    def __init__(self, layer: type[TimeConv2d] | type[TimeLinear], sizes: list[int]):
+    def __init__(self, layer: LayerType, sizes: list[int]):
         super().__init__()
         layers = [layer(*pair) for pair in itertools.pairwise(sizes)]
         self.layers = nn.ModuleList(layers)  # ty: ignore[invalid-assignment]

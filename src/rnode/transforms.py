@@ -34,7 +34,7 @@ class Dequantize:
         u = (x + noise) / self.levels
         # x + noise may round up to the next level; the largest float below 1 keeps u inside [0, 1).
         u = u.clamp(max=1 - torch.finfo(u.dtype).eps / 2)
-        return u, u.new_full(u.shape[:1], -u.shape[1:].numel() * math.log(self.levels))
+        return u, u.new_full(u.shape[:1], -math.prod(u.shape[1:]) * math.log(self.levels))
 
     def inverse(self, u: Tensor) -> Tensor:
         """u (B, *shape) → grey levels (B, *shape), uint8."""

@@ -206,7 +206,8 @@ class BestCheckpoint(ModelCheckpoint):
 
     def __init__(self, folder: Path):
         options = {"monitor": "val/bits_per_dim", "enable_version_counter": False}
-        super().__init__(folder, filename="best", **options)
+        # After the validation, before last.ckpt: a run that resumes from there has its best.
+        super().__init__(folder, filename="best", save_on_train_epoch_end=False, **options)
 
     def load_state_dict(self, state_dict: dict) -> None:
         path = str(Path(self.dirpath) / "best.ckpt")
