@@ -120,7 +120,9 @@ class PlainPiece(rnode.Piece):
 
     def forward(self, z, eps, method, gradient):
         ode = PlainODE(self.field, eps[0])
-        state = rnode.State(*plain_solve(ode, z, **method.odeint_options(error_norm, torch.float32)))
+        state = rnode.State(
+            *plain_solve(ode, z, **method.odeint_options(error_norm, torch.float32))
+        )
         return rnode.PieceSolution(z, state, ode, ode.nfe)
 
 

@@ -27,7 +27,8 @@ ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}  # more would wait for one an
 RK4 = Method("rk4", step_size=0.25)
 DOPRI5 = Method("dopri5")
 
-QUICK = ["model.hidden=4", "trainer.max_epochs=1", "trainer.enable_progress_bar=false"]
+RATE = ["optimizer.lr=4e-3", "warmup_steps=0"]
+QUICK = ["model.hidden=4", "trainer.max_epochs=1", "trainer.enable_progress_bar=false", *RATE]
 TWO_STEPS = [
     *QUICK,
     "trainer.max_steps=2",
@@ -41,6 +42,7 @@ TWO_STEPS = [
 ]
 SMALL = [  # 90 steps in three epochs
     "model.hidden=4",
+    "optimizer.lr=4e-3",
     "model.pieces=1",
     "dataset.batch_size=16",
     "dataset.eval_batch_size=20",

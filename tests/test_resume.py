@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from helpers import assert_same_run, call, column, curves, refused
+from helpers import RATE, assert_same_run, call, column, curves, refused
 from rnode.training.callbacks import MaxTime, SaveAndStop
 from rnode.training.checkpoint import AtomicCheckpointIO, load_checkpoint
 from rnode.training.module import RNODE
 
 SHORT = [  # two epochs of six batches
+    *RATE,
     *("model.hidden=4", "model.pieces=1", "solver.train.steps=1", "refine=null"),
     *("trainer.limit_train_batches=6", "trainer.limit_val_batches=1", "trainer.max_epochs=2"),
     *("trainer.limit_test_batches=1", "dataset.batch_size=4", "dataset.eval_batch_size=4"),
@@ -70,6 +71,7 @@ DECAY = ("warmup_steps=2", "decay=true")
         ((ACCUMULATE,), (1, 3)),
         ((OFTEN,), (3, 8)),
         ((OFTEN,), (4,)),  # right after a validation
+        (DECAY, (4, 8)),
     ],
 )
 def test_max_steps(undisturbed, tmp_path, options, limits):

@@ -153,13 +153,13 @@ def test_validation_takes_nothing_from_trainings_random_stream(run):
 
 
 def test_the_learning_rate_rises_linearly_and_falls_as_half_a_cosine(run, monkeypatch):
-    folder = run(*TWO_STEPS, "warmup_steps=3", "decay=true", "optimizer.lr=1e-3")
+    folder = run(*EPOCHS, "warmup_steps=3", "decay=true", "optimizer.lr=1e-3")
     (state,) = load(folder / "last.ckpt")["lr_schedulers"]
     assert state["last_epoch"] == 2
     assert state["_last_lr"] == [pytest.approx(0, abs=1e-12)]  # 2 of 2 steps
 
     class Steps:
-        estimated_stepping_batches = 8
+        estimated_stepping_batches, max_epochs = 8, -1
 
     monkeypatch.setattr(LightningModule, "trainer", Steps)
     options = {"lambda_k": 0.0, "lambda_j": 0.0, "warmup_steps": 3, "learning_rate_factor": 0.5}

@@ -18,7 +18,7 @@ DATA = {  # overrides of `rnode train`; digits and fashion14 are sized for two C
         "dataset.shape=[1]",
         "trainer.max_epochs=10",
     ],
-    "digits": ["dataset=digits", *SMALL, "trainer.max_epochs=8"],
+    "digits": ["dataset=digits", *SMALL, "optimizer.lr=4e-3", "trainer.max_epochs=8"],
     "fashion14": [
         "dataset=fashion_mnist",
         *SMALL,

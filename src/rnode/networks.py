@@ -1,7 +1,9 @@
 """The vector field f(z, t) of a piece and its vector-Jacobian product εᵀ∇f.
 
 The layers have time as an extra input channel, and softplus between them. The last layer starts at
-zero, so f = 0 and the flow starts as the identity (paper, section 6).
+zero, so f = 0 and the flow starts as the identity (paper, section 6). The other layers start by
+He's initialization: torch's default shrinks a signal to 0.3 of itself in each layer, and a young
+flow would stay nearly linear.
 
 The product is a chain of transposed layers. For f = W₃ s(W₂ s(W₁ z)), it is
 εᵀ∇f = ((εᵀW₃ · s'(a₂)) W₂ · s'(a₁)) W₁ with s' = sigmoid. Backpropagation through it costs one
@@ -119,6 +121,9 @@ class Field(nn.Module):
         super().__init__()
         layers = [layer(*pair) for pair in itertools.pairwise(sizes)]
         self.layers = nn.ModuleList(layers)  # ty: ignore[invalid-assignment]
+        for inner in layers[:-1]:
+            nn.init.kaiming_normal_(inner.weight)
+            nn.init.zeros_(inner.bias)
         for parameter in layers[-1].parameters():
             nn.init.zeros_(parameter)
 

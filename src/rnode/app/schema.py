@@ -135,7 +135,7 @@ class Train(Section):
     divergence: Literal[DIVERGENCES] = key("probes of div f and of the Jacobian norm")
     probes: Count = key("random probes of a sample")
     warmup_steps: Whole = key("steps over which the learning rate rises linearly")
-    decay: bool = key("let the learning rate fall to 0 over the run, as half a cosine")
+    decay: bool = key("let the learning rate fall to 0 over max_epochs, as half a cosine")
     refine: NonNegative | None = key("bits/dim from a finer grid at which the grid is refined")
     compile: bool = key("compile f by torch.compile; the first step takes a minute or more")
     save_every_n_steps: Count = key("training steps from one last.ckpt to the next within an epoch")

@@ -69,7 +69,7 @@ class RefineGrid(Callback):
     hand, section 6.)
     """
 
-    EVERY_N_STEPS = 50
+    EVERY_N_STEPS = 25
 
     def __init__(self, tolerance: float):
         self.tolerance = tolerance

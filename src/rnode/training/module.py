@@ -33,7 +33,7 @@ class RNODE(LightningModule):
         lambda_k: float,  # λ_K, weight of the kinetic energy
         lambda_j: float,  # λ_J, weight of the Jacobian's squared Frobenius norm
         warmup_steps: int = 0,  # steps over which the learning rate rises linearly
-        decay: bool = False,  # whether it then falls to zero over the run, as half a cosine
+        decay: bool = False,  # whether it then falls to 0 over max_epochs, as half a cosine
         seed: int = 0,  # of noise and probes in evaluation
         config: dict | None = None,  # of the run, as plain containers; checkpoints carry it
         learning_rate_factor: float = 1.0,  # multiplies the learning rate of `optimizer`
@@ -126,7 +126,7 @@ class RNODE(LightningModule):
         self.options = {k: v for k, v in group.items() if k != "params"}
         if self.warmup_steps == 0 and not self.decay:
             return {"optimizer": optimizer}
-        steps = self.trainer.estimated_stepping_batches if self.decay else math.inf
+        steps = self.decay_steps() if self.decay else math.inf
 
         def factor(step: int) -> float:
             rise = min(1.0, (step + 1) / (self.warmup_steps + 1))
@@ -134,6 +134,15 @@ class RNODE(LightningModule):
 
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def decay_steps(self) -> float:
+        """Steps of max_epochs, so that a run that max_steps cut short resumes on the same curve."""
+        trainer = self.trainer
+        steps = trainer.estimated_stepping_batches  # counts the batches of an epoch too
+        if trainer.max_epochs in (None, -1):
+            return steps
+        window = trainer.accumulate_grad_batches
+        return trainer.max_epochs * math.ceil(trainer.num_training_batches / window)
 
     def on_train_start(self) -> None:
         """Set the optimizer's options to the command line's; a checkpoint has put back its own."""
