@@ -17,6 +17,17 @@ def test_softplus_and_sigmoid_are_torchs_with_their_gradients():
     torch.testing.assert_close(sigmoid, a.sigmoid())
     few = a[::100].detach().requires_grad_()
     assert torch.autograd.gradcheck(_SoftplusSigmoid.apply, few)
+    assert torch.autograd.gradgradcheck(_SoftplusSigmoid.apply, few)
+
+
+def test_the_inner_layers_keep_the_scale_of_a_signal():
+    """Torch's default weights would shrink it to 0.3, 0.09 and 0.03 of itself."""
+    field, t = Field(TimeLinear, [64, 256, 256, 256, 64]), torch.tensor(0.0)
+    h = torch.randn(500, 64)
+    for layer in field.layers[:-1]:
+        h = F.softplus(layer(t, h))
+        spread = h.std(dim=0).mean()  # over the samples, in each unit
+        assert 0.35 < spread < 1.5
 
 
 def test_softplus_in_float32_is_within_rounding():

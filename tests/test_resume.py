@@ -152,7 +152,7 @@ def test_a_folder_that_was_moved(undisturbed, tmp_path):
     (best,) = (state for state in states if "best_model_path" in state)
     assert best["best_model_path"] == str(new / "best.ckpt")
     before = (new / "best.ckpt").read_bytes()
-    worse = ["trainer.max_epochs=3", "optimizer.lr=0.5"]
+    worse = ["trainer.max_epochs=3", "optimizer.lr=0.2"]
     call("train", *SHORT, *worse, f"hydra.run.dir={new}", "ckpt_path=auto")
     assert min(column(new, "val/bits_per_dim")) < column(new, "val/bits_per_dim")[-1]
     assert (new / "best.ckpt").read_bytes() == before
@@ -169,7 +169,7 @@ def test_a_run_with_nothing_left_tests_its_best_checkpoint(undisturbed, tmp_path
 def test_a_run_in_another_folder_keeps_its_own_best_checkpoint(undisturbed, tmp_path):
     path = undisturbed() / "last.ckpt"
     before = (undisturbed() / "best.ckpt").read_bytes()
-    more = ["trainer.max_epochs=3", "optimizer.lr=0.5", f"ckpt_path={path}"]
+    more = ["trainer.max_epochs=3", "optimizer.lr=0.05", f"ckpt_path={path}"]
     call("train", *SHORT, *more, f"hydra.run.dir={tmp_path}")
     assert (tmp_path / "best.ckpt").exists()
     assert (undisturbed() / "best.ckpt").read_bytes() == before

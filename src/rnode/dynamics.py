@@ -62,8 +62,8 @@ class Probes:
             eps = torch.randn(self.count, *z.shape, device=z.device, dtype=z.dtype)
         else:
             shape = (self.count, *z.shape[1:])
-            samples = [torch.randn(shape, generator=g, dtype=z.dtype) for g in generators]
-            eps = torch.stack(samples, dim=1).to(z.device)
+            samples = [torch.randn(shape, generator=g, dtype=torch.float32) for g in generators]
+            eps = torch.stack(samples, dim=1).to(z)  # the same probes whatever the dtype of z
         if self.divergence == "rademacher":
             eps = torch.where(eps < 0, -1.0, 1.0).to(z.dtype)
         return eps / self.count**0.5
