@@ -123,7 +123,7 @@ class Field(nn.Module):
         self.layers = nn.ModuleList(layers)  # ty: ignore[invalid-assignment]
         for inner in layers[:-1]:
             nn.init.kaiming_normal_(inner.weight)
-            nn.init.zeros_(inner.bias)
+            nn.init.zeros_(inner.bias)  # ty: ignore[invalid-argument-type]
         for parameter in layers[-1].parameters():
             nn.init.zeros_(parameter)
 
