@@ -37,14 +37,21 @@ LEFTOVERS = {  # of SLURM, in the shell or notebook of a job
 NAME = "λ é=[x] (1) ~"  # of a folder
 
 
+def slow(*case, **keywords):
+    marks = pytest.mark.slow(reason="a process that imports everything, like the first case")
+    return pytest.param(*case, marks=marks, **keywords)
+
+
 @pytest.mark.parametrize(
     "variables",
     [
-        {"PYTHONIOENCODING": "ascii", "MPLBACKEND": "module://of_a_notebook", **LEFTOVERS},
-        {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "HOME": None},
-        {"PYTHONIOENCODING": "iso-8859-1", "MPLBACKEND": "no backend"},
+        pytest.param(
+            {"PYTHONIOENCODING": "ascii", "MPLBACKEND": "module://of_a_notebook", **LEFTOVERS},
+            id="ascii",
+        ),
+        slow({"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "HOME": None}, id="C"),
+        slow({"PYTHONIOENCODING": "iso-8859-1", "MPLBACKEND": "no backend"}, id="latin"),
     ],
-    ids=["ascii", "C", "latin"],
 )
 def test_a_run_needs_nothing_of_its_surroundings(tmp_path, variables):
     environment = {k: v for k, v in (ONE_THREAD | variables).items() if v is not None}
@@ -62,6 +69,7 @@ def test_a_run_needs_nothing_of_its_surroundings(tmp_path, variables):
     assert "bits/dim (" in done.stdout.decode("ascii", "replace")
 
 
+@pytest.mark.slow(reason="a process with the progress bar")
 def test_the_log_holds_what_was_printed_without_the_bars_control_characters(tmp_path):
     options = [*SMALL, "trainer.max_epochs=1", "trainer.enable_progress_bar=true"]
     done = command(*options, f"hydra.run.dir={tmp_path}", cwd=tmp_path)

@@ -62,16 +62,20 @@ OFTEN = "trainer.val_check_interval=2"
 DECAY = ("warmup_steps=2", "decay=true")
 
 
+def slow(*case):
+    return pytest.param(*case, marks=pytest.mark.slow(reason="another case like the others"))
+
+
 @pytest.mark.parametrize(
     ("options", "limits"),
     [
-        ((), (1,)),
         ((), (4, 9)),  # the second limit is in the second epoch
-        ((), (6,)),  # at the end of an epoch
         ((ACCUMULATE,), (1, 3)),
-        ((OFTEN,), (3, 8)),
-        ((OFTEN,), (4,)),  # right after a validation
-        (DECAY, (4, 8)),
+        slow((), (1,)),
+        slow((), (6,)),  # at the end of an epoch
+        slow((OFTEN,), (3, 8)),
+        slow((OFTEN,), (4,)),  # right after a validation
+        slow(DECAY, (4, 8)),
     ],
 )
 def test_max_steps(undisturbed, tmp_path, options, limits):
@@ -99,8 +103,18 @@ def test_max_time(undisturbed, tmp_path, monkeypatch):
     assert curves(tmp_path) == curves(undisturbed())
 
 
-@pytest.mark.parametrize("options", [(), (ACCUMULATE,), (OFTEN,), DECAY])
-@pytest.mark.parametrize("batch", [3, 5, 6, 9, 11])
+@pytest.mark.parametrize(
+    ("options", "batch"),
+    [
+        ((), 5),
+        ((ACCUMULATE,), 9),
+        (DECAY, 3),
+        *(slow((), batch) for batch in (3, 6, 11)),
+        *(slow((ACCUMULATE,), batch) for batch in (3, 5)),
+        *(slow((OFTEN,), batch) for batch in (3, 5, 9)),
+        *(slow(DECAY, batch) for batch in (6, 9)),
+    ],
+)
 def test_a_signal_during_any_batch(undisturbed, tmp_path, monkeypatch, options, batch):
     whole, run = undisturbed(*options), [*SHORT, *options, f"hydra.run.dir={tmp_path}"]
     with monkeypatch.context() as patch:
@@ -110,7 +124,7 @@ def test_a_signal_during_any_batch(undisturbed, tmp_path, monkeypatch, options, 
     assert_same_run(tmp_path, whole)
 
 
-@pytest.mark.parametrize("batch", [5, 7])
+@pytest.mark.parametrize("batch", [7, slow(5)])
 def test_a_crash_between_two_checkpoints(undisturbed, tmp_path, monkeypatch, batch):
     whole, run = undisturbed(), [*SHORT, f"hydra.run.dir={tmp_path}", "save_every_n_steps=2"]
 
@@ -124,6 +138,7 @@ def test_a_crash_between_two_checkpoints(undisturbed, tmp_path, monkeypatch, bat
     assert_same_run(tmp_path, whole)
 
 
+@pytest.mark.slow(reason="three runs")
 def test_a_signal_during_validation_and_during_the_test(undisturbed, tmp_path, monkeypatch):
     run = [*SHORT, f"hydra.run.dir={tmp_path}"]
     for step in ("validation_step", "test_step"):
@@ -182,6 +197,7 @@ def test_another_class_of_optimizer_is_refused(undisturbed, tmp_path, capsys):
     assert code == 2
 
 
+@pytest.mark.slow(reason="the learning rate has a quick test for a schedule that was there")
 def test_a_schedule_that_was_not_there_before_continues_at_the_true_step(undisturbed, tmp_path):
     path = undisturbed() / "last.ckpt"
     more = ["trainer.max_epochs=3", *DECAY, f"ckpt_path={path}", f"hydra.run.dir={tmp_path}"]
