@@ -46,6 +46,8 @@ class Copy:
             last = self.CONTROL.sub("", line).rstrip("\r").rsplit("\r", 1)[-1]
             if last.strip():
                 print(last.rstrip(), file=self.file, flush=True)
+        # A bar ends its line once an epoch; only its last state is kept until then.
+        self.line = self.line[self.line.rstrip("\r").rfind("\r") + 1 :]
         return self.stream.write(text)
 
     def __getattr__(self, name: str) -> Any:
@@ -63,7 +65,8 @@ def transcript(path: Path) -> Iterator[None]:
         try:
             yield
         except BaseException as error:
-            print(f"{type(error).__name__}: {one_line(error)}", file=file)
+            with contextlib.suppress(OSError):  # a full disk, of which `error` may be the news
+                print(f"{type(error).__name__}: {one_line(error)}", file=file, flush=True)
             raise
 
 
