@@ -53,7 +53,8 @@ def load_checkpoint(path: str | Path) -> dict:
 def load_to_resume(path: str | Path, config: dict) -> dict:
     """Read the checkpoint of a run with the model, data and optimizer of `config`."""
     checkpoint = load_checkpoint(path)
-    same = {"model": config["model"], "dataset": DATA, "optimizer": ("_target_",)}
+    model = sorted(checkpoint["config"]["model"].keys() | config["model"].keys())
+    same = {"model": model, "dataset": DATA, "optimizer": ("_target_",)}
     for section, keys in same.items():
         for key in keys:
             there, here = checkpoint["config"][section].get(key), config[section].get(key)

@@ -41,6 +41,10 @@ class DivergenceWatch:
         now = now.masked_fill(finite.all(), NEVER)
         self.first = torch.minimum(self.first.to(now.device), now)
 
+    def gave_up(self, message: str) -> None:
+        """Keep why a solver gave up; what happens after the first time follows from it."""
+        self.message = self.message or message
+
     def raise_if_diverged(self) -> None:
         """Raise DivergenceError in all processes, with what any of them recorded first."""
         first = int(self.first)

@@ -51,7 +51,7 @@ class RNODE(LightningModule):
         try:
             self.solution = self.flow.solve(batch.y)
         except DivergenceError as error:
-            self.divergence.message = f"{error} at training step {self.global_step}"
+            self.divergence.gave_up(f"{error} at training step {self.global_step}")
             return nan_loss(self.parameters())
         state, nfe, d = self.solution.state, self.solution.nfe_forward, self.flow.d
         loss = objective(state, self.lambda_k, self.lambda_j)
@@ -72,7 +72,7 @@ class RNODE(LightningModule):
             where = f"in the gradient of piece {piece} at training step {self.global_step}"
             # A parameter with a gradient was sent already: after the first accumulated batch, all.
             unsent = [parameter for parameter in self.parameters() if parameter.grad is None]
-            self.divergence.message = f"{error} {where}"
+            self.divergence.gave_up(f"{error} {where}")
             if unsent:
                 nan_loss(unsent).backward()
             self.loss = self.loss * math.nan
@@ -94,7 +94,7 @@ class RNODE(LightningModule):
             solution, measures = measure(self.flow, batch, self.seed)
             nfe = solution.nfe_forward
         except DivergenceError as error:
-            self.divergence.message = str(error)
+            self.divergence.gave_up(str(error))
             nfe, measures = 0, 3 * [torch.full_like(batch.log_det, math.nan)]
         self.evaluated.update(torch.stack([batch.index, *measures], dim=1))
         stage, size = "test" if self.trainer.testing else "val", len(batch.index)
