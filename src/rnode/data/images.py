@@ -61,12 +61,16 @@ def idx_images(name: str, root: str, validation: int, resize: int = 28) -> Split
     downloads them if there are none. `validation` of the training images are held out.
     """
     require_choice("name", name, IDX_IMAGES)
-    files = [find_idx(name, stem, Path(root).expanduser()) for stem in IDX_IMAGES[name]]
+
+    def find() -> list[Path | None]:
+        return [find_idx(name, stem, Path(root).expanduser()) for stem in IDX_IMAGES[name]]
+
+    files = find()
     if not any(files):
         names = " and ".join(f"{stem}-idx3-ubyte" for stem in IDX_IMAGES[name])
         for options in DOWNLOAD_OPTIONS.get(name, [{}]):
             download(name, root, f"{names} (or .idx3-ubyte, or gzipped)", **options)
-        files = [find_idx(name, stem, Path(root).expanduser()) for stem in IDX_IMAGES[name]]
+        files = find()
     for stem, file in zip(IDX_IMAGES[name], files, strict=True):
         missing = f"{stem}-idx3-ubyte, {stem}.idx3-ubyte or either with .gz"
         require(file is not None, f"{root}: there is no {missing}, which {name} needs")
