@@ -52,11 +52,11 @@ def plot_curves(metrics: Path, path: Path) -> None:
     for ax, (key, label) in zip(axes.flat, CURVES.items(), strict=True):
         for stage, style in (("train", "-"), ("val", "o-"), ("test", "s")):
             column = f"{stage}/{key}"
-            used = [row for row in rows if column in row]
-            steps, values = [int(row["step"]) for row in used], [float(row[column]) for row in used]
-            ax.plot(steps, values, style, markersize=4, linewidth=1, label=stage if used else None)
+            points = [(int(row["step"]), float(row[column])) for row in rows if column in row]
+            if points:
+                ax.plot(*zip(*points, strict=True), style, markersize=4, linewidth=1, label=stage)
+                ax.legend()
         ax.set_ylabel(label)
-        ax.legend()
     plt.setp(axes[1], xlabel="training step")
     save_figure(figure, path)
 
