@@ -22,7 +22,8 @@ from helpers import (
     command,
     refused,
 )
-from rnode.app.launch import cluster_plugins, launched, quote, shell_quote
+from rnode.app.launch import cluster_plugins, launched
+from rnode.app.quoting import quote, shell_quote
 
 LEFTOVERS = {  # of SLURM, in the shell or notebook of a job
     "SLURM_JOB_ID": "7",
@@ -137,6 +138,11 @@ def test_variables_of_slurm_count_only_where_srun_has_started_the_process(monkey
     monkeypatch.setenv("SLURM_STEP_NUM_NODES", "2")
     assert launched() == ("srun", 0, 2, 2)
     assert [type(plugin) for plugin in cluster_plugins()] == [SLURMEnvironment]
+    torchrun = {"TORCHELASTIC_RUN_ID": "1", "RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    for name, value in torchrun.items():
+        monkeypatch.setenv(name, value)
+    assert launched() == ("torchrun", 0, 2, 1)
+    assert cluster_plugins() == []
 
 
 def test_wandb_takes_its_variables_where_the_command_line_says_nothing(tmp_path, monkeypatch):

@@ -56,7 +56,7 @@ def load_flow(path: str, change: Callable = exact_if_small) -> tuple[DataModule,
     sections = {name: checkpoint["config"][name] for name in SECTIONS}
     known = set(known_targets())
     for key, value in flatten(sections).items():
-        foreign = key.endswith("_target_") and value not in known
+        foreign = key.endswith("_target_") and str(value) not in known
         what = f"call {value}, which conf/ does not name" if foreign else f"interpret {value}"
         refused = foreign or "${" in f"{key}{value}"
         require(not refused, f"ckpt_path={path}: its configuration would {what}")

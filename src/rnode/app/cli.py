@@ -19,11 +19,12 @@ from hydra.errors import (
 from omegaconf import DictConfig, OmegaConf
 
 from rnode.app.help import help_text, unknown_key
-from rnode.app.launch import is_first_process, prepare_process, quote, run_name, shell_quote
+from rnode.app.launch import is_first_process, prepare_process, run_name
+from rnode.app.quoting import quote, shell_quote
 from rnode.app.report_error import one_line_errors
 from rnode.app.schema import CONF, validate
 from rnode.app.sweep import in_sweep, run_job
-from rnode.errors import InputError, one_line
+from rnode.errors import InputError, one_line, require
 
 ABOUT = {
     "train": "Train a continuous normalizing flow by maximum likelihood (RNODE).",
@@ -76,7 +77,8 @@ def run(command: str, arguments: list[str] | None = None) -> None:
             extra = "pip install 'rnode[sweep]' brings more; " * where.startswith("hydra/")
             raise InputError(f"there is no {where}; {extra}the options are {options}") from error
         except OverrideParseException as error:
-            key, _, value = error.override.partition("=")
+            key, equals, value = error.override.partition("=")
+            require(equals == "=", f"{error.override}: must be KEY=VALUE")
             quoted = shell_quote(f"{key}={quote(value)}")
             reason = "= ~ [ ] ( ) and letters like λ need quotes"
             raise InputError(f"{error.override}: {reason}; write {quoted}") from error

@@ -4,8 +4,6 @@ import contextlib
 import ctypes
 import logging
 import os
-import re
-import shlex
 import time
 import warnings
 from typing import NamedTuple
@@ -21,21 +19,6 @@ EXPECTED_WARNINGS = (  # of Lightning, about choices that this program makes on 
     *("There is a wandb run already in progress", "The `srun` command is available"),
     "your dataloader is not resumable",
 )
-
-
-def quote(value: str) -> str:
-    """Quote the value of an override if Hydra cannot read it without quotes."""
-    if re.fullmatch(r"[\w/.:+@%-]+", value, re.ASCII):
-        return value
-    escaped = value.replace("\\", "\\\\").replace("'", "\\'")
-    return f"'{escaped}'"
-
-
-def shell_quote(argument: str) -> str:
-    """Quote an argument for a shell, by double quotes where they do."""
-    quoted = shlex.quote(argument)
-    plain = quoted == argument or re.search(r'["$`\\!]', argument)
-    return quoted if plain else f'"{argument}"'
 
 
 class Launched(NamedTuple):  # this process among those that torchrun or srun started
@@ -63,11 +46,11 @@ def cluster_plugins() -> list:
     """Return what tells Lightning who starts its processes, where it would guess wrong."""
     from lightning_fabric.plugins.environments import LightningEnvironment, SLURMEnvironment
 
-    if not SLURMEnvironment.detect():
-        return []
-    if launched() is None:  # Lightning would wait for processes that SLURM has not started
-        return [LightningEnvironment()]
-    return [SLURMEnvironment(auto_requeue=False)]  # Lightning's requeueing writes other files
+    started = launched()
+    if started is None:  # with variables of SLURM Lightning would wait for processes of SLURM
+        return [LightningEnvironment()] if SLURMEnvironment.detect() else []
+    # Lightning's requeueing writes other files.
+    return [SLURMEnvironment(auto_requeue=False)] if started.by == "srun" else []
 
 
 def is_first_process() -> bool:

@@ -36,7 +36,6 @@ SWEEP_METRICS = {
 TIMES = ("max_epochs", "max_steps", "max_time", "min_epochs", "min_steps")
 LIMITS = {f"trainer.{key}" for key in TIMES}  # a job resumes a run that had other limits
 DISPLAY = ("log_every_n_steps", "profiler", "enable_progress_bar", "enable_model_summary")
-OTHER = "use another folder"
 IRRELEVANT = (  # keys, and sections, that do not change the result of a run
     *("ckpt_path", "sweep_metric", "save_every_n_steps", "compile", "wandb", "pictures"),
     *("dataset.root", "trainer.accelerator", "trainer.strategy", "trainer.on_divergence"),
@@ -69,9 +68,11 @@ def earlier_result(cfg: DictConfig, folder: Path) -> dict[str, float | None] | N
     theirs, ours = (flatten(OmegaConf.to_container(OmegaConf.create(text))) for text in texts)
     changed = {key for key in theirs.keys() | ours.keys() if theirs.get(key) != ours.get(key)}
     changed = {key for key in changed if not is_irrelevant(key)}
-    for key in sorted(changed - LIMITS):
-        differs = f"{key} is {theirs.get(key)} there and {ours.get(key)} here"
-        require(False, f"{folder}: holds a run of another configuration ({differs}); {OTHER}")
+    other = sorted(changed - LIMITS)
+    words = [f"{key} is {theirs.get(key)} there and {ours.get(key)} here" for key in other[:3]]
+    words += [f"{len(other) - 3} more"] if len(other) > 3 else []
+    differ = f"{folder}: holds a run of another configuration ({'; '.join(words)})"
+    require(not other, f"{differ}; use another folder")
     return None if changed else read_result(folder)
 
 

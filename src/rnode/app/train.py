@@ -17,7 +17,8 @@ from rich.table import Table
 
 from rnode.app import sweep
 from rnode.app.build import build
-from rnode.app.launch import cluster_plugins, is_first_process, match_processes, quote, shell_quote
+from rnode.app.launch import cluster_plugins, is_first_process, match_processes
+from rnode.app.quoting import quote, shell_quote
 from rnode.app.schema import flatten
 from rnode.errors import DivergenceError, Stopped, require
 from rnode.flow import Flow
