@@ -9,10 +9,9 @@ import statistics
 import sys
 from pathlib import Path
 
-import numpy as np
 from matplotlib import pyplot as plt
-from rnode.paper.figures import COLOURS
-from rnode.paper.runs import FIGURES, LABELS
+from rnode.paper.figures import plot_band
+from rnode.paper.runs import FIGURES
 
 
 def main(run: Path, reproduction: Path) -> None:
@@ -25,11 +24,7 @@ def main(run: Path, reproduction: Path) -> None:
     left.imshow(plt.imread(run / "samples.png"))
     left.axis("off")
     for recipe in ("ffjord", "fast"):
-        curves = [(r.seconds, r.by_epoch("val/bits_per_dim")) for r in runs if r.recipe == recipe]
-        grid = np.linspace(max(s[0] for s, _ in curves), min(s[-1] for s, _ in curves), 200)
-        bits = np.stack([np.interp(grid, *curve) for curve in curves])
-        right.plot(grid, bits.mean(0), label=LABELS[recipe], color=COLOURS[recipe])
-        right.fill_between(grid, bits.min(0), bits.max(0), alpha=0.25, color=COLOURS[recipe])
+        plot_band(right, [run for run in runs if run.recipe == recipe])
     mean = statistics.fmean(factors)
     right.set(xlabel="seconds of training", ylabel="validation bits/dim")
     right.set_title(f"the same steps {mean:.1f} times faster")

@@ -104,12 +104,7 @@ def plot_figure_2(runs: list[Run], path: Path) -> str:
         members = [run for run in runs if run.data == data]
         for recipe in dict.fromkeys(run.recipe for run in members if run.finished):
             seeds = [run for run in members if run.recipe == recipe and run.finished]
-            curves = [(r.seconds, r.by_epoch("val/bits_per_dim")[: len(r.seconds)]) for r in seeds]
-            time = np.linspace(max(s[0] for s, _ in curves), min(s[-1] for s, _ in curves), 200)
-            bits = np.stack([np.interp(time, *curve) for curve in curves])
-            ax.plot(time, bits.mean(0), label=LABELS[recipe], color=COLOURS[recipe])
-            ax.fill_between(time, bits.min(0), bits.max(0), alpha=0.25, color=COLOURS[recipe])
-            for run, curve in zip(seeds, curves, strict=True):
+            for run, curve in zip(seeds, plot_band(ax, seeds), strict=True):
                 points = enumerate(zip(*curve, strict=True))
                 rows += [(data, recipe, run.seed, epoch, *point) for epoch, point in points]
         ratios = speed_ups(members)
@@ -122,6 +117,20 @@ def plot_figure_2(runs: list[Run], path: Path) -> str:
         ax.legend()
     save(figure, path, ("data", "recipe", "seed", "epoch", "seconds", "val bits/dim"), rows)
     return verdict(held, f"{'; '.join(words)}.")
+
+
+def plot_band(ax: plt.Axes, seeds: list[Run]) -> list[tuple[list[float], list[float]]]:
+    """Plot validation bits/dim of one recipe against time: the mean, and a band over its seeds.
+
+    Returns seconds and bits/dim of each run.
+    """
+    recipe = seeds[0].recipe
+    curves = [(r.seconds, r.by_epoch("val/bits_per_dim")[: len(r.seconds)]) for r in seeds]
+    time = np.linspace(max(s[0] for s, _ in curves), min(s[-1] for s, _ in curves), 200)
+    bits = np.stack([np.interp(time, *curve) for curve in curves])
+    ax.plot(time, bits.mean(0), label=LABELS[recipe], color=COLOURS[recipe])
+    ax.fill_between(time, bits.min(0), bits.max(0), alpha=0.25, color=COLOURS[recipe])
+    return curves
 
 
 def spread(ratios: list[float]) -> str:

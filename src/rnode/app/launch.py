@@ -43,7 +43,7 @@ def launched() -> Launched | None:
 
 
 def cluster_plugins() -> list:
-    """Return what tells Lightning who starts its processes, where it would guess wrong."""
+    """Return plugins that say who starts the processes, where Lightning would guess wrong."""
     from lightning_fabric.plugins.environments import LightningEnvironment, SLURMEnvironment
 
     started = launched()

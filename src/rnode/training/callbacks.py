@@ -202,7 +202,7 @@ def count_batches(loops: dict, epoch: int, used: int, step: int) -> None:
 
 
 class BestCheckpoint(ModelCheckpoint):
-    """Keeps best.ckpt of the folder in which the run is now, wherever a checkpoint was written."""
+    """Keeps best.ckpt in the folder of this run, whatever folder a resumed checkpoint names."""
 
     def __init__(self, folder: Path):
         options = {"monitor": "val/bits_per_dim", "enable_version_counter": False}

@@ -42,7 +42,7 @@ class DivergenceWatch:
         self.first = torch.minimum(self.first.to(now.device), now)
 
     def gave_up(self, message: str) -> None:
-        """Keep why a solver gave up; what happens after the first time follows from it."""
+        """Keep the reason why a solver gave up. Later reasons follow from the first."""
         self.message = self.message or message
 
     def raise_if_diverged(self) -> None:
