@@ -136,7 +136,7 @@ class RNODE(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def decay_steps(self) -> float:
-        """Return the steps of max_epochs: a run that max_steps ends early resumes on the same curve."""
+        """Return the steps of max_epochs, whether or not max_steps ends the run earlier."""
         trainer = self.trainer
         steps = trainer.estimated_stepping_batches  # counts the batches of an epoch too
         if trainer.max_epochs in (None, -1):
