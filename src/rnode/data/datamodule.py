@@ -83,7 +83,8 @@ class DataModule(LightningDataModule):
         if self.splits is not None:
             return
         splits, dequantize = self.source(**self.arguments), self.transform.dequantize
-        for name, rows in splits._asdict().items():
+        for name in SPLIT_NAMES:
+            rows = getattr(splits, name)
             require(len(rows) > 0, f"the {name} split is empty")
             if not isinstance(rows, Tensor):
                 continue
