@@ -43,7 +43,7 @@ def compare(path: str) -> None:
     data.setup()
     flow.double().probes = Probes()
     index = torch.arange(128)
-    batch = data.transform.for_evaluation(data.splits.train[index], index, seed=0)
+    batch = data.evaluation_batch("train", index, seed=0)
     batch = batch._replace(y=batch.y.double())
 
     @torch.no_grad()

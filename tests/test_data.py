@@ -289,9 +289,10 @@ def test_evaluation_batches_have_not_changed_and_are_not_flipped():
 def test_processes_share_an_evaluation():
     data = module()
     rows = torch.arange(250)[:, None]
-    shares = [list(data.eval_dataloader(rows, rank, processes=3)) for rank in range(3)]
-    assert [[len(x) for x, _ in share] for share in shares] == [[84], [83], [83]]
-    assert [index[:2].tolist() for ((_, index),) in shares] == [[0, 3], [1, 4], [2, 5]]
+    data.splits = Splits(rows, rows, rows)
+    shares = [list(data.eval_dataloader("test", rank, processes=3)) for rank in range(3)]
+    assert [[len(x) for x, *_ in share] for share in shares] == [[84], [83], [83]]
+    assert [index[:2].tolist() for ((_, index, _),) in shares] == [[0, 3], [1, 4], [2, 5]]
 
 
 def test_the_order_follows_from_the_seed_and_the_epoch_and_is_shared_out():

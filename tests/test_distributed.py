@@ -121,10 +121,11 @@ def test_another_number_of_devices_than_torchrun_started_is_refused(tmp_path):
 def test_each_process_gets_its_share_of_a_split():
     rows = torch.arange(11, dtype=torch.float32)[:, None]
     data = DataModule(lambda: Splits(rows, rows, rows), [1], 4, 3)
-    batches = [batch for rank in range(3) for batch in data.eval_dataloader(rows, rank, 3)]
-    for x, index in batches:
+    data.setup()
+    batches = [batch for rank in range(3) for batch in data.eval_dataloader("test", rank, 3)]
+    for x, index, _ in batches:
         assert torch.equal(x[:, 0].long(), index)
-    assert sorted(torch.cat([index for _, index in batches]).tolist()) == list(range(11))
+    assert sorted(torch.cat([index for _, index, _ in batches]).tolist()) == list(range(11))
 
 
 @pytest.mark.parametrize(

@@ -64,7 +64,7 @@ def plot_figure_1(runs: list[Run], path: Path) -> str:
     for ax, run in zip(axes[0], runs, strict=True):
         data, flow = load(run)
         data.setup()
-        batches = data.eval_dataloader(data.splits.test)
+        batches = data.eval_dataloader("test")
         measured[run.recipe], _ = evaluate(flow, data.transform, batches, noises=1, seed=0)
         z = torch.linspace(-2.5, 2.5, 41)[:, None].to(next(flow.parameters()))
         frames = flow.trajectory(z, intervals=64)[..., 0].cpu()  # from T to 0

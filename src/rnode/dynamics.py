@@ -27,12 +27,15 @@ class State(NamedTuple):
 
 
 class VectorField(Protocol):
-    """A field f(z, t) with its vector-Jacobian product: `rnode.Field`, or a user's own module."""
+    """A field f(z, t) with its vector-Jacobian product: `rnode.Field`, or a user's own module.
 
-    def __call__(self, t: Tensor, z: Tensor) -> Tensor:
+    The field of a density of x given c takes c (B, k) as a last argument of both.
+    """
+
+    def __call__(self, t: Tensor, z: Tensor, *c: Tensor) -> Tensor:
         """t (), z (B, *shape) → f(z, t) (B, *shape)."""
 
-    def vjp(self, t: Tensor, z: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
+    def vjp(self, t: Tensor, z: Tensor, eps: Tensor, *c: Tensor) -> tuple[Tensor, Tensor]:
         """t (), z (B, *shape), eps (K, B, *shape) → f(z, t) (B, *shape), εᵀ∇f (K, B, *shape)."""
 
 
@@ -75,21 +78,25 @@ class Dynamics:
     Args:
         field: the vector field f.
         eps: the probes (K, B, *shape), frozen for the whole solve; None if only `f` is called.
+        context: c (B, k), on which the density is conditioned; None if it is not.
     """
 
-    def __init__(self, field: VectorField, eps: Tensor | None = None):
+    def __init__(
+        self, field: VectorField, eps: Tensor | None = None, context: Tensor | None = None
+    ):
         self.field, self.nfe = field, 0
+        self.c = () if context is None else (context,)
         self.eps: Any = eps
 
     def f(self, t: Tensor, z: Tensor) -> Tensor:
         """The right-hand side of (ODE): t (), z (B, *shape) → dz/dt (B, *shape)."""
         self.nfe += 1
-        return self.field(t, z)
+        return self.field(t, z, *self.c)
 
     def __call__(self, t: Tensor, state: State) -> State:
         """The right-hand side of (RNODE): the time derivatives of z, l, E and n."""
         self.nfe += 1
-        f, eps_jac = self.field.vjp(t, state.z, self.eps)  # f(z, t) and εᵀ∇f
+        f, eps_jac = self.field.vjp(t, state.z, self.eps, *self.c)  # f(z, t) and εᵀ∇f
         return State(
             z=f,
             l=(eps_jac * self.eps).flatten(2).sum((0, 2)),  # div f = εᵀ∇f ε

@@ -12,7 +12,7 @@ from rnode.errors import DivergenceError
 from rnode.flow import Flow, Solution
 from rnode.loss import bits_per_dim, log_normal
 from rnode.seeding import NOISE, PROBES, sample_generators
-from rnode.transforms import Batch, Transform
+from rnode.transforms import Batch, TableTransform, Transform
 
 
 class Measures(NamedTuple):
@@ -31,7 +31,7 @@ def measure(
     `generators`, one per sample, give other probes.
     """
     generators = generators or sample_generators(batch.index, seed, PROBES)
-    solution = flow.solve(batch.y, generators)
+    solution = flow.solve(batch.y, generators, batch.context)
     state = solution.state
     bits = bits_per_dim(log_normal(state.z) + state.l, batch.log_det, flow.d)
     return solution, Measures(bits, state.E / flow.d, state.n / flow.d)
@@ -66,8 +66,8 @@ def importance_bound(bits: Tensor, d: int) -> Tensor:
 @torch.no_grad()
 def evaluate(
     flow: Flow,
-    transform: Transform,
-    batches: Iterable[tuple[Tensor, Tensor]],
+    transform: Transform | TableTransform,
+    batches: Iterable[tuple[Tensor, Tensor, Tensor | None]],
     noises: int,
     seed: int,
 ) -> tuple[dict, dict[str, Tensor]]:
@@ -76,7 +76,8 @@ def evaluate(
     Args:
         flow: the flow, in evaluation mode.
         transform: from the data to what the flow models.
-        batches: data (B, *shape) and their indices (B,), the share of this process.
+        batches: data (B, *shape), their indices (B,) and, for a density of x given c, c (B, k);
+            the share of this process.
         noises: number of dequantizations of each image in the importance-weighted bound.
         seed: seed of noise and probes.
 
@@ -84,8 +85,8 @@ def evaluate(
         Plain numbers, and columns with a value for each sample, (N,), of the whole split.
     """
     parts = []
-    for x, index in batches:
-        columns, by_piece = evaluate_batch(flow, transform, x, index, noises, seed)
+    for rows in batches:
+        columns, by_piece = evaluate_batch(flow, transform, rows, noises, seed)
         parts.append(({name: column.double().cpu() for name, column in columns.items()}, by_piece))
     parts, nfe = zip(*gather_lists(parts), strict=True)
     order = torch.cat([part["index"] for part in parts]).argsort()
@@ -94,13 +95,23 @@ def evaluate(
 
 
 def evaluate_batch(
-    flow: Flow, transform: Transform, x: Tensor, index: Tensor, noises: int, seed: int
+    flow: Flow,
+    transform: Transform | TableTransform,
+    rows: tuple[Tensor, Tensor, Tensor | None],
+    noises: int,
+    seed: int,
 ) -> tuple[dict[str, Tensor], list[int]]:
-    """x (B, *shape), index (B,) → columns, (B,) each but `bounds` (K, B), and NFE by piece."""
-    x = x.to(next(flow.parameters()).device)
+    """x (B, *shape), index (B,) and c (B, k) or None → columns, (B,) each but `bounds` (K, B),
+    and NFE by piece."""
+    x, index, context = rows
+    device = next(flow.parameters()).device
+
+    def transformed(noise: Tensor | None) -> Batch:
+        return transform(x, index, noise, context).to(device)
+
     noise_generators = sample_generators(index, seed, NOISE)
     probe_generators = sample_generators(index, seed, PROBES)
-    batch = transform(x, index, transform.noise(x, noise_generators))
+    batch = transformed(transform.noise(x, noise_generators))
     solution, measures = measure(flow, batch, seed, probe_generators)
     z = solution.state.z
     columns = {
@@ -108,7 +119,7 @@ def evaluate_batch(
         **measures._asdict(),
         "transport_cost": (flow.as_x(z) - batch.y).square().flatten(1).sum(1) / flow.d,
         "displacement": torch.stack([p.displacement for p in solution.pieces]).sum(0) / flow.d,
-        "inverse_error": (flow.inverse(z) - batch.y).abs().flatten(1).amax(1),
+        "inverse_error": (flow.inverse(z, batch.context) - batch.y).abs().flatten(1).amax(1),
     }
     if flow.probes.divergence != "exact":  # a second call gives each sample other probes
         other = measure(flow, batch, seed, probe_generators)[1]
@@ -116,10 +127,10 @@ def evaluate_batch(
     if transform.discrete:
         bits = [measures.bits_per_dim]
         for _ in range(noises - 1):  # and another noise
-            other_noise = transform(x, index, transform.noise(x, noise_generators))
+            other_noise = transformed(transform.noise(x, noise_generators))
             bits.append(measure(flow, other_noise, seed)[1].bits_per_dim)
         columns["bounds"] = importance_bound(torch.stack(bits), flow.d)
-        centre = transform(x, index, torch.full(x.shape, 0.5))  # of each bin
+        centre = transformed(torch.full(x.shape, 0.5))  # of each bin
         columns["midpoint"] = measure(flow, centre, seed)[1].bits_per_dim
     return columns, [piece.nfe_forward for piece in solution.pieces]
 

@@ -60,15 +60,19 @@ class Piece(nn.Module):
         super().__init__()
         self.field = field
 
-    def forward(self, z: Tensor, eps: Tensor, method: Method, gradient: str) -> PieceSolution:
+    def forward(
+        self, z: Tensor, eps: Tensor, method: Method, gradient: str, context: Tensor | None = None
+    ) -> PieceSolution:
         """z (B, *shape) at time 0, eps (K, B, *shape) → the solution at time T."""
-        dynamics = Dynamics(self.field, eps)
+        dynamics = Dynamics(self.field, eps, context)
         state = solve(dynamics, z, method, gradient, self.parameters())
         return PieceSolution(z, state, dynamics, dynamics.nfe)
 
-    def inverse(self, z: Tensor, method: Method, intervals: int = 1) -> tuple[Tensor, int]:
+    def inverse(
+        self, z: Tensor, method: Method, intervals: int = 1, context: Tensor | None = None
+    ) -> tuple[Tensor, int]:
         """z (B, *shape) at time T → z at `intervals` + 1 times from T to 0, and the NFE."""
-        dynamics = Dynamics(self.field)
+        dynamics = Dynamics(self.field, context=context)
         return solve_back(dynamics.f, z, method, intervals), dynamics.nfe
 
 
@@ -116,18 +120,29 @@ Layer = Piece | Flatten | Squeeze | FactorOut
 class Flow(nn.Module):
     """An invertible map x (B, *shape) ↔ z (B, d) with a density, equations (2) and (4).
 
+    A flow of `context` numbers models p(x | c): its methods then need c, one for all samples
+    (context,) or one for each (B, context).
+
     Args:
         shape: shape of one sample x.
         layers: the layers from x to z.
         solver: its method `train` solves in training mode, `test` in evaluation mode.
         probes: the probes of every piece's estimates.
+        context: number of the numbers c on which the density is conditioned.
     """
 
     layers: Sequence[Layer]
 
-    def __init__(self, shape: Sequence[int], layers: list[Layer], solver: Solver, probes: Probes):
+    def __init__(
+        self,
+        shape: Sequence[int],
+        layers: list[Layer],
+        solver: Solver,
+        probes: Probes,
+        context: int = 0,
+    ):
         super().__init__()
-        self.shape = torch.Size(shape)
+        self.shape, self.context = torch.Size(shape), context
         self.layers = nn.ModuleList(layers)  # ty: ignore[invalid-assignment]
         self.solver, self.probes = solver, probes
         factored, z = [], torch.empty(1, *shape, device="meta")
@@ -148,18 +163,23 @@ class Flow(nn.Module):
     def method(self) -> Method:
         return self.solver.train if self.training else self.solver.test
 
-    def forward(self, x: Tensor) -> State:
+    def forward(self, x: Tensor, context: Tensor | None = None) -> State:
         """x (B, *shape) → z (B, d) and l, E, n (B,), the integrals summed over the pieces."""
-        return self.solve(x).state
+        return self.solve(x, context=context).state
 
-    def solve(self, x: Tensor, generators: Sequence[torch.Generator] | None = None) -> Solution:
+    def solve(
+        self,
+        x: Tensor,
+        generators: Sequence[torch.Generator] | None = None,
+        context: Tensor | None = None,
+    ) -> Solution:
         """Map x (B, *shape) to z; the probes are sampled from one generator per sample if given.
 
         A DivergenceError names the piece whose solver could not reach T.
         """
         fits = x.shape[1:] == self.shape
         require(fits, f"x of shape {tuple(x.shape)}: must be (B, {str(tuple(self.shape))[1:]}")
-        z = self._to_state(x)
+        z, c = self._to_state(x), self._given(context, len(x))
         _, l, E, n = State.initial(z)
         factored, solutions = [], []
         for layer in self.layers:
@@ -168,7 +188,7 @@ class Flow(nn.Module):
                 continue
             eps = self.probes.sample(z, generators)
             try:
-                solution = layer(z, eps, self.method, self.solver.gradient)
+                solution = layer(z, eps, self.method, self.solver.gradient, c)
             except DivergenceError as error:
                 raise DivergenceError(f"{error} in piece {len(solutions) + 1}") from None
             z, dl, dE, dn = solution.state
@@ -177,32 +197,34 @@ class Flow(nn.Module):
         z = torch.cat([part.flatten(1) for part in (*factored, z)], dim=1)
         return Solution(State(z, l, E, n), solutions)
 
-    def inverse(self, z: Tensor) -> Tensor:
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> Tensor:
         """z (B, d) → x (B, *shape), with forward(inverse(z)).z = z up to the solver's error."""
-        return self.solve_inverse(z)[0]
+        return self.solve_inverse(z, context)[0]
 
-    def solve_inverse(self, z: Tensor) -> tuple[Tensor, int]:
+    def solve_inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, int]:
         """z (B, d) → x (B, *shape) and the evaluations of f, summed over the pieces."""
+        c = self._given(context, len(z))
         z, factored = self._split(z)
         nfe = 0
         for layer in reversed(self.layers):
             if isinstance(layer, Piece):
-                path, evaluations = layer.inverse(z, self.method)
+                path, evaluations = layer.inverse(z, self.method, context=c)
                 z, nfe = path[-1], nfe + evaluations
             else:
                 z = layer.inverse(z, factored)
         return z, nfe
 
-    def trajectory(self, z: Tensor, intervals: int = 1) -> Tensor:
+    def trajectory(self, z: Tensor, intervals: int = 1, context: Tensor | None = None) -> Tensor:
         """Follow z (B, d) to x = inverse(z), in frames (pieces · intervals + 1, B, *shape).
 
         A frame is arranged like x: it shows the pieces still to come as the identity.
         """
+        c = self._given(context, len(z))
         z, factored = self._split(z)
         frames = [self._rearrange(z, factored, len(self.layers))]
         for i, layer in reversed(list(enumerate(self.layers))):
             if isinstance(layer, Piece):
-                path, _ = layer.inverse(z, self.method, intervals)
+                path, _ = layer.inverse(z, self.method, intervals, c)
                 frames += [self._rearrange(z_t, factored, i) for z_t in path[1:]]
                 z = path[-1]
             else:
@@ -228,20 +250,37 @@ class Flow(nn.Module):
             z = z if isinstance(layer, Piece) else layer.inverse(z, factored)
         return z
 
+    def _given(self, context: Tensor | None, count: int) -> Tensor | None:
+        """c for each of `count` samples, (count, context); None for a flow without conditions."""
+        if self.context == 0 and context is None:
+            return None
+        found = None if context is None else tuple(context.shape)
+        right = f"({self.context},) or ({count}, {self.context})" if self.context else "left out"
+        fits = found in ((self.context,), (count, self.context)) and self.context > 0
+        require(fits, f"context of shape {found}: must be {right}")
+        return context.expand(count, -1)
+
     def _to_state(self, x: Tensor) -> Tensor:
         """x in a dtype at least as precise as the solver's."""
         return x.to(torch.promote_types(x.dtype, getattr(torch, self.solver.dtype)))
 
-    def log_prob(self, x: Tensor) -> Tensor:
+    def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """x (*batch, *shape) → log p(x) in nats, equation (4), (*batch)."""
         batch = x.shape[: x.dim() - len(self.shape)]
-        state = self(x.reshape(-1, *x.shape[len(batch) :]))
+        c = context if context is None or context.dim() == 1 else context.flatten(0, -2)
+        state = self(x.reshape(-1, *x.shape[len(batch) :]), c)
         return (log_normal(state.z) + state.l).reshape(batch)
 
     @torch.no_grad()
-    def sample(self, batch: int | Sequence[int] = (), temperature: float = 1.0) -> Tensor:
+    def sample(
+        self,
+        batch: int | Sequence[int] = (),
+        temperature: float = 1.0,
+        context: Tensor | None = None,
+    ) -> Tensor:
         """Sample x (*batch, *shape), from z with standard deviation `temperature`."""
         batch = (batch,) if isinstance(batch, int) else tuple(batch)
         like = next(self.parameters())
         z = torch.randn(math.prod(batch), self.d, device=like.device, dtype=like.dtype)
-        return self.inverse(temperature * z).reshape(*batch, *self.shape)
+        c = context if context is None or context.dim() == 1 else context.flatten(0, -2)
+        return self.inverse(temperature * z, c).reshape(*batch, *self.shape)

@@ -17,6 +17,7 @@ def multiscale(
     hidden: int = 64,
     layers: int = 4,
     pieces: int = 2,
+    context: int = 0,
 ) -> Flow:
     """The paper's flow for images.
 
@@ -30,6 +31,7 @@ def multiscale(
         hidden: channels of the inner layers of a piece.
         layers: convolutions of a piece.
         pieces: pieces before and after each squeeze, and in the last scale.
+        context: number of the numbers c of a conditional density p(x | c).
 
     Raises:
         InputError: if the shape cannot be halved as often as the scales need.
@@ -39,16 +41,17 @@ def multiscale(
     require(image, f"{size}; the mlp flow takes any shape")
     channels, height, width = shape
     flow: list[Layer] = []
+    sizes = (hidden, layers, pieces, context)
     while min(height, width) >= 8:
         halved = 2 * shape[1] // height  # how many times, with this scale
         fit = "×".join(str(side - side % halved) for side in shape[1:])
         even = f"the scales cannot halve {height}×{width}; crop or pad the images, to {fit}"
         require(height % 2 == width % 2 == 0, f"shape={list(shape)}: {even} for example")
-        flow += [*stack(TimeConv2d, channels, hidden, layers, pieces), Squeeze()]
-        flow += [*stack(TimeConv2d, 4 * channels, hidden, layers, pieces), FactorOut()]
+        flow += [*stack(TimeConv2d, channels, *sizes), Squeeze()]
+        flow += [*stack(TimeConv2d, 4 * channels, *sizes), FactorOut()]
         channels, height, width = 2 * channels, height // 2, width // 2
-    flow += stack(TimeConv2d, channels, hidden, layers, pieces)
-    return Flow(shape, flow, solver, probes)
+    flow += stack(TimeConv2d, channels, *sizes)
+    return Flow(shape, flow, solver, probes, context)
 
 
 def mlp(
@@ -58,15 +61,18 @@ def mlp(
     hidden: int = 64,
     layers: int = 4,
     pieces: int = 1,
+    context: int = 0,
 ) -> Flow:
     """A stack of dense pieces, for vectors; images are flattened. Arguments as for `multiscale`."""
     require(len(shape) > 0 and min(shape) >= 1, f"shape={list(shape)}: must be positive sizes")
     flow: list[Layer] = [Flatten(shape)] if len(shape) > 1 else []
-    flow += stack(TimeLinear, math.prod(shape), hidden, layers, pieces)
-    return Flow(shape, flow, solver, probes)
+    flow += stack(TimeLinear, math.prod(shape), hidden, layers, pieces, context)
+    return Flow(shape, flow, solver, probes, context)
 
 
-def stack(layer: LayerType, size: int, hidden: int, layers: int, pieces: int) -> list[Piece]:
+def stack(
+    layer: LayerType, size: int, hidden: int, layers: int, pieces: int, context: int
+) -> list[Piece]:
     """Pieces whose fields have `layers` layers, with `size` inputs and `hidden` inner channels."""
     sizes = [size, *[hidden] * (layers - 1), size]
-    return [Piece(Field(layer, sizes)) for _ in range(pieces)]
+    return [Piece(Field(layer, sizes, context)) for _ in range(pieces)]

@@ -1,6 +1,7 @@
 """The vector field f(z, t) of a piece and its vector-Jacobian product εᵀ∇f.
 
-The layers have time as an extra input channel, and softplus between them. The last layer starts at
+The layers have time as an extra input channel, and softplus between them. For a density of x given
+c, the numbers c are further inputs of every layer, as time is. The last layer starts at
 zero, so f = 0 and the flow starts as the identity (paper, section 6). The other layers start by
 He's initialization: torch's default shrinks a signal to 0.3 of itself in each layer, and a young
 flow would stay nearly linear.
@@ -67,41 +68,50 @@ def _softplus(a: Tensor) -> Tensor:
 
 
 class TimeConv2d(nn.Conv2d):
-    """3×3 convolution of (t, h). Time is the first of its in_channels + 1 input channels.
+    """3×3 convolution of (t, c, h). Its input channels are 1, `context` and in_channels.
 
-    The time channel is the same for every sample, so its convolution is computed once and added
-    like a bias.
+    Time and c are constant channels. The convolution of the time channel is the same for every
+    sample, so it is computed once and added like a bias.
     """
 
-    def __init__(self, in_channels: int, out_channels: int):
-        super().__init__(in_channels + 1, out_channels, kernel_size=3, padding=1)
+    def __init__(self, in_channels: int, out_channels: int, context: int = 0):
+        super().__init__(1 + context + in_channels, out_channels, kernel_size=3, padding=1)
+        self.context = context
 
-    def forward(self, t: Tensor, h: Tensor) -> Tensor:
-        """t (), h (B, in_channels, H, W) → (B, out_channels, H, W)."""
+    def forward(self, t: Tensor, h: Tensor, c: Tensor | None = None) -> Tensor:
+        """t (), h (B, in_channels, H, W), c (B, context) → (B, out_channels, H, W)."""
         ones = h.new_ones(1, 1, *h.shape[2:])
-        time, space = self.weight[:, :1], self.weight[:, 1:]
-        return F.conv2d(h, space, self.bias, padding=1).add_(t * F.conv2d(ones, time, padding=1))
+        time, given, space = self.weight.split((1, self.context, h.shape[1]), dim=1)
+        out = F.conv2d(h, space, self.bias, padding=1).add_(t * F.conv2d(ones, time, padding=1))
+        if c is None:
+            return out
+        maps = F.conv2d(ones, given.flatten(0, 1)[:, None], padding=1)  # of each output and number
+        maps = maps.view(out.shape[1], self.context, *h.shape[2:])
+        return out + torch.einsum("bk,okhw->bohw", c, maps)
 
     def vjp(self, g: Tensor) -> Tensor:
         """g (K, B, out_channels, H, W) → gᵀ ∂layer/∂h (K, B, in_channels, H, W)."""
         # The transposed convolution as a convolution: several times faster for few out_channels.
-        kernel = self.weight[:, 1:].transpose(0, 1).flip(2, 3)
+        kernel = self.weight[:, 1 + self.context :].transpose(0, 1).flip(2, 3)
         return F.conv2d(g.flatten(0, 1), kernel, padding=1).unflatten(0, g.shape[:2])
 
 
 class TimeLinear(nn.Linear):
-    """Dense layer of (t, h). Time is the first of its in_features + 1 inputs."""
+    """Dense layer of (t, c, h). Its inputs are 1, `context` and in_features."""
 
-    def __init__(self, in_features: int, out_features: int):
-        super().__init__(in_features + 1, out_features)
+    def __init__(self, in_features: int, out_features: int, context: int = 0):
+        super().__init__(1 + context + in_features, out_features)
+        self.context = context
 
-    def forward(self, t: Tensor, h: Tensor) -> Tensor:
-        """t (), h (B, in_features) → (B, out_features)."""
-        return F.linear(h, self.weight[:, 1:], self.bias + t * self.weight[:, 0])
+    def forward(self, t: Tensor, h: Tensor, c: Tensor | None = None) -> Tensor:
+        """t (), h (B, in_features), c (B, context) → (B, out_features)."""
+        time, given, space = self.weight.split((1, self.context, h.shape[-1]), dim=1)
+        out = F.linear(h, space, self.bias + t * time[:, 0])
+        return out if c is None else out + F.linear(c, given)
 
     def vjp(self, g: Tensor) -> Tensor:
         """g (K, B, out_features) → gᵀ ∂layer/∂h (K, B, in_features)."""
-        return g @ self.weight[:, 1:]
+        return g @ self.weight[:, 1 + self.context :]
 
 
 LayerType = type[TimeConv2d] | type[TimeLinear]
@@ -113,13 +123,14 @@ class Field(nn.Module):
     Args:
         layer: TimeConv2d for images (the sizes are channels) or TimeLinear for vectors.
         sizes: sizes of z, of the hidden layers and of f.
+        context: number of the numbers c on which the density is conditioned.
     """
 
     layers: Sequence[TimeConv2d | TimeLinear]
 
-    def __init__(self, layer: LayerType, sizes: list[int]):
+    def __init__(self, layer: LayerType, sizes: list[int], context: int = 0):
         super().__init__()
-        layers = [layer(*pair) for pair in itertools.pairwise(sizes)]
+        layers = [layer(*pair, context) for pair in itertools.pairwise(sizes)]
         self.layers = nn.ModuleList(layers)  # ty: ignore[invalid-assignment]
         for inner in layers[:-1]:
             nn.init.kaiming_normal_(inner.weight)
@@ -127,26 +138,30 @@ class Field(nn.Module):
         for parameter in layers[-1].parameters():
             nn.init.zeros_(parameter)
 
-    def forward(self, t: Tensor, z: Tensor) -> Tensor:
-        """t (), z (B, *shape) → f(z, t) (B, *shape), in the dtype of z."""
+    def forward(self, t: Tensor, z: Tensor, c: Tensor | None = None) -> Tensor:
+        """t (), z (B, *shape), c (B, context) → f(z, t) (B, *shape), in the dtype of z."""
         *inner, last = self.layers
         h = _channels_last(z.to(last.weight.dtype))
+        c = None if c is None else c.to(h.dtype)
         for layer in inner:
-            h = _softplus(layer(t, h))
-        return last(t, h).to(z.dtype)
+            h = _softplus(layer(t, h, c))
+        return last(t, h, c).to(z.dtype)
 
-    def vjp(self, t: Tensor, z: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
+    def vjp(
+        self, t: Tensor, z: Tensor, eps: Tensor, c: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """t (), z (B, *shape), eps (K, B, *shape) → f(z, t) (B, *shape) and εᵀ∇f (K, B, *shape)."""
         *inner, last = self.layers
         h = _channels_last(z.to(last.weight.dtype))
+        c = None if c is None else c.to(h.dtype)
         slopes = []
         for layer in inner:
-            h, slope = _softplus_sigmoid(layer(t, h))
+            h, slope = _softplus_sigmoid(layer(t, h, c))
             slopes.append(slope)
         g = last.vjp(_channels_last(eps.to(h.dtype).flatten(0, 1)).unflatten(0, eps.shape[:2]))
         for layer, slope in zip(reversed(inner), reversed(slopes), strict=True):
             g = layer.vjp(g * slope)
-        return last(t, h).to(z.dtype), g.to(z.dtype)
+        return last(t, h, c).to(z.dtype), g.to(z.dtype)
 
     def compile(self) -> None:
         """Compile f and εᵀ∇f by torch.compile. Fields of one shape share the compiled code."""

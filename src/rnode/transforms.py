@@ -1,8 +1,8 @@
-"""Dequantization and the logit transform, each with its inverse and its log-determinant."""
+"""Dequantization, logit and standardization, each with its inverse and its log-determinant."""
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,11 +12,18 @@ from rnode.seeding import NOISE, sample_generators
 
 
 class Batch(NamedTuple):
-    """Transformed data: y (B, *shape), log|det dy/dx| (B,), index of each in its split (B,)."""
+    """Transformed data: y (B, *shape), log|det dy/dx| (B,), index of each in its split (B,).
+
+    For a density of x given c, also c (B, k).
+    """
 
     y: Tensor
     log_det: Tensor
     index: Tensor
+    context: Tensor | None = None
+
+    def to(self, device: torch.device) -> "Batch":
+        return Batch(*(part if part is None else part.to(device) for part in self))
 
 
 class Dequantize:
@@ -60,6 +67,94 @@ class Logit:
         return (y.sigmoid() - self.alpha) / (1 - 2 * self.alpha)
 
 
+class Column(NamedTuple):
+    """How a column of a table becomes a coordinate of y.
+
+    Whole numbers are dequantized. Then a positive column may have its logarithm taken, and one
+    between two bounds its logit. The result is standardized by `mean` and `std`.
+    """
+
+    name: str
+    integer: bool = False
+    log: bool = False
+    bounds: tuple[float, float] | None = None
+    mean: float = 0.0
+    std: float = 1.0
+
+    def __call__(self, x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """x, noise (B,) → y (B,) and log|dy/dx| (B,); without noise x is not dequantized."""
+        u = x + noise if self.integer else x
+        log_det = torch.full_like(u, -math.log(self.std))
+        if self.log:
+            u = u.log()
+            log_det = log_det - u
+        elif self.bounds is not None:
+            low, high = self.bounds
+            log_s, log_1_s = ((u - low) / (high - low)).log(), ((high - u) / (high - low)).log()
+            u = log_s - log_1_s
+            log_det = log_det - log_s - log_1_s - math.log(high - low)
+        return (u - self.mean) / self.std, log_det
+
+    def inverse(self, y: Tensor) -> Tensor:
+        """y (B,) → x (B,)."""
+        u = y * self.std + self.mean
+        if self.log:
+            u = u.exp()
+        elif self.bounds is not None:
+            u = self.bounds[0] + (self.bounds[1] - self.bounds[0]) * u.sigmoid()
+        return u.floor() if self.integer else u
+
+
+class TableTransform:
+    """Rows of a table x (B, d) to what the flow models, y (B, d), column by column, in float64.
+
+    log p(x) is in the table's own units; for columns of whole numbers it bounds the discrete one.
+    """
+
+    levels = None  # x are not grey levels
+
+    def __init__(self, columns: Sequence[Column]):
+        self.columns = tuple(columns)
+
+    @property
+    def discrete(self) -> bool:
+        """Whether columns hold whole numbers, of which log p(y) bounds a discrete likelihood."""
+        return any(column.integer for column in self.columns)
+
+    def __call__(
+        self, x: Tensor, index: Tensor, noise: Tensor | None = None, context: Tensor | None = None
+    ) -> Batch:
+        """Transform x (B, d) with `noise` (B, d), uniform on [0, 1) if None."""
+        noise = torch.rand(x.shape) if noise is None else noise
+        noise = noise.clamp(min=torch.finfo(noise.dtype).tiny)  # the logarithm of 0 is infinite
+        parts = zip(self.columns, x.double().T, noise.double().T, strict=True)
+        y, log_det = zip(*(column(values, u) for column, values, u in parts), strict=True)
+        return Batch(torch.stack(y, 1).float(), sum(log_det).float(), index, context)
+
+    def for_evaluation(
+        self, x: Tensor, index: Tensor, seed: int, context: Tensor | None = None
+    ) -> Batch:
+        """Transform data with the noise that belongs to each sample and `seed`."""
+        return self(x, index, self.noise(x, sample_generators(index, seed, NOISE)), context)
+
+    def noise(self, x: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+        """Sample uniform noise for x (B, d), one generator per sample."""
+        return torch.stack([torch.rand(x.shape[1:], generator=g) for g in generators])
+
+    def inverse(self, y: Tensor) -> Tensor:
+        """y (B, d) → x (B, d), float64."""
+        parts = zip(self.columns, y.double().cpu().T, strict=True)
+        return torch.stack([column.inverse(values) for column, values in parts], dim=1)
+
+    def state(self) -> list[dict[str, Any]]:
+        """Plain containers, from which `from_state` makes this transform."""
+        return [column._asdict() for column in self.columns]
+
+    @classmethod
+    def from_state(cls, state: Sequence[dict[str, Any]]) -> "TableTransform":
+        return cls([Column(**column) for column in state])
+
+
 class Transform:
     """Data x to what the flow models, y: dequantization, then the logit.
 
@@ -73,22 +168,31 @@ class Transform:
         self.logit = None if alpha is None else Logit(alpha)
 
     @property
+    def levels(self) -> int | None:
+        """The number of grey levels of images; None for vectors."""
+        return None if self.dequantize is None else self.dequantize.levels
+
+    @property
     def discrete(self) -> bool:
         """Whether x are grey levels, of which log p(y) bounds a discrete likelihood."""
         return self.dequantize is not None
 
-    def __call__(self, x: Tensor, index: Tensor, noise: Tensor | None = None) -> Batch:
+    def __call__(
+        self, x: Tensor, index: Tensor, noise: Tensor | None = None, context: Tensor | None = None
+    ) -> Batch:
         """Transform x (B, *shape) with `noise` (B, *shape), uniform on [0, 1) if None."""
         if self.dequantize is None or self.logit is None:
-            return Batch(x, x.new_zeros(len(x)), index)
+            return Batch(x, x.new_zeros(len(x)), index, context)
         noise = torch.rand(x.shape, device=x.device) if noise is None else noise.to(x.device)
         u, log_det_u = self.dequantize(x, noise)
         y, log_det_y = self.logit(u)
-        return Batch(y, log_det_u + log_det_y, index)
+        return Batch(y, log_det_u + log_det_y, index, context)
 
-    def for_evaluation(self, x: Tensor, index: Tensor, seed: int) -> Batch:
+    def for_evaluation(
+        self, x: Tensor, index: Tensor, seed: int, context: Tensor | None = None
+    ) -> Batch:
         """Transform data with the noise that belongs to each sample and `seed`."""
-        return self(x, index, self.noise(x, sample_generators(index, seed, NOISE)))
+        return self(x, index, self.noise(x, sample_generators(index, seed, NOISE)), context)
 
     def noise(self, x: Tensor, generators: Sequence[torch.Generator]) -> Tensor | None:
         """Sample uniform noise for x (B, *shape), one generator per sample; None for vectors."""

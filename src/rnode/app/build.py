@@ -2,7 +2,8 @@
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import yaml
@@ -23,10 +24,22 @@ EXACT_UP_TO = 16  # dimensions: there div f by as many products as dimensions is
 SECTIONS = ("dataset", "model", "solver", "divergence", "probes")
 
 
-def build(cfg: DictConfig) -> tuple[DataModule, Flow]:
-    """Build what dataset, model and solver describe."""
+def build(cfg: DictConfig, state: dict | None = None) -> tuple[DataModule, Flow]:
+    """Build what dataset, model and solver describe.
+
+    `state` is the state of the data in a checkpoint. Without it the data are read here if the size
+    of the flow depends on them.
+    """
     data, solver = instantiate(cfg.dataset), instantiate(cfg.solver)
-    return data, instantiate(cfg.model)(solver=solver, probes=Probes(cfg.divergence, cfg.probes))
+    if state:
+        data.load_state_dict(state)
+    elif cfg.dataset.shape is None or cfg.dataset.get("context"):
+        data.setup()
+    few = math.prod(data.shape) <= EXACT_UP_TO
+    probes = Probes(cfg.divergence or ("exact" if few else "gaussian"), cfg.probes)
+    sizes = {"context": data.context.size} if data.context else {}
+    sizes |= {} if cfg.dataset.shape else {"shape": data.shape}
+    return data, instantiate(cfg.model)(solver=solver, probes=probes, **sizes)
 
 
 def from_checkpoint(cfg: DictConfig) -> tuple[DataModule, Flow, Fabric]:
@@ -34,7 +47,7 @@ def from_checkpoint(cfg: DictConfig) -> tuple[DataModule, Flow, Fabric]:
 
     From here on as many processes run as `cfg.trainer` asks for, each with the flow on its device.
     """
-    data, flow = load_flow(cfg.ckpt_path, lambda config: apply_overrides(config, cfg))
+    data, flow = load_flow(cfg.ckpt_path, partial(apply_overrides, cfg=cfg), cfg.trust)
     match_processes(cfg.trainer, HydraConfig.get().overrides.task)
     fabric = Fabric(**cfg.trainer, plugins=cluster_plugins())
     fabric.launch()
@@ -46,23 +59,30 @@ def exact_if_small(config: DictConfig) -> None:
         config.divergence = "exact"
 
 
-def load_flow(path: str, change: Callable = exact_if_small) -> tuple[DataModule, Flow]:
+def load_flow(
+    path: str, change: Callable = exact_if_small, trust: Sequence[str] = ()
+) -> tuple[DataModule, Flow]:
     """Load the data and the trained flow of a checkpoint, on the CPU.
 
     `change` changes the configuration of the run first. InputError is raised if the configuration
-    names a class that neither conf/ nor a folder of --config-dir names.
+    names a class that neither conf/ nor a folder of --config-dir names, outside the packages that
+    the user trusts.
     """
     checkpoint = load_checkpoint(path)
     sections = {name: checkpoint["config"][name] for name in SECTIONS}
     known = set(known_targets())
     for key, value in flatten(sections).items():
-        foreign = key.endswith("_target_") and str(value) not in known
-        what = f"call {value}, which conf/ does not name" if foreign else f"interpret {value}"
+        package = str(value).split(".")[0]
+        foreign = key.endswith("_target_") and str(value) not in known and package not in trust
+        refused = f"call {value}, which conf/ does not name; if it is yours, add trust=[{package}]"
+        what = refused if foreign else f"interpret {value}"
         refused = foreign or "${" in f"{key}{value}"
         require(not refused, f"ckpt_path={path}: its configuration would {what}")
-    config = OmegaConf.create(sections)
+    config, state = OmegaConf.create(sections), checkpoint.get("DataModule", {})
+    config.dataset.shape = config.dataset.shape or state["shape"]
+    config.model.shape = config.model.get("shape") or config.dataset.shape
     change(config)
-    (data, flow), weights = build(config), flow_weights(checkpoint)
+    (data, flow), weights = build(config, state), flow_weights(checkpoint)
     flow.load_state_dict(weights, assign=True)
     return data, flow.requires_grad_().eval()
 

@@ -17,6 +17,7 @@ from rnode.distributed import rank_and_world_size
 from rnode.errors import require
 from rnode.evaluation import evaluate
 from rnode.training.plots import plot_extremes
+from rnode.transforms import TableTransform
 
 
 def main(cfg: DictConfig) -> float:
@@ -27,7 +28,7 @@ def main(cfg: DictConfig) -> float:
     fixed = isinstance(rows, torch.Tensor)
     require(fixed, f"split={cfg.split}: must be val or test; these training data change each epoch")
     first = fabric.is_global_zero
-    batches = data.eval_dataloader(rows, *rank_and_world_size())
+    batches = data.eval_dataloader(cfg.split, *rank_and_world_size())
     batches = track(batches, f"{cfg.split} set", disable=not first)
     summary, columns = evaluate(flow, data.transform, batches, cfg.samples, cfg.seed)
     if not first:
@@ -50,8 +51,9 @@ def main(cfg: DictConfig) -> float:
         writer = csv.writer(file)
         writer.writerow(columns)
         writer.writerows(zip(*(values.tolist() for values in columns.values()), strict=True))
-    path, bits = folder / "extremes.png", columns["bits_per_dim"]
-    plot_extremes(rows, bits, data.transform, cfg.pictures, path)
+    if not isinstance(data.transform, TableTransform):
+        path, bits = folder / "extremes.png", columns["bits_per_dim"]
+        plot_extremes(rows, bits, data.transform, cfg.pictures, path)
     (folder / "evaluation.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     console = Console(record=True, markup=False)
     console.print(make_table(summary))

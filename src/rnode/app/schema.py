@@ -18,6 +18,8 @@ Count = Annotated[int, Field(ge=1, le=2**32 - 1)]
 Limit = Annotated[int, Field(ge=-1, le=2**32 - 1)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Size = Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, lt=1)] | None
+Bounds = Annotated[list[float], Field(min_length=2, max_length=2)]
 Share = Annotated[int, Field(ge=0)] | Annotated[float, Field(ge=0, le=1)] | None
 
 
@@ -38,7 +40,7 @@ def key(description: str, default: Any = ...) -> Any:
 
 
 class Dataset(OpenSection):
-    shape: list[Count] = key("shape of a sample: [channels, height, width] or [dimensions]")
+    shape: list[Count] | None = key("shape of a sample: [channels, height, width] or [dimensions]")
     batch_size: Count = key("samples in a training step (section 6: 200)")
     eval_batch_size: Count = key("samples at a time in validation and test")
     seed: Whole = key("seed of data order and noise")
@@ -48,15 +50,25 @@ class Dataset(OpenSection):
     name: str | None = key("which data set of this kind", None)
     root: str | None = key("folder of the data, which are downloaded there if missing", None)
     train: Count | None = key("points of an epoch, sampled afresh for every batch", None)
-    validation: Count | None = key("samples of the validation set", None)
-    test: Count | None = key("samples of the test set", None)
+    validation: Size = key("samples of the validation set; for your own data, or a share", None)
+    test: Size = key("samples of the test set; for your own data, or a share of all", None)
     resize: Count | None = key("side of the images; a smaller one averages pixels", None)
     size: Count | None = key("side of a patch, in pixels", None)
     stride: Count | None = key("pixels from one patch to the next", None)
+    path: str | None = key("file of a table: CSV, Parquet, Arrow, .npy or .npz", None)
+    columns: list[str] | None = key("columns that are modelled; null: all numeric ones", None)
+    context: list[str] | str | None = key("columns, or label, that the density is given", None)
+    integer: list[str] | None = key("columns of whole numbers, which are dequantized", None)
+    log: list[str] | None = key("positive columns whose logarithm is modelled", None)
+    logit: dict[str, Bounds] | None = key(
+        "columns {name: [low, high]} whose logit is modelled", None
+    )
+    missing: Literal["stop", "drop"] | None = key("stop at a missing value, or drop its row", None)
+    split_column: str | None = key("column that says train, val or test; null: by chance", None)
 
 
 class Model(OpenSection):
-    shape: list[Count] = key("shape of a sample")
+    shape: list[Count] | None = key("shape of a sample")
     hidden: Annotated[int, Field(ge=1, le=65536)] = key("channels, or units, of a hidden layer", 64)
     layers: Annotated[int, Field(ge=2, le=100)] = key("layers of a piece's network", 4)
     pieces: Annotated[int, Field(ge=1, le=100)] = key("pieces before and after each squeeze", 1)
@@ -119,6 +131,10 @@ class Trainer(Devices, OpenSection):
     fast_dev_run: bool | Count = key("run one batch, or so many, of everything, to find mistakes")
 
 
+class EarlyStopping(Section):
+    patience: Count | None = key("stop after so many validations without a better one; null: never")
+
+
 class Pictures(Section):
     samples: Count = key("images, or points, in samples.png")
     every_n_epochs: Count = key("epochs from one samples.png and curves.png to the next")
@@ -132,7 +148,9 @@ class Wandb(OpenSection):
 
 class Train(Section):
     seed: Whole = key("seed of weights, data order, noise and probes")
-    divergence: Literal[DIVERGENCES] = key("probes of div f and of the Jacobian norm")
+    divergence: Literal[DIVERGENCES] | None = key(
+        "probes of div f and of the Jacobian norm; null: exact up to 16 dimensions, else gaussian"
+    )
     probes: Count = key("random probes of a sample")
     warmup_steps: Whole = key("steps over which the learning rate rises linearly")
     decay: bool = key("let the learning rate fall to 0 over max_epochs, as half a cosine")
@@ -146,6 +164,7 @@ class Train(Section):
     solver: Solver = key("the ODE methods")
     reg: Regularizer = key("the penalties of equation (17)")
     optimizer: Optimizer = key("torch.optim.Adam, or another class by optimizer._target_")
+    early_stopping: EarlyStopping = key("when a run stops before its last epoch")
     trainer: Trainer = key("Lightning's Trainer; +trainer.OPTION=… sets any other option of it")
     pictures: Pictures = key("pictures of the run")
     wandb: Wandb = key("the W&B run; +wandb.OPTION=… sets any other option of WandbLogger")
@@ -153,12 +172,14 @@ class Train(Section):
 
 class CheckpointData(Section):
     root: str | None = key("folder of the data; null: the run's own")
+    path: str | None = key("file of the table; null: the run's own")
     eval_batch_size: Count | None = key("samples at a time; null: the run's own")
 
 
 class FromCheckpoint(Section):
     ckpt_path: str = key("checkpoint of a run, such as outputs/…/best.ckpt")
     seed: Whole = key("seed of noise, probes and samples")
+    trust: list[str] = key("your own packages, whose classes the checkpoint may name: [mydata]")
     divergence: Literal[DIVERGENCES] | None = key("null: exact up to 16 dimensions, else the run's")
     probes: Count | None = key("random probes of a sample; null: the run's own")
     solver: Solver = key("solver=… and solver.test.…=… replace the run's own; nothing trains")
@@ -174,6 +195,8 @@ class Evaluate(FromCheckpoint):
 
 class Sample(FromCheckpoint):
     n: Count = key("number of samples")
+    context: dict[str, Any] = key("what a conditional density is given, as context.COLUMN=VALUE")
+    context_file: str | None = key("table whose rows condition a sample each, instead of context")
     temperature: NonNegative = key("standard deviation of z")
     trajectory: bool = key("save the way from noise to images, as a strip and an animation")
     interpolate: Annotated[list[Whole], Field(min_length=2, max_length=2)] | None = key(

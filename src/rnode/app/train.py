@@ -12,6 +12,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning import Callback
+from pytorch_lightning.callbacks import EarlyStopping
 from rich.console import Console
 from rich.table import Table
 
@@ -28,6 +29,7 @@ from rnode.training.loggers import finish_wandb, make_loggers
 from rnode.training.module import RNODE
 from rnode.training.results import RESULT, write_result
 from rnode.training.run_folder import lock, transcript, whole_file
+from rnode.transforms import TableTransform
 
 OURS = ("on_divergence", "max_time")  # options of `trainer` that Lightning does not get
 REWINDS = 3  # at most, with trainer.on_divergence=rewind
@@ -137,7 +139,7 @@ def fit(cfg: DictConfig, folder: Path, ckpt_path: str | None, halvings: Counter[
     metrics, score = trained | trainer.callback_metrics, best.best_model_score
     score = trained.get("val/bits_per_dim", nan) if score is None else score
     result = write_result(folder, metrics, float(score))
-    print_table(metrics, flow.d, folder)
+    print_table(metrics, flow.d, isinstance(data.transform, TableTransform), folder)
     return result
 
 
@@ -150,6 +152,9 @@ def make_trainer(
     used += [best] if cfg.trainer.enable_checkpointing else []
     if cfg.trainer.max_time is not None:
         used += [callbacks.MaxTime(cfg.trainer.max_time, interval="epoch", verbose=False)]
+    if (patience := cfg.early_stopping.patience) is not None:
+        # A run may end before its first validation.
+        used += [EarlyStopping("val/bits_per_dim", patience=patience, strict=False)]
     used += [callbacks.Compile()] if cfg.compile else []
     refines = cfg.refine is not None and not flow.solver.train.adaptive
     used += [callbacks.RefineGrid(cfg.refine)] if refines else []
@@ -175,14 +180,20 @@ def report_resume(path: str, checkpoint: dict, config: dict) -> None:
             print(f"{key}={ours.get(key)} from the command line (checkpoint: {theirs.get(key)})")
 
 
-def print_table(metrics: dict, d: int, folder: Path) -> None:
+def print_table(metrics: dict, d: int, tabular: bool, folder: Path) -> None:
     """Print the table at the end of a run."""
     table = Table("quantity", title="test set", title_justify="left")
     table.add_column("value", justify="right")
     bits, error = (float(metrics[f"test/bits_per_dim{suffix}"]) for suffix in ("", "_se"))
     nats = log(2) * d
     table.add_row("bits/dim (± standard error)", f"{bits:.4f} ± {error:.4f}")
-    table.add_row("negative log-likelihood, nats", f"{bits * nats:.3f} ± {error * nats:.3f}")
+    units = " (units of the table)" * tabular
+    table.add_row(
+        f"negative log-likelihood, nats{units}", f"{bits * nats:.3f} ± {error * nats:.3f}"
+    )
+    if tabular:
+        standardized = bits * nats + float(metrics["test/log_det"])
+        table.add_row("negative log-likelihood, nats (standardized)", f"{standardized:.3f}")
     for name, (key, form) in TABLE.items():
         if key in metrics:
             table.add_row(name, format(float(metrics[key]), form))

@@ -10,23 +10,25 @@ from pytorch_lightning import LightningDataModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
+from rnode.data.context import Context
 from rnode.data.splits import Splits
 from rnode.errors import InputError, require
 from rnode.seeding import step_seed
-from rnode.transforms import Batch, Transform
+from rnode.transforms import Batch, TableTransform, Transform
 
 SPLIT_NAMES = {"train": "training", "val": "validation", "test": "test"}
-Rows = tuple[Tensor, Tensor]  # data (B, *shape) and the index of each sample in its split (B,)
+# data (B, *shape), the index of each sample in its split (B,), and what it is conditioned on (B, k)
+Rows = tuple[Tensor, Tensor, Tensor | None]
 
 
-def fetch(rows: Tensor | Dataset, indices: list[int]) -> Rows:
+def fetch(rows: Tensor | Dataset, contexts: Tensor | None, indices: list[int]) -> Rows:
     """Fetch a whole batch at a time."""
     if not isinstance(rows, Tensor):
         samples, index = rows.__getitems__(indices)
         require_finite(samples, "a batch of training data")
-        return samples, index
+        return samples, index, None
     index = torch.tensor(indices)
-    return rows[index], index
+    return rows[index], index, None if contexts is None else contexts[index]
 
 
 def require_finite(rows: Tensor, where: str) -> None:
@@ -56,7 +58,7 @@ class DataModule(LightningDataModule):
     def __init__(
         self,
         source: Callable[..., Splits],  # called with **arguments
-        shape: Sequence[int],  # of one sample
+        shape: Sequence[int] | None,  # of one sample; None: as the data are
         batch_size: int,  # of a training batch, in each process
         eval_batch_size: int,
         levels: int | None = None,  # grey levels of images; None for vectors
@@ -71,10 +73,12 @@ class DataModule(LightningDataModule):
         except TypeError as error:
             raise InputError(f"arguments of the data source: {error}") from None
         self.source, self.arguments = source, arguments
-        self.shape, self.flip, self.seed = tuple(shape), flip, seed
+        self.shape, self.flip, self.seed = shape and tuple(shape), flip, seed
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
-        self.transform = Transform(levels, alpha)
+        self.transform: Transform | TableTransform = Transform(levels, alpha)
+        self.context: Context | None = None  # how what samples are conditioned on becomes numbers
         self.splits: Splits | None = None
+        self.expected: dict = {}  # the state of a checkpoint
 
     def prepare_data(self) -> None:
         self.setup()  # one process on each node downloads what the others then find
@@ -82,7 +86,9 @@ class DataModule(LightningDataModule):
     def setup(self, stage: str | None = None) -> None:
         if self.splits is not None:
             return
-        splits, dequantize = self.source(**self.arguments), self.transform.dequantize
+        splits = self.source(**self.arguments)
+        self.shape = self.shape or tuple(splits.val.shape[1:])
+        self.transform, self.context = splits.transform or self.transform, splits.context
         for name in SPLIT_NAMES:
             rows = getattr(splits, name)
             require(len(rows) > 0, f"the {name} split is empty")
@@ -92,41 +98,80 @@ class DataModule(LightningDataModule):
             shape, found = list(self.shape), f"the {name} split has"
             wrong = f"shape={shape}: {found} samples of shape {list(rows.shape[1:])}"
             require(list(rows.shape[1:]) == shape, wrong)
-            if dequantize is not None:
-                wrong = f"levels={dequantize.levels}: {found} the grey level {rows.max()}"
-                require(int(rows.max()) < dequantize.levels, f"{wrong}; levels must exceed it")
+            levels = self.transform.levels
+            if levels is not None and levels <= torch.iinfo(rows.dtype).max:
+                wrong = f"levels={levels}: {found} the grey level {rows.max()}"
+                require(int(rows.max()) < levels, f"{wrong}; levels must exceed it")
         self.splits = splits
+        found, expected = self.state_dict(), self.expected
+        same = all(names(found[key]) == names(expected[key]) for key in expected)
+        require(same, f"the data differ from those of the checkpoint: {expected}, not {found}")
+
+    def state_dict(self) -> dict:
+        """What a trained flow needs of its data where the configuration does not say it."""
+        table = isinstance(self.transform, TableTransform)
+        state = {"shape": list(self.shape), "columns": self.transform.state()} if table else {}
+        return state | ({"context": self.context.state()} if self.context else {})
+
+    def load_state_dict(self, state: dict) -> None:
+        self.expected = state
+        if "columns" in state:
+            self.shape, self.transform = state["shape"], TableTransform.from_state(state["columns"])
+        if "context" in state:
+            self.context = Context.from_state(state["context"])
+
+    def fetch_from(self, split: str) -> Callable[[list[int]], Rows]:
+        """Return the function that fetches the samples of a split by their indices."""
+        contexts = self.splits.contexts
+        contexts = None if contexts is None else contexts[list(SPLIT_NAMES).index(split)]
+        return partial(fetch, getattr(self.splits, split), contexts)
+
+    def evaluation_batch(self, split: str, index: Tensor, seed: int) -> Batch:
+        """Return samples of a split, transformed with the noise that belongs to them and `seed`."""
+        x, index, context = self.fetch_from(split)(index.tolist())
+        return self.transform.for_evaluation(x, index, seed, context)
 
     def train_dataloader(self) -> DataLoader:
-        indices, collate = range(len(self.splits.train)), partial(fetch, self.splits.train)
+        indices, collate = range(len(self.splits.train)), self.fetch_from("train")
         order = EpochOrder(indices, self.batch_size, self.trainer, self.seed)
         return DataLoader(indices, self.batch_size, sampler=order, collate_fn=collate)
 
     def val_dataloader(self) -> DataLoader:
-        return self.eval_dataloader(self.splits.val)
+        return self.eval_dataloader("val")
 
     def test_dataloader(self) -> DataLoader:
-        return self.eval_dataloader(self.splits.test)
+        return self.eval_dataloader("test")
 
-    def eval_dataloader(self, rows: Tensor, rank: int = 0, processes: int = 1) -> DataLoader:
-        """Load every `processes`-th of the rows (N, *shape) from row `rank` on, in their order."""
-        indices, collate = range(rank, len(rows), processes), partial(fetch, rows)
+    def eval_dataloader(self, split: str, rank: int = 0, processes: int = 1) -> DataLoader:
+        """Load every `processes`-th sample of a split from `rank` on, in their order."""
+        indices = range(rank, len(getattr(self.splits, split)), processes)
+        collate = self.fetch_from(split)
         generator = torch.Generator()  # a loader samples a seed: not from training's generator
         return DataLoader(indices, self.eval_batch_size, collate_fn=collate, generator=generator)
 
-    def on_before_batch_transfer(self, batch: Rows, dataloader_idx: int) -> Rows:
+    def on_before_batch_transfer(self, batch: Rows, dataloader_idx: int) -> Rows | Batch:
         trainer = self.trainer
         if trainer.training:
             step = trainer.fit_loop.epoch_loop.batch_progress.current.ready
             epoch, rank = trainer.current_epoch, trainer.global_rank
             torch.manual_seed(step_seed(self.seed, epoch, step, rank))
-        return batch
+        # Tables are float64, which some devices lack.
+        return self.transformed(batch) if isinstance(self.transform, TableTransform) else batch
 
-    def on_after_batch_transfer(self, batch: Rows, dataloader_idx: int) -> Batch:
-        x, index = batch
+    def on_after_batch_transfer(self, batch: Rows | Batch, dataloader_idx: int) -> Batch:
+        return batch if isinstance(batch, Batch) else self.transformed(batch)
+
+    def transformed(self, rows: Rows) -> Batch:
+        """Transform rows: with fresh noise in training, else with the noise of each sample."""
+        x, index, context = rows
         if not self.trainer.training:
-            return self.transform.for_evaluation(x, index, self.seed)
+            return self.transform.for_evaluation(x, index, self.seed, context)
         if self.flip:
             flipped = torch.rand(len(x), device=x.device) < 0.5
             x = torch.where(flipped[:, None, None, None], x.flip(-1), x)
-        return self.transform(x, index)
+        return self.transform(x, index, context=context)
+
+
+def names(state: object) -> list[str]:
+    """The names of columns in a state, whose statistics may differ in their last digits."""
+    return [str(part["name"] if isinstance(part, dict) else part) for part in state]

@@ -22,7 +22,8 @@ from rnode.solver import Solver
 from rnode.training.checkpoint import load_checkpoint
 from rnode.training.loggers import MetricsCSV
 from rnode.training.module import RNODE
-from rnode.training.plots import plot_curves, plot_pair
+from rnode.training.plots import plot_corner, plot_curves, plot_pair
+from rnode.transforms import TableTransform
 
 SHOWN = {"bits/dim": "train/bits_per_dim", "val": "val/bits_per_dim", "NFE": "train/nfe_forward"}
 
@@ -93,8 +94,7 @@ class RefineGrid(Callback):
     def bits(self, data: DataModule, module: RNODE) -> float:
         """Mean bits/dim in training mode, of the same images, noise and probes each time."""
         index = torch.arange(min(data.batch_size, len(data.splits.val)))
-        x = data.splits.val[index].to(module.device)
-        batch = data.transform.for_evaluation(x, index, module.seed)
+        batch = data.evaluation_batch("val", index, module.seed).to(module.device)
         return float(measure(module.flow, batch, module.seed)[1].bits_per_dim.mean())
 
     def state_dict(self) -> dict:
@@ -269,15 +269,21 @@ class Pictures(Callback):
     @rank_zero_only
     @torch.no_grad()
     def on_test_end(self, trainer: Trainer, module: RNODE) -> None:
-        transform, held_out = trainer.datamodule.transform, trainer.datamodule.splits.val
-        held_out = held_out[: self.samples].to(module.device)
+        data = trainer.datamodule
+        transform, index = data.transform, torch.arange(min(self.samples, len(data.splits.val)))
         devices = [module.device] if module.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):  # training's random stream stays as it is
             torch.manual_seed(module.seed)  # the same noise every time
-            real = transform.inverse(transform(held_out, torch.arange(len(held_out))).y)
-            sampled = transform.inverse(module.flow.sample(len(held_out)))
+            x, index, context = data.fetch_from("val")(index.tolist())
+            real = transform.inverse(transform(x, index).y)
+            context = None if context is None else context.to(module.device)
+            sampled = transform.inverse(module.flow.sample(len(index), context=context))
         path = self.folder / "samples.png"
-        plot_pair(path, {"data (held out)": real.float().cpu(), "samples": sampled.float().cpu()})
+        panels = {"data (held out)": real.float().cpu(), "samples": sampled.float().cpu()}
+        if isinstance(transform, TableTransform):
+            plot_corner(path, panels, [column.name for column in transform.columns])
+        else:
+            plot_pair(path, panels)
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 logger.log_image("samples", [str(path)])

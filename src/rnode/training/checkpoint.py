@@ -11,7 +11,10 @@ from rnode.errors import InputError, one_line, require
 from rnode.training.run_folder import whole_file
 
 FORMAT = 2  # of what a checkpoint holds; format 1 had other names of weights
-DATA = ("source", "name", "shape", "levels", "alpha")  # keys of `dataset` that say which data it is
+DATA = (  # keys of `dataset` that say which data it is
+    *("source", "name", "shape", "levels", "alpha"),
+    *("columns", "context", "integer", "log", "logit"),
+)
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):

@@ -43,13 +43,14 @@ class RNODE(LightningModule):
         self.lambda_k, self.lambda_j = lambda_k, lambda_j
         self.warmup_steps, self.decay, self.seed = warmup_steps, decay, seed
         self.config, self.learning_rate_factor = config or {}, learning_rate_factor
-        self.evaluated = CatMetric()  # a row per sample: index, bits/dim, kinetic, jacobian
+        self.evaluated = CatMetric()  # a row per sample: index, log_det, bits/dim, E/d, n/d
+        self.validation_bits = torch.zeros(0)  # bits/dim of the validation samples, ascending
         self.divergence = DivergenceWatch(flow)
         self.solution: Solution | None = None  # of the training step that runs
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         try:
-            self.solution = self.flow.solve(batch.y)
+            self.solution = self.flow.solve(batch.y, context=batch.context)
         except DivergenceError as error:
             self.divergence.gave_up(f"{error} at training step {self.global_step}")
             return nan_loss(self.parameters())
@@ -96,7 +97,7 @@ class RNODE(LightningModule):
         except DivergenceError as error:
             self.divergence.gave_up(str(error))
             nfe, measures = 0, 3 * [torch.full_like(batch.log_det, math.nan)]
-        self.evaluated.update(torch.stack([batch.index, *measures], dim=1))
+        self.evaluated.update(torch.stack([batch.index, batch.log_det, *measures], dim=1))
         stage, size = "test" if self.trainer.testing else "val", len(batch.index)
         self.log(f"{stage}/nfe_forward", nfe, batch_size=size, sync_dist=True)
 
@@ -106,16 +107,19 @@ class RNODE(LightningModule):
         # Distributed samplers repeat samples to fill the last batch: each sample counts once.
         rows = rows[rows[:, 0].argsort(stable=True)]
         rows = rows[rows[:, 0].diff(prepend=rows.new_tensor([-1])) > 0][:, 1:]
-        bits, kinetic, jacobian = rows.mean(0)
+        log_det, bits, kinetic, jacobian = rows.mean(0)
         stage = "test" if self.trainer.testing else "val"
         if not bits.isfinite():
             held = filter(None, gather_lists([self.divergence.message]))
             message = f"{stage} bits/dim is {bits:.3g} after training step {self.global_step}"
             raise DivergenceError(next(held, message))
         self.log(f"{stage}/bits_per_dim", bits, prog_bar=True, sync_dist=True)
-        self.log(f"{stage}/bits_per_dim_se", standard_error(rows[:, 0]), sync_dist=True)
+        self.log(f"{stage}/bits_per_dim_se", standard_error(rows[:, 1]), sync_dist=True)
+        self.log(f"{stage}/log_det", log_det, sync_dist=True)
         self.log(f"{stage}/kinetic", kinetic, sync_dist=True)
         self.log(f"{stage}/jacobian", jacobian, sync_dist=True)
+        if stage == "val":
+            self.validation_bits = rows[:, 1].sort().values.cpu()
 
     test_step, on_test_epoch_end = validation_step, on_validation_epoch_end
 
@@ -157,3 +161,7 @@ class RNODE(LightningModule):
         self.divergence.raise_if_diverged()  # rather than overwrite the last good checkpoint
         checkpoint |= {"format": FORMAT, "config": self.config}
         checkpoint["learning_rate_factor"] = self.learning_rate_factor
+        checkpoint["validation_bits"] = self.validation_bits
+
+    def on_load_checkpoint(self, checkpoint: dict) -> None:
+        self.validation_bits = checkpoint.get("validation_bits", self.validation_bits)

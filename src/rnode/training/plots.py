@@ -26,6 +26,7 @@ CURVES = {
 }
 LIMIT = 4.0  # of the axes of 2-D densities
 VIEW = {"xlim": (-LIMIT, LIMIT), "ylim": (-LIMIT, LIMIT), "aspect": "equal"}
+MOST = 10  # columns of a table in a corner plot
 PAIR = {"ncols": 2, "figsize": (10, 5.3), "layout": "constrained"}
 
 
@@ -81,6 +82,44 @@ def image_grid(images: Tensor, columns: int | None = None, size: int = 0) -> np.
     return grid.repeat(scale, 0).repeat(scale, 1)
 
 
+def plot_corner(path: Path, panels: dict[str, Tensor], names: list[str]) -> None:
+    """Plot columns of two tables (N, d): histograms, and pairs below and above the diagonal.
+
+    `panels` holds the tables by their titles. The axes show the middle 99.8 % of the first.
+    """
+    count, (first, *_) = min(len(names), MOST), panels.values()
+    limits = np.quantile(first[:, :count].numpy(), [0.001, 0.999], axis=0)
+    margin = 0.05 * (limits[1] - limits[0]) + 1e-12
+    low, high = limits[0] - margin, limits[1] + margin
+    side = max(4.0, 1.9 * count)
+    figure, axes = plt.subplots(
+        count, count, figsize=(side, side), layout="constrained", squeeze=False
+    )
+    for k, (title, points) in enumerate(panels.items()):
+        for i, j in np.ndindex(count, count):
+            ax, color = axes[i, j], f"C{k}"
+            if i == j:
+                bins = {"bins": 50, "range": (low[i], high[i]), "density": True}
+                ax.hist(points[:, i].numpy(), **bins, histtype="step", color=color, label=title)
+            elif (i < j) == bool(k):
+                ax.scatter(points[:, j], points[:, i], s=1, color=color, rasterized=True)
+                ax.set_ylim(low[i], high[i])
+            ax.set_xlim(low[j], high[j])
+    for i, name in enumerate(names[:count]):
+        axes[-1, i].set_xlabel(name)
+        axes[i, 0].set_ylabel(name if i else "")
+    plt.setp(axes[:, 1:], yticklabels=[])
+    plt.setp(axes[:-1], xticklabels=[])
+    for ax in axes.flat:
+        ax.tick_params(labelsize=7, labelrotation=30)
+    axes[0, 0].set_yticks([])
+    left_out = f"; the first {count} of {len(names)} columns" * (count < len(names))
+    below, above = panels
+    figure.suptitle(f"below: {below}; above: {above}{left_out}")
+    axes[0, 0].legend(fontsize=7)
+    save_figure(figure, path)
+
+
 def save_points(points: Tensor, path: Path, columns: int | None = None) -> None:
     """Write images (N, C, H, W) in [0, 1] as an enlarged grid, or vectors (N, d) as a plot."""
     if points.dim() == 4:
@@ -94,7 +133,7 @@ def save_points(points: Tensor, path: Path, columns: int | None = None) -> None:
 def plot_extremes(rows: Tensor, bits: Tensor, transform: Transform, count: int, path: Path) -> None:
     """Plot the `count` most and least likely of the source's data (N, *shape), by `bits` (N,)."""
     order, panels = bits.argsort(), {}
-    scale = 1 if transform.dequantize is None else transform.dequantize.levels - 1
+    scale = 1 if transform.levels is None else transform.levels - 1
     for name, chosen in (("most", order[:count]), ("least", order.flip(0)[:count])):
         least, most = bits[chosen].min(), bits[chosen].max()
         panels[f"{name} likely: {least:.2f} to {most:.2f} bits/dim"] = rows[chosen] / scale
