@@ -8,6 +8,7 @@ import importlib
 from typing import Any
 
 _MODULES = {
+    "app.density": ("Density", "fit", "load"),
     "dynamics": ("Dynamics", "Probes", "State"),
     "errors": ("DivergenceError", "InputError"),
     "flow": ("FactorOut", "Flatten", "Flow", "Piece", "PieceSolution", "Solution", "Squeeze"),

@@ -81,6 +81,28 @@ class Column(NamedTuple):
     mean: float = 0.0
     std: float = 1.0
 
+    def require_inside(self, x: Tensor) -> None:
+        """Raise InputError unless the values x (N,) are such as this column takes."""
+        if len(x) == 0:
+            return
+        least, most = float(x.min()), float(x.max())
+        if self.integer:
+            other = x[x != x.round()][:1].tolist()
+            require(not other, f"{self.name}={other[:1]}: must be whole numbers; see integer")
+        if self.log:
+            require(
+                least > 0 or (self.integer and least == 0),
+                f"{self.name}={least:g}: must be positive; see log",
+            )
+        if self.bounds is not None:
+            low, high = self.bounds
+            inside = (low < least or (self.integer and low == least)) and most < high
+            require(
+                inside,
+                f"{self.name}: holds {least:g} to {most:g}, which is not between "
+                f"{low:g} and {high - self.integer:g}; see logit",
+            )
+
     def __call__(self, x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """x, noise (B,) → y (B,) and log|dy/dx| (B,); without noise x is not dequantized."""
         u = x + noise if self.integer else x
@@ -130,6 +152,11 @@ class TableTransform:
         parts = zip(self.columns, x.double().T, noise.double().T, strict=True)
         y, log_det = zip(*(column(values, u) for column, values, u in parts), strict=True)
         return Batch(torch.stack(y, 1).float(), sum(log_det).float(), index, context)
+
+    def require_inside(self, x: Tensor) -> None:
+        """Raise InputError unless each column of x (N, d) takes its values."""
+        for column, values in zip(self.columns, x.T, strict=True):
+            column.require_inside(values)
 
     def for_evaluation(
         self, x: Tensor, index: Tensor, seed: int, context: Tensor | None = None

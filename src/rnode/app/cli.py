@@ -4,6 +4,7 @@ import contextlib
 import importlib
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ ABOUT = {
     "train": "Train a continuous normalizing flow by maximum likelihood (RNODE).",
     "evaluate": "Measure a trained flow on its data: rnode evaluate outputs/…/best.ckpt",
     "sample": "Sample from a trained flow: rnode sample outputs/…/best.ckpt",
+    "score": "Score new data by a trained flow: rnode score outputs/…/best.ckpt path=FILE",
     "reproduce": "Reproduce a figure or the table of the paper: rnode reproduce figure=2",
 }
 MODULES = {command: f"rnode.app.{command}" for command in ABOUT}
@@ -49,8 +51,13 @@ def main() -> None:
         sys.exit(2)
 
 
-def run(command: str, arguments: list[str] | None = None) -> None:
-    """Run a command with the arguments of the command line, or print its help."""
+def run(
+    command: str, arguments: list[str] | None = None, errors: Callable = one_line_errors
+) -> None:
+    """Run a command with the arguments of the command line, or print its help.
+
+    `errors` makes the context in which the command runs: it prints an error in one line and exits.
+    """
     typed = list(sys.argv)
     with contextlib.suppress(AttributeError):  # a stream of a notebook
         for stream in (sys.stdout, sys.stderr):
@@ -60,7 +67,7 @@ def run(command: str, arguments: list[str] | None = None) -> None:
     sys.path += [os.getcwd()] if parsed.config_dir else []  # for classes that its files name
     asked = (parsed.overrides, parsed.config_dir)
     OmegaConf.register_new_resolver("run_name", run_name, use_cache=True, replace=True)
-    with one_line_errors():
+    with errors():
         try:
             if parsed.help:
                 print_to_pipe(help_text(command, ABOUT[command], *asked))
@@ -71,7 +78,7 @@ def run(command: str, arguments: list[str] | None = None) -> None:
             # Hydra itself prints an error in several lines and exits.
             hydra_commands.run_and_report = hydra_utils.run_and_report = lambda call: call()
             entry = hydra.main(version_base="1.3", config_path=str(CONF), config_name=command)
-            entry(job(command, typed))()
+            entry(job(command, typed, errors))()
         except MissingConfigException as error:
             where, options = error.missing_cfg_file or "", ", ".join(error.options or [])
             extra = "pip install 'rnode[sweep]' brings more; " * where.startswith("hydra/")
@@ -89,7 +96,7 @@ def run(command: str, arguments: list[str] | None = None) -> None:
             sys.argv = typed
 
 
-def job(command: str, typed: list[str]) -> Any:
+def job(command: str, typed: list[str], errors: Callable) -> Any:
     """Return the function that Hydra calls with the configuration of each run."""
 
     def main(cfg: DictConfig) -> Any:
@@ -100,14 +107,16 @@ def job(command: str, typed: list[str]) -> Any:
 
     def call(cfg: DictConfig) -> Any:
         sys.argv = typed  # Lightning starts other processes by it
-        with contextlib.nullcontext() if in_sweep() else one_line_errors():
+        with contextlib.nullcontext() if in_sweep() else errors():
             return run_job(main, cfg, Path(HydraConfig.get().runtime.output_dir))
 
     return call
 
 
 def expand(argument: str) -> str:
-    """Let the bare path of a checkpoint stand for ckpt_path=PATH."""
+    """Let the bare path of a checkpoint stand for ckpt_path=PATH; `context` takes any key."""
+    if argument.startswith("context."):
+        return f"++{argument}"
     path = "=" not in argument or os.path.exists(argument)  # and not the value of a key
     bare = path and argument.endswith(".ckpt") and argument[0] not in "-+~"
     return f"ckpt_path={quote(argument)}" if bare else argument

@@ -3,67 +3,90 @@
 from pathlib import Path
 
 import numpy as np
+import polars as pl
 import torch
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from rich.progress import track
 
 from rnode.app.build import from_checkpoint
+from rnode.app.density import Density
 from rnode.data.datamodule import DataModule
+from rnode.data.tables import read_table
 from rnode.distributed import gather_lists, rank_and_world_size
 from rnode.errors import require
 from rnode.flow import Flow
-from rnode.training.plots import plot_plane, plot_trajectory, save_points
+from rnode.training.plots import plot_corner, plot_plane, plot_trajectory, save_points
 
 MIDPOINT = 0.5  # of a grey level's bin
 
 
 @torch.no_grad()
 def main(cfg: DictConfig) -> None:
-    """Write samples.png, samples.npy and plane.png (2-D flows).
+    """Write samples.png and samples.npy, or samples.csv for a table, and plane.png (2-D flows).
 
     Where the configuration asks for them: strip.png, trajectory.gif and interpolation.png.
     """
     data, flow, fabric = from_checkpoint(cfg)
-    transform = data.transform
+    transform, density = data.transform, Density(data, flow, torch.zeros(0))
+    count, given = conditions(cfg, density)
+    context = density.encode_context(given, count)
     ends = None if cfg.interpolate is None else interpolation_ends(cfg.interpolate, data)
     folder = Path(HydraConfig.get().runtime.output_dir)
     first, device = fabric.is_global_zero, next(flow.parameters()).device
 
     torch.manual_seed(cfg.seed)  # z is the same in all processes
-    z = cfg.temperature * torch.randn(cfg.n, flow.d, dtype=next(flow.parameters()).dtype)
+    z = cfg.temperature * torch.randn(count, flow.d, dtype=next(flow.parameters()).dtype)
+    c = None if context is None else context.to(device)
     rank, processes = rank_and_world_size()
-    share = list(enumerate(z.split(data.eval_batch_size)))[rank::processes]
+    share = list(enumerate(torch.arange(count).split(data.eval_batch_size)))[rank::processes]
     parts = []
     for i, part in track(share, "samples", disable=not first):
-        y, nfe = flow.solve_inverse(part.to(device))
+        y, nfe = flow.solve_inverse(z[part].to(device), None if c is None else c[part])
         parts.append((i, y.cpu(), nfe))
     _, y, nfe = zip(*sorted(gather_lists(parts), key=lambda part: part[0]), strict=True)
     if not first:
         return
-    x = transform.inverse(torch.cat(y))
-    save_points(x.float(), folder / "samples.png")
-    grey = transform.dequantize
-    np.save(folder / "samples.npy", (x if grey is None else grey.inverse(x)).numpy())
-    if grey is None and flow.d == 2:
+    y, images = torch.cat(y), transform.levels is not None
+    if density.columns is not None:
+        conditioned = pl.DataFrame({name: np.broadcast_to(v, count) for name, v in given.items()})
+        density.decode(y).with_columns(conditioned).write_csv(folder / "samples.csv")
+        plot_corner(folder / "samples.png", {"samples": transform.inverse(y)}, density.columns)
+    else:
+        save_points(transform.inverse(y).float(), folder / "samples.png")
+        np.save(folder / "samples.npy", density.decode(y))
+    if not images and flow.d == 2 and density.columns is None:
         frames = flow.trajectory(z[:200].to(device), intervals=32)
         plot_plane(flow, frames, folder / "plane.png")
-    if grey is not None and cfg.trajectory:
-        frames = flow.trajectory(z[:16].to(device), intervals=3)
+    if images and cfg.trajectory:
+        frames = flow.trajectory(z[:16].to(device), 3, None if c is None else c[:16])
         plot_trajectory(transform.inverse(frames).float().cpu(), folder)
     if ends is not None:
         between = interpolate(flow, data, ends, cfg.interpolate)
         save_points(between.float().cpu(), folder / "interpolation.png", columns=len(between))
 
     mean = sum(nfe) / len(nfe)
-    print(f"{cfg.n} samples, NFE {mean:.1f} a batch by {flow.solver.test.method}")
+    print(f"{count} samples, NFE {mean:.1f} a batch by {flow.solver.test.method}")
     print(f"folder: {folder}")
+
+
+def conditions(cfg: DictConfig, density: Density) -> tuple[int, dict]:
+    """Return the number of samples and what they are given, by the names of columns."""
+    if cfg.context_file is None:
+        return cfg.n, OmegaConf.to_container(cfg.context)
+    require(density.data.context is not None, "context_file: this density has no conditions")
+    frame, names = read_table(Path(cfg.context_file).expanduser()), density.data.context.columns
+    missing = [name for name in names if name not in frame.columns]
+    require(not missing, f"context_file={cfg.context_file}: lacks {', '.join(missing)}")
+    return len(frame), {name: frame[name].to_numpy() for name in names}
 
 
 def interpolation_ends(pair: list[int], data: DataModule) -> torch.Tensor:
     """Return two test images, (2, C, H, W)."""
     given = f"interpolate={list(pair)}"
-    require(data.transform.discrete, f"{given}: must be left out; this flow does not model images")
+    images = data.transform.levels is not None and data.context is None
+    wrong = f"{given}: must be left out; this flow does not model images, or is given something"
+    require(images, wrong)
     data.setup()
     count = len(data.splits.test)
     require(max(pair) < count, f"{given}: must be two indices of test images, 0 to {count - 1}")

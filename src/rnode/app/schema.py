@@ -204,6 +204,13 @@ class Sample(FromCheckpoint):
     )
 
 
+class Score(FromCheckpoint):
+    path: str = key("table or folder of new data")
+    id: list[str] = key("columns of the table that are copied beside the scores")
+    context: dict[str, Any] = key("what a conditional density is given, as context.COLUMN=VALUE")
+    format: Literal["csv", "parquet"] = key("of the file that is written")
+
+
 class Reproduce(Section):
     figure: Annotated[int, Field(ge=1, le=5)] | None = key("figure of the paper, 1 to 5")
     table: Annotated[int, Field(ge=1, le=1)] | None = key("table of the paper, 1")
@@ -213,7 +220,10 @@ class Reproduce(Section):
     launcher: str = key("Hydra's launcher of the runs")
 
 
-COMMANDS = {"train": Train, "evaluate": Evaluate, "sample": Sample, "reproduce": Reproduce}
+COMMANDS = {
+    **{"train": Train, "evaluate": Evaluate, "sample": Sample, "score": Score},
+    "reproduce": Reproduce,
+}
 
 
 def validate(command: str, cfg: DictConfig) -> None:

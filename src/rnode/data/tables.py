@@ -170,24 +170,11 @@ def fit_columns(
     """Standardize each column by the training split (N, d), after its logarithm or logit."""
     columns = []
     for name, values, every in zip(names, train.T, rows.T, strict=True):
-        whole = name in integer
-        if whole:
-            wrong = f"integer={name}: must hold whole numbers"
-            require(bool((every == every.round()).all()), f"{wrong}; it holds {values[0]:g}")
-        if name in log:
-            least = float(every.min())
-            require(least > 0 or (whole and least == 0), f"log={name}: {least:g} is not positive")
-        bounds = logit.get(name)
-        if bounds is not None:
-            low, high = float(bounds[0]), float(bounds[1]) + whole  # x + noise is below x + 1
-            inside = low < every.min() or (whole and low <= every.min())
-            require(
-                inside and bool(every.max() < high),
-                f"logit={name}: {every.min():g} to "
-                f"{every.max():g} is not between {low:g} and {high - whole:g}",
-            )
-            bounds = (low, high)
+        whole, bounds = name in integer, logit.get(name)
+        if bounds is not None:  # x + noise is below x + 1
+            bounds = (float(bounds[0]), float(bounds[1]) + whole)
         column = Column(name, whole, name in log, bounds)
+        column.require_inside(every)
         y, _ = column(values, torch.full_like(values, 0.5))
         columns.append(column._replace(mean=float(y.mean()), std=float(y.std(correction=0)) or 1.0))
     return TableTransform(columns)

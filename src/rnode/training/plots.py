@@ -83,9 +83,10 @@ def image_grid(images: Tensor, columns: int | None = None, size: int = 0) -> np.
 
 
 def plot_corner(path: Path, panels: dict[str, Tensor], names: list[str]) -> None:
-    """Plot columns of two tables (N, d): histograms, and pairs below and above the diagonal.
+    """Plot columns of one or two tables (N, d): histograms, and pairs on each side of them.
 
-    `panels` holds the tables by their titles. The axes show the middle 99.8 % of the first.
+    `panels` holds the tables by their titles. The pairs of the first are below the diagonal. The
+    axes show the middle 99.8 % of the first.
     """
     count, (first, *_) = min(len(names), MOST), panels.values()
     limits = np.quantile(first[:, :count].numpy(), [0.001, 0.999], axis=0)
@@ -113,10 +114,9 @@ def plot_corner(path: Path, panels: dict[str, Tensor], names: list[str]) -> None
     for ax in axes.flat:
         ax.tick_params(labelsize=7, labelrotation=30)
     axes[0, 0].set_yticks([])
-    left_out = f"; the first {count} of {len(names)} columns" * (count < len(names))
-    below, above = panels
-    figure.suptitle(f"below: {below}; above: {above}{left_out}")
-    axes[0, 0].legend(fontsize=7)
+    if count < len(names):
+        figure.suptitle(f"the first {count} of {len(names)} columns")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
     save_figure(figure, path)
 
 

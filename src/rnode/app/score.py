@@ -1,0 +1,59 @@
+"""`rnode score`: the log-probability of new data under a trained flow, and how unusual they are."""
+
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from rnode.app.build import from_checkpoint
+from rnode.app.density import Density
+from rnode.data.tables import read_table
+from rnode.errors import require
+from rnode.training.checkpoint import load_checkpoint
+from rnode.training.run_folder import whole_file
+
+
+def main(cfg: DictConfig) -> None:
+    """Write scores.csv or scores.parquet: a row for each row or image of `cfg.path`, in order."""
+    data, flow, fabric = from_checkpoint(cfg)
+    require(fabric.world_size == 1, "trainer.devices: must be 1; scores are computed on one device")
+    bits = load_checkpoint(cfg.ckpt_path)["validation_bits"]
+    density = Density(data, flow, bits, cfg.seed)
+    rows, identity = read(density, Path(cfg.path).expanduser(), list(cfg.id))
+    given = OmegaConf.to_container(cfg.context) or None
+    scores = density.score(rows, given, lambda batches: track(batches, "scores"))
+    frame = identity.with_columns(pl.DataFrame(scores))
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    path = folder / f"scores.{cfg.format}"
+    with whole_file(path) as file:
+        frame.write_csv(file) if cfg.format == "csv" else frame.write_parquet(file)
+    table = Table("quantity", title=f"{cfg.path}, {len(frame)} samples", title_justify="left")
+    table.add_column("value", justify="right")
+    nats, rank = scores["log_prob"], scores["rank"]
+    table.add_row("mean log-probability, nats", f"{nats.mean():.3f}")
+    table.add_row("least and most", f"{nats.min():.3f}, {nats.max():.3f}")
+    table.add_row("mean bits/dim", f"{scores['bits_per_dim'].mean():.4f}")
+    table.add_row("more unusual than 99 % of the validation set", f"{np.mean(rank > 0.99):.1%}")
+    Console(markup=False).print(table)
+    print(f"written to {path}")
+
+
+def read(density: Density, path: Path, names: list[str]) -> tuple[object, pl.DataFrame]:
+    """Read new data, and what identifies each sample: its row, its columns `names`, or its file."""
+    if density.columns is not None:
+        frame = read_table(path)
+        missing = [name for name in names if name not in frame.columns]
+        require(not missing, f"id={missing}: {path} has the columns {frame.columns[:20]}")
+        return frame, frame.select(names).with_row_index("row")
+    require(not names, f"id={names}: must be left out; images have no columns")
+    require(
+        path.suffix == ".npy", f"path={path}: must be a .npy file of images, or a folder of them"
+    )
+    require(path.is_file(), f"path={path}: there is no such file")
+    rows = np.load(path, allow_pickle=False)
+    return rows, pl.DataFrame({"row": np.arange(len(rows))})
