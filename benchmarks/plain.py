@@ -118,7 +118,7 @@ class PlainFlow(nn.Module):
 class PlainPiece(rnode.Piece):
     """A piece of the program that is solved by the plain recipe."""
 
-    def forward(self, z, eps, method, gradient):
+    def forward(self, z, eps, method, gradient, context=None):
         ode = PlainODE(self.field, eps[0])
         state = rnode.State(
             *plain_solve(ode, z, **method.odeint_options(error_norm, torch.float32))

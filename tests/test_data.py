@@ -70,8 +70,8 @@ def transfer(data, batch):
 
 def test_digits_are_all_of_scikit_learns_in_splits_that_never_change():
     splits = digits()
-    assert [len(part) for part in splits] == [1257, 180, 360]
-    pixels = torch.cat(splits).numpy()
+    assert [len(part) for part in splits[:3]] == [1257, 180, 360]
+    pixels = torch.cat(splits[:3]).numpy()
     expected = load_digits().images.astype(np.uint8).reshape(1797, 64)
     assert sorted(map(bytes, pixels.reshape(1797, 64))) == sorted(map(bytes, expected))
     assert hashlib.sha256(pixels.tobytes()).hexdigest().startswith("89fb075c4295214c55350029312c65")
@@ -82,7 +82,7 @@ def test_patches_come_from_disjoint_regions_of_the_photographs():
     splits = patches(size=32, stride=8)
     photo = torch.tensor(load_sample_images().images[0]).permute(2, 0, 1)
     edges = [0, int(0.70 * 640), int(0.85 * 640), 640]
-    for part, left, right in zip(splits, edges[:-1], edges[1:], strict=True):
+    for part, left, right in zip(splits[:3], edges[:-1], edges[1:], strict=True):
         columns = (right - left - 32) // 8 + 1
         assert part.shape == (2 * ((427 - 32) // 8 + 1) * columns, 3, 32, 32)
         last = left + 8 * (columns - 1)
@@ -94,7 +94,7 @@ def test_patches_come_from_disjoint_regions_of_the_photographs():
 @pytest.mark.parametrize("name", DENSITIES)
 def test_densities_are_sampled_afresh_for_every_batch_and_stay_in_view(name):
     splits = toy(name, train=1000, validation=100, test=200)
-    assert [len(part) for part in splits] == [1000, 100, 200]
+    assert [len(part) for part in splits[:3]] == [1000, 100, 200]
     batches = [splits.train.__getitems__(order)[0] for order in ([2, 0, 1], [2, 0, 1], [0, 1, 2])]
     assert torch.equal(batches[0], batches[1])
     assert not torch.equal(batches[0], batches[2])
@@ -134,7 +134,7 @@ def test_idx_files_are_found_in_their_usual_clothes(tmp_path, images, folder, en
     write_idx(tmp_path / folder / f"train-images{ending}", images)
     write_idx(tmp_path / folder / f"t10k-images{ending}", images[:7])
     splits = idx_images("MNIST", str(tmp_path), validation=10)
-    assert [len(part) for part in splits] == [40, 10, 7]
+    assert [len(part) for part in splits[:3]] == [40, 10, 7]
     held_in, held_out = hold_out(torch.from_numpy(images)[:, None], 10, "validation")
     assert torch.equal(splits.train, held_in)
     assert torch.equal(splits.val, held_out)
@@ -245,7 +245,7 @@ def test_images_are_reduced_to_the_means_of_their_blocks(tmp_path, monkeypatch):
     assert small.train.shape == (28, 1, 14, 14)
     cifar10_files(tmp_path, monkeypatch)
     small = cifar10(str(tmp_path), validation=10, resize=16)
-    assert [part.shape for part in small] == [(n, 3, 16, 16) for n in (30, 10, 8)]
+    assert [part.shape for part in small[:3]] == [(n, 3, 16, 16) for n in (30, 10, 8)]
 
 
 # Batches
@@ -258,9 +258,9 @@ def test_training_batches_have_not_changed():
     data.trainer = trainer(True, epoch=1, step=3, rank=1, processes=2, done=3)
     loader = data.train_dataloader()
     loader.sampler.set_epoch(1)
-    x, index = next(iter(loader))
+    x, index, _ = next(iter(loader))
     assert index[:8].tolist() == [159, 1016, 888, 850, 364, 1028, 1240, 996]
-    y, log_det, _ = transfer(data, (x, index))
+    y, log_det, *_ = transfer(data, (x, index, None))
     levels = data.transform.dequantize.inverse(data.transform.inverse(y.double()))
     flipped = torch.tensor([0, 1, 1, 0, 0, 1, 1, 0]).bool()[:, None, None, None]
     assert torch.equal(levels[:8], torch.where(flipped, x[:8].flip(-1), x[:8]))
@@ -275,9 +275,9 @@ def test_evaluation_batches_have_not_changed_and_are_not_flipped():
     data.setup()
     data.trainer = trainer(False)
     torch.manual_seed(0)
-    x, index = next(iter(data.val_dataloader()))
+    x, index, _ = next(iter(data.val_dataloader()))
     assert torch.equal(x, data.splits.val[:100])
-    y, _, index = transfer(data, (x, index))
+    y, _, index, _ = transfer(data, (x, index, None))
     assert torch.equal(index, torch.arange(100))
     assert torch.equal(data.transform.dequantize.inverse(data.transform.inverse(y.double())), x)
     expected = torch.tensor([-3.50291, -2.83699, 1.11643, 1.42571])
@@ -338,7 +338,7 @@ def test_samples_that_are_not_finite_are_named():
         return np.full((n, 2), np.inf)
 
     with pytest.raises(InputError, match="row 0 of a batch of training data is not finite"):
-        fetch(FreshSamples(broken, 9), [0, 1])
+        fetch(FreshSamples(broken, 9), None, [0, 1])
 
 
 @pytest.mark.parametrize(

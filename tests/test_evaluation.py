@@ -31,8 +31,9 @@ NORMAL = torch.distributions.Normal(0.0, 1.0)
 
 
 def in_batches(x, size=64):
-    """(x, index) of a split in batches, as a DataModule gives them."""
-    return zip(x.split(size), torch.arange(len(x)).split(size), strict=True)
+    """(x, index, None) of a split in batches, as a DataModule gives them."""
+    indices = torch.arange(len(x)).split(size)
+    return [(x[index], index, None) for index in indices]
 
 
 def evaluate_vectors(flow, x, seed=0):

@@ -68,7 +68,9 @@ def test_every_option_of_every_group_takes_two_steps(run, tmp_path, monkeypatch,
     mnist_files(tmp_path)
     cifar10_files(tmp_path, monkeypatch)
     stored = [f"dataset.root={tmp_path}", "dataset.validation=5", "model.pieces=1"]
+    np.save(table := tmp_path / "table.npy", np.random.default_rng(0).normal(size=(90, 3)))
     extra = stored if re.search("mnist|cifar10", choice) else []
+    extra = [f"dataset.path={table}"] if choice == "dataset=table" else extra
     folder = run(choice, *TWO_STEPS, *extra)
     losses = column(folder, "train/loss")
     assert len(losses) == 2

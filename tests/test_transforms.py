@@ -43,7 +43,7 @@ def test_a_uniform_model_scores_log2_of_the_levels(levels):
 def test_images_are_recovered_from_their_transform():
     transform = Transform(levels=17, alpha=1e-5)
     x, index = torch.randint(17, (5, 1, 8, 8), dtype=torch.uint8), torch.arange(5)
-    y, log_det, _ = transform(x, index)
+    y, log_det, *_ = transform(x, index)
     u = transform.inverse(y)
     assert u.min() >= 0
     assert u.max() <= 1
@@ -67,10 +67,11 @@ def test_noise_is_fresh_by_default_and_belongs_to_the_image_in_evaluation():
 def test_vectors_stay_as_they_are():
     transform = Transform()
     x, index = torch.randn(5, 2), torch.arange(5)
-    for y, log_det, i in (transform(x, index), transform.for_evaluation(x, index, seed=0)):
+    for y, log_det, i, c in (transform(x, index), transform.for_evaluation(x, index, seed=0)):
         assert torch.equal(y, x)
         assert torch.equal(log_det, torch.zeros(5))
         assert torch.equal(i, index)
+        assert c is None
     assert torch.equal(transform.inverse(x), x)
     assert not transform.discrete
 

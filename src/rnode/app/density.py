@@ -187,7 +187,7 @@ def fit(
     columns: Sequence[str] | None = None,
     context: Sequence[str] | None = None,
     integer: Sequence[str] | None = None,
-    log: Sequence[str] = (),
+    log: Sequence[str] | None = None,
     logit: Mapping[str, Sequence[float]] | None = None,
     max_time: str | None = None,
     folder: str | Path | None = None,
@@ -214,7 +214,7 @@ def fit(
         place.mkdir(parents=True, exist_ok=True)
         as_frame(rows).write_parquet(path)
     options = {"path": str(path), "columns": columns, "context": context, "integer": integer}
-    options |= {"log": list(log), "logit": logit}
+    options |= {"log": log, "logit": logit}
     given = [f"dataset.{key}={override(v)}" for key, v in options.items() if v is not None]
     given += [] if max_time is None else [f"trainer.max_time={max_time}"]
     place_of_run = f"hydra.run.dir={quote(str(place))}"

@@ -18,8 +18,8 @@ READERS = {
     ".csv": lambda path: pl.read_csv(path, infer_schema_length=None),
     ".tsv": lambda path: pl.read_csv(path, infer_schema_length=None, separator="\t"),
     ".parquet": pl.read_parquet,
-    ".arrow": lambda path: pl.read_ipc(path, memory_map=False),
-    ".feather": lambda path: pl.read_ipc(path, memory_map=False),
+    ".arrow": pl.read_ipc,
+    ".feather": pl.read_ipc,
     ".npy": lambda path: from_arrays({"column": np.load(path, allow_pickle=False)}),
     ".npz": lambda path: from_arrays(dict(np.load(path, allow_pickle=False))),
 }
@@ -33,7 +33,7 @@ def table(
     columns: Sequence[str] | None = None,
     context: Sequence[str] | None = None,
     integer: Sequence[str] | None = None,
-    log: Sequence[str] = (),
+    log: Sequence[str] | None = None,
     logit: Mapping[str, Sequence[float]] | None = None,
     missing: str = "stop",
     split_column: str | None = None,
@@ -54,7 +54,7 @@ def table(
         split_column: the column that says train, val or test; None: a permutation that never
             changes cuts `validation` and `test`, each a share below 1 or a number of rows.
     """
-    given, logit = list(context or ()), dict(logit or {})
+    given, log, logit = list(context or ()), list(log or ()), dict(logit or {})
     frame = read_table(Path(path).expanduser())
     numeric = [name for name, dtype in frame.schema.items() if dtype.is_numeric()]
     left = {*given, split_column}

@@ -1,0 +1,201 @@
+"""dataset=table: files as other programs write them, and what a column becomes."""
+
+import json
+import math
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+from scipy import stats
+
+import rnode
+from helpers import call, refused
+from rnode import InputError
+from rnode.data.tables import READERS, read_table, table
+from rnode.transforms import Column, TableTransform
+
+ROWS = 500
+QUIET = ["trainer.enable_progress_bar=false", "wandb.mode=disabled", "trainer.accelerator=cpu"]
+
+
+@pytest.fixture(scope="module")
+def frame():
+    rng = np.random.default_rng(0)
+    return pl.DataFrame(
+        {
+            "height": rng.normal(170, 10, ROWS),
+            "income": np.exp(rng.normal(10, 1, ROWS)),
+            "share": rng.beta(2, 3, ROWS),
+            "cars": rng.poisson(1.3, ROWS),
+            "city": rng.choice(["Bonn", "Oslo"], ROWS),
+        }
+    )
+
+
+@pytest.mark.parametrize("ending", [".csv", ".tsv", ".parquet", ".arrow", ".feather"])
+def test_every_format_holds_the_same_columns(frame, tmp_path, ending):
+    path = tmp_path / f"rows{ending}"
+    writers = {".csv": frame.write_csv, ".parquet": frame.write_parquet}
+    writers[".tsv"] = lambda path: frame.write_csv(path, separator="\t")
+    writers.get(ending, frame.write_ipc)(path)
+    assert read_table(path).equals(frame)
+
+
+def test_arrays_become_columns(tmp_path):
+    np.save(tmp_path / "a.npy", np.arange(6.0).reshape(3, 2))
+    np.savez(tmp_path / "b.npz", x=np.arange(3), y=np.ones((3, 2)))
+    assert read_table(tmp_path / "a.npy").to_dict(as_series=False) == {
+        "column_0": [0, 2, 4],
+        "column_1": [1, 3, 5],
+    }
+    assert read_table(tmp_path / "b.npz").columns == ["x", "y_0", "y_1"]
+
+
+def test_splits_are_disjoint_standardized_by_training_and_always_the_same(frame, tmp_path):
+    frame.write_csv(path := tmp_path / "rows.csv")
+    splits = table(str(path), validation=0.1, test=60)
+    assert [len(part) for part in splits[:3]] == [390, 50, 60]
+    assert [column.name for column in splits.transform.columns] == frame.columns[:4]
+    whole = torch.cat(splits[:3])
+    assert len({tuple(row) for row in whole.tolist()}) == ROWS
+    y = splits.transform(splits.train, torch.arange(390)).y
+    torch.testing.assert_close(y.mean(0), torch.zeros(4), atol=1e-5, rtol=0)
+    torch.testing.assert_close(y.std(0, correction=0), torch.ones(4), atol=1e-5, rtol=0)
+    again = table(str(path), validation=0.1, test=60)
+    assert all(torch.equal(a, b) for a, b in zip(splits[:3], again[:3], strict=True))
+
+
+def test_a_column_says_the_split(frame, tmp_path):
+    words = np.array(["train", "Validation", "test"])[np.arange(ROWS) % 3]
+    frame.with_columns(part=words).write_parquet(path := tmp_path / "rows.parquet")
+    splits = table(str(path), columns=["height"], split_column="part")
+    heights = torch.from_numpy(frame["height"].to_numpy())
+    for i, rows in enumerate(splits[:3]):
+        assert torch.equal(rows[:, 0], heights[i::3])
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        Column("x", mean=3.0, std=2.0),
+        Column("x", log=True, mean=-1.0, std=0.5),
+        Column("x", bounds=(-1.0, 9.0), mean=0.3, std=1.7),
+        Column("x", integer=True, mean=3.0, std=2.0),
+        Column("x", integer=True, log=True, std=0.3),
+        Column("x", integer=True, bounds=(0.0, 9.0)),
+    ],
+)
+def test_each_transform_its_inverse_and_its_log_determinant_by_autograd(column):
+    x = torch.tensor([1.0, 3.0, 7.0], dtype=torch.float64, requires_grad=True)
+    noise = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
+    y, log_det = column(x, noise)
+    (slope,) = torch.autograd.grad(y.sum(), x)
+    torch.testing.assert_close(log_det, slope.log())
+    torch.testing.assert_close(column.inverse(y), x, rtol=1e-9, atol=1e-9)
+
+
+def test_the_density_is_in_the_tables_own_units():
+    """A standard normal y makes a lognormal, a logit-normal and a normal of the columns."""
+    columns = [Column("a", log=True, mean=1.0, std=0.5), Column("b", bounds=(0.0, 2.0), std=1.5)]
+    transform = TableTransform([*columns, Column("c", mean=-4.0, std=3.0)])
+    x = torch.tensor([[2.0, 0.7, -3.0], [0.1, 1.9, 5.0]], dtype=torch.float64)
+    batch = transform(x, torch.arange(2))
+    found = rnode.log_normal(batch.y.double()) + batch.log_det
+    a, b, c = x.numpy().T
+    logit = np.log(b / (2 - b))
+    expected = stats.lognorm.logpdf(a, 0.5, scale=math.e) + stats.norm.logpdf(c, -4, 3)
+    expected += stats.norm.logpdf(logit, 0, 1.5) + np.log(2 / (b * (2 - b)))
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_warnings_name_columns_whose_density_is_not_what_it_seems(frame, tmp_path, capsys):
+    frame.with_columns(zero=pl.lit(0.5)).write_csv(path := tmp_path / "rows.csv")
+    table(str(path))
+    printed = capsys.readouterr().out
+    assert "cars hold whole numbers" in printed
+    assert "dataset.integer=[cars] dequantizes them" in printed
+    assert "zero is 0.5 in 500 of 500 rows" in printed
+    assert "height" not in printed
+    table(str(path), columns=["height", "cars"], integer=["cars"])
+    assert capsys.readouterr().out == ""
+
+
+def test_rows_with_missing_values(frame, tmp_path, capsys):
+    height = frame["height"].to_list()
+    height[3], height[9] = None, float("nan")
+    frame.with_columns(height=pl.Series(height)).write_parquet(path := tmp_path / "rows.parquet")
+    with pytest.raises(InputError, match=r"values are missing in height \(2\); missing=drop"):
+        table(str(path))
+    assert sum(map(len, table(str(path), missing="drop")[:3])) == ROWS - 2
+    assert "2 of 500 rows are left out" in capsys.readouterr().out
+    table(str(path), columns=["income"])  # other columns may lack values
+
+
+BAD = {
+    "dataset.path=none.csv": "path=none.csv: there is no such file",
+    "dataset.path=rows.txt": f"path=rows.txt: must end in one of {', '.join(READERS)}",
+    "dataset.path=broken.parquet": "path=broken.parquet: cannot be read",
+    "dataset.path=objects.npy": "path=objects.npy: cannot be read",
+    "dataset.path=cube.npy": "has the shape (2, 2, 2); a table needs (rows,) or (rows, columns)",
+    "dataset.path=empty.csv": "path=empty.csv: cannot be read",
+    "dataset.path=header.csv": "path=header.csv: holds no rows",
+    "dataset.path=one.csv": "test=1: must be 1 to 0, out of 1 samples",
+    "dataset.path=twice.csv": "path=twice.csv: has several columns named a",
+    "dataset.columns=[hight]": "columns=hight: rows.csv has the columns height, income",
+    "dataset.columns=[city]": "columns=city: must hold numbers; rows.csv has String there",
+    "dataset.integer=[height]": "height=[1",
+    "dataset.log=[cars]": "cars=0: must be positive",
+    "dataset.log=[height] dataset.columns=[income]": "log=height: must be one of the modelled",
+    "dataset.logit={share:[0.2,0.3]}": "share: holds 0.",
+    "dataset.logit={share:[0.2]}": "dataset.logit.share=",
+    "dataset.context=[town]": "context=town: rows.csv has the columns",
+    "dataset.split_column=city": "split_column=city: holds ['bonn', 'oslo'], not train, val",
+    "dataset.test=600": "test=600: must be 1 to 499, out of 500 samples",
+    "dataset.missing=guess": "dataset.missing=guess: must be 'stop' or 'drop'",
+}
+
+
+@pytest.mark.parametrize("overrides", BAD)
+def test_a_users_mistake_is_one_line(frame, tmp_path, monkeypatch, capsys, overrides):
+    monkeypatch.chdir(tmp_path)
+    frame.write_csv("rows.csv")
+    for name in ("rows.txt", "broken.parquet", "empty.csv"):
+        (tmp_path / name).write_text("" if name == "empty.csv" else "x")
+    (tmp_path / "header.csv").write_text("a,b\n")
+    (tmp_path / "one.csv").write_text("a,b\n1.5,2.5\n")
+    (tmp_path / "twice.csv").write_text("a,b,a\n1,2,3\n")
+    np.save("objects.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    np.save("cube.npy", np.zeros((2, 2, 2)))
+    path = [] if "path=" in overrides else ["dataset.path=rows.csv"]
+    line, code = refused(capsys, "train", "dataset=table", *path, *overrides.split(), *QUIET)
+    assert BAD[overrides] in line
+    assert code == 2
+    assert not list(tmp_path.rglob("*.ckpt"))
+
+
+@pytest.mark.slow  # trains for half a minute
+def test_a_known_density_is_recovered_in_its_own_units(tmp_path, capsys):
+    """Two correlated normals, one as its exponential, and a rounded normal."""
+    rng, n = np.random.default_rng(1), 20000
+    mean, cov = np.array([100.0, 1.0]), np.array([[25.0, 3.0], [3.0, 1.0]])
+    z = rng.multivariate_normal(mean, cov, n)
+    count = np.floor(rng.normal(3, 4, n)).astype(int)
+    frame = pl.DataFrame({"a": z[:, 0], "b": np.exp(z[:, 1]), "count": count})
+    frame.write_csv(path := tmp_path / "rows.csv")
+    options = [f"dataset.path={path}", "dataset.log=[b]", "dataset.integer=[count]"]
+    folder = f"hydra.run.dir={tmp_path / 'run'}"
+    call("train", "dataset=table", *options, "trainer.max_epochs=12", *QUIET, folder)
+    held_out = table(str(path), log=["b"], integer=["count"]).test.numpy()
+    a, b, k = held_out.T
+    true = stats.multivariate_normal(mean, cov).logpdf(np.stack([a, np.log(b)], 1)) - np.log(b)
+    true += np.log(stats.norm.cdf(k + 1, 3, 4) - stats.norm.cdf(k, 3, 4))
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    found, error = (result[f"test/bits_per_dim{s}"] * 3 * math.log(2) for s in ("", "_se"))
+    assert abs(found + true.mean()) < 2 * error
+    printed = capsys.readouterr().out
+    assert "nats (units of the table)" in printed
+    assert "nats (standardized)" in printed
+    # Row by row the model is close too, which the mean alone would not show.
+    scores = rnode.load(tmp_path / "run" / "best.ckpt").log_prob(held_out)
+    assert np.abs(scores - true).mean() < 0.1
