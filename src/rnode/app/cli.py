@@ -64,9 +64,11 @@ def run(
             stream.reconfigure(errors="replace")  # letters that the terminal cannot show
     arguments = list(map(expand, typed[1:] if arguments is None else arguments))
     parsed = hydra_utils.get_args_parser().parse_args(arguments)
-    sys.path += [os.getcwd()] if parsed.config_dir else []  # for classes that its files name
+    own = parsed.config_dir or any(text.startswith("trust=") for text in parsed.overrides)
+    sys.path += [os.getcwd()] if own else []  # for classes of the user's
     asked = (parsed.overrides, parsed.config_dir)
     OmegaConf.register_new_resolver("run_name", run_name, use_cache=True, replace=True)
+    OmegaConf.register_new_resolver("power_of_two", lambda n: 2**n, replace=True)
     with errors():
         try:
             if parsed.help:

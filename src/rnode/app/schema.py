@@ -53,7 +53,15 @@ class Dataset(OpenSection):
     validation: Size = key("samples of the validation set; for your own data, or a share", None)
     test: Size = key("samples of the test set; for your own data, or a share of all", None)
     resize: Count | None = key("side of the images; a smaller one averages pixels", None)
-    size: Count | None = key("side of a patch, in pixels", None)
+    size: Count | list[Count] | None = key(
+        "side of the images or patches, or [height, width]", None
+    )
+    channels: Literal[1, 3] | None = key("1 for grey images, 3 for RGB", None)
+    crop: Count | None = key("side of the centre that is cut out before scaling", None)
+    bits: Annotated[int, Field(ge=1, le=8)] | None = key("bits that are kept of a pixel", None)
+    pad: Count | None = key("side to which images are padded with zeros", None)
+    on_error: Literal["stop", "skip"] | None = key("stop at a broken file, or leave it out", None)
+    cache: str | None = key("folder of the decoded images", None)
     stride: Count | None = key("pixels from one patch to the next", None)
     path: str | None = key("file of a table: CSV, Parquet, Arrow, .npy or .npz", None)
     columns: list[str] | None = key("columns that are modelled; null: all numeric ones", None)

@@ -12,8 +12,11 @@ from rich.table import Table
 
 from rnode.app.build import from_checkpoint
 from rnode.app.density import Density
+from rnode.data.datamodule import DataModule
+from rnode.data.decoding import Format, decode
+from rnode.data.folder import find_images
 from rnode.data.tables import read_table
-from rnode.errors import require
+from rnode.errors import InputError, one_line, require
 from rnode.training.checkpoint import load_checkpoint
 from rnode.training.run_folder import whole_file
 
@@ -51,9 +54,32 @@ def read(density: Density, path: Path, names: list[str]) -> tuple[object, pl.Dat
         require(not missing, f"id={missing}: {path} has the columns {frame.columns[:20]}")
         return frame, frame.select(names).with_row_index("row")
     require(not names, f"id={names}: must be left out; images have no columns")
-    require(
-        path.suffix == ".npy", f"path={path}: must be a .npy file of images, or a folder of them"
-    )
-    require(path.is_file(), f"path={path}: there is no such file")
-    rows = np.load(path, allow_pickle=False)
+    if path.is_dir():
+        files, form = find_images(path), image_format(density.data)
+        images = [whole_image(path / file, form) for file in track(files, "decoding")]
+        return np.stack(images), pl.DataFrame({"file": files})
+    right = f"path={path}: must be a folder of images, or a .npy file"
+    require(path.suffix == ".npy" and path.is_file(), right)
+    try:
+        rows = np.load(path, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise InputError(f"path={path}: cannot be read ({one_line(error)})") from None
     return rows, pl.DataFrame({"row": np.arange(len(rows))})
+
+
+def image_format(data: DataModule) -> Format:
+    """Return what the images were made into that the flow was trained on."""
+    (channels, *sides), levels = data.shape, data.transform.levels or 0
+    bits = levels.bit_length() - 1
+    wrong = f"path: must be a .npy file; {levels} grey levels are not the bits of a pixel"
+    require(levels == 2**bits <= 256, wrong)
+    known = {key: data.arguments[key] for key in ("crop", "pad") if key in data.arguments}
+    return Format(channels, data.arguments.get("size", sides), bits=bits, **known)
+
+
+def whole_image(path: Path, form: Format) -> np.ndarray:
+    """Decode an image; a broken file is an InputError."""
+    result = decode(path, form)
+    if isinstance(result, InputError):
+        raise result
+    return result[0]

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rnode.data.splits import Splits
 from rnode.errors import InputError, require
 
 
@@ -83,9 +84,20 @@ def fit_column(name: str, values: np.ndarray) -> Numeric | Label:
     whole = values.dtype.kind in "iub"
     if values.dtype.kind in "OUS" or (whole and few):
         require(few, f"context {name}: has more than 100 different labels")
-        return Label(
-            tuple(sorted({str(v) for v in values}, key=lambda v: (len(v), v) if whole else v))
-        )
+        return as_label(values)
     std = float(np.std(values.astype(np.float64)))
     require(std > 0, f"context {name}: is constant in the training split")
     return Numeric(float(np.mean(values)), std)
+
+
+def as_label(values: np.ndarray) -> Label:
+    """The labels that occur in a column: numbers by their size, words by the alphabet."""
+    whole = values.dtype.kind in "iub"
+    return Label(tuple(sorted({str(v) for v in values}, key=lambda v: (len(v) * whole, v))))
+
+
+def label_contexts(splits: Splits, labels: Sequence[np.ndarray]) -> Splits:
+    """Condition each split on its labels, one an image."""
+    context = Context({"label": as_label(np.concatenate(labels))})
+    encoded = tuple(context.encode({"label": part}) for part in labels)
+    return splits._replace(contexts=encoded, context=context)

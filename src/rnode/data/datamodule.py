@@ -4,6 +4,7 @@ import inspect
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from pytorch_lightning import LightningDataModule, Trainer
@@ -109,14 +110,15 @@ class DataModule(LightningDataModule):
 
     def state_dict(self) -> dict:
         """What a trained flow needs of its data where the configuration does not say it."""
-        table = isinstance(self.transform, TableTransform)
-        state = {"shape": list(self.shape), "columns": self.transform.state()} if table else {}
+        state: dict[str, Any] = {"shape": list(self.shape)}
+        if isinstance(self.transform, TableTransform):
+            state["columns"] = self.transform.state()
         return state | ({"context": self.context.state()} if self.context else {})
 
     def load_state_dict(self, state: dict) -> None:
-        self.expected = state
+        self.expected, self.shape = state, tuple(state["shape"])
         if "columns" in state:
-            self.shape, self.transform = state["shape"], TableTransform.from_state(state["columns"])
+            self.transform = TableTransform.from_state(state["columns"])
         if "context" in state:
             self.context = Context.from_state(state["context"])
 

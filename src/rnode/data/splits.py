@@ -33,3 +33,8 @@ def hold_out_indices(n: int, count: int, what: str) -> tuple[Tensor, Tensor]:
     require(0 < count < n, f"{what}={count}: must be 1 to {n - 1}, out of {n} samples")
     order = torch.randperm(n, generator=torch.Generator().manual_seed(SPLIT_SEED))
     return order[count:], order[:count]
+
+
+def count_of(share: float, n: int) -> int:
+    """A share below 1 of `n` samples, one at least, or a number of samples."""
+    return max(1, round(share * n)) if share < 1 else int(share)

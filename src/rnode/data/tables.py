@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rnode.data.context import Context
-from rnode.data.splits import Splits, hold_out_indices
+from rnode.data.splits import Splits, count_of, hold_out_indices
 from rnode.errors import InputError, one_line, require
 from rnode.transforms import Column, TableTransform
 
@@ -152,11 +152,6 @@ def split_rows(
     rest, held = hold_out_indices(n, count_of(test, n), "test")
     kept, chosen = hold_out_indices(len(rest), count_of(validation, n), "validation")
     return [rest[kept], rest[chosen], held]
-
-
-def count_of(share: float, n: int) -> int:
-    """A share below 1 of `n` rows, one at least, or a number of rows."""
-    return max(1, round(share * n)) if share < 1 else int(share)
 
 
 def fit_columns(
