@@ -65,7 +65,7 @@ class Dataset(OpenSection):
     stride: Count | None = key("pixels from one patch to the next", None)
     path: str | None = key("file of a table: CSV, Parquet, Arrow, .npy or .npz", None)
     columns: list[str] | None = key("columns that are modelled; null: all numeric ones", None)
-    context: list[str] | str | None = key("columns, or label, that the density is given", None)
+    context: list[str] | Literal["label"] | None = key("columns, or label, that the density is given", None)
     integer: list[str] | None = key("columns of whole numbers, which are dequantized", None)
     log: list[str] | None = key("positive columns whose logarithm is modelled", None)
     logit: dict[str, Bounds] | None = key(
