@@ -18,7 +18,10 @@ from rnode.errors import DivergenceError, InputError, Stopped, WriteError
 
 MISTAKES = [
     # a group has no such option
-    ("dataset=cifar11", "there is no dataset/cifar11; the options are cifar10, digits, fashion_"),
+    (
+        "dataset=cifar11",
+        "there is no dataset/cifar11; the options are celeba, cifar10, digits, emnist",
+    ),
     ("hydra/launcher=pbs", "there is no hydra/launcher/pbs; pip install 'rnode[sweep]'"),
     # there is no such key
     ("trainer.max_epoch=3", "no option trainer.max_epoch; did you mean trainer.max_epochs?"),

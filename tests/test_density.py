@@ -166,3 +166,46 @@ def test_a_users_mistake_is_one_line(
     assert message in line
     assert code == 2
     assert not list(tmp_path.rglob("scores.*"))
+
+
+def test_classes_of_the_users_own_package_are_called_when_named_again(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "mydata.py").write_text(
+        "import torch\n"
+        "from rnode.data.splits import Splits\n"
+        "from rnode import mlp\n"
+        "def rows(n):\n"
+        "    return Splits(*torch.randn(n + 20, 3).split([n, 10, 10]))\n"
+        "def flow(**options):\n"
+        "    return mlp(**options)\n"
+    )
+    (tmp_path / "own" / "dataset").mkdir(parents=True)
+    (tmp_path / "own" / "dataset" / "mine.yaml").write_text(
+        "# @package _global_\n"
+        "# my rows\n"
+        "defaults:\n  - override /model: mlp\n  - _self_\n"
+        "dataset:\n  _target_: rnode.data.datamodule.DataModule\n"
+        "  source:\n    _target_: mydata.rows\n    _partial_: true\n"
+        "  n: 40\n  shape: null\n  batch_size: 20\n  eval_batch_size: 10\n  seed: 0\n"
+        "model:\n  _target_: mydata.flow\n"
+    )
+    own = ["--config-dir", "own", "dataset=mine", "trainer.max_epochs=1", "hydra.run.dir=run"]
+    call("train", *own, *QUIET)
+    path = "run/best.ckpt"
+    capsys.readouterr()
+    line, _ = refused(capsys, "evaluate", path)
+    assert (
+        "would call mydata.rows, which conf/ does not name; if it is yours, add trust=[mydata]"
+        in line
+    )
+    with pytest.raises(InputError, match="mydata"):
+        rnode.load(path)
+    np.save("new.npy", np.zeros((2, 3)))
+    for name, extra in (("evaluate", []), ("sample", ["n=3"]), ("score", ["path=new.npy"])):
+        call(name, path, "trust=[mydata]", *extra, f"hydra.run.dir={name}")
+    assert len(pl.read_csv("score/scores.csv")) == 2
+    assert np.load("sample/samples.npy").shape == (3, 3)
+    assert rnode.load(path, trust=["mydata"]).log_prob(np.zeros((2, 3))).shape == (2,)

@@ -12,7 +12,7 @@ from scipy import stats
 import rnode
 from helpers import call, refused
 from rnode import InputError
-from rnode.data.tables import READERS, read_table, table
+from rnode.data.tables import READERS, fit_whitening, read_table, table
 from rnode.transforms import Column, TableTransform
 
 ROWS = 500
@@ -54,7 +54,7 @@ def test_arrays_become_columns(tmp_path):
 
 def test_splits_are_disjoint_standardized_by_training_and_always_the_same(frame, tmp_path):
     frame.write_csv(path := tmp_path / "rows.csv")
-    splits = table(str(path), validation=0.1, test=60)
+    splits = table(str(path), validation=0.1, test=60, whiten=False)
     assert [len(part) for part in splits[:3]] == [390, 50, 60]
     assert [column.name for column in splits.transform.columns] == frame.columns[:4]
     whole = torch.cat(splits[:3])
@@ -93,6 +93,24 @@ def test_each_transform_its_inverse_and_its_log_determinant_by_autograd(column):
     (slope,) = torch.autograd.grad(y.sum(), x)
     torch.testing.assert_close(log_det, slope.log())
     torch.testing.assert_close(column.inverse(y), x, rtol=1e-9, atol=1e-9)
+
+
+def test_whitening_makes_the_columns_uncorrelated_and_has_the_jacobians_determinant():
+    rng = np.random.default_rng(0)
+    rows = torch.from_numpy(rng.normal(size=(900, 3)) @ rng.normal(size=(3, 3)) + 5)
+    plain = TableTransform([Column(name, mean=5.0, std=2.0) for name in "abc"])
+    transform = TableTransform(plain.columns, fit_whitening(plain, rows))
+    batch = transform(rows, torch.arange(900))
+    torch.testing.assert_close(torch.cov(batch.y.T), torch.eye(3), atol=1e-4, rtol=0)
+    torch.testing.assert_close(transform.inverse(batch.y), rows, atol=1e-5, rtol=0)
+    jacobian = (transform.whitening / 2).T
+    expected = torch.linalg.slogdet(jacobian).logabsdet.float().expand(900)
+    torch.testing.assert_close(batch.log_det, expected)
+    kept = TableTransform.from_state(transform.state())
+    assert torch.equal(kept(rows, torch.arange(900)).y, batch.y)
+    dependent = torch.cat([rows, rows.sum(1, keepdim=True)], 1)  # no variance in one direction
+    plain = TableTransform([Column(name) for name in "abcd"])
+    assert fit_whitening(plain, dependent).isfinite().all()
 
 
 def test_the_density_is_in_the_tables_own_units():

@@ -55,6 +55,10 @@ class Probes:
         require(count >= 1, f"count={count}: must be at least 1")
         self.divergence, self.count = divergence, count
 
+    def __str__(self) -> str:
+        exact = self.divergence == "exact"
+        return "exact" if exact else f"{self.count} {self.divergence} probe(s) a sample"
+
     def sample(self, z: Tensor, generators: Sequence[torch.Generator] | None = None) -> Tensor:
         """Sample ε (K, B, *shape) for z (B, *shape), from one generator per sample if given."""
         if self.divergence == "exact":

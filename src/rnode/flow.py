@@ -145,6 +145,7 @@ class Flow(nn.Module):
         self.shape, self.context = torch.Size(shape), context
         self.layers = nn.ModuleList(layers)  # ty: ignore[invalid-assignment]
         self.solver, self.probes = solver, probes
+        self.test_probes: Probes | None = None  # in evaluation mode instead of `probes`
         factored, z = [], torch.empty(1, *shape, device="meta")
         for layer in self.layers:
             z = z if isinstance(layer, Piece) else layer(z, factored)
@@ -180,13 +181,14 @@ class Flow(nn.Module):
         fits = x.shape[1:] == self.shape
         require(fits, f"x of shape {tuple(x.shape)}: must be (B, {str(tuple(self.shape))[1:]}")
         z, c = self._to_state(x), self._given(context, len(x))
+        probes = self.probes if self.training else self.test_probes or self.probes
         _, l, E, n = State.initial(z)
         factored, solutions = [], []
         for layer in self.layers:
             if not isinstance(layer, Piece):
                 z = layer(z, factored)
                 continue
-            eps = self.probes.sample(z, generators)
+            eps = probes.sample(z, generators)
             try:
                 solution = layer(z, eps, self.method, self.solver.gradient, c)
             except DivergenceError as error:

@@ -128,15 +128,18 @@ class Column(NamedTuple):
 
 
 class TableTransform:
-    """Rows of a table x (B, d) to what the flow models, y (B, d), column by column, in float64.
+    """Rows of a table x (B, d) to what the flow models, y (B, d), in float64.
 
-    log p(x) is in the table's own units; for columns of whole numbers it bounds the discrete one.
+    Each column is transformed and standardized; then `whitening` (d, d), if there is one, makes the
+    columns uncorrelated. log p(x) is in the table's own units; for columns of whole numbers it
+    bounds the discrete one.
     """
 
     levels = None  # x are not grey levels
 
-    def __init__(self, columns: Sequence[Column]):
-        self.columns = tuple(columns)
+    def __init__(self, columns: Sequence[Column], whitening: Tensor | None = None):
+        self.columns, self.whitening = tuple(columns), whitening
+        self.log_det_whitening = 0.0 if whitening is None else float(whitening.slogdet()[1])
 
     @property
     def discrete(self) -> bool:
@@ -150,8 +153,11 @@ class TableTransform:
         noise = torch.rand(x.shape) if noise is None else noise
         noise = noise.clamp(min=torch.finfo(noise.dtype).tiny)  # the logarithm of 0 is infinite
         parts = zip(self.columns, x.double().T, noise.double().T, strict=True)
-        y, log_det = zip(*(column(values, u) for column, values, u in parts), strict=True)
-        return Batch(torch.stack(y, 1).float(), sum(log_det).float(), index, context)
+        parts = (column(values, u) for column, values, u in parts)
+        columns, log_dets = zip(*parts, strict=True)
+        y, log_det = torch.stack(columns, 1), sum(log_dets) + self.log_det_whitening
+        y = y if self.whitening is None else y @ self.whitening
+        return Batch(y.float(), log_det.float(), index, context)
 
     def require_inside(self, x: Tensor) -> None:
         """Raise InputError unless each column of x (N, d) takes its values."""
@@ -170,16 +176,19 @@ class TableTransform:
 
     def inverse(self, y: Tensor) -> Tensor:
         """y (B, d) → x (B, d), float64."""
-        parts = zip(self.columns, y.double().cpu().T, strict=True)
+        y = y.double().cpu()
+        y = y if self.whitening is None else torch.linalg.solve(self.whitening, y, left=False)
+        parts = zip(self.columns, y.T, strict=True)
         return torch.stack([column.inverse(values) for column, values in parts], dim=1)
 
-    def state(self) -> list[dict[str, Any]]:
+    def state(self) -> dict[str, Any]:
         """Plain containers, from which `from_state` makes this transform."""
-        return [column._asdict() for column in self.columns]
+        columns = {column.name: column._asdict() for column in self.columns}
+        return {"columns": columns, "whitening": self.whitening}
 
     @classmethod
-    def from_state(cls, state: Sequence[dict[str, Any]]) -> "TableTransform":
-        return cls([Column(**column) for column in state])
+    def from_state(cls, state: dict[str, Any]) -> "TableTransform":
+        return cls([Column(**kept) for kept in state["columns"].values()], state["whitening"])
 
 
 class Transform:

@@ -21,7 +21,7 @@ from rnode.flow import Flow
 from rnode.training.checkpoint import flow_weights, load_checkpoint
 
 EXACT_UP_TO = 16  # dimensions: there div f by as many products as dimensions is cheap
-SECTIONS = ("dataset", "model", "solver", "divergence", "probes")
+SECTIONS = ("dataset", "model", "solver", "divergence", "probes", "test_probes")
 
 
 def build(cfg: DictConfig, state: dict | None = None) -> tuple[DataModule, Flow]:
@@ -35,11 +35,13 @@ def build(cfg: DictConfig, state: dict | None = None) -> tuple[DataModule, Flow]
         data.load_state_dict(state)
     elif cfg.dataset.shape is None or cfg.dataset.get("context"):
         data.setup()
-    few = math.prod(data.shape) <= EXACT_UP_TO
-    probes = Probes(cfg.divergence or ("exact" if few else "gaussian"), cfg.probes)
     sizes = {"context": data.context.size} if data.context else {}
     sizes |= {} if cfg.dataset.shape else {"shape": data.shape}
-    return data, instantiate(cfg.model)(solver=solver, probes=probes, **sizes)
+    probes = Probes(cfg.divergence, cfg.probes)
+    flow = instantiate(cfg.model)(solver=solver, probes=probes, **sizes)
+    few = math.prod(data.shape) <= EXACT_UP_TO
+    flow.test_probes = Probes("exact" if few else cfg.divergence, cfg.test_probes or cfg.probes)
+    return data, flow
 
 
 def from_checkpoint(cfg: DictConfig) -> tuple[DataModule, Flow, Fabric]:
@@ -54,22 +56,17 @@ def from_checkpoint(cfg: DictConfig) -> tuple[DataModule, Flow, Fabric]:
     return data, flow.to(fabric.device), fabric
 
 
-def exact_if_small(config: DictConfig) -> None:
-    if math.prod(config.dataset.shape) <= EXACT_UP_TO:
-        config.divergence = "exact"
-
-
 def load_flow(
-    path: str, change: Callable = exact_if_small, trust: Sequence[str] = ()
+    path: str, change: Callable = lambda config: None, trust: Sequence[str] = ()
 ) -> tuple[DataModule, Flow]:
     """Load the data and the trained flow of a checkpoint, on the CPU.
 
-    `change` changes the configuration of the run first. InputError is raised if the configuration
-    names a class that neither conf/ nor a folder of --config-dir names, outside the packages that
-    the user trusts.
+    `change(config)` changes the configuration of the run first. InputError is raised if it names a
+    class that neither conf/ nor a folder of --config-dir names, outside the packages that the user
+    trusts.
     """
     checkpoint = load_checkpoint(path)
-    sections = {name: checkpoint["config"][name] for name in SECTIONS}
+    sections = {name: checkpoint["config"].get(name) for name in SECTIONS}
     known = set(known_targets())
     for key, value in flatten(sections).items():
         package = str(value).split(".")[0]
@@ -78,8 +75,9 @@ def load_flow(
         what = refused if foreign else f"interpret {value}"
         refused = foreign or "${" in f"{key}{value}"
         require(not refused, f"ckpt_path={path}: its configuration would {what}")
-    config, state = OmegaConf.create(sections), checkpoint.get("DataModule", {})
-    config.dataset.shape = config.dataset.shape or state["shape"]
+    config, state = OmegaConf.create(sections), checkpoint.get("DataModule")
+    if config.dataset.shape is None:
+        config.dataset.shape = state["shape"]
     config.model.shape = config.model.get("shape") or config.dataset.shape
     change(config)
     (data, flow), weights = build(config, state), flow_weights(checkpoint)
@@ -112,6 +110,6 @@ def apply_overrides(config: DictConfig, cfg: DictConfig) -> None:
             known = key in config.dataset
             require(known, f"dataset.{key}={value}: the data of this run have no such option")
             config.dataset[key] = value
-    exact_if_small(config)
-    for key in ("divergence", "probes"):
-        config[key] = config[key] if cfg[key] is None else cfg[key]
+    if cfg.probes is not None:
+        config.test_probes = cfg.probes
+    config.divergence = cfg.divergence or config.divergence

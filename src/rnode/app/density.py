@@ -98,7 +98,7 @@ class Density:
         batch = self.data.transform.for_evaluation(x, index, self.seed, context)
         batch = batch.to(next(self.flow.parameters()).device)
         first = measure(self.flow, batch, self.seed)[1].bits_per_dim.cpu()
-        if self.flow.probes.divergence == "exact":
+        if self.flow.test_probes.divergence == "exact":
             return first, torch.zeros_like(first)
         second = measure(self.flow, batch, self.seed + 1)[1].bits_per_dim.cpu()
         return (first + second) / 2, (first - second).abs() / 2

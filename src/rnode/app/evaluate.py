@@ -33,10 +33,8 @@ def main(cfg: DictConfig) -> float:
     summary, columns = evaluate(flow, data.transform, batches, cfg.samples, cfg.seed)
     if not first:
         return summary["bits_per_dim"]
-    probes = flow.probes
-    exact = probes.divergence == "exact"
     summary |= {
-        "divergence": "exact" if exact else f"{probes.count} {probes.divergence} probe(s) a sample",
+        "divergence": str(flow.test_probes),
         "ckpt_path": cfg.ckpt_path,
         "split": cfg.split,
         "seed": cfg.seed,

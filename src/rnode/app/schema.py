@@ -65,13 +65,16 @@ class Dataset(OpenSection):
     stride: Count | None = key("pixels from one patch to the next", None)
     path: str | None = key("file of a table: CSV, Parquet, Arrow, .npy or .npz", None)
     columns: list[str] | None = key("columns that are modelled; null: all numeric ones", None)
-    context: list[str] | Literal["label"] | None = key("columns, or label, that the density is given", None)
+    context: list[str] | Literal["label"] | None = key(
+        "columns, or label, that the density is given", None
+    )
     integer: list[str] | None = key("columns of whole numbers, which are dequantized", None)
     log: list[str] | None = key("positive columns whose logarithm is modelled", None)
     logit: dict[str, Bounds] | None = key(
         "columns {name: [low, high]} whose logit is modelled", None
     )
     missing: Literal["stop", "drop"] | None = key("stop at a missing value, or drop its row", None)
+    whiten: bool | None = key("model uncorrelated combinations of the columns", None)
     split_column: str | None = key("column that says train, val or test; null: by chance", None)
 
 
@@ -156,10 +159,11 @@ class Wandb(OpenSection):
 
 class Train(Section):
     seed: Whole = key("seed of weights, data order, noise and probes")
-    divergence: Literal[DIVERGENCES] | None = key(
-        "probes of div f and of the Jacobian norm; null: exact up to 16 dimensions, else gaussian"
-    )
+    divergence: Literal[DIVERGENCES] = key("probes of div f and of the Jacobian norm")
     probes: Count = key("random probes of a sample")
+    test_probes: Count | None = key(
+        "the same in validation and test, which are exact up to 16 dimensions; null: as many"
+    )
     warmup_steps: Whole = key("steps over which the learning rate rises linearly")
     decay: bool = key("let the learning rate fall to 0 over max_epochs, as half a cosine")
     refine: NonNegative | None = key("bits/dim from a finer grid at which the grid is refined")

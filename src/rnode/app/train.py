@@ -139,7 +139,7 @@ def fit(cfg: DictConfig, folder: Path, ckpt_path: str | None, halvings: Counter[
     metrics, score = trained | trainer.callback_metrics, best.best_model_score
     score = trained.get("val/bits_per_dim", nan) if score is None else score
     result = write_result(folder, metrics, float(score))
-    print_table(metrics, flow.d, isinstance(data.transform, TableTransform), folder)
+    print_table(metrics, flow, data.transform, folder)
     return result
 
 
@@ -180,20 +180,23 @@ def report_resume(path: str, checkpoint: dict, config: dict) -> None:
             print(f"{key}={ours.get(key)} from the command line (checkpoint: {theirs.get(key)})")
 
 
-def print_table(metrics: dict, d: int, tabular: bool, folder: Path) -> None:
+def print_table(metrics: dict, flow: Flow, transform: object, folder: Path) -> None:
     """Print the table at the end of a run."""
     table = Table("quantity", title="test set", title_justify="left")
     table.add_column("value", justify="right")
     bits, error = (float(metrics[f"test/bits_per_dim{suffix}"]) for suffix in ("", "_se"))
-    nats = log(2) * d
+    nats = log(2) * flow.d
     table.add_row("bits/dim (± standard error)", f"{bits:.4f} ± {error:.4f}")
+    tabular = isinstance(transform, TableTransform)
     units = " (units of the table)" * tabular
     table.add_row(
         f"negative log-likelihood, nats{units}", f"{bits * nats:.3f} ± {error * nats:.3f}"
     )
     if tabular:
-        standardized = bits * nats + float(metrics["test/log_det"])
+        log_det = float(metrics["test/log_det"]) - transform.log_det_whitening
+        standardized = bits * nats + log_det
         table.add_row("negative log-likelihood, nats (standardized)", f"{standardized:.3f}")
+    table.add_row("divergence", str(flow.test_probes))
     for name, (key, form) in TABLE.items():
         if key in metrics:
             table.add_row(name, format(float(metrics[key]), form))

@@ -23,6 +23,7 @@ READERS = {
     ".npy": lambda path: from_arrays({"column": np.load(path, allow_pickle=False)}),
     ".npz": lambda path: from_arrays(dict(np.load(path, allow_pickle=False))),
 }
+DEPENDENT = 1e-6  # share of the largest variance; a combination with less is no more enlarged
 REPEATED = 0.01  # share of the rows from which a value that repeats is worth a warning
 SPLIT_WORDS = {"train": ("train", "training"), "val": ("val", "valid", "validation")}
 SPLIT_WORDS["test"] = ("test", "testing")
@@ -39,6 +40,7 @@ def table(
     split_column: str | None = None,
     validation: float = 0.1,
     test: float = 0.1,
+    whiten: bool = True,
 ) -> Splits:
     """Return the columns of a table, standardized by the training split: float64 (N, d).
 
@@ -53,6 +55,9 @@ def table(
             the row out.
         split_column: the column that says train, val or test; None: a permutation that never
             changes cuts `validation` and `test`, each a share below 1 or a number of rows.
+        validation: the validation split.
+        test: the test split.
+        whiten: whether the flow models uncorrelated combinations of the columns.
     """
     given, log, logit = list(context or ()), list(log or ()), dict(logit or {})
     frame = read_table(Path(path).expanduser())
@@ -78,6 +83,8 @@ def table(
     x = torch.from_numpy(frame.select(pl.col(used).cast(pl.Float64)).to_numpy(writable=True))
     parts = [x[index] for index in indices]
     transform = fit_columns(used, parts[0], integer or (), log, logit, x)
+    if whiten:
+        transform = TableTransform(transform.columns, fit_whitening(transform, parts[0]))
     warn(frame.select(used), integer, path)
     if not given:
         return Splits(*parts, transform=transform)
@@ -173,6 +180,13 @@ def fit_columns(
         y, _ = column(values, torch.full_like(values, 0.5))
         columns.append(column._replace(mean=float(y.mean()), std=float(y.std(correction=0)) or 1.0))
     return TableTransform(columns)
+
+
+def fit_whitening(transform: TableTransform, train: Tensor) -> Tensor:
+    """Return the matrix that makes the columns of the training split (N, d) uncorrelated."""
+    y = transform(train, torch.arange(len(train)), torch.full(train.shape, 0.5)).y.double()
+    variances, directions = torch.linalg.eigh(torch.cov(y.T).reshape(2 * [len(train.T)]))
+    return directions / variances.clamp(min=DEPENDENT * variances.max()).sqrt()
 
 
 def warn(frame: pl.DataFrame, integer: Sequence[str] | None, path: str) -> None:
