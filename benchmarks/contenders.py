@@ -1,0 +1,159 @@
+"""Density models of this project and of other libraries, each as a training step and a likelihood.
+
+- rnode: the mlp flow. Its likelihood is by dopri5 at 1e-5 with the exact divergence.
+- zuko's CNF: its own loss and adaptive solver, Adam at 1e-3, as in its guide.
+- zuko's NSF and MAF: three or five transforms, hidden layers of 128, Adam at 1e-3.
+- torchcfm's OT-CFM: σ = 0.1, its own MLP, Adam at 1e-3, as in its tutorials. Its likelihood is that
+  of its field, computed as for rnode.
+
+All continuous flows have three hidden layers of width 64.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import zuko
+from torch import Tensor
+from torchcfm.conditional_flow_matching import ExactOptimalTransportConditionalFlowMatcher
+from torchcfm.models import MLP
+from torchdiffeq import odeint
+
+from common import DOPRI5, SIMPSON
+from rnode import Probes, Solver, State, log_normal, mlp, objective
+from rnode.solver import error_norm
+
+Sample = Callable[[], Tensor]
+Step = Callable[[float], None]  # its argument is the fraction of the time that has passed
+Evaluate = Callable[[Tensor], Tensor]
+POINTS = 10  # evaluations
+
+
+class Point(NamedTuple):
+    """Seconds of training so far, and mean negative log-likelihoods."""
+
+    seconds: float
+    validation: float
+    test: float
+
+
+def train(
+    step: Step,
+    evaluate: Evaluate,
+    validation: Tensor,
+    test: Tensor,
+    seconds: float,
+    points: int = 10,
+) -> list[Point]:
+    """Train for `seconds` and measure both sets POINTS times."""
+    curve, spent = [], 0.0
+    while len(curve) < POINTS:
+        start = time.perf_counter()
+        step(spent / seconds)
+        spent += time.perf_counter() - start
+        if spent >= seconds * (len(curve) + 1) / POINTS:
+            nats = (-evaluate(rows).mean().item() for rows in (validation, test))
+            curve.append(Point(spent, *nats))
+    return curve
+
+
+def best(curve: list[Point]) -> Point:
+    """The point that early stopping on the validation set keeps."""
+    return min(curve, key=lambda p: p.validation if math.isfinite(p.validation) else math.inf)
+
+
+def rnode_flow(
+    d: int, sample: Sample, penalty: float = 0.01, divergence: str | None = None
+) -> tuple[Step, Evaluate]:
+    probes = Probes(divergence or ("exact" if d == 2 else "gaussian"))
+    flow = mlp((d,), Solver(SIMPSON, DOPRI5), probes)
+    flow.test_probes = Probes("exact")
+    optimizer = torch.optim.Adam(flow.parameters(), 8e-3)
+
+    def step(fraction: float) -> None:
+        cosine = math.cos(math.pi * min(1.0, fraction))
+        optimizer.param_groups[0]["lr"] = 8e-3 * (1 + cosine) / 2
+        loss = objective(flow.train()(sample()), penalty, penalty)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    @torch.no_grad()
+    def evaluate(x: Tensor) -> Tensor:
+        return flow.eval().log_prob(x)
+
+    return step, evaluate
+
+
+def zuko_cnf(d: int, sample: Sample) -> tuple[Step, Evaluate]:
+    flow = zuko.flows.CNF(d, hidden_features=(64, 64, 64), exact=d == 2)
+    step, _ = by_likelihood(flow, sample)
+
+    @torch.no_grad()
+    def evaluate(x: Tensor) -> Tensor:
+        exact, flow.transform.exact = flow.transform.exact, True
+        log_prob = flow().log_prob(x)
+        flow.transform.exact = exact
+        return log_prob
+
+    return step, evaluate
+
+
+def nsf(d: int, sample: Sample) -> tuple[Step, Evaluate]:
+    return by_likelihood(zuko.flows.NSF(d, transforms=3, hidden_features=(128, 128)), sample)
+
+
+def maf(d: int, sample: Sample) -> tuple[Step, Evaluate]:
+    return by_likelihood(zuko.flows.MAF(d, transforms=5, hidden_features=(128, 128)), sample)
+
+
+def by_likelihood(flow: torch.nn.Module, sample: Sample) -> tuple[Step, Evaluate]:
+    """Train a flow of zuko as its guide does."""
+    optimizer = torch.optim.Adam(flow.parameters(), 1e-3)
+
+    def step(fraction: float) -> None:
+        loss = -flow().log_prob(sample()).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    @torch.no_grad()
+    def evaluate(x: Tensor) -> Tensor:
+        return flow().log_prob(x)
+
+    return step, evaluate
+
+
+def ot_cfm(d: int, sample: Sample) -> tuple[Step, Evaluate]:
+    matcher = ExactOptimalTransportConditionalFlowMatcher(sigma=0.1)
+    net = MLP(dim=d, w=64, time_varying=True)
+    optimizer = torch.optim.Adam(net.parameters(), 1e-3)
+
+    def step(fraction: float) -> None:
+        x = sample()
+        t, z, velocity = matcher.sample_location_and_conditional_flow(torch.randn_like(x), x)
+        loss = (net(torch.cat([z, t[:, None]], 1)) - velocity).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    def field(t: Tensor, z: Tensor) -> Tensor:
+        return net(torch.cat([z, t.expand(len(z), 1)], 1))
+
+    def system(t: Tensor, state: State) -> tuple[Tensor, ...]:
+        """f and its exact divergence."""
+        with torch.enable_grad():
+            z = state[0].detach().requires_grad_()
+            f = field(t, z)
+            rows = [torch.autograd.grad(f[:, i].sum(), z, retain_graph=True)[0] for i in range(d)]
+        return f.detach(), sum(row[:, i] for i, row in enumerate(rows))
+
+    def evaluate(x: Tensor) -> Tensor:
+        """Integrate back from data at time 1 to noise at time 0."""
+        state, t = (x, x.new_zeros(len(x))), torch.tensor([1.0, 0.0])
+        z, l = odeint(system, state, t, **DOPRI5.odeint_options(error_norm, torch.float32))
+        return log_normal(z[-1]) + l[-1]
+
+    return step, evaluate
