@@ -118,11 +118,11 @@ def write_idx(path, images):
     path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
 
 
-def mnist_files(folder):
+def mnist_files(folder, names=("train-images", "t10k-images")):
     """Write MNIST's files with 30 training and 8 test images."""
     images = np.random.default_rng(0).integers(256, size=(30, 28, 28))
-    write_idx(folder / "train-images-idx3-ubyte.gz", images)
-    write_idx(folder / "t10k-images-idx3-ubyte", images[:8])
+    write_idx(folder / f"{names[0]}-idx3-ubyte.gz", images)
+    write_idx(folder / f"{names[1]}-idx3-ubyte", images[:8])
 
 
 def cifar10_files(folder, monkeypatch):
@@ -146,6 +146,42 @@ def cifar10_files(folder, monkeypatch):
     monkeypatch.setattr(CIFAR10, "test_list", [batch(name) for name, _ in CIFAR10.test_list])
     filename, md5 = write(CIFAR10.meta["filename"], {"label_names": ["x"]})
     monkeypatch.setattr(CIFAR10, "meta", CIFAR10.meta | {"filename": filename, "md5": md5})
+
+
+def svhn_files(folder, monkeypatch):
+    """Write SVHN's files with 9 images each, and patch their checksums into torchvision."""
+    from scipy.io import savemat
+    from torchvision.datasets import SVHN
+
+    rng, listed = np.random.default_rng(0), {}
+    for split in ("train", "test"):
+        path = folder / f"{split}_32x32.mat"
+        pixels = rng.integers(256, size=(32, 32, 3, 9), dtype=np.uint8)
+        savemat(path, {"X": pixels, "y": np.arange(1, 10)[:, None]})
+        listed[split] = ["", path.name, hashlib.md5(path.read_bytes()).hexdigest()]
+    monkeypatch.setattr(SVHN, "split_list", listed)
+
+
+def imagenet_files(folder, size):
+    """Write two training batches and a test batch of ImageNet as they are distributed."""
+    rng, batches = np.random.default_rng(0), {}
+    for name, count in (("train_data_batch_1", 9), ("train_data_batch_2", 6), ("val_data", 4)):
+        data = rng.integers(256, size=(count, 3 * size * size), dtype=np.uint8)
+        labels = rng.integers(1, 1001, size=count)
+        np.savez(folder / f"{name}.npz", data=data, labels=labels, mean=np.zeros(3 * size * size))
+        batches[name] = data.reshape(-1, 3, size, size), labels
+    return batches
+
+
+def image_files(folder, count=40):
+    """Write `count` small PNG files in two folders, of two classes."""
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    for i in range(count):
+        path = folder / str(i % 2) / f"{i:03}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(256, size=(8, 8, 3), dtype=np.uint8)).save(path)
 
 
 # Commands

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from helpers import call, column, refused, write_idx
+from helpers import call, column, imagenet_files, refused, write_idx
 from rnode import InputError
 from rnode.data import folder as folders
 from rnode.data.decoding import Format, decode
@@ -218,19 +218,8 @@ def test_celeba_is_split_as_its_list_says(tmp_path):
     assert [tuple(part.shape) for part in splits[:3]] == [(n, 3, 16, 16) for n in (7, 2, 3)]
 
 
-def imagenet_files(folder, size=8):
-    """Write two training batches and a test batch as they are distributed."""
-    batches = {}
-    for name, count in (("train_data_batch_1", 9), ("train_data_batch_2", 6), ("val_data", 4)):
-        data = RNG.integers(256, size=(count, 3 * size * size), dtype=np.uint8)
-        labels = RNG.integers(1, 1001, size=count)
-        np.savez(folder / f"{name}.npz", data=data, labels=labels, mean=np.zeros(3 * size * size))
-        batches[name] = data.reshape(-1, 3, size, size), labels
-    return batches
-
-
 def test_imagenet_is_read_from_its_batches(tmp_path):
-    first, second, test = imagenet_files(tmp_path).values()
+    first, second, test = imagenet_files(tmp_path, 8).values()
     options = {"size": 8, "validation": 3, "context": "label", "cache": str(tmp_path / "c")}
     splits = imagenet(str(tmp_path), **options)
     assert np.array_equal(splits.val, first[0][:3])

@@ -13,6 +13,7 @@ import rnode
 from helpers import call, refused
 from rnode import InputError
 from rnode.data.tables import READERS, fit_whitening, read_table, table
+from rnode.data.uci import uci
 from rnode.transforms import Column, TableTransform
 
 ROWS = 500
@@ -217,3 +218,25 @@ def test_a_known_density_is_recovered_in_its_own_units(tmp_path, capsys):
     # Row by row the model is close too, which the mean alone would not show.
     scores = rnode.load(tmp_path / "run" / "best.ckpt").log_prob(held_out)
     assert np.abs(scores - true).mean() < 0.1
+
+
+def test_the_uci_tables_have_the_splits_of_the_literature(tmp_path):
+    rng = np.random.default_rng(0)
+    for name in ("power", "miniboone", "hepmass"):
+        (tmp_path / name).mkdir()
+    boone = rng.normal(size=(100, 43))
+    np.save(tmp_path / "miniboone" / "data.npy", boone)
+    splits = uci("miniboone", str(tmp_path))
+    assert [len(part) for part in splits[:3]] == [81, 9, 10]
+    np.testing.assert_array_equal(torch.cat(splits[:3]), boone)
+    np.save(tmp_path / "power" / "data.npy", np.round(rng.normal(size=(200, 8)), 1))
+    assert [part.shape for part in uci("power", str(tmp_path))[:3]] == [(162, 6), (18, 6), (20, 6)]
+    for part, n in (("train", 60), ("test", 20)):
+        label, often = np.arange(n) % 2, np.arange(n) % 3
+        columns = {"# label": label.astype(float), "f0": rng.normal(size=n), "f1": often}
+        pl.DataFrame(columns | {"f2": rng.normal(size=n)}).write_csv(
+            tmp_path / "hepmass" / f"1000_{part}.csv"
+        )
+    assert [part.shape for part in uci("hepmass", str(tmp_path))[:3]] == [(27, 2), (3, 2), (10, 2)]
+    with pytest.raises(InputError, match="there is no folder bsds300"):
+        uci("bsds300", str(tmp_path))

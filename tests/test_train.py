@@ -21,15 +21,19 @@ from helpers import (
     cifar10_files,
     column,
     command,
+    image_files,
+    imagenet_files,
     make_flow,
     metrics,
     mnist_files,
     refused,
+    svhn_files,
 )
 from rnode import Probes
 from rnode.app.build import load_flow
 from rnode.app.schema import CONF
 from rnode.data.densities import DENSITIES
+from rnode.data.images import IDX_IMAGES
 from rnode.training.callbacks import RefineGrid
 from rnode.training.module import RNODE
 
@@ -63,15 +67,55 @@ def test_the_default_run_as_a_user_starts_it(tmp_path):
     assert (checkpoint["config"], checkpoint["epoch"]) == (config, 1)
 
 
+def data_of(choice, root, monkeypatch):
+    """Write the files that an option of a group reads, and return the overrides that name them."""
+    root.mkdir()
+    at = [f"dataset.root={root}", "model.pieces=1"]
+    cache = [f"dataset.cache={root / 'cache'}"]
+    if "mnist" in choice:
+        named = IDX_IMAGES.get(choice.removeprefix("dataset=").upper(), IDX_IMAGES["MNIST"])
+        mnist_files(root, named)
+        return [*at, "dataset.validation=5"]
+    if "cifar10" in choice:
+        cifar10_files(root, monkeypatch)
+        return [*at, "dataset.validation=5"]
+    if "svhn" in choice:
+        svhn_files(root, monkeypatch)
+        return [*at, "dataset.validation=4"]
+    if size := re.search(r"imagenet(\d+)", choice):
+        imagenet_files(root, int(size[1]))
+        return [*at, *cache, "dataset.validation=4"]
+    if "celeba" in choice or "folder" in choice:
+        image_files(root / "img_align_celeba" if "celeba" in choice else root)
+        return [*at, *cache, "dataset.size=8"]
+    if re.search("dataset=(table|uci)|power|hepmass|miniboone|bsds300", choice):
+        name = {"dataset=uci": "miniboone"}.get(choice, choice.split("=")[1])
+        return uci_files(root, name)
+    return []
+
+
+def uci_files(root, name):
+    (root / name).mkdir()
+    rows = np.random.default_rng(0).normal(size=(90, 8))
+    np.save(root / name / "data.npy", rows)
+    if name == "table":
+        return [f"dataset.path={root / name / 'data.npy'}"]
+    if name == "bsds300":
+        h5py = pytest.importorskip("h5py")
+        with h5py.File(root / name / "BSDS300.hdf5", "w") as file:
+            for part in ("train", "validation", "test"):
+                file[part] = rows
+    for part in ("train", "test") if name == "hepmass" else ():
+        header = ",".join(["# label", *(f"f{i}" for i in range(7))])
+        rows[:, 0] = np.arange(90) % 2
+        path = root / name / f"1000_{part}.csv"
+        np.savetxt(path, rows, delimiter=",", header=header, comments="")
+    return [f"dataset.root={root}"]
+
+
 @pytest.mark.parametrize("choice", [f"{f.parent.name}={f.stem}" for f in CONF.glob("*/*.yaml")])
 def test_every_option_of_every_group_takes_two_steps(run, tmp_path, monkeypatch, choice):
-    mnist_files(tmp_path)
-    cifar10_files(tmp_path, monkeypatch)
-    stored = [f"dataset.root={tmp_path}", "dataset.validation=5", "model.pieces=1"]
-    np.save(table := tmp_path / "table.npy", np.random.default_rng(0).normal(size=(90, 3)))
-    extra = stored if re.search("mnist|cifar10", choice) else []
-    extra = [f"dataset.path={table}"] if choice == "dataset=table" else extra
-    folder = run(choice, *TWO_STEPS, *extra)
+    folder = run(choice, *TWO_STEPS, *data_of(choice, tmp_path / "data", monkeypatch))
     losses = column(folder, "train/loss")
     assert len(losses) == 2
     assert np.isfinite(losses).all()

@@ -31,7 +31,8 @@ def main(cfg: DictConfig) -> None:
     transform, density = data.transform, Density(data, flow, torch.zeros(0))
     count, given = conditions(cfg, density)
     context = density.encode_context(given, count)
-    ends = None if cfg.interpolate is None else interpolation_ends(cfg.interpolate, data)
+    if cfg.interpolate is not None:
+        check_interpolation(cfg.interpolate, data)
     folder = Path(HydraConfig.get().runtime.output_dir)
     first, device = fabric.is_global_zero, next(flow.parameters()).device
 
@@ -61,8 +62,8 @@ def main(cfg: DictConfig) -> None:
     if images and cfg.trajectory:
         frames = flow.trajectory(z[:16].to(device), 3, None if c is None else c[:16])
         plot_trajectory(transform.inverse(frames).float().cpu(), folder)
-    if ends is not None:
-        between = interpolate(flow, data, ends, cfg.interpolate)
+    if cfg.interpolate is not None:
+        between = interpolate(flow, data, cfg.interpolate)
         save_points(between.float().cpu(), folder / "interpolation.png", columns=len(between))
 
     mean = sum(nfe) / len(nfe)
@@ -81,23 +82,22 @@ def conditions(cfg: DictConfig, density: Density) -> tuple[int, dict]:
     return len(frame), {name: frame[name].to_numpy() for name in names}
 
 
-def interpolation_ends(pair: list[int], data: DataModule) -> torch.Tensor:
-    """Return two test images, (2, C, H, W)."""
-    given = f"interpolate={list(pair)}"
-    images = data.transform.levels is not None and data.context is None
-    wrong = f"{given}: must be left out; this flow does not model images, or is given something"
-    require(images, wrong)
+def check_interpolation(pair: list[int], data: DataModule) -> None:
+    """Raise InputError unless there are two such test images."""
+    given, images = f"interpolate={list(pair)}", data.transform.levels is not None
+    require(images, f"{given}: must be left out; this flow does not model images")
     data.setup()
     count = len(data.splits.test)
     require(max(pair) < count, f"{given}: must be two indices of test images, 0 to {count - 1}")
-    return data.splits.test[list(pair)]
 
 
-def interpolate(flow: Flow, data: DataModule, ends: torch.Tensor, pair: list[int]) -> torch.Tensor:
-    """Return images from the first of `ends` (2, C, H, W) to the second, (11, C, H, W)."""
-    ends = ends.to(next(flow.parameters()).device)
+def interpolate(flow: Flow, data: DataModule, pair: list[int]) -> torch.Tensor:
+    """Return images from one test image of the `pair` to the other, (11, C, H, W)."""
+    ends, index, context = data.fetch_from("test")(list(pair))
     midpoints = torch.full(ends.shape, MIDPOINT)
-    z = flow(data.transform(ends, torch.tensor(list(pair)), midpoints).y).z
+    batch = data.transform(ends, index, midpoints, context).to(next(flow.parameters()).device)
+    z, c = flow(batch.y, batch.context).z, batch.context
     # Points on this arc are normal as its ends are; those on a straight line are shorter.
     angle = torch.linspace(0, torch.pi / 2, 11).to(z)[:, None]
-    return data.transform.inverse(flow.inverse(angle.cos() * z[0] + angle.sin() * z[1]))
+    c = None if c is None else torch.lerp(c[:1], c[1:], (angle * 2 / torch.pi).to(c))
+    return data.transform.inverse(flow.inverse(angle.cos() * z[0] + angle.sin() * z[1], c))

@@ -83,8 +83,7 @@ def table(
     x = torch.from_numpy(frame.select(pl.col(used).cast(pl.Float64)).to_numpy(writable=True))
     parts = [x[index] for index in indices]
     transform = fit_columns(used, parts[0], integer or (), log, logit, x)
-    if whiten:
-        transform = TableTransform(transform.columns, fit_whitening(transform, parts[0]))
+    transform = whitened(transform, parts[0]) if whiten else transform
     warn(frame.select(used), integer, path)
     if not given:
         return Splits(*parts, transform=transform)
@@ -180,6 +179,11 @@ def fit_columns(
         y, _ = column(values, torch.full_like(values, 0.5))
         columns.append(column._replace(mean=float(y.mean()), std=float(y.std(correction=0)) or 1.0))
     return TableTransform(columns)
+
+
+def whitened(transform: TableTransform, train: Tensor) -> TableTransform:
+    """The transform, followed by the whitening of the training split (N, d)."""
+    return TableTransform(transform.columns, fit_whitening(transform, train))
 
 
 def fit_whitening(transform: TableTransform, train: Tensor) -> Tensor:
