@@ -29,13 +29,12 @@ from sklearn.mixture import GaussianMixture
 from torch import Tensor
 
 from common import write_csv, write_table
-from contenders import Point, best, maf, nsf, ot_cfm, rnode_flow, train, zuko_cnf
+from contenders import Point, best, maf, nsf, ot_cfm, rnode_table, train, zuko_cnf
 from rnode.app.launch import prepare_process
 from rnode.data.tables import fit_whitening
 from rnode.transforms import Column, TableTransform
 
 MOST, BATCH = 2000, 512  # rows of a measurement, and of a training step
-PENALTY = 0.001
 
 
 def main() -> None:
@@ -110,8 +109,7 @@ def rnode(rows: Tensor, validation: Tensor, test: Tensor, seconds: float) -> Poi
     plain = TableTransform([Column(str(i)) for i in range(rows.shape[1])])
     transform = TableTransform(plain.columns, fit_whitening(plain, rows.double()))
     parts = (transform(part, torch.arange(len(part))).y for part in (rows, validation, test))
-    make = partial(rnode_flow, penalty=PENALTY, divergence="gaussian")
-    point, log_det = by_steps(make, *parts, seconds), transform.log_det_whitening
+    point, log_det = by_steps(rnode_table, *parts, seconds), transform.log_det_whitening
     return Point(point.seconds, point.validation - log_det, point.test - log_det)
 
 
