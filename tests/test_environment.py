@@ -88,6 +88,7 @@ def test_the_log_holds_the_error_that_ended_the_run(capsys, tmp_path):
     assert line.removeprefix("error: ") in log
 
 
+@pytest.mark.slow(reason="a run stopped and resumed, beside a whole one")
 def test_a_stopped_run_prints_a_command_that_works_when_pasted(start, whole, tmp_path):
     folder = tmp_path / NAME
     run = start(tmp_path / "run", f"hydra.run.dir={quote(str(folder))}")
@@ -145,6 +146,7 @@ def test_variables_of_slurm_count_only_where_srun_has_started_the_process(monkey
     assert cluster_plugins() == []
 
 
+@pytest.mark.slow(reason="a run with W&B")
 def test_wandb_takes_its_variables_where_the_command_line_says_nothing(tmp_path, monkeypatch):
     options = [option for option in TWO_STEPS if "wandb" not in option]
     monkeypatch.setenv("WANDB_MODE", "disabled")

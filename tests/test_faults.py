@@ -169,6 +169,7 @@ def test_a_signal_closes_the_wandb_run_and_its_curves_continue(start, tmp_path):
     assert len({name.rsplit("-", 1)[1] for name in wandb_records(folder)}) == 1
 
 
+@pytest.mark.slow(reason="two processes")
 def test_a_second_run_in_a_folder_is_refused_and_touches_nothing(start, tmp_path, whole):
     folder = tmp_path / "run"
     first = start(folder)

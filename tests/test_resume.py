@@ -70,7 +70,7 @@ def slow(*case):
     ("options", "limits"),
     [
         ((), (4, 9)),  # the second limit is in the second epoch
-        ((ACCUMULATE,), (1, 3)),
+        slow((ACCUMULATE,), (1, 3)),
         slow((), (1,)),
         slow((), (6,)),  # at the end of an epoch
         slow((OFTEN,), (3, 8)),

@@ -132,6 +132,7 @@ def test_a_repeated_sweep_skips_finished_jobs_and_resumes_to_new_limits(tmp_path
     assert all(results(tmp_path)[name] != first[name] for name in first)
 
 
+@pytest.mark.slow(reason="two sweeps")
 def test_a_folder_with_a_run_of_another_configuration_is_refused(tmp_path, capsys):
     call("train", "-m", *TINY, "reg.lambda_k=0,0.1", f"hydra.sweep.dir={tmp_path}")
     files = [path for name in ("result.json", "last.ckpt") for path in tmp_path.glob(f"*/{name}")]
@@ -230,6 +231,7 @@ def guided(folder, *overrides):
     return [*trials, f"hydra.sweep.dir={folder}", *overrides]
 
 
+@pytest.mark.slow(reason="two sweeps")
 def test_a_guided_sweep_survives_a_failure_and_repeats_its_suggestions(
     tmp_path, capsys, monkeypatch
 ):

@@ -113,7 +113,15 @@ def uci_files(root, name):
     return [f"dataset.root={root}"]
 
 
-@pytest.mark.parametrize("choice", [f"{f.parent.name}={f.stem}" for f in CONF.glob("*/*.yaml")])
+def options():
+    """Every option of every group. Those of other groups than data sets differ in numbers alone."""
+    slow = pytest.mark.slow(reason="35 runs of 3 seconds")
+    for f in sorted(CONF.glob("*/*.yaml")):
+        marks = () if f.parent.name in ("dataset", "model") else slow
+        yield pytest.param(f"{f.parent.name}={f.stem}", marks=marks)
+
+
+@pytest.mark.parametrize("choice", options())
 def test_every_option_of_every_group_takes_two_steps(run, tmp_path, monkeypatch, choice):
     folder = run(choice, *TWO_STEPS, *data_of(choice, tmp_path / "data", monkeypatch))
     losses = column(folder, "train/loss")
@@ -125,16 +133,22 @@ def test_every_option_of_every_group_takes_two_steps(run, tmp_path, monkeypatch,
     assert column(folder, "train/kinetic")[1] > 0  # measured whatever the λ
 
 
+def another(overrides):
+    return pytest.param(overrides, marks=pytest.mark.slow(reason="a case like the others"))
+
+
 @pytest.mark.parametrize(
     "overrides",
     [
         "trainer.precision=bf16-mixed divergence=rademacher probes=2",
-        "trainer.precision=64-true solver.train.method=midpoint solver.gradient=checkpoint",
+        another(
+            "trainer.precision=64-true solver.train.method=midpoint solver.gradient=checkpoint"
+        ),
         "solver.dtype=float64 trainer.max_time=00:00:05:00 trainer.gradient_clip_val=1.0",
         "solver=dopri5 solver.train.method=bosh3 solver.gradient=adjoint solver.train.rtol=1e-3",
         "model=mlp divergence=exact +trainer.detect_anomaly=true",
-        "optimizer._target_=torch.optim.SGD +optimizer.momentum=0.9",
-        "trainer.enable_checkpointing=false trainer.log_every_n_steps=0",
+        another("optimizer._target_=torch.optim.SGD +optimizer.momentum=0.9"),
+        another("trainer.enable_checkpointing=false trainer.log_every_n_steps=0"),
         "trainer.limit_val_batches=0",
         "trainer.fast_dev_run=true",
     ],
