@@ -121,11 +121,11 @@ def mixture(rows: Tensor, validation: Tensor, test: Tensor, seconds: float) -> P
         start = time.perf_counter()
         model = GaussianMixture(components, random_state=0, reg_covar=1e-6)
         try:
-            model.fit(rows.double().numpy())
+            model.fit(rows.numpy())
         except ValueError:  # a component has collapsed
             break
         spent += time.perf_counter() - start
-        points.append(Point(spent, *(-model.score(x.double().numpy()) for x in (validation, test))))
+        points.append(Point(spent, -model.score(validation.numpy()), -model.score(test.numpy())))
         components = components * 10 // 3
     return best(points)
 
