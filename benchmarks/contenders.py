@@ -72,7 +72,7 @@ def rnode_flow(d: int, sample: Sample) -> tuple[Step, Evaluate]:
 
 def rnode_table(d: int, sample: Sample) -> tuple[Step, Evaluate]:
     flow = mlp((d,), Solver(FINE, DOPRI5), Probes("gaussian"), hidden=96, layers=3)
-    return by_objective(flow, sample, penalty=0.001, tolerance=2e-3)
+    return by_objective(flow, sample, penalty=0.001, tolerance=1e-2)
 
 
 def by_objective(
