@@ -254,10 +254,11 @@ class Flow(nn.Module):
 
     def _given(self, context: Tensor | None, count: int) -> Tensor | None:
         """c for each of `count` samples, (count, context); None for a flow without conditions."""
-        if self.context == 0 and context is None:
-            return None
-        found = None if context is None else tuple(context.shape)
         right = f"({self.context},) or ({count}, {self.context})" if self.context else "left out"
+        if context is None:
+            require(self.context == 0, f"context of shape None: must be {right}")
+            return None
+        found = tuple(context.shape)
         fits = found in ((self.context,), (count, self.context)) and self.context > 0
         require(fits, f"context of shape {found}: must be {right}")
         return context.expand(count, -1)

@@ -138,30 +138,28 @@ class Field(nn.Module):
         for parameter in layers[-1].parameters():
             nn.init.zeros_(parameter)
 
-    def forward(self, t: Tensor, z: Tensor, c: Tensor | None = None) -> Tensor:
-        """t (), z (B, *shape), c (B, context) → f(z, t) (B, *shape), in the dtype of z."""
+    def forward(self, t: Tensor, z: Tensor, *c: Tensor) -> Tensor:
+        """t (), z (B, *shape), c (B, context) if any → f(z, t) (B, *shape), in the dtype of z."""
         *inner, last = self.layers
         h = _channels_last(z.to(last.weight.dtype))
-        c = None if c is None else c.to(h.dtype)
+        given = [part.to(h.dtype) for part in c]
         for layer in inner:
-            h = _softplus(layer(t, h, c))
-        return last(t, h, c).to(z.dtype)
+            h = _softplus(layer(t, h, *given))
+        return last(t, h, *given).to(z.dtype)
 
-    def vjp(
-        self, t: Tensor, z: Tensor, eps: Tensor, c: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def vjp(self, t: Tensor, z: Tensor, eps: Tensor, *c: Tensor) -> tuple[Tensor, Tensor]:
         """t (), z (B, *shape), eps (K, B, *shape) → f(z, t) (B, *shape) and εᵀ∇f (K, B, *shape)."""
         *inner, last = self.layers
         h = _channels_last(z.to(last.weight.dtype))
-        c = None if c is None else c.to(h.dtype)
+        given = [part.to(h.dtype) for part in c]
         slopes = []
         for layer in inner:
-            h, slope = _softplus_sigmoid(layer(t, h, c))
+            h, slope = _softplus_sigmoid(layer(t, h, *given))
             slopes.append(slope)
         g = last.vjp(_channels_last(eps.to(h.dtype).flatten(0, 1)).unflatten(0, eps.shape[:2]))
         for layer, slope in zip(reversed(inner), reversed(slopes), strict=True):
             g = layer.vjp(g * slope)
-        return last(t, h, c).to(z.dtype), g.to(z.dtype)
+        return last(t, h, *given).to(z.dtype), g.to(z.dtype)
 
     def compile(self) -> None:
         """Compile f and εᵀ∇f by torch.compile. Fields of one shape share the compiled code."""

@@ -23,7 +23,9 @@ class Batch(NamedTuple):
     context: Tensor | None = None
 
     def to(self, device: torch.device) -> "Batch":
-        return Batch(*(part if part is None else part.to(device) for part in self))
+        y, log_det, index, context = self
+        context = None if context is None else context.to(device)
+        return Batch(y.to(device), log_det.to(device), index.to(device), context)
 
 
 class Dequantize:
