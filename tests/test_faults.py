@@ -60,13 +60,9 @@ def copy(whole, tmp_path):
 
 @pytest.mark.parametrize(
     ("step", "number"),
-    [
-        (40, signal.SIGTERM),
-        slow(3, signal.SIGINT),
-        slow(65, signal.SIGUSR1),
-        slow(50, signal.SIGKILL),
-    ],
+    [(40, signal.SIGTERM), (3, signal.SIGINT), (65, signal.SIGUSR1), (50, signal.SIGKILL)],
 )
+@pytest.mark.slow(reason="whole runs in processes; test_resume.py stops runs in this one")
 def test_an_interrupted_run_resumes_to_the_same_end(start, tmp_path, whole, step, number):
     folder = tmp_path / "run"
     run = start(folder, "save_every_n_steps=7")

@@ -112,6 +112,7 @@ def test_a_result_agrees_with_metrics_csv(tmp_path):
     assert found["train/nfe_forward"] == 24
 
 
+@pytest.mark.slow(reason="three sweeps")
 def test_a_repeated_sweep_skips_finished_jobs_and_resumes_to_new_limits(tmp_path, capsys):
     arguments = ["-m", *TINY, "reg.lambda_k=0,0.1", f"hydra.sweep.dir={tmp_path}"]
     call("train", *arguments)
