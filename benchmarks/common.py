@@ -3,6 +3,7 @@
 import argparse
 import csv
 import ctypes
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rnode import Flow, Method, Probes, Solver, TimeConv2d, multiscale
+from rnode.training.callbacks import with_steps
 
 SHAPES = {
     "digits": (1, 8, 8),
@@ -75,6 +77,19 @@ def images(options: argparse.Namespace) -> torch.Tensor:
     """A batch of Gaussian noise, the same each time."""
     torch.manual_seed(1)
     return torch.randn(options.batch, *SHAPES[options.dataset], device=DEVICE)
+
+
+@torch.no_grad()
+def refine_grid(flow: Flow, rows: torch.Tensor, tolerance: float) -> None:
+    """Double the steps of training if that changes bits/dim of `rows` by more than `tolerance`."""
+    coarse, bits = flow.solver, []
+    fine = with_steps(coarse, 2 * coarse.train.grid_steps)
+    for flow.solver in (coarse, fine):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            bits.append(-flow.log_prob(rows).mean().item() / flow.d / math.log(2))
+    if abs(bits[1] - bits[0]) <= tolerance:
+        flow.solver = coarse
 
 
 def timed(function: Callable[[], object], before: Callable[[], object] = lambda: None) -> float:

@@ -22,10 +22,10 @@ from torchcfm.conditional_flow_matching import ExactOptimalTransportConditionalF
 from torchcfm.models import MLP
 from torchdiffeq import odeint
 
-from common import DOPRI5, FINE, SIMPSON
+from common import DOPRI5, FINE, SIMPSON, refine_grid
 from rnode import Flow, Probes, Solver, State, log_normal, mlp, objective
 from rnode.solver import error_norm
-from rnode.training.callbacks import RefineGrid, with_steps
+from rnode.training.callbacks import RefineGrid
 
 Sample = Callable[[], Tensor]
 Step = Callable[[float], None]  # its argument is the fraction of the time that has passed
@@ -83,23 +83,11 @@ def by_objective(
     optimizer = torch.optim.Adam(flow.parameters(), 8e-3)
     rows, steps = sample(), 0
 
-    @torch.no_grad()
-    def bits_per_dim(solver: Solver) -> float:
-        flow.solver = solver
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            return -flow.log_prob(rows).mean().item() / rows.shape[1] / math.log(2)
-
-    def refine() -> None:
-        coarse, fine = flow.solver, with_steps(flow.solver, 2 * flow.solver.train.grid_steps)
-        close = abs(bits_per_dim(fine) - bits_per_dim(coarse)) <= tolerance
-        flow.solver = coarse if close else fine
-
     def step(fraction: float) -> None:
         nonlocal steps
         flow.train()
         if tolerance is not None and steps % RefineGrid.EVERY_N_STEPS == 0:
-            refine()
+            refine_grid(flow, rows, tolerance)
         steps += 1
         cosine = math.cos(math.pi * min(1.0, fraction))
         optimizer.param_groups[0]["lr"] = 8e-3 * (1 + cosine) / 2
