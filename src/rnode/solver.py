@@ -8,6 +8,7 @@ import itertools
 import math
 from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from torchdiffeq import odeint, odeint_adjoint
 
+from rnode.adjoint import FixedGridAdjoint, refuse_second_derivatives
 from rnode.choices import ADAPTIVE, FIXED_GRID, GRADIENTS, INTEGRALS
 from rnode.dynamics import Dynamics, State
 from rnode.errors import DivergenceError, one_line, require, require_choice
@@ -35,9 +37,8 @@ class Method:
         method: name of the method in torchdiffeq.
         integrals: how l, E and n are computed. `system` integrates them together with z. `simpson`
             and `radau` integrate z alone, from node to node of a quadrature rule, which costs one
-            product εᵀ∇f per node instead of one per evaluation. Both need a one-step method and a
-            gradient other than the adjoint, and Simpson's rule an even number of steps; else the
-            system is integrated.
+            product εᵀ∇f per node instead of one per evaluation. Both need a one-step method, and
+            Simpson's rule an even number of steps; else the system is integrated.
         step_size: step of a fixed grid, which divides T = 1 into whole steps; 0.25 by default.
         steps: number of steps of a fixed grid, instead of `step_size`.
         rtol: relative tolerance of an adaptive method.
@@ -174,9 +175,14 @@ def solve(
     if z.numel() == 0:  # the error norm of nothing would be NaN
         return State.initial(z)
     with solver_errors():
-        if method.weights and gradient != "adjoint":
+        parameters = tuple(p for p in parameters if p.requires_grad)
+        if gradient == "adjoint" and method.method in TABLEAUS:
+            integrate = partial(solve, dynamics, method=method, gradient="backprop")
+            how = (integrate, dynamics, method, precision_of(method, z.device))
+            return State(*FixedGridAdjoint.apply(*how, z, *parameters))
+        if method.weights:
             return solve_quadrature(dynamics, z, method, gradient)
-        return solve_system(dynamics, z, method, gradient, tuple(parameters))
+        return solve_system(dynamics, z, method, gradient, parameters)
 
 
 def solve_system(dynamics, z, method, gradient, parameters) -> State:
@@ -188,7 +194,7 @@ def solve_system(dynamics, z, method, gradient, parameters) -> State:
             return dynamics(t, State(*state))
 
     def integrate(z: Tensor, odeint=odeint, **adjoint) -> State:
-        if method.method in TABLEAUS and not adjoint:
+        if method.method in TABLEAUS:
             states = path(right_hand_side, State.initial(z), method.times, method.method)
             return State(*states[-1])
         t = torch.linspace(0, T, 2, device=z.device, dtype=z.dtype)
@@ -235,7 +241,7 @@ def solve_quadrature(dynamics, z, method, gradient) -> State:
 
 
 class FirstOrder(torch.autograd.Function):
-    """The identity, which refuses second derivatives: torchdiffeq's adjoint would give zeros."""
+    """The identity, which refuses second derivatives: torchdiffeq's adjoint gives zeros."""
 
     @staticmethod
     def forward(ctx, *tensors):
@@ -243,8 +249,7 @@ class FirstOrder(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *gradients):
-        wrong = "gradient=adjoint has no second derivatives: use backprop or checkpoint"
-        require(not torch.is_grad_enabled(), wrong)
+        refuse_second_derivatives()
         return gradients
 
 
