@@ -54,12 +54,14 @@ class RNODE(LightningModule):
         except DivergenceError as error:
             self.divergence.gave_up(f"{error} at training step {self.global_step}")
             return nan_loss(self.parameters())
-        state, nfe, d = self.solution.state, self.solution.nfe_forward, self.flow.d
+        state, d = self.solution.state, self.flow.d
         loss = objective(state, self.lambda_k, self.lambda_j)
         bits = bits_per_dim(log_normal(state.z) + state.l, batch.log_det, d).mean()
-        self.log_dict({"train/bits_per_dim": bits, "train/nfe_forward": nfe}, prog_bar=True)
         kinetic, jacobian = state.E.mean() / d, state.n.mean() / d
         self.log_dict({"train/loss": loss, "train/kinetic": kinetic, "train/jacobian": jacobian})
+        # Lightning would copy a Python number to the device, and read what its progress bar shows.
+        nfe = loss.new_full((), self.solution.nfe_forward)
+        self.log_dict({"train/bits_per_dim": bits, "train/nfe_forward": nfe})
         return loss
 
     def backward(self, loss: Tensor) -> None:
@@ -79,7 +81,8 @@ class RNODE(LightningModule):
             self.loss = self.loss * math.nan
 
     def on_after_backward(self) -> None:
-        self.log("train/nfe_backward", self.solution.nfe_backward if self.solution else 0)
+        nfe = self.solution.nfe_backward if self.solution else 0
+        self.log("train/nfe_backward", self.loss.new_full((), nfe))
         self.divergence.watch(self.global_step, self.solution, self.loss)
         self.solution = None
         # An accelerator would wait for every check, so it checks when its metrics are read.
@@ -113,7 +116,7 @@ class RNODE(LightningModule):
             held = filter(None, gather_lists([self.divergence.message]))
             message = f"{stage} bits/dim is {bits:.3g} after training step {self.global_step}"
             raise DivergenceError(next(held, message))
-        self.log(f"{stage}/bits_per_dim", bits, prog_bar=True, sync_dist=True)
+        self.log(f"{stage}/bits_per_dim", bits, sync_dist=True)
         self.log(f"{stage}/bits_per_dim_se", standard_error(rows[:, 1]), sync_dist=True)
         self.log(f"{stage}/log_det", log_det, sync_dist=True)
         self.log(f"{stage}/kinetic", kinetic, sync_dist=True)

@@ -1,0 +1,87 @@
+"""A training step on a fixed grid never makes the host wait for the device."""
+
+import contextlib
+from collections import Counter
+from functools import partial
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+from helpers import RK4
+from rnode import Method, Probes, Solver, multiscale
+from rnode.data import datamodule
+from rnode.data.images import digits
+from rnode.training.callbacks import Progress
+from rnode.training.divergence import DivergenceWatch
+from rnode.training.module import RNODE
+
+READS = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select")
+
+
+class Waits(TorchDispatchMode):
+    """Counts the operators that read the device or copy from the host to it."""
+
+    def __init__(self):
+        super().__init__()
+        self.found, self.operators = Counter(), 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name, self.operators = func.__name__.split(".")[0], self.operators + 1
+        moves = name == "_to_copy" and (kwargs or {}).get("device") is not None
+        if name in READS or name == "lift_fresh" or moves:  # lift_fresh: of torch.tensor(…)
+            self.found[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+class Watch(pl.Callback):
+    """Counts from the third step to the seventh, between two log steps."""
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        if batch_idx == 2:
+            self.stack = contextlib.ExitStack()
+            self.waits = self.stack.enter_context(Waits())
+        if batch_idx == 6:
+            self.stack.close()
+
+
+@pytest.mark.parametrize(
+    ("train", "gradient"),
+    [
+        (Method("rk4", "radau", steps=2), "backprop"),
+        (Method("rk4", "radau", steps=2), "checkpoint"),
+        (Method("rk4", "simpson", steps=2), "adjoint"),
+        (RK4, "adjoint"),
+    ],
+)
+def test_a_training_step_on_a_fixed_grid_never_waits(train, gradient, monkeypatch):
+    """Forward, backward, optimizer, logs, progress bar and the watch for NaN of a whole run."""
+    fetch = datamodule.fetch
+
+    def fetch_uncounted(*arguments):  # a batch has to be copied
+        with _disable_current_modes():
+            return fetch(*arguments)
+
+    monkeypatch.setattr(datamodule, "fetch", fetch_uncounted)
+    # An accelerator is asked at log steps alone, a processor always.
+    monkeypatch.setattr(DivergenceWatch, "raise_if_diverged", lambda self: None)
+    flow = multiscale((1, 8, 8), Solver(train, RK4, gradient), Probes(), hidden=4, pieces=1)
+    sizes = {"shape": [1, 8, 8], "batch_size": 8, "eval_batch_size": 8}
+    data = datamodule.DataModule(digits, **sizes, levels=17, alpha=1e-5)
+    # Adam keeps its count of steps on the host unless it is fused.
+    adam = partial(torch.optim.Adam, lr=1e-3, fused=True)
+    watch = Watch()
+    trainer = pl.Trainer(
+        max_steps=8,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        log_every_n_steps=20,
+        callbacks=[watch, Progress()],
+        limit_val_batches=0,
+    )
+    trainer.fit(RNODE(flow, adam, 0.01, 0.01, warmup_steps=20), data)
+    assert watch.waits.operators > 4000
+    assert watch.waits.found == Counter()
