@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rnode import Flow, Method, Probes, Solver, TimeConv2d, multiscale
-from rnode.training.callbacks import with_steps
+from rnode.training.solving import with_steps
 
 SHAPES = {
     "digits": (1, 8, 8),

@@ -25,7 +25,7 @@ from torchdiffeq import odeint
 from common import DOPRI5, FINE, SIMPSON, refine_grid
 from rnode import Flow, Probes, Solver, State, log_normal, mlp, objective
 from rnode.solver import error_norm
-from rnode.training.callbacks import RefineGrid
+from rnode.training.solving import RefineGrid
 
 Sample = Callable[[], Tensor]
 Step = Callable[[float], None]  # its argument is the fraction of the time that has passed

@@ -33,7 +33,7 @@ from rnode.app.launch import prepare_process
 from rnode.data.images import digits, idx_images
 from rnode.evaluation import measure
 from rnode.loss import bits_per_dim, log_normal
-from rnode.training.callbacks import RefineGrid
+from rnode.training.solving import RefineGrid
 from rnode.transforms import Batch, Transform
 
 BATCH, IMAGES, RATE, WARM_UP = 32, 360, 1e-2, 20

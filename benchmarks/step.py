@@ -21,7 +21,7 @@ from common import COARSE, DEVICE, FINE, LAMBDA, RADAU, RK4, SIMPSON, make_flow
 from plain import PlainFlow
 from rnode import Flow, objective
 from rnode.app.launch import prepare_process
-from rnode.training.callbacks import compile_fields
+from rnode.training.solving import compile_solves
 
 CONTENDERS = {  # name: (training method, gradient, bfloat16 in f, compiled)
     "rk4, adjoint": (RK4, "adjoint", False, False),
@@ -78,7 +78,7 @@ def main() -> None:
 
 def flow_step(flow: Flow, x: Tensor, bf16: bool, compiled: bool) -> Callable[[], None]:
     if compiled:
-        compile_fields(flow)
+        compile_solves(flow)
 
     def loss() -> Tensor:
         with torch.autocast(DEVICE.type, torch.bfloat16, enabled=bf16):

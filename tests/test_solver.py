@@ -168,7 +168,7 @@ def test_the_adjoint_on_a_fixed_grid_is_that_of_torchdiffeq(field_and_z, name):
     )
     results = []
     for state in (
-        solve(dynamics, z, method, "adjoint", parameters),
+        solve(dynamics, z, method, "adjoint"),
         [path[-1] for path in paths],
     ):
         loss = sum((k * part.square()).sum() for k, part in enumerate(state, start=1))

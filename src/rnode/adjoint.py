@@ -62,8 +62,8 @@ class AdjointSystem:
             z = z.detach().requires_grad_()
             with self.precision:
                 rates = self.dynamics(t, State.initial(z))
-            weighted = zip(rates, (a, *self.gradients), strict=True)
-            hamiltonian = sum((rate * gradient).sum() for rate, gradient in weighted)
+            pairs = zip(rates, (a, *self.gradients), strict=True)
+            hamiltonian = torch.stack([(rate * gradient).sum() for rate, gradient in pairs]).sum()
         inputs = (z, *parameters)
         gradients = torch.autograd.grad(hamiltonian, inputs, materialize_grads=True)
         return rates.z.detach(), *(-gradient for gradient in gradients)

@@ -1,7 +1,7 @@
 """The system (RNODE) of section 5: the state z and the three integrals l, E and n."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -31,6 +31,9 @@ class VectorField(Protocol):
 
     The field of a density of x given c takes c (B, k) as a last argument of both.
     """
+
+    def parameters(self) -> Iterator[Tensor]:
+        """The weights, as of a torch.nn.Module."""
 
     def __call__(self, t: Tensor, z: Tensor, *c: Tensor) -> Tensor:
         """t (), z (B, *shape) → f(z, t) (B, *shape)."""

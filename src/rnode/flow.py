@@ -56,6 +56,8 @@ class Solution(NamedTuple):
 class Piece(nn.Module):
     """The flow of one field, a torch module with a `vjp`, over [0, T] (section 6)."""
 
+    solve = staticmethod(solve)  # compiled if the run compiles
+
     def __init__(self, field: VectorField):
         super().__init__()
         self.field = field
@@ -65,7 +67,7 @@ class Piece(nn.Module):
     ) -> PieceSolution:
         """z (B, *shape) at time 0, eps (K, B, *shape) → the solution at time T."""
         dynamics = Dynamics(self.field, eps, context)
-        state = solve(dynamics, z, method, gradient, self.parameters())
+        state = self.solve(dynamics, z, method, gradient)
         return PieceSolution(z, state, dynamics, dynamics.nfe)
 
     def inverse(

@@ -6,7 +6,7 @@
 import contextlib
 import itertools
 import math
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -163,29 +163,30 @@ def precision_of(method: Method, device: torch.device) -> contextlib.AbstractCon
     return torch.autocast(device.type, torch.get_autocast_dtype(device.type), enabled=enabled)
 
 
-def solve(
-    dynamics: Dynamics, z: Tensor, method: Method, gradient: str, parameters: Iterable[Tensor] = ()
-) -> State:
+def solve(dynamics: Dynamics, z: Tensor, method: Method, gradient: str) -> State:
     """Integrate (RNODE) from z (B, *shape), with integrals of zero, from time 0 to time T.
 
-    The adjoint equations compute gradients for `parameters`. An adaptive method that cannot reach T
-    raises DivergenceError.
+    An adaptive method that cannot reach T raises DivergenceError.
     """
     refuse_transforms(method, gradient)
     if z.numel() == 0:  # the error norm of nothing would be NaN
         return State.initial(z)
     with solver_errors():
-        parameters = tuple(p for p in parameters if p.requires_grad)
         if gradient == "adjoint" and method.method in TABLEAUS:
             integrate = partial(solve, dynamics, method=method, gradient="backprop")
             how = (integrate, dynamics, method, precision_of(method, z.device))
-            return State(*FixedGridAdjoint.apply(*how, z, *parameters))
+            return State(*FixedGridAdjoint.apply(*how, z, *trainable(dynamics)))
         if method.weights:
             return solve_quadrature(dynamics, z, method, gradient)
-        return solve_system(dynamics, z, method, gradient, parameters)
+        return solve_system(dynamics, z, method, gradient)
 
 
-def solve_system(dynamics, z, method, gradient, parameters) -> State:
+def trainable(dynamics: Dynamics) -> tuple[Tensor, ...]:
+    """The weights for which the adjoint equations compute gradients."""
+    return tuple(p for p in dynamics.field.parameters() if p.requires_grad)
+
+
+def solve_system(dynamics, z, method, gradient) -> State:
     """Integrate z, l, E and n together."""
     precision = precision_of(method, z.device)
 
@@ -203,7 +204,7 @@ def solve_system(dynamics, z, method, gradient, parameters) -> State:
         return State(*(path[-1] for path in paths))
 
     if gradient == "adjoint":
-        state = integrate(z, odeint_adjoint, adjoint_params=parameters)
+        state = integrate(z, odeint_adjoint, adjoint_params=trainable(dynamics))
         return State(*FirstOrder.apply(*state))
     return recompute_in_backward(integrate, z) if gradient == "checkpoint" else integrate(z)
 

@@ -167,7 +167,7 @@ class Train(Section):
     warmup_steps: Whole = key("steps over which the learning rate rises linearly")
     decay: bool = key("let the learning rate fall to 0 over max_epochs, as half a cosine")
     refine: NonNegative | None = key("bits/dim from a finer grid at which the grid is refined")
-    compile: bool = key("compile f by torch.compile; the first step takes a minute or more")
+    compile: bool = key("compile the solves by torch.compile; the first step takes minutes")
     save_every_n_steps: Count = key("training steps from one last.ckpt to the next within an epoch")
     ckpt_path: str | None = key("checkpoint to resume; auto: last.ckpt of the run folder, if any")
     sweep_metric: Literal["bits_per_dim", "bits_per_dim_and_nfe"] = key("what a sweep minimizes")

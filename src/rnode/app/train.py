@@ -23,7 +23,7 @@ from rnode.app.quoting import quote, shell_quote
 from rnode.app.schema import flatten
 from rnode.errors import DivergenceError, Stopped, require
 from rnode.flow import Flow
-from rnode.training import callbacks
+from rnode.training import callbacks, solving
 from rnode.training.checkpoint import AtomicCheckpointIO, load_checkpoint, load_to_resume
 from rnode.training.loggers import finish_wandb, make_loggers
 from rnode.training.module import RNODE
@@ -155,9 +155,9 @@ def make_trainer(
     if (patience := cfg.early_stopping.patience) is not None:
         # A run may end before its first validation.
         used += [EarlyStopping("val/bits_per_dim", patience=patience, strict=False)]
-    used += [callbacks.Compile()] if cfg.compile else []
     refines = cfg.refine is not None and not flow.solver.train.adaptive
-    used += [callbacks.RefineGrid(cfg.refine)] if refines else []
+    used += [solving.RefineGrid(cfg.refine)] if refines else []
+    used += [solving.Compile()] if cfg.compile else []  # the refined grid
     used += [callbacks.Progress()] if cfg.trainer.enable_progress_bar else []
     plugins = [AtomicCheckpointIO(), *cluster_plugins()]
     options = {name: value for name, value in cfg.trainer.items() if name not in OURS}

@@ -1,10 +1,9 @@
-"""Lightning callbacks: progress, compilation, refinement of the grid, checkpoints, pictures."""
+"""Lightning callbacks: progress, checkpoints, stopping, times, pictures."""
 
 import gc
 import signal
 import sys
 import time
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
@@ -14,11 +13,7 @@ from pytorch_lightning.callbacks import ModelCheckpoint, Timer, TQDMProgressBar
 from pytorch_lightning.loggers import WandbLogger
 from pytorch_lightning.utilities import rank_zero_only
 
-from rnode.data.datamodule import DataModule
 from rnode.errors import Stopped
-from rnode.evaluation import measure
-from rnode.flow import Flow
-from rnode.solver import Solver
 from rnode.training.checkpoint import load_checkpoint
 from rnode.training.loggers import MetricsCSV
 from rnode.training.module import RNODE
@@ -45,74 +40,6 @@ class Progress(TQDMProgressBar):
                 key: float(metrics[name]) for key, name in SHOWN.items() if name in metrics
             }
         return self.shown
-
-
-class Compile(Callback):
-    """Compiles every field in the first training step; batches of another size run uncompiled."""
-
-    def on_fit_start(self, trainer: Trainer, module: RNODE) -> None:
-        torch.compiler.set_stance("default")
-        compile_fields(module.flow)
-        self.start: float | None = time.perf_counter()
-
-    def on_train_batch_end(self, trainer: Trainer, *_) -> None:
-        if self.start is not None:
-            trainer.print(f"compiled: the first step took {time.perf_counter() - self.start:.0f} s")
-            torch.compiler.set_stance("eager_on_recompile")
-            self.start = None
-
-
-def compile_fields(flow: Flow) -> None:
-    """Compile f and εᵀ∇f of every piece by torch.compile, at their next call."""
-    torch._dynamo.config.recompile_limit = 8 * len(flow.pieces)  # scales differ in shape
-    for piece in flow.pieces:
-        piece.field.compile()
-
-
-class RefineGrid(Callback):
-    """Doubles the steps of the training grid when that changes bits/dim by more than `tolerance`.
-
-    A network can learn to exploit the error of a coarse grid, and its training loss does not show
-    it. So this measures a batch of validation images on both grids. (The paper chose its step by
-    hand, section 6.)
-    """
-
-    EVERY_N_STEPS = 25
-
-    def __init__(self, tolerance: float):
-        self.tolerance = tolerance
-        self.steps: int | None = None  # of the refined grid
-
-    def on_fit_start(self, trainer: Trainer, module: RNODE) -> None:
-        if self.steps is not None:  # from a checkpoint
-            module.flow.solver = with_steps(module.flow.solver, self.steps)
-
-    def on_train_batch_start(self, trainer: Trainer, module: RNODE, *_) -> None:
-        if trainer.global_step % self.EVERY_N_STEPS == 0:
-            coarse = module.flow.solver
-            bits, steps = self.bits(trainer.datamodule, module), 2 * coarse.train.grid_steps
-            module.flow.solver = with_steps(coarse, steps)
-            if abs(self.bits(trainer.datamodule, module) - bits) > self.tolerance:
-                self.steps = steps
-            else:
-                module.flow.solver = coarse
-
-    @torch.no_grad()
-    def bits(self, data: DataModule, module: RNODE) -> float:
-        """Mean bits/dim in training mode, of the same images, noise and probes each time."""
-        index = torch.arange(min(data.batch_size, len(data.splits.val)))
-        batch = data.evaluation_batch("val", index, module.seed).to(module.device)
-        return float(measure(module.flow, batch, module.seed)[1].bits_per_dim.mean())
-
-    def state_dict(self) -> dict:
-        return {"steps": self.steps}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.steps = state["steps"]
-
-
-def with_steps(solver: Solver, steps: int) -> Solver:
-    return replace(solver, train=replace(solver.train, step_size=None, steps=steps))
 
 
 class SaveAndStop(Callback):

@@ -1,0 +1,102 @@
+"""Lightning callbacks that change how a flow is solved: refinement of the grid, compilation."""
+
+import time
+from dataclasses import replace
+
+import torch
+from pytorch_lightning import Callback, Trainer
+
+from rnode.choices import ONE_STEP
+from rnode.data.datamodule import DataModule
+from rnode.evaluation import measure
+from rnode.flow import Flow
+from rnode.solver import Solver, solve
+from rnode.training.module import RNODE
+
+
+class RefineGrid(Callback):
+    """Doubles the steps of the training grid when that changes bits/dim by more than `tolerance`.
+
+    A network can learn to exploit the error of a coarse grid, and its training loss does not show
+    it. So this measures a batch of validation images on both grids. (The paper chose its step by
+    hand, section 6.)
+    """
+
+    EVERY_N_STEPS = 25
+
+    def __init__(self, tolerance: float):
+        self.tolerance = tolerance
+        self.steps: int | None = None  # of the refined grid
+
+    def on_fit_start(self, trainer: Trainer, module: RNODE) -> None:
+        if self.steps is not None:  # from a checkpoint
+            module.flow.solver = with_steps(module.flow.solver, self.steps)
+
+    def on_train_batch_start(self, trainer: Trainer, module: RNODE, *_) -> None:
+        if trainer.global_step % self.EVERY_N_STEPS == 0:
+            coarse = module.flow.solver
+            bits, steps = self.bits(trainer.datamodule, module), 2 * coarse.train.grid_steps
+            module.flow.solver = with_steps(coarse, steps)
+            if abs(self.bits(trainer.datamodule, module) - bits) > self.tolerance:
+                self.steps = steps
+            else:
+                module.flow.solver = coarse
+
+    @torch.no_grad()
+    def bits(self, data: DataModule, module: RNODE) -> float:
+        """Mean bits/dim in training mode, of the same images, noise and probes each time."""
+        index = torch.arange(min(data.batch_size, len(data.splits.val)))
+        batch = data.evaluation_batch("val", index, module.seed).to(module.device)
+        return float(measure(module.flow, batch, module.seed)[1].bits_per_dim.mean())
+
+    def state_dict(self) -> dict:
+        return {"steps": self.steps}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.steps = state["steps"]
+
+
+def with_steps(solver: Solver, steps: int) -> Solver:
+    return replace(solver, train=replace(solver.train, step_size=None, steps=steps))
+
+
+class Compile(Callback):
+    """Compiles in the first training step, and again when the grid has been refined.
+
+    All else runs uncompiled: batches of another size, validation, and the comparison of grids.
+    """
+
+    def __init__(self):
+        self.compiled: Solver | None = None  # the solver for which it was done
+        self.start = 0.0
+
+    def on_fit_start(self, trainer: Trainer, module: RNODE) -> None:
+        torch.compiler.set_stance("eager_on_recompile")
+        compile_solves(module.flow)
+
+    def on_train_batch_start(self, trainer: Trainer, module: RNODE, *_) -> None:
+        if self.compiled != module.flow.solver:
+            torch.compiler.set_stance("default")
+            self.start = time.perf_counter()
+
+    def on_train_batch_end(self, trainer: Trainer, module: RNODE, *_) -> None:
+        if self.compiled != module.flow.solver:
+            torch.compiler.set_stance("eager_on_recompile")
+            self.compiled = module.flow.solver
+            seconds = time.perf_counter() - self.start
+            trainer.print(f"compiled: step {trainer.global_step} took {seconds:.0f} s")
+
+
+def compile_solves(flow: Flow) -> None:
+    """Compile by torch.compile what solves every piece, at its next call.
+
+    It is the whole solve on a fixed grid whose steps are differentiated, else f and εᵀ∇f. Pieces of
+    one shape share the compiled code.
+    """
+    torch._dynamo.config.recompile_limit = 8 * len(flow.pieces)  # scales differ in shape
+    whole = torch.compile(solve, dynamic=False)
+    for piece in flow.pieces:
+        if flow.solver.train.method in ONE_STEP and flow.solver.gradient != "adjoint":
+            piece.solve = whole
+        else:
+            piece.field.compile()
