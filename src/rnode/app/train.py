@@ -29,6 +29,7 @@ from rnode.training.loggers import finish_wandb, make_loggers
 from rnode.training.module import RNODE
 from rnode.training.results import RESULT, write_result
 from rnode.training.run_folder import lock, transcript, whole_file
+from rnode.training.yardstick import Yardstick
 from rnode.transforms import TableTransform
 
 OURS = ("on_divergence", "max_time")  # options of `trainer` that Lightning does not get
@@ -148,7 +149,7 @@ def make_trainer(
 ) -> pl.Trainer:
     """Make Lightning's Trainer with the callbacks, plugins and loggers of a run."""
     save = callbacks.SaveAndStop(folder / "last.ckpt", cfg.save_every_n_steps)
-    used = [callbacks.EpochTimer(), save, instantiate(cfg.pictures, folder)]
+    used = [Yardstick(), callbacks.EpochTimer(), save, instantiate(cfg.pictures, folder)]
     used += [best] if cfg.trainer.enable_checkpointing else []
     if cfg.trainer.max_time is not None:
         used += [callbacks.MaxTime(cfg.trainer.max_time, interval="epoch", verbose=False)]
@@ -196,6 +197,8 @@ def print_table(metrics: dict, flow: Flow, transform: object, folder: Path) -> N
         log_det = float(metrics["test/log_det"]) - transform.log_det_whitening
         standardized = bits * nats + log_det
         table.add_row("negative log-likelihood, nats (standardized)", f"{standardized:.3f}")
+    if (gaussian := metrics.get("val/bits_per_dim_gaussian")) is not None:
+        table.add_row("bits/dim of a Gaussian, validation set", f"{float(gaussian):.4f}")
     table.add_row("divergence", str(flow.test_probes))
     for name, (key, form) in TABLE.items():
         if key in metrics:

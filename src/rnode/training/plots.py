@@ -24,6 +24,7 @@ CURVES = {
     "kinetic": "kinetic energy / d",
     "jacobian": "squared Jacobian norm / d",
 }
+GAUSSIAN = "val/bits_per_dim_gaussian"
 LIMIT = 4.0  # of the axes of 2-D densities
 VIEW = {"xlim": (-LIMIT, LIMIT), "ylim": (-LIMIT, LIMIT), "aspect": "equal"}
 MOST = 10  # columns of a table in a corner plot
@@ -57,6 +58,10 @@ def plot_curves(metrics: Path, path: Path) -> None:
             if points:
                 ax.plot(*zip(*points, strict=True), style, markersize=4, linewidth=1, label=stage)
                 ax.legend()
+        gaussian = [float(row[GAUSSIAN]) for row in rows if GAUSSIAN in row]
+        if gaussian and key == "bits_per_dim":
+            ax.axhline(gaussian[-1], color="0.5", linestyle="--", linewidth=1, label="Gaussian")
+            ax.legend()
         ax.set_ylabel(label)
     plt.setp(axes[1], xlabel="training step")
     save_figure(figure, path)

@@ -1,0 +1,60 @@
+"""The Gaussian that every run is compared with."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import multivariate_normal
+
+from helpers import TWO_STEPS, column
+from rnode.data.context import Context
+from rnode.data.datamodule import DataModule
+from rnode.data.images import digits
+from rnode.data.splits import Splits
+from rnode.training.yardstick import gaussian_bits
+
+
+def of_splits(*splits, **more):
+    data = DataModule(lambda: Splits(*splits, **more), None, 10, 10)
+    data.setup()
+    return data
+
+
+def test_it_is_the_gaussian_of_the_training_rows_on_the_validation_rows():
+    train, val = (torch.randn(n, 3) @ torch.randn(3, 3) + 1 for n in (5000, 300))
+    mean, covariance = train.numpy().mean(0), np.cov(train.numpy().T, bias=True)
+    expected = -multivariate_normal(mean, covariance).logpdf(val.numpy()).mean()
+    bits = gaussian_bits(of_splits(train, val, val), seed=0)
+    assert bits == pytest.approx(expected / (3 * math.log(2)), rel=1e-5)
+
+
+def test_its_mean_is_linear_in_what_is_given():
+    """x = A c + noise of deviation 0.1 in two dimensions, c in two."""
+    c = torch.randn(20_000, 2)
+    x = c @ torch.tensor([[1.0, 2.0], [-3.0, 0.5]]) + 0.1 * torch.randn(20_000, 2)
+    context = Context.fit({"a": c[:, 0].numpy(), "b": c[:, 1].numpy()})
+    given = [c[:10_000], c[10_000:], c[10_000:]]
+    data = of_splits(x[:10_000], x[10_000:], x[10_000:], contexts=given, context=context)
+    entropy = math.log(0.1) + 0.5 * math.log(2 * math.pi * math.e)  # a dimension
+    assert gaussian_bits(data, seed=0) == pytest.approx(entropy / math.log(2), abs=0.02)
+
+
+def test_digits_have_2_33_bits_per_dim():
+    data = DataModule(digits, [1, 8, 8], 32, 180, levels=17, alpha=1e-5)
+    data.setup()
+    assert gaussian_bits(data, seed=0) == pytest.approx(2.328, abs=0.01)
+
+
+@pytest.mark.parametrize("shape", [(3, 3), (10, 5000)])
+def test_too_few_rows_or_too_many_columns_have_none(shape):
+    rows = torch.randn(shape)
+    assert gaussian_bits(of_splits(rows, rows, rows), seed=0) is None
+
+
+def test_a_run_prints_it_and_logs_it_at_each_validation(run, capsys):
+    folder = run(*TWO_STEPS)
+    printed = capsys.readouterr().out
+    assert "a Gaussian with full covariance has 2.3" in printed
+    assert "bits/dim of a Gaussian, validation set" in printed
+    assert column(folder, "val/bits_per_dim_gaussian") == pytest.approx([2.328], abs=0.01)
