@@ -38,7 +38,7 @@ from rnode.transforms import Batch, Transform
 
 BATCH, IMAGES, RATE, WARM_UP = 32, 360, 1e-2, 20
 TOLERANCE = 2e-3  # of the refinement of solver=auto
-POINTS = 200
+POINTS = 150
 
 
 class Point(NamedTuple):

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
+import torch
 import yaml
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
@@ -51,6 +52,7 @@ def from_checkpoint(cfg: DictConfig) -> tuple[DataModule, Flow, Fabric]:
     """
     data, flow = load_flow(cfg.ckpt_path, partial(apply_overrides, cfg=cfg), cfg.trust)
     match_processes(cfg.trainer, HydraConfig.get().overrides.task)
+    torch.backends.cudnn.allow_tf32 = False  # an adaptive method would chase its error
     fabric = Fabric(**cfg.trainer, plugins=cluster_plugins())
     fabric.launch()
     return data, flow.to(fabric.device), fabric

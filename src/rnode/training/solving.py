@@ -1,4 +1,4 @@
-"""Lightning callbacks that change how a flow is solved: refinement of the grid, compilation."""
+"""Lightning callbacks that change how a flow is solved: the grid, compilation, precision."""
 
 import time
 from dataclasses import replace
@@ -58,6 +58,30 @@ class RefineGrid(Callback):
 
 def with_steps(solver: Solver, steps: int) -> Solver:
     return replace(solver, train=replace(solver.train, step_size=None, steps=steps))
+
+
+class TF32(Callback):
+    """Lets convolutions use TF32, on devices that have it, while a flow trains on a fixed grid.
+
+    Its 10 mantissa bits suffice there. An adaptive method would chase the error, so it trains, and
+    every method evaluates, in full float32, unless `everywhere` is set.
+    """
+
+    def __init__(self, everywhere: bool):
+        self.everywhere = everywhere
+
+    def on_fit_start(self, trainer: Trainer, module: RNODE) -> None:
+        self.trains = self.everywhere or not module.flow.solver.train.adaptive
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = self.everywhere
+        if module.device.type == "cuda" and self.trains:
+            where = "" if self.everywhere else " of training steps; all else is in full float32"
+            trainer.print(f"TF32 is used for convolutions{where}")
+
+    def on_train_batch_start(self, *_) -> None:
+        torch.backends.cudnn.allow_tf32 = self.trains
+
+    def on_train_batch_end(self, *_) -> None:
+        torch.backends.cudnn.allow_tf32 = self.everywhere
 
 
 class Compile(Callback):

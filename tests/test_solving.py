@@ -1,4 +1,4 @@
-"""A training step on a fixed grid never makes the host wait for the device."""
+"""How a flow is solved while it trains: no waits for the device, TF32 on a fixed grid alone."""
 
 import contextlib
 from collections import Counter
@@ -9,13 +9,14 @@ import pytorch_lightning as pl
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from helpers import RK4
+from helpers import DOPRI5, RK4
 from rnode import Method, Probes, Solver, multiscale
 from rnode.data import datamodule
 from rnode.data.images import digits
 from rnode.training.callbacks import Progress
 from rnode.training.divergence import DivergenceWatch
 from rnode.training.module import RNODE
+from rnode.training.solving import TF32
 
 READS = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select")
 
@@ -66,22 +67,63 @@ def test_a_training_step_on_a_fixed_grid_never_waits(train, gradient, monkeypatc
     monkeypatch.setattr(datamodule, "fetch", fetch_uncounted)
     # An accelerator is asked at log steps alone, a processor always.
     monkeypatch.setattr(DivergenceWatch, "raise_if_diverged", lambda self: None)
-    flow = multiscale((1, 8, 8), Solver(train, RK4, gradient), Probes(), hidden=4, pieces=1)
+    watch = Watch()
+    fit(Solver(train, RK4, gradient), [watch, Progress()], max_steps=8, limit_val_batches=0)
+    assert watch.waits.operators > 4000
+    assert watch.waits.found == Counter()
+
+
+def fit(solver, callbacks, **options):
+    """Train a small flow on digits."""
+    flow = multiscale((1, 8, 8), solver, Probes(), hidden=4, pieces=1)
     sizes = {"shape": [1, 8, 8], "batch_size": 8, "eval_batch_size": 8}
     data = datamodule.DataModule(digits, **sizes, levels=17, alpha=1e-5)
     # Adam keeps its count of steps on the host unless it is fused.
     adam = partial(torch.optim.Adam, lr=1e-3, fused=True)
-    watch = Watch()
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
     trainer = pl.Trainer(
-        max_steps=8,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        log_every_n_steps=20,
-        callbacks=[watch, Progress()],
-        limit_val_batches=0,
+        accelerator="cpu", callbacks=callbacks, log_every_n_steps=20, **quiet, **options
     )
     trainer.fit(RNODE(flow, adam, 0.01, 0.01, warmup_steps=20), data)
-    assert watch.waits.operators > 4000
-    assert watch.waits.found == Counter()
+
+
+class Flags(pl.Callback):
+    """Records whether convolutions may use TF32 in training steps and in validation."""
+
+    def on_before_backward(self, trainer, module, loss):
+        self.train = torch.backends.cudnn.allow_tf32
+
+    def on_validation_batch_end(self, *_):
+        self.val = torch.backends.cudnn.allow_tf32
+
+
+@pytest.fixture
+def restored():
+    """Sets the flags of TF32 back afterwards."""
+    backends = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = [backend.allow_tf32 for backend in backends]
+    yield
+    for backend, flag in zip(backends, before, strict=True):
+        backend.allow_tf32 = flag
+
+
+@pytest.mark.usefixtures("restored")
+@pytest.mark.parametrize(
+    ("train", "everywhere", "expected"),
+    [
+        (RK4, False, (True, False)),
+        (DOPRI5, False, (False, False)),
+        (DOPRI5, True, (True, True)),
+    ],
+)
+def test_tf32_is_for_fixed_grids_unless_it_is_for_everything(train, everywhere, expected):
+    flags = Flags()
+    fit(
+        Solver(train, RK4),
+        [TF32(everywhere), flags],
+        max_steps=1,
+        limit_val_batches=1,
+        val_check_interval=1,
+    )
+    assert (flags.train, flags.val) == expected
+    assert torch.backends.cuda.matmul.allow_tf32 == everywhere

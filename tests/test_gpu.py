@@ -1,0 +1,71 @@
+"""What only a CUDA device can show."""
+
+import json
+
+import pytest
+import torch
+
+from helpers import RK4, SMALL, TWO_STEPS, call, make_flow
+from rnode import Method, load, objective
+from rnode.app.build import load_flow
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+GRIDS = [
+    (Method("rk4", "radau", steps=2), "backprop"),
+    (Method("rk4", "radau", steps=2), "checkpoint"),
+    (RK4, "adjoint"),
+]
+
+
+def training_step(train, gradient, device):
+    """The gradient of a step with the same weights, data and probes."""
+    torch.manual_seed(0)
+    flow = make_flow((1, 8, 8), train=train, gradient=gradient, divergence="exact", hidden=16)
+    flow = flow.float().to(device)
+    x = torch.randn(8, 1, 8, 8).to(device)
+    objective(flow(x), 0.01, 0.01).backward()
+    return torch.cat([p.grad.flatten() for p in flow.parameters()]).cpu()
+
+
+@pytest.mark.parametrize(("train", "gradient"), GRIDS)
+def test_a_training_step_is_that_of_the_processor(train, gradient, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    expected = training_step(train, gradient, "cpu")
+    found = training_step(train, gradient, "cuda")
+    assert (found - expected).norm() < 1e-4 * expected.norm()
+
+
+@pytest.mark.parametrize(("train", "gradient"), GRIDS)
+def test_a_training_step_on_a_fixed_grid_never_waits(train, gradient):
+    flow = make_flow((1, 8, 8), train=train, gradient=gradient).float().cuda()
+    x = torch.randn(8, 1, 8, 8, device="cuda")
+    objective(flow(x), 0.01, 0.01).backward()  # makes what is made once
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        objective(flow(x), 0.01, 0.01).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_run_resumes_and_is_evaluated_and_sampled(tmp_path):
+    options = [argument for argument in SMALL if "accelerator" not in argument]
+    place = f"hydra.run.dir={tmp_path / 'run'}"
+    call("train", place, *options, "trainer.accelerator=gpu", "trainer.max_steps=40")
+    call("train", place, *options, "trainer.accelerator=gpu", "ckpt_path=auto")
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["test/bits_per_dim"] < 8
+    best = str(tmp_path / "run" / "best.ckpt")
+    call("evaluate", f"ckpt_path={best}", "samples=2", f"hydra.run.dir={tmp_path / 'evaluate'}")
+    call("sample", f"ckpt_path={best}", "n=4", f"hydra.run.dir={tmp_path / 'sample'}")
+    _, flow = load_flow(best)
+    assert next(flow.parameters()).device.type == "cpu"
+    assert load(best).sample(2).shape == (2, 1, 8, 8)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_a_run_trains_in_each_precision(precision, tmp_path):
+    place = f"hydra.run.dir={tmp_path}"
+    call("train", place, *TWO_STEPS, "trainer.accelerator=gpu", f"trainer.precision={precision}")
+    assert (tmp_path / "result.json").exists()
