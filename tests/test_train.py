@@ -340,6 +340,26 @@ def test_last_ckpt_is_of_the_last_epoch_even_if_it_is_not_the_best(run):
     assert load(folder / "best.ckpt")["epoch"] == values.index(min(values)) < 3
 
 
+def test_a_flow_that_exploits_the_error_of_its_grid_is_noticed(run, capsys):
+    """With one node, the rule for l sees div f at t = 0 alone, which soon grows without bound.
+
+    The entropy of the density is 0.71 bits/dim, less than which no flow can have.
+    """
+    toy = ["dataset=toy", "solver=radau", "solver.train.steps=1", "optimizer.lr=1.5e-2"]
+    toy += ["dataset.batch_size=256", "trainer.max_steps=158", "trainer.log_every_n_steps=1"]
+    toy += ["trainer.limit_val_batches=2", "trainer.limit_test_batches=1", "warmup_steps=0"]
+    toy += ["trainer.enable_progress_bar=false", "wandb.mode=disabled", "pictures.samples=4"]
+    gaps = []
+    for refine in ("null", "2e-3"):
+        folder = run(*toy, f"refine={refine}", folder=refine)
+        train, val = (column(folder, f"{stage}/bits_per_dim") for stage in ("train", "val"))
+        gaps.append(val[-1] - sum(train[-10:]) / 10)
+        noticed = re.findall(r"step (\d+): a finer grid changes bits", capsys.readouterr().out)
+    assert gaps[0] > 3
+    assert abs(gaps[1]) < 0.3
+    assert int(noticed[0]) <= 50
+
+
 def test_the_training_grid_is_refined_where_a_finer_one_gives_another_likelihood(run, monkeypatch):
     """solver=auto starts with two steps a piece, 8 evaluations, in 3 pieces."""
     monkeypatch.setattr(RefineGrid, "EVERY_N_STEPS", 1)

@@ -37,8 +37,11 @@ class RefineGrid(Callback):
             coarse = module.flow.solver
             bits, steps = self.bits(trainer.datamodule, module), 2 * coarse.train.grid_steps
             module.flow.solver = with_steps(coarse, steps)
-            if abs(self.bits(trainer.datamodule, module) - bits) > self.tolerance:
+            change = self.bits(trainer.datamodule, module) - bits
+            if not abs(change) <= self.tolerance:
                 self.steps = steps
+                grid = f"a finer grid changes bits/dim by {change:+.2g}"
+                trainer.print(f"step {trainer.global_step}: {grid}; from here on {steps} steps")
             else:
                 module.flow.solver = coarse
 
