@@ -1,6 +1,8 @@
 """Runs in other people's surroundings: encodings, leftovers of other programs, names of folders."""
 
+import contextlib
 import os
+import pty
 import re
 import shlex
 import signal
@@ -19,7 +21,6 @@ from helpers import (
     TWO_STEPS,
     assert_same_run,
     call,
-    command,
     refused,
 )
 from rnode.app.launch import cluster_plugins, launched
@@ -70,15 +71,27 @@ def test_a_run_needs_nothing_of_its_surroundings(tmp_path, variables):
     assert "bits/dim (" in done.stdout.decode("ascii", "replace")
 
 
-@pytest.mark.slow(reason="a process with the progress bar")
-def test_the_log_holds_what_was_printed_without_the_bars_control_characters(tmp_path):
+@pytest.mark.slow(reason="a process on a terminal")
+def test_a_terminal_shows_a_bar_and_the_log_holds_its_lines_alone(tmp_path):
     options = [*SMALL, "trainer.max_epochs=1", "trainer.enable_progress_bar=true"]
-    done = command(*options, f"hydra.run.dir={tmp_path}", cwd=tmp_path)
+    screen, terminal = pty.openpty()
+    run = [sys.executable, ROOT / "src" / "train.py", *options, f"hydra.run.dir={tmp_path}"]
+    columns = ONE_THREAD | {"COLUMNS": "80", "TERM": "xterm"}
+    with subprocess.Popen(run, stdout=terminal, stderr=terminal, env=columns) as process:
+        os.close(terminal)
+        shown = b""
+        with contextlib.suppress(OSError):  # the process has closed the terminal
+            while part := os.read(screen, 65536):
+                shown += part
+    os.close(screen)
+    assert process.returncode == 0
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode())
+    assert re.search(r"epoch 1 of 1 ━+ 30/30 0:00:00 bits/dim: \d.* NFE: 24", plain)
     log = (tmp_path / "train.log").read_text(encoding="utf-8")
     assert not re.search(r"[\x00-\x09\x0b-\x1f]", log)
-    assert re.search(r"^Epoch 0: 100%.*bits/dim=", log, re.MULTILINE)
-    table = [line.rstrip() for line in done.stdout.splitlines()[-10:]]
-    assert "\n".join(table) in log
+    assert re.search(r"^epoch 1 of 1, step 30: validation \d", log, re.MULTILINE)
+    assert len(re.findall("epoch 1 of 1", log)) == 2  # the last state of the bar, and validation
+    assert "bits/dim (± standard error)" in log
 
 
 def test_the_log_holds_the_error_that_ended_the_run(capsys, tmp_path):

@@ -13,9 +13,9 @@ from helpers import DOPRI5, RK4
 from rnode import Method, Probes, Solver, multiscale
 from rnode.data import datamodule
 from rnode.data.images import digits
-from rnode.training.callbacks import Progress
 from rnode.training.divergence import DivergenceWatch
 from rnode.training.module import RNODE
+from rnode.training.progress import Report
 from rnode.training.solving import TF32
 
 READS = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select")
@@ -68,7 +68,7 @@ def test_a_training_step_on_a_fixed_grid_never_waits(train, gradient, monkeypatc
     # An accelerator is asked at log steps alone, a processor always.
     monkeypatch.setattr(DivergenceWatch, "raise_if_diverged", lambda self: None)
     watch = Watch()
-    fit(Solver(train, RK4, gradient), [watch, Progress()], max_steps=8, limit_val_batches=0)
+    fit(Solver(train, RK4, gradient), [watch, Report(bar=False)], max_steps=8, limit_val_batches=0)
     assert watch.waits.operators > 4000
     assert watch.waits.found == Counter()
 

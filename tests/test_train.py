@@ -61,7 +61,12 @@ def test_the_default_run_as_a_user_starts_it(tmp_path):
     assert 1.5 < column(folder, "test/bits_per_dim")[0] < untrained - 1.5
     for text in ("bits/dim (± standard error)", "NFE backward per batch", "kinetic energy"):
         assert text in done.stdout
-    assert re.search(r"Epoch 1: 100%.*bits/dim=\d.*, val=\d.*, NFE=24", done.stdout + done.stderr)
+    lines = done.stdout.splitlines()
+    assert lines[0] == "digits by a multiscale flow, hidden=8 layers=4 pieces=1, solver=auto"
+    assert re.search(r"a step takes .* s, an epoch .*, .* to go", done.stdout)
+    best = [line for line in lines if re.match(r"epoch 2 of 2, step 40: validation \d", line)]
+    assert best[0].endswith("bits/dim, the best so far")
+    assert "test set, weights of epoch 2" in done.stdout
     assert list(folder.glob("wandb/offline-run-*/files/media/images/samples_*.png"))
     checkpoint = load(folder / "last.ckpt")
     assert (checkpoint["config"], checkpoint["epoch"]) == (config, 1)

@@ -19,6 +19,7 @@ from hydra.errors import (
 )
 from omegaconf import DictConfig, OmegaConf
 
+from rnode.app.banner import banner
 from rnode.app.help import help_text, unknown_key
 from rnode.app.launch import is_first_process, prepare_process, run_name
 from rnode.app.quoting import quote, shell_quote
@@ -103,6 +104,8 @@ def job(command: str, typed: list[str], errors: Callable) -> Any:
 
     def main(cfg: DictConfig) -> Any:
         validate(command, cfg)
+        if command == "train" and is_first_process():
+            print(banner(cfg), flush=True)
         prepare_process()
         # torch, Lightning and W&B are imported here: --help and mistakes do not wait for them.
         return importlib.import_module(MODULES[command]).main(cfg)

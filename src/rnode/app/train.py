@@ -2,6 +2,7 @@
 
 import contextlib
 import sys
+import time
 from collections import Counter
 from inspect import signature
 from math import log, nan
@@ -17,13 +18,14 @@ from rich.console import Console
 from rich.table import Table
 
 from rnode.app import sweep
+from rnode.app.banner import banner
 from rnode.app.build import build
 from rnode.app.launch import cluster_plugins, is_first_process, match_processes
 from rnode.app.quoting import quote, shell_quote
 from rnode.app.schema import flatten
 from rnode.errors import DivergenceError, Stopped, require
 from rnode.flow import Flow
-from rnode.training import callbacks, solving
+from rnode.training import callbacks, progress, solving
 from rnode.training.checkpoint import AtomicCheckpointIO, load_checkpoint, load_to_resume
 from rnode.training.loggers import finish_wandb, make_loggers
 from rnode.training.module import RNODE
@@ -63,7 +65,7 @@ def main(cfg: DictConfig) -> float | list[float]:
         with contextlib.ExitStack() as stack:
             if is_first_process():
                 stack.enter_context(lock(folder, resumes))
-                stack.enter_context(transcript(folder / "train.log"))
+                stack.enter_context(transcript(folder / "train.log", banner(cfg)))
             return train(cfg, folder, ckpt_path)
     finally:
         finish_wandb()
@@ -95,6 +97,7 @@ def train(cfg: DictConfig, folder: Path, ckpt_path: str | None) -> float | list[
 
 def fit(cfg: DictConfig, folder: Path, ckpt_path: str | None, halvings: Counter[int]) -> dict:
     """Fit anew or from `ckpt_path` on, test the best weights, and return the result."""
+    start = time.monotonic()
     pl.seed_everything(cfg.seed, verbose=False)
     config = OmegaConf.to_container(cfg, resolve=True)
     data, flow = build(cfg)
@@ -140,7 +143,12 @@ def fit(cfg: DictConfig, folder: Path, ckpt_path: str | None, halvings: Counter[
     metrics, score = trained | trainer.callback_metrics, best.best_model_score
     score = trained.get("val/bits_per_dim", nan) if score is None else score
     result = write_result(folder, metrics, float(score))
-    print_table(metrics, flow, data.transform, folder)
+    epoch = load_checkpoint(tested)["epoch"] if tested else trainer.current_epoch
+    seconds = f"{result['train/seconds'] or 0:.0f} of {time.monotonic() - start:.0f}"
+    print_table(metrics, flow, data.transform, f"test set, weights of epoch {epoch + 1}", seconds)
+    print(f"run folder: {folder}")
+    if runs := sorted(map(str, folder.glob("wandb/offline-run-*"))):
+        print(f"W&B: wandb sync {' '.join(runs)}")
     return result
 
 
@@ -160,9 +168,12 @@ def make_trainer(
     refines = cfg.refine is not None and not flow.solver.train.adaptive
     used += [solving.RefineGrid(cfg.refine)] if refines else []
     used += [solving.Compile()] if cfg.compile else []  # the refined grid
-    used += [callbacks.Progress()] if cfg.trainer.enable_progress_bar else []
+    bar = cfg.trainer.enable_progress_bar and sys.stdout.isatty()
+    used += [progress.Report(bar)] if cfg.trainer.enable_progress_bar else []
+    used += [progress.Bar()] if bar else []
     plugins = [AtomicCheckpointIO(), *cluster_plugins()]
     options = {name: value for name, value in cfg.trainer.items() if name not in OURS}
+    options["enable_progress_bar"] = bar  # else Lightning would add its own
     for name in options.keys() - signature(pl.Trainer.__init__).parameters - {"_target_"}:
         require(False, f"there is no option trainer.{name}: Lightning's Trainer does not have it")
     own = {"callbacks": used, "plugins": plugins, "logger": loggers}
@@ -182,9 +193,9 @@ def report_resume(path: str, checkpoint: dict, config: dict) -> None:
             print(f"{key}={ours.get(key)} from the command line (checkpoint: {theirs.get(key)})")
 
 
-def print_table(metrics: dict, flow: Flow, transform: object, folder: Path) -> None:
+def print_table(metrics: dict, flow: Flow, transform: object, title: str, seconds: str) -> None:
     """Print the table at the end of a run."""
-    table = Table("quantity", title="test set", title_justify="left")
+    table = Table("quantity", title=title, title_justify="left")
     table.add_column("value", justify="right")
     bits, error = (float(metrics[f"test/bits_per_dim{suffix}"]) for suffix in ("", "_se"))
     nats = log(2) * flow.d
@@ -204,7 +215,5 @@ def print_table(metrics: dict, flow: Flow, transform: object, folder: Path) -> N
     for name, (key, form) in TABLE.items():
         if key in metrics:
             table.add_row(name, format(float(metrics[key]), form))
+    table.add_row("seconds of training, of the whole run", seconds)
     Console(markup=False).print(table)
-    print(f"run folder: {folder}")
-    if runs := sorted(map(str, folder.glob("wandb/offline-run-*"))):
-        print(f"W&B: wandb sync {' '.join(runs)}")

@@ -1,15 +1,14 @@
-"""Lightning callbacks: progress, checkpoints, stopping, times, pictures."""
+"""Lightning callbacks: checkpoints, stopping, times, pictures."""
 
 import gc
 import signal
-import sys
 import time
 from functools import cached_property
 from pathlib import Path
 
 import torch
 from pytorch_lightning import Callback, Trainer
-from pytorch_lightning.callbacks import ModelCheckpoint, Timer, TQDMProgressBar
+from pytorch_lightning.callbacks import ModelCheckpoint, Timer
 from pytorch_lightning.loggers import WandbLogger
 from pytorch_lightning.utilities import rank_zero_only
 
@@ -19,27 +18,6 @@ from rnode.training.loggers import MetricsCSV
 from rnode.training.module import RNODE
 from rnode.training.plots import plot_corner, plot_curves, plot_pair
 from rnode.transforms import TableTransform
-
-SHOWN = {"bits/dim": "train/bits_per_dim", "val": "val/bits_per_dim", "NFE": "train/nfe_forward"}
-
-
-class Progress(TQDMProgressBar):
-    """Shows bits/dim and NFE at each log step; finished epochs stay on the screen."""
-
-    def __init__(self):
-        refresh_rate = 1 if sys.stdout.isatty() else 20  # steps; fewer lines in a log file
-        super().__init__(refresh_rate=refresh_rate, leave=True)
-        self.shown: dict[str, float] = {}
-
-    def get_metrics(self, trainer: Trainer, module: RNODE) -> dict:
-        # To read metrics, the host would wait for the device in every step.
-        every = trainer.log_every_n_steps or 1
-        if trainer.global_step % every == 0 or trainer.is_last_batch:
-            metrics = trainer.callback_metrics
-            self.shown = {
-                key: float(metrics[name]) for key, name in SHOWN.items() if name in metrics
-            }
-        return self.shown
 
 
 class SaveAndStop(Callback):

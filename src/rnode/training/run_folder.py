@@ -55,13 +55,14 @@ class Copy:
 
 
 @contextlib.contextmanager
-def transcript(path: Path) -> Iterator[None]:
-    """Copy what is printed, and an error that ends it, to the end of a file."""
+def transcript(path: Path, printed: str) -> Iterator[None]:
+    """Copy what is `printed` already, what will be, and an error that ends it, to a file's end."""
     with (
         open(path, "a", encoding="utf-8") as file,
         contextlib.redirect_stdout(Copy(sys.stdout, file)),
         contextlib.redirect_stderr(Copy(sys.stderr, file)),
     ):
+        print(printed, file=file, flush=True)
         try:
             yield
         except BaseException as error:

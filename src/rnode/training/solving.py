@@ -100,6 +100,7 @@ class Compile(Callback):
     def on_fit_start(self, trainer: Trainer, module: RNODE) -> None:
         torch.compiler.set_stance("eager_on_recompile")
         compile_solves(module.flow)
+        trainer.print("compiling: the first step takes a minute or more")
 
     def on_train_batch_start(self, trainer: Trainer, module: RNODE, *_) -> None:
         if self.compiled != module.flow.solver:

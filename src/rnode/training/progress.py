@@ -1,0 +1,137 @@
+"""What a run shows while it trains: what it is, how long it will take, how far it is."""
+
+import math
+import time
+
+import torch
+from pytorch_lightning import Callback, Trainer
+from pytorch_lightning.callbacks import RichProgressBar
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    ProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
+
+from rnode.data.datamodule import SPLIT_NAMES
+from rnode.training.callbacks import MaxTime
+from rnode.training.module import RNODE
+
+SHOWN = {"bits/dim": "train/bits_per_dim", "NFE": "train/nfe_forward"}
+TIMED = 3  # steps, of which the first is not timed
+MINUTE = 60.0  # seconds from one line to the next where there is no terminal
+LONG = 24 * 3600.0  # seconds of a run that is worth a warning
+SHORTER = "a smaller model.hidden, model.pieces or dataset.resize shortens it"
+
+
+class Bar(RichProgressBar):
+    """A bar on a terminal, with bits/dim and NFE of the last log step."""
+
+    def __init__(self):
+        super().__init__(refresh_rate=4)
+        self.shown: dict = {}
+
+    def get_metrics(self, trainer: Trainer, module: RNODE) -> dict:
+        # To read metrics in every step, the host would wait for the device.
+        if trainer.global_step % (trainer.log_every_n_steps or 1) == 0:
+            self.shown = {name: f"{value:.4g}" for name, value in shown(trainer).items()}
+        return self.shown
+
+    def configure_columns(self, trainer: Trainer) -> list[ProgressColumn]:
+        counts = MofNCompleteColumn(), TimeRemainingColumn()
+        return [TextColumn("{task.description}"), BarColumn(bar_width=15), *counts]
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        return epoch(self.trainer)
+
+
+class Report(Callback):
+    """Prints lines: the data, the flow and the device; the time a run will take; validations.
+
+    Where no `bar` shows how far the run is, it prints a line each minute too.
+    """
+
+    def __init__(self, bar: bool):
+        self.bar, self.steps = bar, 0  # steps of this process
+        self.start = self.printed = 0.0  # times: after the first step, and of the last line
+
+    def on_fit_start(self, trainer: Trainer, module: RNODE) -> None:
+        splits, flow = trainer.datamodule.splits, module.flow
+        sizes = [f"{len(getattr(splits, s)):,} for {n}" for s, n in SPLIT_NAMES.items()]
+        weights = sum(parameter.numel() for parameter in flow.parameters())
+        devices = f"{trainer.world_size} × {module.device}" * (trainer.world_size > 1)
+        precision = trainer.precision
+        trainer.print(f"samples of shape {list(flow.shape)}: {', '.join(sizes)}")
+        trainer.print(
+            f"{weights:,} weights in {len(flow.pieces)} piece(s), on {devices or module.device}, "
+            f"precision={precision}"
+        )
+        if "bf16" in precision and module.device.type == "cpu" and not has_bfloat16():
+            trainer.print("this processor has no bfloat16 instructions: float32 is faster")
+
+    def on_train_batch_end(self, trainer: Trainer, module: RNODE, *_) -> None:
+        self.steps += 1
+        if self.steps in (1, TIMED) and torch.accelerator.is_available():
+            torch.accelerator.synchronize()
+        now = time.monotonic()
+        if self.steps == 1:
+            self.start = now
+        elif self.steps == TIMED:
+            self.printed, step = now, (now - self.start) / (TIMED - 1)
+            left = step * steps_left(trainer)
+            line = f"a step takes {duration(step)}, an epoch"
+            line += f" {duration(step * trainer.num_training_batches)}, {to_go(left)}"
+            limited = any(isinstance(used, MaxTime) for used in trainer.callbacks)
+            trainer.print(line + f"; {SHORTER}" * (LONG < left < math.inf and not limited))
+        elif not self.bar and now > self.printed + MINUTE and self.steps > TIMED:
+            self.printed, step = now, (now - self.start) / (self.steps - 1)
+            measured = ", ".join(f"{name} {value:.4g}" for name, value in shown(trainer).items())
+            left = to_go(step * steps_left(trainer))
+            trainer.print(f"{where(trainer)}: {measured}; {left}")
+
+    def on_validation_end(self, trainer: Trainer, module: RNODE) -> None:
+        metrics, best = trainer.callback_metrics, None
+        if trainer.checkpoint_callback is not None:
+            best = trainer.checkpoint_callback.best_model_score
+        bits, error = (float(metrics[f"val/bits_per_dim{end}"]) for end in ("", "_se"))
+        better = "" if best is not None and bits >= best else ", the best so far"
+        trainer.print(f"{where(trainer)}: validation {bits:.4f} ± {error:.4f} bits/dim{better}")
+
+
+def shown(trainer: Trainer) -> dict[str, float]:
+    metrics = trainer.callback_metrics
+    return {short: float(metrics[name]) for short, name in SHOWN.items() if name in metrics}
+
+
+def steps_left(trainer: Trainer) -> float:
+    steps = trainer.max_steps if trainer.max_steps >= 0 else math.inf
+    if trainer.max_epochs is not None and trainer.max_epochs >= 0:
+        steps = min(steps, trainer.max_epochs * trainer.num_training_batches)
+    return max(0, steps - trainer.global_step)
+
+
+def to_go(seconds: float) -> str:
+    return f"{duration(seconds)} to go" if seconds < math.inf else "no end is set"
+
+
+def epoch(trainer: Trainer) -> str:
+    limited = trainer.max_epochs is not None and trainer.max_epochs > 0
+    return f"epoch {trainer.current_epoch + 1}" + f" of {trainer.max_epochs}" * limited
+
+
+def where(trainer: Trainer) -> str:
+    return f"{epoch(trainer)}, step {trainer.global_step}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds in the unit that suits them, to about two digits."""
+    units = ("days", 86400), ("h", 3600), ("min", 60), ("s", 1)
+    unit, length = next((u for u in units if seconds >= 2 * u[1]), units[-1])
+    count = seconds / length
+    return f"{count:.0f} {unit}" if count >= 10 else f"{count:.2g} {unit}"
+
+
+def has_bfloat16() -> bool:
+    """Whether the processor has instructions for bfloat16, of AVX-512 or AMX."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
