@@ -198,8 +198,8 @@ def warn(frame: pl.DataFrame, integer: Sequence[str] | None, path: str) -> None:
     whole = [name for name in frame.columns if integer is None and is_whole(frame[name])]
     if whole:
         listed = ",".join(whole)
-        words = "hold whole numbers, whose density rises without bound"
-        print(f"{path}: {listed} {words}; dataset.integer=[{listed}] dequantizes them")
+        words = f"whole numbers in {listed}, whose density rises without bound"
+        print(f"{path}: {words}; dataset.integer=[{listed}] dequantizes them")
     for name in frame.columns:
         if name in (integer or whole):
             continue
