@@ -338,7 +338,13 @@ def same(a, b, path=""):
     """Assert that values out of two checkpoints are equal to the bit, except times and paths."""
     if isinstance(a, dict):
         ignored = {"config", "dirpath", "best_model_path", "last_model_path"}
-        ignored |= {"kth_best_model_path", "best_k_models", "current_score", "seconds"}
+        ignored |= {
+            "kth_best_model_path",
+            "best_k_models",
+            "current_score",
+            "seconds",
+            "seconds_total",
+        }
         ignored |= {"epoch_loop.val_loop.batch_progress"}  # nothing depends on it
         assert {str(key) for key in a} == {str(key) for key in b}, path
         for key in a.keys() - ignored:

@@ -47,7 +47,7 @@ def put(checkpoint, value, *place):
 
 @pytest.mark.parametrize(
     "place",
-    [(), ("config", "seed"), ("state_dict", WEIGHT), ("callbacks", "EpochTimer")],
+    [(), ("config", "seed"), ("state_dict", WEIGHT), ("callbacks", "Cost")],
     ids=lambda place: place[0] if place else "all of it",
 )
 @pytest.mark.parametrize("write", [torch.save, as_pickle, as_legacy])

@@ -28,6 +28,7 @@ from helpers import (
     mnist_files,
     refused,
     svhn_files,
+    wandb_records,
 )
 from rnode import Probes
 from rnode.app.build import load_flow
@@ -198,6 +199,30 @@ def test_a_multirun_has_a_folder_and_a_wandb_run_for_each_job(tmp_path):
         assert config["reg"]["lambda_k"] == lambda_k
         assert len(column(folder, "train/loss")) == 2
     assert len({path.name for path in tmp_path.glob("*/wandb/offline-run-*/*.wandb")}) == 2
+    for folder, name in zip(jobs, ("reg.lambda_k=0", "reg.lambda_k=0.1"), strict=True):
+        (records,) = wandb_records(folder).values()
+        run = next(record.run for record in records if record.HasField("run"))
+        assert (run.display_name, run.run_group) == (name, tmp_path.name)
+        assert set(run.tags) == {"dataset=digits", "model=multiscale", "solver=auto"}
+        defined = [record.metric for record in records if record.HasField("metric")]
+        least = [metric for metric in defined if metric.name == "val/bits_per_dim"]
+        assert least[0].summary.min
+        items = (item for record in records for item in record.history.item)
+        keys = {(item.key or "/".join(item.nested_key)).split("/_")[0] for item in items}
+        scalars = ("lr", "gradient_norm", "nfe_total", "seconds_total")
+        assert {"samples", "result", *(f"train/{name}" for name in scalars)} <= keys
+
+
+def test_tensorboard_holds_the_figures_of_metrics_csv(run):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder = run(*TWO_STEPS[:-1], "logger=tensorboard")
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    for name in ("train/bits_per_dim", "train/nfe_forward", "val/bits_per_dim"):
+        values = [event.value for event in events.Scalars(name)]
+        assert values == pytest.approx(column(folder, name), rel=1e-6)
+    assert not (folder / "wandb").exists()
 
 
 def test_a_resumed_run_ends_as_one_that_never_stopped(run):

@@ -154,7 +154,15 @@ class Pictures(Section):
 class Wandb(OpenSection):
     mode: Literal["offline", "online", "disabled"] = key("offline, online or disabled")
     project: str | None = key("W&B project")
-    name: str | None = key("W&B name of the run")
+    name: str | None = key("name of the run; null: its folder, or how it differs in its sweep")
+    group: str | None = key("group of the run; null: its sweep")
+    tags: list[str] = key("tags of the run, beside its choices of data set, model and solver")
+
+
+class MLflow(OpenSection):
+    experiment_name: str = key("MLflow's name of the experiment")
+    run_name: str | None = key("MLflow's name of the run; null: its folder")
+    tracking_uri: str = key("where MLflow writes: a server, or a file as sqlite:///FILE")
 
 
 class Train(Section):
@@ -180,7 +188,9 @@ class Train(Section):
     early_stopping: EarlyStopping = key("when a run stops before its last epoch")
     trainer: Trainer = key("Lightning's Trainer; +trainer.OPTION=… sets any other option of it")
     pictures: Pictures = key("pictures of the run")
-    wandb: Wandb = key("the W&B run; +wandb.OPTION=… sets any other option of WandbLogger")
+    wandb: Wandb = key("+wandb.OPTION=… sets any other option of WandbLogger", None)
+    tensorboard: OpenSection = key("options of Lightning's TensorBoardLogger", None)
+    mlflow: MLflow = key("options of Lightning's MLFlowLogger", None)
 
 
 class CheckpointData(Section):

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -29,6 +30,7 @@ from rnode.errors import Stopped, require
 from rnode.training.results import RESULT, read_result
 
 DIVERGED, FAILED, OVERRIDES = "diverged.txt", "failed.txt", ".hydra/overrides.yaml"
+SWEPT = "RNODE_SWEPT"  # environment variable, for jobs: the keys that the sweep varies
 SWEEP_METRICS = {
     "bits_per_dim": ["val/bits_per_dim"],
     "bits_per_dim_and_nfe": ["val/bits_per_dim", "val/nfe_forward"],
@@ -38,6 +40,7 @@ LIMITS = {f"trainer.{key}" for key in TIMES}  # a job resumes a run that had oth
 DISPLAY = ("log_every_n_steps", "profiler", "enable_progress_bar", "enable_model_summary")
 IRRELEVANT = (  # keys, and sections, that do not change the result of a run
     *("ckpt_path", "sweep_metric", "save_every_n_steps", "compile", "wandb", "pictures"),
+    *("tensorboard", "mlflow"),
     *("dataset.root", "trainer.accelerator", "trainer.strategy", "trainer.on_divergence"),
     *(f"trainer.{key}" for key in DISPLAY),
 )
@@ -46,6 +49,12 @@ IRRELEVANT = (  # keys, and sections, that do not change the result of a run
 def in_sweep() -> bool:
     """Return whether this process runs a job of a sweep."""
     return HydraConfig.get().mode == RunMode.MULTIRUN
+
+
+def swept(overrides: list[str]) -> list[str]:
+    """Return the overrides of a job of keys that the sweep varies."""
+    keys = os.environ[SWEPT].split()
+    return [override for override in overrides if override.split("=")[0].lstrip("+") in keys]
 
 
 def metric_values(cfg: DictConfig, result: dict) -> float | list[float]:
@@ -158,6 +167,9 @@ class Sweep(Callback):
 
 def prepare(config: DictConfig) -> None:
     """Set the options of sweeper and launcher that follow from the configuration."""
+    typed = OverridesParser.create().parse_overrides(config.hydra.overrides.task)
+    keys = [override.key_or_group for override in typed if override.is_sweep_override()]
+    os.environ[SWEPT] = " ".join([*keys, *(config.hydra.sweeper.get("params") or ())])
     metric, sweeper, launcher = config.sweep_metric, config.hydra.sweeper, config.hydra.launcher
     known = " or ".join(SWEEP_METRICS)
     require(metric in SWEEP_METRICS, f"sweep_metric={metric}: must be {known}")

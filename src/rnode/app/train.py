@@ -14,6 +14,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning import Callback
 from pytorch_lightning.callbacks import EarlyStopping
+from pytorch_lightning.loggers import WandbLogger
 from rich.console import Console
 from rich.table import Table
 
@@ -27,7 +28,7 @@ from rnode.errors import DivergenceError, Stopped, require
 from rnode.flow import Flow
 from rnode.training import callbacks, progress, solving
 from rnode.training.checkpoint import AtomicCheckpointIO, load_checkpoint, load_to_resume
-from rnode.training.loggers import finish_wandb, make_loggers
+from rnode.training.loggers import Label, finish_wandb, make_loggers
 from rnode.training.module import RNODE
 from rnode.training.results import RESULT, write_result
 from rnode.training.run_folder import lock, transcript, whole_file
@@ -119,9 +120,8 @@ def fit(cfg: DictConfig, folder: Path, ckpt_path: str | None, halvings: Counter[
             with whole_file(folder / name, "w") as file:
                 OmegaConf.save(content, file, resolve=True)
     best = callbacks.BestCheckpoint(folder)
-    trainer = make_trainer(
-        cfg, folder, flow, best, make_loggers(cfg.wandb, folder, config, step, epoch)
-    )
+    loggers = make_loggers(cfg, folder, config, make_label(folder, overrides), step, epoch)
+    trainer = make_trainer(cfg, folder, flow, best, loggers)
     sweep.refuse_own_processes(trainer)
     try:
         trainer.fit(module, data, ckpt_path=ckpt_path, weights_only=True)
@@ -143,9 +143,16 @@ def fit(cfg: DictConfig, folder: Path, ckpt_path: str | None, halvings: Counter[
     metrics, score = trained | trainer.callback_metrics, best.best_model_score
     score = trained.get("val/bits_per_dim", nan) if score is None else score
     result = write_result(folder, metrics, float(score))
-    epoch = load_checkpoint(tested)["epoch"] if tested else trainer.current_epoch
+    weights = (
+        f"weights of epoch {load_checkpoint(tested)['epoch'] + 1}" if tested else "last weights"
+    )
     seconds = f"{result['train/seconds'] or 0:.0f} of {time.monotonic() - start:.0f}"
-    print_table(metrics, flow, data.transform, f"test set, weights of epoch {epoch + 1}", seconds)
+    title = f"test set, {weights}"
+    table = make_table(metrics, flow, data.transform, title, seconds)
+    Console(markup=False).print(table)
+    for logger in (logger for logger in loggers if isinstance(logger, WandbLogger)):
+        columns = [list(column.cells) for column in table.columns]
+        logger.log_table("result", ["quantity", "value"], list(zip(*columns, strict=True)))
     print(f"run folder: {folder}")
     if runs := sorted(map(str, folder.glob("wandb/offline-run-*"))):
         print(f"W&B: wandb sync {' '.join(runs)}")
@@ -157,7 +164,7 @@ def make_trainer(
 ) -> pl.Trainer:
     """Make Lightning's Trainer with the callbacks, plugins and loggers of a run."""
     save = callbacks.SaveAndStop(folder / "last.ckpt", cfg.save_every_n_steps)
-    used = [Yardstick(), callbacks.EpochTimer(), save, instantiate(cfg.pictures, folder)]
+    used = [Yardstick(), callbacks.Cost(), save, instantiate(cfg.pictures, folder)]
     used += [best] if cfg.trainer.enable_checkpointing else []
     if cfg.trainer.max_time is not None:
         used += [callbacks.MaxTime(cfg.trainer.max_time, interval="epoch", verbose=False)]
@@ -193,8 +200,18 @@ def report_resume(path: str, checkpoint: dict, config: dict) -> None:
             print(f"{key}={ours.get(key)} from the command line (checkpoint: {theirs.get(key)})")
 
 
-def print_table(metrics: dict, flow: Flow, transform: object, title: str, seconds: str) -> None:
-    """Print the table at the end of a run."""
+def make_label(folder: Path, overrides: list[str]) -> Label:
+    """Name a run after its folder; in a sweep after the overrides that the user gave as lists."""
+    chosen = HydraConfig.get().runtime.choices
+    tags = [f"{group}={chosen[group]}" for group in ("dataset", "model", "solver")]
+    tags += [f"{group}={chosen[group]}" for group in ("recipe", "experiment") if chosen[group]]
+    if not sweep.in_sweep():
+        return Label(folder.name, None, tags)
+    return Label(" ".join(sweep.swept(overrides)) or folder.name, folder.parent.name, tags)
+
+
+def make_table(metrics: dict, flow: Flow, transform: object, title: str, seconds: str) -> Table:
+    """Return the table at the end of a run."""
     table = Table("quantity", title=title, title_justify="left")
     table.add_column("value", justify="right")
     bits, error = (float(metrics[f"test/bits_per_dim{suffix}"]) for suffix in ("", "_se"))
@@ -216,4 +233,4 @@ def print_table(metrics: dict, flow: Flow, transform: object, title: str, second
         if key in metrics:
             table.add_row(name, format(float(metrics[key]), form))
     table.add_row("seconds of training, of the whole run", seconds)
-    Console(markup=False).print(table)
+    return table

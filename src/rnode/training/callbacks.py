@@ -138,11 +138,16 @@ class MaxTime(Timer):
             trainer.fit_loop.epoch_loop.max_steps = trainer.global_step
 
 
-class EpochTimer(Callback):
-    """Logs train/seconds_per_epoch: the time spent on training batches, without validation."""
+class Cost(Callback):
+    """Logs what training batches have cost, without validation.
+
+    These are train/seconds_per_epoch, and train/seconds_total and train/nfe_total so far, including
+    earlier processes of the run.
+    """
 
     def __init__(self):
-        self.seconds = 0.0  # in this epoch so far, including an earlier process of the run
+        self.seconds = 0.0  # in this epoch so far
+        self.seconds_total, self.nfe_total = 0.0, 0
 
     def on_train_start(self, *_) -> None:
         self.mark = time.perf_counter()
@@ -150,18 +155,24 @@ class EpochTimer(Callback):
     def on_train_epoch_start(self, *_) -> None:
         self.seconds, self.mark = 0.0, time.perf_counter()
 
-    def on_train_batch_end(self, *_) -> None:
+    def on_train_batch_end(self, trainer: Trainer, module: RNODE, *_) -> None:
         before, self.mark = self.mark, time.perf_counter()
         self.seconds += self.mark - before
+        self.seconds_total += self.mark - before
+        self.nfe_total += module.nfe
+        for name in ("seconds_total", "nfe_total"):  # made on the device, not copied to it
+            total = torch.full((), float(getattr(self, name)), device=module.device)
+            module.log(f"train/{name}", total)
 
     def on_train_epoch_end(self, trainer: Trainer, module: RNODE) -> None:
         module.log("train/seconds_per_epoch", self.seconds, sync_dist=True)
 
     def state_dict(self) -> dict:
-        return {"seconds": self.seconds}
+        names = ("seconds", "seconds_total", "nfe_total")
+        return {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, state: dict) -> None:
-        self.seconds = state["seconds"]
+        vars(self).update(state)
 
 
 class Pictures(Callback):

@@ -29,17 +29,21 @@ class DivergenceWatch:
         self.first = torch.tensor(NEVER)  # step · len(names) + position in names
         self.message: str | None = None  # of a solver that gave up in this process
 
-    def watch(self, step: int, solution: Solution | None, loss: Tensor) -> None:
-        """Record what became NaN or infinite in a step; without a solution, the loss did."""
+    def watch(self, step: int, solution: Solution | None, loss: Tensor) -> Tensor:
+        """Record what became NaN or infinite in a step; without a solution, the loss did.
+
+        Returns:
+            The norm of the gradient, ().
+        """
         states = [part for piece in solution.pieces for part in piece.state] if solution else []
         finite = [part.detach().isfinite().all() for part in (*states, loss)]
-        for piece in self.pieces:
-            gradients = [p.grad for p in piece.parameters() if p.grad is not None]
-            finite.append(get_total_norm(gradients).isfinite())
-        finite = torch.stack(finite)
+        gradients = ([p.grad for p in q.parameters() if p.grad is not None] for q in self.pieces)
+        norms = torch.stack([get_total_norm(of_piece) for of_piece in gradients])
+        finite = torch.stack([*finite, *norms.isfinite()])
         now = step * len(self.names) + len(self.names) - len(finite) + finite.int().argmin()
         now = now.masked_fill(finite.all(), NEVER)
         self.first = torch.minimum(self.first.to(now.device), now)
+        return norms.square().sum().sqrt()
 
     def gave_up(self, message: str) -> None:
         """Keep the reason why a solver gave up. Later reasons follow from the first."""

@@ -1,15 +1,18 @@
-"""The loggers: metrics.csv and W&B."""
+"""The loggers: metrics.csv, W&B, TensorBoard and MLflow."""
 
 import csv
 import os
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
 from omegaconf import DictConfig
 from pytorch_lightning.loggers import Logger, WandbLogger
 from pytorch_lightning.utilities import rank_zero_only
 
-from rnode.errors import WriteError, one_line
+from rnode.errors import WriteError, one_line, require
 from rnode.training.results import read_metrics
 from rnode.training.run_folder import whole_file
 
@@ -59,25 +62,56 @@ class MetricsCSV(Logger):
         pass  # config.yaml holds them
 
 
+class Label(NamedTuple):
+    """How the run is called where several runs are shown together."""
+
+    name: str
+    group: str | None  # of a sweep
+    tags: list[str]
+
+
 def make_loggers(
-    wandb: DictConfig, folder: Path, config: dict, step: int | None, epoch: int | None
+    cfg: DictConfig, folder: Path, config: dict, label: Label, step: int | None, epoch: int | None
 ) -> list[Logger]:
-    """Return the logger of metrics.csv and, unless `wandb` disables it, one of W&B.
+    """Return the logger of metrics.csv and those that the configuration chooses.
 
     A run that resumes from `step`, in the middle of `epoch` unless that is None, keeps earlier
-    rows. Its W&B run has the same name and another offline folder, which `wandb sync` joins to the
-    first.
+    rows.
     """
     loggers = [MetricsCSV(folder / "metrics.csv", step or 0, epoch)]
-    if wandb.mode != "disabled":
-        import wandb as library  # takes a second to import
-
-        library.setup(library.Settings(silent=True))  # the table at the end says what W&B would
-        place = os.environ.get("WANDB_DIR", folder)
-        earlier = folder.glob("wandb/*run-*-*") if step is not None else ()  # …run-DATE_TIME-ID
-        identity = max((path.name.split("-")[-2:] for path in earlier), default=[None])[-1]
-        loggers.append(WandbLogger(save_dir=place, config=config, id=identity, **wandb))
+    if "wandb" in cfg and cfg.wandb.mode != "disabled":
+        loggers.append(make_wandb(cfg.wandb, folder, config, label, step is not None))
+    try:
+        if "tensorboard" in cfg:
+            loggers.append(instantiate(cfg.tensorboard, save_dir=folder))
+        if "mlflow" in cfg:
+            loggers.append(instantiate(cfg.mlflow, run_name=cfg.mlflow.run_name or label.name))
+    except InstantiationException as error:
+        require(not isinstance(error.__cause__, ModuleNotFoundError), one_line(error.__cause__))
+        raise
     return loggers
+
+
+def make_wandb(
+    wandb: DictConfig, folder: Path, config: dict, label: Label, resumes: bool
+) -> WandbLogger:
+    """Return the logger of W&B, whose summary keeps the least validation bits/dim.
+
+    The W&B run of a resumed run has the same name and another offline folder, which `wandb sync`
+    joins to the first.
+    """
+    import wandb as library  # takes a second to import
+
+    library.setup(library.Settings(silent=True))  # the table at the end says what W&B would
+    place = os.environ.get("WANDB_DIR", folder)
+    earlier = folder.glob("wandb/*run-*-*") if resumes else ()  # …run-DATE_TIME-ID
+    identity = max((path.name.split("-")[-2:] for path in earlier), default=[None])[-1]
+    options = dict(wandb) | {"save_dir": place, "config": config, "id": identity}
+    options["name"], options["group"] = wandb.name or label.name, wandb.group or label.group
+    logger = WandbLogger(**options | {"tags": [*label.tags, *wandb.tags]})
+    step = {"step_metric": "trainer/global_step"}
+    logger.experiment.define_metric("val/bits_per_dim", summary="min", **step)
+    return logger
 
 
 def finish_wandb() -> None:

@@ -23,7 +23,8 @@ class RNODE(LightningModule):
     """A flow that trains by equation (17).
 
     It logs under train/, val/ and test/: bits_per_dim; kinetic and jacobian, E and n per dimension;
-    nfe_forward and nfe_backward, evaluations of f summed over the pieces.
+    nfe_forward and nfe_backward, evaluations of f summed over the pieces. In training it also logs
+    the loss, the norm of its gradient, and the learning rate.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class RNODE(LightningModule):
         self.validation_bits = torch.zeros(0)  # bits/dim of the validation samples, ascending
         self.divergence = DivergenceWatch(flow)
         self.solution: Solution | None = None  # of the training step that runs
+        self.nfe = 0  # evaluations of f in the last training step
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         try:
@@ -81,9 +83,12 @@ class RNODE(LightningModule):
             self.loss = self.loss * math.nan
 
     def on_after_backward(self) -> None:
-        nfe = self.solution.nfe_backward if self.solution else 0
-        self.log("train/nfe_backward", self.loss.new_full((), nfe))
-        self.divergence.watch(self.global_step, self.solution, self.loss)
+        backward = self.solution.nfe_backward if self.solution else 0
+        self.nfe = backward + (self.solution.nfe_forward if self.solution else 0)
+        norm = self.divergence.watch(self.global_step, self.solution, self.loss)
+        lr = self.trainer.optimizers[0].param_groups[0]["lr"]
+        self.log("train/nfe_backward", self.loss.new_full((), backward))
+        self.log_dict({"train/gradient_norm": norm, "train/lr": self.loss.new_full((), lr)})
         self.solution = None
         # An accelerator would wait for every check, so it checks when its metrics are read.
         log_every = max(1, self.trainer.log_every_n_steps)
