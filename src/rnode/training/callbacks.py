@@ -202,7 +202,10 @@ class Pictures(Callback):
             context = None if context is None else context.to(module.device)
             sampled = transform.inverse(module.flow.sample(len(index), context=context))
         path = self.folder / "samples.png"
-        panels = {"data (held out)": real.float().cpu(), "samples": sampled.float().cpu()}
+        stage, steps = ("test", "") if trainer.testing else ("val", f"step {trainer.global_step}, ")
+        bits = float(trainer.callback_metrics[f"{stage}/bits_per_dim"])
+        title = f"samples ({steps}{stage} {bits:.3f} bits/dim)"
+        panels = {"data (held out)": real.float().cpu(), title: sampled.float().cpu()}
         if isinstance(transform, TableTransform):
             plot_corner(path, panels, [column.name for column in transform.columns])
         else:
