@@ -25,8 +25,6 @@ CURVES = {
     "jacobian": "squared Jacobian norm / d",
 }
 GAUSSIAN = "val/bits_per_dim_gaussian"
-LIMIT = 4.0  # of the axes of 2-D densities
-VIEW = {"xlim": (-LIMIT, LIMIT), "ylim": (-LIMIT, LIMIT), "aspect": "equal"}
 MOST = 10  # columns of a table in a corner plot
 PAIR = {"ncols": 2, "figsize": (10, 5.3), "layout": "constrained"}
 
@@ -41,9 +39,10 @@ def save_figure(figure: plt.Figure, path: Path) -> None:
 def plot_pair(path: Path, panels: dict[str, Tensor]) -> None:
     """Plot two sets of points or images side by side; `panels` holds them by their titles."""
     figure, axes = plt.subplots(**PAIR)
+    first = next(iter(panels.values()))
     for ax, (title, points) in zip(axes, panels.items(), strict=True):
         ax.set_title(title)
-        plot_points(ax, points)
+        plot_points(ax, points, first)
     save_figure(figure, path)
 
 
@@ -67,16 +66,31 @@ def plot_curves(metrics: Path, path: Path) -> None:
     save_figure(figure, path)
 
 
-def plot_points(ax: plt.Axes, points: Tensor) -> None:
-    """Plot images (N, C, H, W) in [0, 1] as a square grid, or vectors (N, d) as points."""
+def frame(points: Tensor) -> np.ndarray:
+    """Limits (2, d) of axes that show 99.8 % of the points (N, d) in each column."""
+    low, high = np.quantile(points.numpy(), [0.001, 0.999], axis=0)
+    margin = 0.07 * (high - low) + 1e-12
+    return np.stack([low - margin, high + margin])
+
+
+def plot_points(ax: plt.Axes, points: Tensor, like: Tensor | None = None) -> None:
+    """Plot images (N, C, H, W) in [0, 1] as a square grid, or vectors (N, d) as points.
+
+    The axes show the vectors `like`, by default the points themselves.
+    """
     if points.dim() == 4:
         ax.imshow(image_grid(points), interpolation="nearest")
         ax.axis("off")
-    elif points.shape[1] == 1:
-        ax.hist(points[:, 0].numpy(), bins=80, range=(-LIMIT, LIMIT), density=True)
+        return
+    limits = frame(points if like is None else like)
+    if points.shape[1] == 1:
+        ax.hist(points[:, 0].numpy(), bins=80, range=tuple(limits[:, 0]), density=True)
     else:
         ax.scatter(*points.T[:2].numpy(), s=2)
-        ax.set(**VIEW)
+        ax.set(xlim=limits[:, 0], ylim=limits[:, 1], aspect="equal")
+    outside = np.logical_or(points.numpy() < limits[0], points.numpy() > limits[1]).any(1).mean()
+    if outside > 0:
+        ax.set_xlabel(f"{outside:.1%} of the points lie outside")
 
 
 def image_grid(images: Tensor, columns: int | None = None, size: int = 0) -> np.ndarray:
@@ -90,13 +104,11 @@ def image_grid(images: Tensor, columns: int | None = None, size: int = 0) -> np.
 def plot_corner(path: Path, panels: dict[str, Tensor], names: list[str]) -> None:
     """Plot columns of one or two tables (N, d): histograms, and pairs on each side of them.
 
-    `panels` holds the tables by their titles. The pairs of the first are below the diagonal. The
-    axes show the middle 99.8 % of the first.
+    `panels` holds the tables by their titles. The pairs of the first are below the diagonal, and
+    the axes show it.
     """
     count, (first, *_) = min(len(names), MOST), panels.values()
-    limits = np.quantile(first[:, :count].numpy(), [0.001, 0.999], axis=0)
-    margin = 0.05 * (limits[1] - limits[0]) + 1e-12
-    low, high = limits[0] - margin, limits[1] + margin
+    low, high = frame(first[:, :count])
     side = max(4.0, 1.9 * count)
     figure, axes = plt.subplots(
         count, count, figsize=(side, side), layout="constrained", squeeze=False
@@ -160,16 +172,17 @@ def plot_trajectory(frames: Tensor, folder: Path) -> None:
 @torch.no_grad()
 def plot_plane(flow: Flow, frames: Tensor, path: Path, side: int = 150) -> None:
     """Plot the density of a 2-D flow at `side`² points, and the paths `frames` (times, N, 2)."""
-    axis = torch.linspace(-LIMIT, LIMIT, side)
-    points = torch.cartesian_prod(axis, axis).to(frames)
+    limits = frame(torch.cat([frames[0], frames[-1]]).cpu()).T  # of noise and samples
+    across, up = (torch.linspace(*map(float, pair), side) for pair in limits)
+    points = torch.cartesian_prod(across, up).to(frames)
     density = flow.log_prob(points).exp().view(side, side).T.float().cpu()
     figure, (left, right) = plt.subplots(**PAIR)
-    left.imshow(density, origin="lower", extent=(-LIMIT, LIMIT, -LIMIT, LIMIT))
+    left.imshow(density, origin="lower", extent=limits.flatten())
     left.set_title("density")
     paths = frames[:, :200].cpu().numpy()
     right.plot(paths[..., 0], paths[..., 1], color="0.6", linewidth=0.5)
     right.scatter(*paths[0].T, s=4, label="z, normal")
     right.scatter(*paths[-1].T, s=4, label="x, sample")
-    right.set(**VIEW, title="trajectories")
-    right.legend(loc="upper right")
+    right.set(xlim=limits[0], ylim=limits[1], aspect="equal", title="trajectories")
+    figure.legend(loc="outside lower right", ncols=2)
     save_figure(figure, path)
