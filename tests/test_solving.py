@@ -18,6 +18,7 @@ from rnode.training.module import RNODE
 from rnode.training.progress import Report
 from rnode.training.solving import TF32
 
+SLOW = pytest.mark.slow(reason="a run; another one is among the quick tests")
 READS = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select")
 
 
@@ -51,8 +52,8 @@ class Watch(pl.Callback):
     ("train", "gradient"),
     [
         (Method("rk4", "radau", steps=2), "backprop"),
-        (Method("rk4", "radau", steps=2), "checkpoint"),
-        (Method("rk4", "simpson", steps=2), "adjoint"),
+        pytest.param(Method("rk4", "radau", steps=2), "checkpoint", marks=SLOW),
+        pytest.param(Method("rk4", "simpson", steps=2), "adjoint", marks=SLOW),
         (RK4, "adjoint"),
     ],
 )
@@ -112,8 +113,8 @@ def restored():
     ("train", "everywhere", "expected"),
     [
         (RK4, False, (True, False)),
-        (DOPRI5, False, (False, False)),
-        (DOPRI5, True, (True, True)),
+        pytest.param(DOPRI5, False, (False, False), marks=SLOW),
+        pytest.param(DOPRI5, True, (True, True), marks=SLOW),
     ],
 )
 def test_tf32_is_for_fixed_grids_unless_it_is_for_everything(train, everywhere, expected):

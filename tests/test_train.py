@@ -213,6 +213,7 @@ def test_a_multirun_has_a_folder_and_a_wandb_run_for_each_job(tmp_path):
         assert {"samples", "result", *(f"train/{name}" for name in scalars)} <= keys
 
 
+@pytest.mark.slow(reason="TensorBoard takes seconds to import")
 def test_tensorboard_holds_the_figures_of_metrics_csv(run):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -370,6 +371,7 @@ def test_last_ckpt_is_of_the_last_epoch_even_if_it_is_not_the_best(run):
     assert load(folder / "best.ckpt")["epoch"] == values.index(min(values)) < 3
 
 
+@pytest.mark.slow(reason="two runs of 158 steps")
 def test_a_flow_that_exploits_the_error_of_its_grid_is_noticed(run, capsys):
     """With one node, the rule for l sees div f at t = 0 alone, which soon grows without bound.
 
