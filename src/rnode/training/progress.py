@@ -121,7 +121,8 @@ def epoch(trainer: Trainer) -> str:
 
 
 def where(trainer: Trainer) -> str:
-    return f"{epoch(trainer)}, step {trainer.global_step}"
+    during = f"{epoch(trainer)}, " * (trainer.state.fn == "fit")
+    return f"{during}step {trainer.global_step}"
 
 
 def duration(seconds: float) -> str:
