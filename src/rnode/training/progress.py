@@ -79,7 +79,7 @@ class Report(Callback):
             self.start = now
         elif self.steps == TIMED:
             self.printed, step = now, (now - self.start) / (TIMED - 1)
-            left = step * steps_left(trainer)
+            left = step * batches_left(trainer)
             line = f"a step takes {duration(step)}, an epoch"
             line += f" {duration(step * trainer.num_training_batches)}, {to_go(left)}"
             limited = any(isinstance(used, MaxTime) for used in trainer.callbacks)
@@ -87,7 +87,7 @@ class Report(Callback):
         elif not self.bar and now > self.printed + MINUTE and self.steps > TIMED:
             self.printed, step = now, (now - self.start) / (self.steps - 1)
             measured = ", ".join(f"{name} {value:.4g}" for name, value in shown(trainer).items())
-            left = to_go(step * steps_left(trainer))
+            left = to_go(step * batches_left(trainer))
             trainer.print(f"{where(trainer)}: {measured}; {left}")
 
     def on_validation_end(self, trainer: Trainer, module: RNODE) -> None:
@@ -104,11 +104,12 @@ def shown(trainer: Trainer) -> dict[str, float]:
     return {short: float(metrics[name]) for short, name in SHOWN.items() if name in metrics}
 
 
-def steps_left(trainer: Trainer) -> float:
-    steps = trainer.max_steps if trainer.max_steps >= 0 else math.inf
+def batches_left(trainer: Trainer) -> float:
+    window = trainer.accumulate_grad_batches  # batches of an optimizer step
+    batches = trainer.max_steps * window if trainer.max_steps >= 0 else math.inf
     if trainer.max_epochs is not None and trainer.max_epochs >= 0:
-        steps = min(steps, trainer.max_epochs * trainer.num_training_batches)
-    return max(0, steps - trainer.global_step)
+        batches = min(batches, trainer.max_epochs * trainer.num_training_batches)
+    return max(0, batches - trainer.global_step * window)
 
 
 def to_go(seconds: float) -> str:
