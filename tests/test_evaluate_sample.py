@@ -117,7 +117,7 @@ def test_samples_of_images_with_trajectory_and_interpolation(digits_run, tmp_pat
         assert animation.n_frames >= 8
     assert Image.open(a / "strip.png").size[0] > 400
     width, height = Image.open(a / "interpolation.png").size
-    assert width > 8 * height
+    assert width > 5 * height
     call("sample", *arguments, f"hydra.run.dir={b}")
     assert np.array_equal(samples, np.load(b / "samples.npy"))
     assert not (b / "trajectory.gif").exists()

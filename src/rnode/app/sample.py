@@ -16,7 +16,7 @@ from rnode.data.tables import read_table
 from rnode.distributed import gather_lists, rank_and_world_size
 from rnode.errors import require
 from rnode.flow import Flow
-from rnode.training.plots import plot_corner, plot_plane, plot_trajectory, save_points
+from rnode.training.plots import plot_corner, plot_plane, plot_trajectory, plot_way, save_points
 
 MIDPOINT = 0.5  # of a grey level's bin
 
@@ -63,8 +63,9 @@ def main(cfg: DictConfig) -> None:
         frames = flow.trajectory(z[:16].to(device), 3, None if c is None else c[:16])
         plot_trajectory(transform.inverse(frames).float().cpu(), folder)
     if cfg.interpolate is not None:
-        between = interpolate(flow, data, cfg.interpolate)
-        save_points(between.float().cpu(), folder / "interpolation.png", columns=len(between))
+        between = interpolate(flow, data, cfg.interpolate).float().cpu()[:, None]
+        shares, label = torch.linspace(0, 1, len(between)), "share of the way through z"
+        plot_way(between, shares, label, folder / "interpolation.png")
 
     mean = sum(nfe) / len(nfe)
     print(f"{count} samples, NFE {mean:.1f} a batch by {flow.solver.test.method}")

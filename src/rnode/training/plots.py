@@ -137,10 +137,10 @@ def plot_corner(path: Path, panels: dict[str, Tensor], names: list[str]) -> None
     save_figure(figure, path)
 
 
-def save_points(points: Tensor, path: Path, columns: int | None = None) -> None:
+def save_points(points: Tensor, path: Path) -> None:
     """Write images (N, C, H, W) in [0, 1] as an enlarged grid, or vectors (N, d) as a plot."""
     if points.dim() == 4:
-        plt.imsave(path, image_grid(points, columns, size=800))
+        plt.imsave(path, image_grid(points, size=800))
         return
     figure, ax = plt.subplots(figsize=(5, 5), layout="constrained")
     plot_points(ax, points)
@@ -157,11 +157,27 @@ def plot_extremes(rows: Tensor, bits: Tensor, transform: Transform, count: int, 
     plot_pair(path, panels)
 
 
+def plot_way(frames: Tensor, shares: Tensor, label: str, path: Path) -> None:
+    """Plot images (times, N, C, H, W) in [0, 1], a column for each time, which `shares` name."""
+    columns, rows = frames.shape[:2]
+    grid = image_grid(frames.transpose(0, 1).flatten(0, 1), columns)
+    size = (columns, rows + 0.7)
+    figure, ax = plt.subplots(figsize=size, layout="constrained")
+    ax.imshow(grid, interpolation="nearest")
+    width = grid.shape[1] / columns
+    middles = [width * (k + 0.5) for k in range(columns)]
+    ax.set_xticks(middles, [f"{float(share):.2f}" for share in shares])
+    ax.set(yticks=[], xlabel=label)
+    save_figure(figure, path)
+
+
 def plot_trajectory(frames: Tensor, folder: Path) -> None:
     """Write strip.png and trajectory.gif of frames (times, N, C, H, W) in [0, 1]."""
     times = torch.linspace(0, len(frames) - 1, min(len(frames), 12)).round().long()
-    strip = frames[times, :8].transpose(0, 1).flatten(0, 1)
-    save_points(strip, folder / "strip.png", columns=len(times))
+    shares = times / (len(frames) - 1)
+    plot_way(
+        frames[times, :8], shares, "share of the way from noise to image", folder / "strip.png"
+    )
     grids = ((255 * image_grid(frame, size=400)).round().astype(np.uint8) for frame in frames)
     first, *others = map(Image.fromarray, grids)
     milliseconds = [80] * len(others) + [2000]
