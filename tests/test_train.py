@@ -120,9 +120,12 @@ def uci_files(root, name):
 
 
 def options():
-    """Every option of every group. Those of other groups than data sets differ in numbers alone."""
+    """Every option of every group, but loggers, which have a test of their own.
+
+    Those of other groups than data sets and models differ in numbers alone.
+    """
     slow = pytest.mark.slow(reason="35 runs of 3 seconds")
-    for f in sorted(CONF.glob("*/*.yaml")):
+    for f in sorted(set(CONF.glob("*/*.yaml")) - set(CONF.glob("logger/*.yaml"))):
         marks = () if f.parent.name in ("dataset", "model") else slow
         yield pytest.param(f"{f.parent.name}={f.stem}", marks=marks)
 
@@ -211,6 +214,18 @@ def test_a_multirun_has_a_folder_and_a_wandb_run_for_each_job(tmp_path):
         keys = {(item.key or "/".join(item.nested_key)).split("/_")[0] for item in items}
         scalars = ("lr", "gradient_norm", "nfe_total", "seconds_total")
         assert {"samples", "result", *(f"train/{name}" for name in scalars)} <= keys
+
+
+@pytest.mark.slow(reason="MLflow takes seconds to import")
+def test_mlflow_holds_the_figures_of_metrics_csv(run, tmp_path):
+    mlflow = pytest.importorskip("mlflow", reason="needs pip install mlflow")
+    address = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    folder = run(*TWO_STEPS[:-1], "logger=[csv,mlflow]", f"mlflow.tracking_uri='{address}'")
+    mlflow.set_tracking_uri(address)
+    runs = mlflow.search_runs(experiment_names=["rnode"])
+    assert list(runs["tags.mlflow.runName"]) == [folder.name]
+    expected = pytest.approx(column(folder, "val/bits_per_dim")[-1], rel=1e-6)
+    assert runs["metrics.val/bits_per_dim"][0] == expected
 
 
 @pytest.mark.slow(reason="TensorBoard takes seconds to import")
