@@ -21,7 +21,7 @@ class Numeric(NamedTuple):
 
     def encode(self, name: str, values: np.ndarray) -> Tensor:
         try:
-            numbers = torch.from_numpy(np.asarray(values, dtype=np.float64))
+            numbers = torch.from_numpy(np.array(values, dtype=np.float64))
         except (TypeError, ValueError):
             raise InputError(f"context.{name}={values[0]}: must be a number") from None
         require(bool(numbers.isfinite().all()), f"context.{name}: must be finite numbers")
