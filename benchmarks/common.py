@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rnode import Flow, Method, Probes, Solver, TimeConv2d, multiscale
-from rnode.training.solving import with_steps
+from rnode.training.solving import refine
 
 SHAPES = {
     "digits": (1, 8, 8),
@@ -82,14 +82,13 @@ def images(options: argparse.Namespace) -> torch.Tensor:
 @torch.no_grad()
 def refine_grid(flow: Flow, rows: torch.Tensor, tolerance: float) -> None:
     """Double the steps of training if that changes bits/dim of `rows` by more than `tolerance`."""
-    coarse, bits = flow.solver, []
-    fine = with_steps(coarse, 2 * coarse.train.grid_steps)
-    for flow.solver in (coarse, fine):
+
+    def bits() -> float:
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            bits.append(-flow.log_prob(rows).mean().item() / flow.d / math.log(2))
-    if abs(bits[1] - bits[0]) <= tolerance:
-        flow.solver = coarse
+            return -flow.log_prob(rows).mean().item() / flow.d / math.log(2)
+
+    refine(flow, bits, tolerance)
 
 
 def timed(function: Callable[[], object], before: Callable[[], object] = lambda: None) -> float:

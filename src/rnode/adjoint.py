@@ -91,10 +91,11 @@ class AdjointSystem:
                 total.sub_(rate, alpha=weight)
             return dz, da
 
+        def f(t: Tensor, y: Tensors) -> Tensors:
+            return self.slopes(t, y[0], y[1])
+
         for start, end in itertools.pairwise(method.times[::-1]):
-            slopes = slopes_at(start)
-            f = lambda t, y: self.slopes(t, *y)  # noqa: E731
-            z, a = step(f, start, end - start, (z, a), method.method, slopes)
+            z, a = step(f, start, end - start, (z, a), method.method, slopes_at(start))
         slopes_at(0.0)
         return a, *g
 

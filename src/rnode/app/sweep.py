@@ -53,7 +53,7 @@ def in_sweep() -> bool:
 
 def swept(overrides: list[str]) -> list[str]:
     """Return the overrides of a job of keys that the sweep varies."""
-    keys = os.environ[SWEPT].split()
+    keys = os.environ.get(SWEPT, "").split()  # a cluster may not pass it on
     return [override for override in overrides if override.split("=")[0].lstrip("+") in keys]
 
 

@@ -30,7 +30,7 @@ from rnode.training import callbacks, progress, solving
 from rnode.training.checkpoint import AtomicCheckpointIO, load_checkpoint, load_to_resume
 from rnode.training.loggers import Label, finish_wandb, make_loggers
 from rnode.training.module import RNODE
-from rnode.training.results import RESULT, write_result
+from rnode.training.results import GAUSSIAN, RESULT, write_result
 from rnode.training.run_folder import lock, transcript, whole_file
 from rnode.training.yardstick import Yardstick
 from rnode.transforms import TableTransform
@@ -226,7 +226,7 @@ def make_table(metrics: dict, flow: Flow, transform: object, title: str, seconds
         log_det = float(metrics["test/log_det"]) - transform.log_det_whitening
         standardized = bits * nats + log_det
         table.add_row("negative log-likelihood, nats (standardized)", f"{standardized:.3f}")
-    if (gaussian := metrics.get("val/bits_per_dim_gaussian")) is not None:
+    if (gaussian := metrics.get(GAUSSIAN)) is not None:
         table.add_row("bits/dim of a Gaussian, validation set", f"{float(gaussian):.4f}")
     table.add_row("divergence", str(flow.test_probes))
     for name, (key, form) in TABLE.items():

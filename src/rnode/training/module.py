@@ -83,9 +83,10 @@ class RNODE(LightningModule):
             self.loss = self.loss * math.nan
 
     def on_after_backward(self) -> None:
-        backward = self.solution.nfe_backward if self.solution else 0
-        self.nfe = backward + (self.solution.nfe_forward if self.solution else 0)
-        norm = self.divergence.watch(self.global_step, self.solution, self.loss)
+        solution = self.solution
+        forward, backward = (solution.nfe_forward, solution.nfe_backward) if solution else (0, 0)
+        self.nfe = forward + backward
+        norm = self.divergence.watch(self.global_step, solution, self.loss)
         lr = self.trainer.optimizers[0].param_groups[0]["lr"]
         self.log("train/nfe_backward", self.loss.new_full((), backward))
         self.log_dict({"train/gradient_norm": norm, "train/lr": self.loss.new_full((), lr)})

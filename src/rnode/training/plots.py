@@ -12,7 +12,7 @@ from torch import Tensor
 from torchvision.utils import make_grid
 
 from rnode.flow import Flow
-from rnode.training.results import read_metrics
+from rnode.training.results import GAUSSIAN, read_metrics
 from rnode.training.run_folder import whole_file
 from rnode.transforms import Transform
 
@@ -24,7 +24,6 @@ CURVES = {
     "kinetic": "kinetic energy / d",
     "jacobian": "squared Jacobian norm / d",
 }
-GAUSSIAN = "val/bits_per_dim_gaussian"
 MOST = 10  # columns of a table in a corner plot
 PAIR = {"ncols": 2, "figsize": (10, 5.3), "layout": "constrained"}
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from rnode.training.run_folder import whole_file
 
 RESULT = "result.json"
+GAUSSIAN = "val/bits_per_dim_gaussian"
 TRAINED = ("train/nfe_forward", "train/nfe_backward")
 TESTED = ("bits_per_dim", "bits_per_dim_se", "nfe_forward", "kinetic", "jacobian")
 

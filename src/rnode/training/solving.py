@@ -1,7 +1,9 @@
 """Lightning callbacks that change how a flow is solved: the grid, compilation, precision."""
 
 import time
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 from pytorch_lightning import Callback, Trainer
@@ -33,17 +35,14 @@ class RefineGrid(Callback):
             module.flow.solver = with_steps(module.flow.solver, self.steps)
 
     def on_train_batch_start(self, trainer: Trainer, module: RNODE, *_) -> None:
-        if trainer.global_step % self.EVERY_N_STEPS == 0:
-            coarse = module.flow.solver
-            bits, steps = self.bits(trainer.datamodule, module), 2 * coarse.train.grid_steps
-            module.flow.solver = with_steps(coarse, steps)
-            change = self.bits(trainer.datamodule, module) - bits
-            if not abs(change) <= self.tolerance:
-                self.steps = steps
-                grid = f"a finer grid changes bits/dim by {change:+.2g}"
-                trainer.print(f"step {trainer.global_step}: {grid}; from here on {steps} steps")
-            else:
-                module.flow.solver = coarse
+        if trainer.global_step % self.EVERY_N_STEPS:
+            return
+        bits = partial(self.bits, trainer.datamodule, module)
+        change = refine(module.flow, bits, self.tolerance)
+        if change is not None:
+            self.steps = module.flow.solver.train.grid_steps
+            grid = f"a finer grid changes bits/dim by {change:+.2g}"
+            trainer.print(f"step {trainer.global_step}: {grid}; from here on {self.steps} steps")
 
     @torch.no_grad()
     def bits(self, data: DataModule, module: RNODE) -> float:
@@ -57,6 +56,21 @@ class RefineGrid(Callback):
 
     def load_state_dict(self, state: dict) -> None:
         self.steps = state["steps"]
+
+
+def refine(flow: Flow, bits: Callable[[], float], tolerance: float) -> float | None:
+    """Double the steps of the training grid if that changes `bits()` by more than `tolerance`.
+
+    Returns:
+        The change, or None if the grid stays as it is.
+    """
+    coarse, before = flow.solver, bits()
+    flow.solver = with_steps(coarse, 2 * coarse.train.grid_steps)
+    change = bits() - before
+    if abs(change) <= tolerance:
+        flow.solver = coarse
+        return None
+    return change
 
 
 def with_steps(solver: Solver, steps: int) -> Solver:

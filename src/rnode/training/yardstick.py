@@ -8,6 +8,7 @@ from torch.distributions import MultivariateNormal
 from rnode.data.datamodule import DataModule
 from rnode.loss import bits_per_dim
 from rnode.training.module import RNODE
+from rnode.training.results import GAUSSIAN
 from rnode.transforms import Batch
 
 TRAINED, MEASURED = 50_000, 10_000  # samples at most
@@ -31,7 +32,7 @@ class Yardstick(Callback):
 
     def on_validation_epoch_end(self, trainer: Trainer, module: RNODE) -> None:
         if self.bits is not None:
-            module.log("val/bits_per_dim_gaussian", self.bits)
+            module.log(GAUSSIAN, self.bits)
 
 
 @torch.no_grad()
