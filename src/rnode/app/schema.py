@@ -176,7 +176,7 @@ class Train(Section):
     decay: bool = key("let the learning rate fall to 0 over max_epochs, as half a cosine")
     refine: NonNegative | None = key("bits/dim from a finer grid at which the grid is refined")
     tf32: bool = key("use TF32 on CUDA devices in evaluation, and for matrix products, too")
-    compile: bool = key("compile the solves by torch.compile; the first step takes minutes")
+    compile: bool = key("compile the solves; the first step takes a minute or more")
     save_every_n_steps: Count = key("training steps from one last.ckpt to the next within an epoch")
     ckpt_path: str | None = key("checkpoint to resume; auto: last.ckpt of the run folder, if any")
     sweep_metric: Literal["bits_per_dim", "bits_per_dim_and_nfe"] = key("what a sweep minimizes")

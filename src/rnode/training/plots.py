@@ -55,10 +55,10 @@ def plot_curves(metrics: Path, path: Path) -> None:
             points = [(int(row["step"]), float(row[column])) for row in rows if column in row]
             if points:
                 ax.plot(*zip(*points, strict=True), style, markersize=4, linewidth=1, label=stage)
-                ax.legend()
         gaussian = [float(row[GAUSSIAN]) for row in rows if GAUSSIAN in row]
         if gaussian and key == "bits_per_dim":
             ax.axhline(gaussian[-1], color="0.5", linestyle="--", linewidth=1, label="Gaussian")
+        if ax.lines:
             ax.legend()
         ax.set_ylabel(label)
     plt.setp(axes[1], xlabel="training step")
@@ -81,11 +81,12 @@ def plot_points(ax: plt.Axes, points: Tensor, like: Tensor | None = None) -> Non
         ax.imshow(image_grid(points), interpolation="nearest")
         ax.axis("off")
         return
-    limits = frame(points if like is None else like)
+    points = points[:, :2]
+    limits = frame(points if like is None else like[:, :2])
     if points.shape[1] == 1:
         ax.hist(points[:, 0].numpy(), bins=80, range=tuple(limits[:, 0]), density=True)
     else:
-        ax.scatter(*points.T[:2].numpy(), s=2)
+        ax.scatter(*points.T.numpy(), s=2)
         ax.set(xlim=limits[:, 0], ylim=limits[:, 1], aspect="equal")
     outside = np.logical_or(points.numpy() < limits[0], points.numpy() > limits[1]).any(1).mean()
     if outside > 0:

@@ -1,6 +1,7 @@
 """What a run shows while it trains: what it is, how long it will take, how far it is."""
 
 import math
+import platform
 import time
 
 import torch
@@ -68,7 +69,7 @@ class Report(Callback):
             f"precision={precision}"
         )
         if "bf16" in precision and module.device.type == "cpu" and not has_bfloat16():
-            trainer.print("this processor has no bfloat16 instructions: float32 is faster")
+            trainer.print("this processor emulates bfloat16, which may be slower than float32")
 
     def on_train_batch_end(self, trainer: Trainer, module: RNODE, *_) -> None:
         self.steps += 1
@@ -135,5 +136,7 @@ def duration(seconds: float) -> str:
 
 
 def has_bfloat16() -> bool:
-    """Whether the processor has instructions for bfloat16, of AVX-512 or AMX."""
+    """Whether the processor has instructions for bfloat16; true where that is not known."""
+    if platform.machine() != "x86_64":
+        return True
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

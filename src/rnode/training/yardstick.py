@@ -1,5 +1,7 @@
 """The likelihood of one Gaussian: a flow that has learned anything has a better one."""
 
+import math
+
 import torch
 from pytorch_lightning import Callback, Trainer
 from torch import Tensor
@@ -42,14 +44,14 @@ def gaussian_bits(data: DataModule, seed: int) -> float | None:
     Its mean is constant, or linear in c for a density of x given c. None is returned if the data
     have too few samples or too many dimensions.
     """
+    if math.prod(data.shape) > WIDEST:
+        return None
     generator = torch.Generator().manual_seed(seed)
     count, moments = 0, 0.0
     for index in chunks(data.splits.train, TRAINED):
         x, index, context = data.fetch_from("train")(index.tolist())
         noise = torch.rand(x.shape, generator=generator)
         given, y = design(data.transform(x, index, noise, context))
-        if y.shape[1] > WIDEST:
-            return None
         rows = torch.cat([given, y], 1)
         count, moments = count + len(rows), moments + rows.T @ rows
     k, d = given.shape[1], y.shape[1]
