@@ -26,6 +26,7 @@ from rnode import objective
 CONTENDERS = {
     "radau, backprop": (RADAU, "backprop"),
     "radau, checkpoint": (RADAU, "checkpoint"),
+    "radau, adjoint": (RADAU, "adjoint"),
     "rk4, backprop": (RK4, "backprop"),
     "rk4, checkpoint": (RK4, "checkpoint"),
     "rk4, adjoint": (RK4, "adjoint"),
