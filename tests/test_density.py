@@ -131,6 +131,11 @@ def test_the_command_scores_a_file_in_its_order(fitted, rows, tmp_path, capsys):
         assert scores["id"].to_list() == shuffled["id"].to_list()
         np.testing.assert_allclose(scores["log_prob"], density.log_prob(shuffled), atol=1e-6)
     assert "mean log-probability" in capsys.readouterr().out
+    options = [f"path={tmp_path / 'new.csv'}", f"hydra.run.dir={tmp_path / 'plain'}"]
+    call("score", str(folder / "best.ckpt"), *options)
+    plain = pl.read_csv(tmp_path / "plain" / "scores.csv")
+    assert plain["row"].to_list() == list(range(60))
+    assert plain["log_prob"].to_list() == scores["log_prob"].to_list()
 
 
 def test_the_command_samples_a_table(fitted, rows, tmp_path):

@@ -1,13 +1,16 @@
 """dataset=folder and its kin: image files as other programs write them."""
 
+import itertools
 import os
 
 import numpy as np
+import polars as pl
 import pytest
 import torch
 from PIL import Image
 
-from helpers import call, column, imagenet_files, refused, write_idx
+import rnode
+from helpers import TWO_STEPS, call, column, imagenet_files, refused, write_idx
 from rnode import InputError
 from rnode.data import folder as folders
 from rnode.data.decoding import Format, decode
@@ -285,3 +288,20 @@ def test_a_folder_trains_as_the_same_images_in_an_idx_file_do(tmp_path):
         found = [column(tmp_path / f"run-{name}", key) for name in ("png", "idx")]
         assert found[0] == found[1]
         assert found[0]
+
+
+def test_the_command_scores_a_folder_given_the_class_that_each_image_lies_in(tmp_path):
+    for kind, name in itertools.product(("a", "b"), range(20)):
+        (tmp_path / "images" / kind).mkdir(parents=True, exist_ok=True)
+        pixels = RNG.integers(256, size=(8, 8), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "images" / kind / f"{name:02}.png")
+    data = ["dataset=folder", f"dataset.root={tmp_path / 'images'}", "dataset.size=8"]
+    data += ["dataset.channels=1", "dataset.context=label", f"dataset.cache={tmp_path / 'cache'}"]
+    call("train", *data, *TWO_STEPS, f"hydra.run.dir={tmp_path / 'run'}")
+    best, to = tmp_path / "run" / "last.ckpt", f"hydra.run.dir={tmp_path / 'scores'}"
+    call("score", f"ckpt_path={best}", f"path={tmp_path / 'images'}", to)
+    scores = pl.read_csv(tmp_path / "scores" / "scores.csv")
+    assert scores["file"].to_list() == [f"{k}/{n:02}.png" for k in "ab" for n in range(20)]
+    images = [np.array(Image.open(tmp_path / "images" / file)) for file in scores["file"]]
+    expected = rnode.load(best).log_prob(np.stack(images), {"label": 20 * ["a"] + 20 * ["b"]})
+    np.testing.assert_allclose(scores["log_prob"], expected, atol=1e-4)

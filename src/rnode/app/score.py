@@ -28,7 +28,7 @@ def main(cfg: DictConfig) -> None:
     bits = load_checkpoint(cfg.ckpt_path)["validation_bits"]
     density = Density(data, flow, bits, cfg.seed)
     rows, identity = read(density, Path(cfg.path).expanduser(), list(cfg.id))
-    given = OmegaConf.to_container(cfg.context) or None
+    given = OmegaConf.to_container(cfg.context) or class_folders(density, identity)
     scores = density.score(rows, given, lambda batches: track(batches, "scores"))
     frame = identity.with_columns(pl.DataFrame(scores))
     folder = Path(HydraConfig.get().runtime.output_dir)
@@ -52,7 +52,8 @@ def read(density: Density, path: Path, names: list[str]) -> tuple[object, pl.Dat
         frame = read_table(path)
         missing = [name for name in names if name not in frame.columns]
         require(not missing, f"id={missing}: {path} has the columns {frame.columns[:20]}")
-        return frame, frame.select(names).with_row_index("row")
+        numbers = pl.DataFrame({"row": np.arange(len(frame))})
+        return frame, numbers.with_columns(frame.select(names))
     require(not names, f"id={names}: must be left out; images have no columns")
     if path.is_dir():
         files, form = find_images(path), image_format(density.data)
@@ -65,6 +66,14 @@ def read(density: Density, path: Path, names: list[str]) -> tuple[object, pl.Dat
     except (OSError, ValueError) as error:
         raise InputError(f"path={path}: cannot be read ({one_line(error)})") from None
     return rows, pl.DataFrame({"row": np.arange(len(rows))})
+
+
+def class_folders(density: Density, identity: pl.DataFrame) -> dict[str, list[str]] | None:
+    """Return the classes of images in folders, for a density of images given their class."""
+    if density.columns is not None or density.data.context is None or "file" not in identity:
+        return None
+    folders = [Path(file).parts[:-1] for file in identity["file"]]
+    return {"label": [first for first, *_ in folders]} if all(folders) else None
 
 
 def image_format(data: DataModule) -> Format:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torchvision.transforms.v2 import functional as tv
 
@@ -44,6 +44,8 @@ def decode(path: Path, form: Format) -> tuple[np.ndarray, str] | InputError:
         data = path.read_bytes()
         with Image.open(io.BytesIO(data)) as image:
             pixels = tv.pil_to_tensor(in_mode(ImageOps.exif_transpose(image), form.channels))
+    except UnidentifiedImageError:  # its words name an object of ours
+        return InputError(f"{path}: is not a whole image (in no format that Pillow reads)")
     except Exception as error:  # whatever Pillow makes of the bytes of a file
         return InputError(f"{path}: is not a whole image ({one_line(error)[:200]})")
     return fit_to(pixels, form).numpy(), hashlib.sha256(data).hexdigest()
