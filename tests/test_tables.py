@@ -129,12 +129,14 @@ def test_the_density_is_in_the_tables_own_units():
 
 
 def test_warnings_name_columns_whose_density_is_not_what_it_seems(frame, tmp_path, capsys):
-    frame.with_columns(zero=pl.lit(0.5)).write_csv(path := tmp_path / "rows.csv")
+    same = {"zero": pl.lit(0.5), "one": pl.lit(1)}
+    frame.with_columns(**same).write_csv(path := tmp_path / "rows.csv")
     table(str(path))
     printed = capsys.readouterr().out
     assert "whole numbers in cars, whose density" in printed
     assert "dataset.integer=[cars] dequantizes them" in printed
     assert "zero is 0.5 in 500 of 500 rows" in printed
+    assert "one is 1 in 500 of 500 rows" in printed
     assert "height" not in printed
     table(str(path), columns=["height", "cars"], integer=["cars"])
     assert capsys.readouterr().out == ""

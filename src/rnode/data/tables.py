@@ -195,7 +195,8 @@ def fit_whitening(transform: TableTransform, train: Tensor) -> Tensor:
 
 def warn(frame: pl.DataFrame, integer: Sequence[str] | None, path: str) -> None:
     """Print which columns have a density that is not what it seems."""
-    whole = [name for name in frame.columns if integer is None and is_whole(frame[name])]
+    varies = [name for name in frame.columns if frame[name].n_unique() > 1]
+    whole = [name for name in varies if integer is None and is_whole(frame[name])]
     if whole:
         listed = ",".join(whole)
         words = f"whole numbers in {listed}, whose density rises without bound"
