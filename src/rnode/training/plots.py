@@ -81,7 +81,7 @@ def plot_points(ax: plt.Axes, points: Tensor, like: Tensor | None = None) -> Non
         ax.imshow(image_grid(points), interpolation="nearest")
         ax.axis("off")
         return
-    points = points[:, :2]
+    columns, points = points.shape[1], points[:, :2]
     limits = frame(points if like is None else like[:, :2])
     if points.shape[1] == 1:
         ax.hist(points[:, 0].numpy(), bins=80, range=tuple(limits[:, 0]), density=True)
@@ -89,8 +89,9 @@ def plot_points(ax: plt.Axes, points: Tensor, like: Tensor | None = None) -> Non
         ax.scatter(*points.T.numpy(), s=2)
         ax.set(xlim=limits[:, 0], ylim=limits[:, 1], aspect="equal")
     outside = np.logical_or(points.numpy() < limits[0], points.numpy() > limits[1]).any(1).mean()
-    if outside > 0:
-        ax.set_xlabel(f"{outside:.1%} of the points lie outside")
+    notes = [f"columns 1 and 2 of {columns}"] if columns > 2 else []
+    notes += [f"{outside:.1%} of the points lie outside"] if outside > 0 else []
+    ax.set_xlabel("; ".join(notes))
 
 
 def image_grid(images: Tensor, columns: int | None = None, size: int = 0) -> np.ndarray:

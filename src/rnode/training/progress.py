@@ -80,15 +80,14 @@ class Report(Callback):
             self.start = now
         elif self.steps == TIMED:
             self.printed, step = now, (now - self.start) / (TIMED - 1)
-            left = step * batches_left(trainer)
+            left = seconds_left(trainer, step)
             line = f"a step takes {duration(step)}, an epoch"
             line += f" {duration(step * trainer.num_training_batches)}, {to_go(left)}"
-            limited = any(isinstance(used, MaxTime) for used in trainer.callbacks)
-            trainer.print(line + f"; {SHORTER}" * (LONG < left < math.inf and not limited))
+            trainer.print(line + f"; {SHORTER}" * (LONG < left < math.inf))
         elif not self.bar and now > self.printed + MINUTE and self.steps > TIMED:
             self.printed, step = now, (now - self.start) / (self.steps - 1)
             measured = ", ".join(f"{name} {value:.4g}" for name, value in shown(trainer).items())
-            left = to_go(step * batches_left(trainer))
+            left = to_go(seconds_left(trainer, step))
             trainer.print(f"{where(trainer)}: {measured}; {left}")
 
     def on_validation_end(self, trainer: Trainer, module: RNODE) -> None:
@@ -105,12 +104,15 @@ def shown(trainer: Trainer) -> dict[str, float]:
     return {short: float(metrics[name]) for short, name in SHOWN.items() if name in metrics}
 
 
-def batches_left(trainer: Trainer) -> float:
+def seconds_left(trainer: Trainer, step: float) -> float:
+    """Seconds until the run ends, if a batch takes `step` seconds."""
     window = trainer.accumulate_grad_batches  # batches of an optimizer step
     batches = trainer.max_steps * window if trainer.max_steps >= 0 else math.inf
     if trainer.max_epochs is not None and trainer.max_epochs >= 0:
         batches = min(batches, trainer.max_epochs * trainer.num_training_batches)
-    return max(0, batches - trainer.global_step * window)
+    timers = (used for used in trainer.callbacks if isinstance(used, MaxTime))
+    time_left = min((timer.time_remaining() for timer in timers), default=math.inf)
+    return max(0, min(step * (batches - trainer.global_step * window), time_left))
 
 
 def to_go(seconds: float) -> str:
