@@ -43,6 +43,19 @@ class Bar(RichProgressBar):
         counts = MofNCompleteColumn(), TimeRemainingColumn()
         return [TextColumn("{task.description}"), BarColumn(bar_width=15), *counts]
 
+    # One row at a time: rows that move up and down would leave their traces in the run's log.
+    def on_validation_start(self, trainer: Trainer, module: RNODE) -> None:
+        super().on_validation_start(trainer, module)
+        self.show_training(False)
+
+    def on_validation_end(self, trainer: Trainer, module: RNODE) -> None:
+        super().on_validation_end(trainer, module)
+        self.show_training(True)
+
+    def show_training(self, visible: bool) -> None:
+        if self.train_progress_bar_id is not None:
+            self.progress.update(self.train_progress_bar_id, visible=visible)
+
     def _get_train_description(self, current_epoch: int) -> str:
         return epoch(self.trainer)
 
