@@ -352,7 +352,7 @@ def test_the_map_has_every_job_in_its_place(tmp_path):
     assert (ticks(axes[0].xaxis), ticks(axes[0].yaxis)) == (["0", "2", "10"], ["0", "0.1"])
     shown = {text.get_text() for text in axes[0].texts}
     assert shown == {"0.5000", "2.5000", "×", "1.5000", "3.0000", "11.5000"}
-    assert (axes[0].get_xlabel(), axes[0].get_ylabel()) == ("λ_J", "λ_K")
+    assert (axes[0].get_xlabel(), axes[0].get_ylabel()) == (r"$\lambda_J$", r"$\lambda_K$")
 
 
 def test_one_lambda_makes_curves_and_another_swept_key_makes_rows_of_them(tmp_path):

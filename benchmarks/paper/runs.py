@@ -152,6 +152,8 @@ class Figure(NamedTuple):
 def overrides(scale: str, data: str, recipe: str) -> tuple[str, ...]:
     """Return the overrides of a recipe that depend on the data or the scale."""
     found = []
+    if data == "line" and recipe == "ffjord":
+        found.append("model._target_=rnode.paper.generic.mlp")
     if data == "cifar10" and recipe in ("rnode", "rnode_adaptive", "jacobian", "fast"):
         found.append("reg.lambda_j=0.03")  # section 6
     if scale == "paper" and data != "line" and recipe != "fast":
@@ -165,7 +167,7 @@ CIFAR10 = {"small": ("digits",), "paper": ("cifar10",)}
 MNIST = {"small": ("digits",), "paper": ("mnist",)}
 TABLE = {"small": ("digits", "fashion14"), "paper": ("mnist", "cifar10")}
 FIGURES = {
-    "figure1": Figure(LINE, ("ffjord", "rnode_adaptive"), seeds=1),
+    "figure1": Figure(LINE, ("ffjord", "rnode_adaptive"), seeds=5),
     "figure2": Figure(IMAGES, ("ffjord", "rnode", "fast"), seeds=3),
     "figure3": Figure(CIFAR10, ("ffjord",), seeds=1),
     "figure4": Figure(MNIST, ("unregularized", "kinetic", "jacobian", "rnode"), seeds=1),

@@ -16,7 +16,7 @@ from rich.table import Table
 from rnode.app.sweep import DIVERGED, FAILED, OVERRIDES
 from rnode.training.results import read_result
 
-LAMBDAS = {"reg.lambda_k": "λ_K", "reg.lambda_j": "λ_J"}
+LAMBDAS = {"reg.lambda_k": r"$\lambda_K$", "reg.lambda_j": r"$\lambda_J$"}
 COLUMNS = {
     "val/bits_per_dim": ("val bits/dim", "{:.4f}"),
     "test/bits_per_dim": ("test bits/dim", "{:.4f}"),
@@ -98,7 +98,7 @@ def write_csv(jobs: list[Job], path: Path) -> None:
 def make_table(jobs: list[Job]) -> Table:
     """Return a row per job; the one of the least validation bits/dim is bold."""
     labels = (label for label, _ in COLUMNS.values())
-    table = Table("job", *(LAMBDAS.get(key, key) for key in jobs[0].swept), *labels)
+    table = Table("job", *jobs[0].swept, *labels)
     bits = [job.result.get("val/bits_per_dim") for job in jobs]
     least = min((value for value in bits if value is not None), default=None)
     for job, value in zip(jobs, bits, strict=True):

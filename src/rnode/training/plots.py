@@ -1,11 +1,14 @@
 """Pictures as files: samples, curves of a run, the most and least likely data, trajectories."""
 
 import math
+import shutil
+import subprocess
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 import torch
+from cycler import cycler
 from matplotlib import pyplot as plt
 from PIL import Image
 from torch import Tensor
@@ -17,6 +20,17 @@ from rnode.training.run_folder import whole_file
 from rnode.transforms import Transform
 
 matplotlib.use("Agg")  # figures go to files and need no display
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#666666")
+plt.rcParams.update(
+    {
+        "axes.prop_cycle": cycler(color=COLOURS),  # Okabe and Ito: colour-blind people tell them
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.titlesize": "medium",
+        "font.size": 11,
+        "legend.frameon": False,
+    }
+)
 
 CURVES = {
     "bits_per_dim": "bits/dim",
@@ -173,7 +187,10 @@ def plot_way(frames: Tensor, shares: Tensor, label: str, path: Path) -> None:
 
 
 def plot_trajectory(frames: Tensor, folder: Path) -> None:
-    """Write strip.png and trajectory.gif of frames (times, N, C, H, W) in [0, 1]."""
+    """Write frames (times, N, C, H, W) in [0, 1] as strip.png and trajectory.gif.
+
+    Where ffmpeg is installed, trajectory.mp4 is written too.
+    """
     times = torch.linspace(0, len(frames) - 1, min(len(frames), 12)).round().long()
     shares = times / (len(frames) - 1)
     plot_way(
@@ -184,6 +201,10 @@ def plot_trajectory(frames: Tensor, folder: Path) -> None:
     milliseconds = [80] * len(others) + [2000]
     options = {"append_images": others, "duration": milliseconds, "loop": 0}
     first.save(folder / "trajectory.gif", save_all=True, **options)
+    if shutil.which("ffmpeg"):
+        even = ["-vf", "pad=ceil(iw/2)*2:ceil(ih/2)*2", "-pix_fmt", "yuv420p"]  # what players need
+        command = ["ffmpeg", "-v", "error", "-y", "-i", folder / "trajectory.gif", *even]
+        subprocess.run([*command, folder / "trajectory.mp4"], check=True)
 
 
 @torch.no_grad()
