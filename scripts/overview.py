@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from matplotlib import pyplot as plt
-from rnode.paper.figures import plot_band
+from rnode.paper.figures import plot_seeds
 from rnode.paper.runs import FIGURES
 
 
@@ -24,7 +24,7 @@ def main(run: Path, reproduction: Path) -> None:
     left.imshow(plt.imread(run / "samples.png"))
     left.axis("off")
     for recipe in ("ffjord", "fast"):
-        plot_band(right, [run for run in runs if run.recipe == recipe])
+        plot_seeds(right, [run for run in runs if run.recipe == recipe])
     mean = statistics.fmean(factors)
     right.set(xlabel="seconds of training", ylabel="validation bits/dim")
     right.set_title(f"the same steps {mean:.1f} times faster")

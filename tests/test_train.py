@@ -214,6 +214,13 @@ def test_a_multirun_has_a_folder_and_a_wandb_run_for_each_job(tmp_path):
         keys = {(item.key or "/".join(item.nested_key)).split("/_")[0] for item in items}
         scalars = ("lr", "gradient_norm", "nfe_total", "seconds_total")
         assert {"samples", "result", *(f"train/{name}" for name in scalars)} <= keys
+    (records,) = wandb_records(tmp_path).values()
+    run = next(record.run for record in records if record.HasField("run"))
+    assert (run.display_name, run.run_group) == ("sweep", tmp_path.name)
+    (table,) = tmp_path.glob("wandb/offline-run-*/files/media/table/sweep_*.json")
+    table = json.loads(table.read_text())
+    assert table["columns"][:3] == ["job", "reg.lambda_k", "status"]
+    assert [row[:3] for row in table["data"]] == [["0", "0", "finished"], ["1", "0.1", "finished"]]
 
 
 @pytest.mark.slow(reason="MLflow takes seconds to import")

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from matplotlib import pyplot as plt
 from rnode.paper.runs import BOTH_PENALTIES, LABELS, PUBLISHED, RATIO, Run, speed_ups
@@ -20,7 +19,7 @@ from rnode.app.build import load_flow
 from rnode.data.datamodule import DataModule
 from rnode.evaluation import evaluate
 from rnode.flow import Flow
-from rnode.training.plots import plot_points, save_figure
+from rnode.training.plots import plot_band, plot_points, save_figure
 
 SAME = 0.02  # bits/dim within which two likelihoods count as equal at these sizes
 COLOURS = {recipe: f"C{i}" for i, recipe in enumerate(LABELS)}
@@ -124,7 +123,7 @@ def plot_figure_2(runs: list[Run], path: Path) -> str:
         members = [run for run in runs if run.data == data]
         for recipe in dict.fromkeys(run.recipe for run in members if run.finished):
             seeds = [run for run in members if run.recipe == recipe and run.finished]
-            for run, curve in zip(seeds, plot_band(ax, seeds), strict=True):
+            for run, curve in zip(seeds, plot_seeds(ax, seeds), strict=True):
                 points = enumerate(zip(*curve, strict=True))
                 rows += [(data, recipe, run.seed, epoch, *point) for epoch, point in points]
         ratios = speed_ups(members)
@@ -139,17 +138,11 @@ def plot_figure_2(runs: list[Run], path: Path) -> str:
     return verdict(held, f"{'; '.join(words)}.")
 
 
-def plot_band(ax: plt.Axes, seeds: list[Run]) -> list[tuple[list[float], list[float]]]:
-    """Plot validation bits/dim of one recipe against time: the mean, and a band over its seeds.
-
-    Returns seconds and bits/dim of each run.
-    """
+def plot_seeds(ax: plt.Axes, seeds: list[Run]) -> list[tuple[list[float], list[float]]]:
+    """Plot validation bits/dim of one recipe against time; return both for each run."""
     recipe = seeds[0].recipe
     curves = [(r.seconds, r.by_epoch("val/bits_per_dim")[: len(r.seconds)]) for r in seeds]
-    time = np.linspace(max(s[0] for s, _ in curves), min(s[-1] for s, _ in curves), 200)
-    bits = np.stack([np.interp(time, *curve) for curve in curves])
-    ax.plot(time, bits.mean(0), label=LABELS[recipe], color=COLOURS[recipe])
-    ax.fill_between(time, bits.min(0), bits.max(0), alpha=0.25, color=COLOURS[recipe])
+    plot_band(ax, curves, label=LABELS[recipe], color=COLOURS[recipe])
     return curves
 
 

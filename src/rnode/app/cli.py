@@ -33,6 +33,7 @@ ABOUT = {
     "evaluate": "Measure a trained flow on its data: rnode evaluate outputs/…/best.ckpt",
     "sample": "Sample from a trained flow: rnode sample outputs/…/best.ckpt",
     "score": "Score new data by a trained flow: rnode score outputs/…/best.ckpt path=FILE",
+    "report": "Compare runs in a browser: rnode report outputs/… outputs/…",
     "reproduce": "Reproduce a figure or the table of the paper: rnode reproduce figure=2",
 }
 MODULES = {command: f"rnode.app.{command}" for command in ABOUT}
@@ -63,7 +64,8 @@ def run(
     with contextlib.suppress(AttributeError):  # a stream of a notebook
         for stream in (sys.stdout, sys.stderr):
             stream.reconfigure(errors="replace")  # letters that the terminal cannot show
-    arguments = list(map(expand, typed[1:] if arguments is None else arguments))
+    arguments = typed[1:] if arguments is None else arguments
+    arguments = gather(arguments) if command == "report" else list(map(expand, arguments))
     parsed = hydra_utils.get_args_parser().parse_args(arguments)
     own = parsed.config_dir or any(text.startswith("trust=") for text in parsed.overrides)
     sys.path += [os.getcwd()] if own else []  # for classes of the user's
@@ -125,6 +127,14 @@ def expand(argument: str) -> str:
     path = "=" not in argument or os.path.exists(argument)  # and not the value of a key
     bare = path and argument.endswith(".ckpt") and argument[0] not in "-+~"
     return f"ckpt_path={quote(argument)}" if bare else argument
+
+
+def gather(arguments: list[str]) -> list[str]:
+    """Let bare paths of folders stand for folders=[PATHS]."""
+    options = [text for text in arguments if "=" in text and not os.path.isdir(text)]
+    options += [text for text in arguments if text.startswith("-")]
+    folders = ",".join(quote(text) for text in arguments if text not in options)
+    return [*options, f"folders=[{folders}]"] if folders else options
 
 
 def print_to_pipe(text: str) -> None:

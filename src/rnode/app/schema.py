@@ -243,9 +243,13 @@ class Reproduce(Section):
     launcher: str = key("Hydra's launcher of the runs")
 
 
+class Report(Section):
+    folders: list[str] = key("folders that are or hold runs, sweeps and evaluations")
+
+
 COMMANDS = {
     **{"train": Train, "evaluate": Evaluate, "sample": Sample, "score": Score},
-    "reproduce": Reproduce,
+    **{"reproduce": Reproduce, "report": Report},
 }
 
 

@@ -162,7 +162,7 @@ class Sweep(Callback):
         from rnode.app.sweep_report import report  # imports matplotlib, which no job needs
 
         with one_line_errors():
-            report(Path(config.hydra.sweep.dir))
+            report(Path(config.hydra.sweep.dir), config.get("wandb"))
 
 
 def prepare(config: DictConfig) -> None:

@@ -23,6 +23,8 @@ from rnode.app.banner import banner
 from rnode.app.build import build
 from rnode.app.launch import cluster_plugins, is_first_process, match_processes
 from rnode.app.quoting import quote, shell_quote
+from rnode.app.report import write_report
+from rnode.app.runs import read_runs
 from rnode.app.schema import flatten
 from rnode.errors import DivergenceError, Stopped, require
 from rnode.flow import Flow
@@ -31,7 +33,7 @@ from rnode.training.checkpoint import AtomicCheckpointIO, load_checkpoint, load_
 from rnode.training.loggers import Label, finish_wandb, make_loggers
 from rnode.training.module import RNODE
 from rnode.training.results import GAUSSIAN, RESULT, write_result
-from rnode.training.run_folder import lock, transcript, whole_file
+from rnode.training.run_folder import ENVIRONMENT, environment, lock, transcript, whole_file
 from rnode.training.yardstick import Yardstick
 from rnode.transforms import TableTransform
 
@@ -116,7 +118,8 @@ def fit(cfg: DictConfig, folder: Path, ckpt_path: str | None, halvings: Counter[
     overrides = HydraConfig.get().overrides.task
     if is_first_process():
         (folder / RESULT).unlink(missing_ok=True)
-        for name, content in (("config.yaml", cfg), (sweep.OVERRIDES, overrides)):
+        files = {"config.yaml": cfg, sweep.OVERRIDES: overrides, ENVIRONMENT: environment()}
+        for name, content in files.items():
             with whole_file(folder / name, "w") as file:
                 OmegaConf.save(content, file, resolve=True)
     best = callbacks.BestCheckpoint(folder)
@@ -153,6 +156,7 @@ def fit(cfg: DictConfig, folder: Path, ckpt_path: str | None, halvings: Counter[
     for logger in (logger for logger in loggers if isinstance(logger, WandbLogger)):
         columns = [list(column.cells) for column in table.columns]
         logger.log_table("result", ["quantity", "value"], list(zip(*columns, strict=True)))
+    write_report(read_runs([folder])[0], folder / "report.html")
     print(f"run folder: {folder}")
     if runs := sorted(map(str, folder.glob("wandb/offline-run-*"))):
         print(f"W&B: wandb sync {' '.join(runs)}")

@@ -17,6 +17,7 @@ from rnode.training.checkpoint import load_checkpoint
 from rnode.training.loggers import MetricsCSV
 from rnode.training.module import RNODE
 from rnode.training.plots import plot_corner, plot_curves, plot_pair
+from rnode.training.run_folder import whole_file
 from rnode.transforms import TableTransform
 
 
@@ -176,9 +177,10 @@ class Cost(Callback):
 
 
 class Pictures(Callback):
-    """Saves samples.png, samples beside held-out data, and curves.png, the curves of metrics.csv.
+    """Saves samples beside held-out data, and curves.png, the curves of metrics.csv.
 
-    It does so every `every_n_epochs` epochs, and at the end for the tested weights.
+    It does so every `every_n_epochs` epochs, and at the end for the tested weights. The folder
+    samples has a picture for each of these training steps, and samples.png is the last one.
     """
 
     def __init__(self, folder: Path, samples: int = 64, every_n_epochs: int = 5):
@@ -201,7 +203,7 @@ class Pictures(Callback):
             real = transform.inverse(transform(x, index).y)
             context = None if context is None else context.to(module.device)
             sampled = transform.inverse(module.flow.sample(len(index), context=context))
-        path = self.folder / "samples.png"
+        path = self.folder / "samples" / f"{trainer.global_step:07d}.png"
         stage, steps = ("test", "") if trainer.testing else ("val", f"step {trainer.global_step}, ")
         bits = float(trainer.callback_metrics[f"{stage}/bits_per_dim"])
         title = f"samples ({steps}{stage} {bits:.3f} bits/dim)"
@@ -210,6 +212,8 @@ class Pictures(Callback):
             plot_corner(path, panels, [column.name for column in transform.columns])
         else:
             plot_pair(path, panels)
+        with whole_file(self.folder / "samples.png") as file:
+            file.write(path.read_bytes())
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 logger.log_image("samples", [str(path)])

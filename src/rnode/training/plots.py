@@ -79,6 +79,18 @@ def plot_curves(metrics: Path, path: Path) -> None:
     save_figure(figure, path)
 
 
+def plot_band(ax: plt.Axes, curves: list[tuple[np.ndarray, np.ndarray]], **style: str) -> None:
+    """Plot the mean of curves (x, y) where all have values, and a band from least to largest."""
+    x, y = curves[0]
+    if len(curves) > 1:
+        x = np.linspace(max(x[0] for x, _ in curves), min(x[-1] for x, _ in curves), 200)
+        values = np.stack([np.interp(x, *curve) for curve in curves])
+        y = values.mean(0)
+        color = style.get("color")
+        ax.fill_between(x, values.min(0), values.max(0), alpha=0.25, color=color, linewidth=0)
+    ax.plot(x, y, **style)
+
+
 def frame(points: Tensor) -> np.ndarray:
     """Limits (2, d) of axes that show 99.8 % of the points (N, d) in each column."""
     low, high = np.quantile(points.numpy(), [0.001, 0.999], axis=0)
