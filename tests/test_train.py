@@ -1,6 +1,7 @@
 """Whole training runs, most of them in this process to save the imports."""
 
 import itertools
+import json
 import math
 import re
 import urllib.request

@@ -30,10 +30,11 @@ from rnode.errors import DivergenceError, Stopped, require
 from rnode.flow import Flow
 from rnode.training import callbacks, progress, solving
 from rnode.training.checkpoint import AtomicCheckpointIO, load_checkpoint, load_to_resume
+from rnode.training.environment import ENVIRONMENT, environment
 from rnode.training.loggers import Label, finish_wandb, make_loggers
 from rnode.training.module import RNODE
 from rnode.training.results import GAUSSIAN, RESULT, write_result
-from rnode.training.run_folder import ENVIRONMENT, environment, lock, transcript, whole_file
+from rnode.training.run_folder import lock, transcript, whole_file
 from rnode.training.yardstick import Yardstick
 from rnode.transforms import TableTransform
 

@@ -2,36 +2,15 @@
 
 import contextlib
 import os
-import platform
 import re
-import subprocess
 import sys
 from collections.abc import Iterator
-from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any, TextIO
 
-import torch
 from filelock import FileLock, Timeout
 
 from rnode.errors import InputError, WriteError, one_line, require
-
-ENVIRONMENT = "environment.yaml"
-
-
-def environment() -> dict[str, str]:
-    """Return the machine, the versions and, of a checkout, the commit: what a result depends on."""
-    packages = ("rnode", "torch", "torchvision", "pytorch-lightning", "torchdiffeq", "numpy")
-    found = {"python": platform.python_version()} | {name: version(name) for name in packages}
-    found |= {"system": platform.platform(), "threads": str(torch.get_num_threads())}
-    if torch.cuda.is_available():
-        found["device"] = torch.cuda.get_device_name()
-    command = ["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty", "--abbrev=12"]
-    with contextlib.suppress(OSError, subprocess.CalledProcessError):  # an installed package
-        options = {"check": True, "capture_output": True, "text": True}
-        found["commit"] = subprocess.run(command, **options).stdout.strip()
-    return found
-
 
 @contextlib.contextmanager
 def whole_file(path: Path, mode: str = "wb") -> Iterator[IO]:
