@@ -23,7 +23,6 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
-from rnode.paper.generic import restart
 from torch import Tensor, nn
 from torchdiffeq import odeint_adjoint
 
@@ -56,7 +55,9 @@ class FFJORD(nn.Module):
 
     def __init__(self, flow: Flow):
         super().__init__()
-        self.flow = restart(flow)
+        for layer in (layer for piece in flow.pieces for layer in piece.field.layers):
+            layer.reset_parameters()
+        self.flow = flow
         self.nets = nn.ModuleList(PlainNet(piece.field) for piece in flow.pieces)
 
     def forward(self, batch: Batch) -> Tensor:

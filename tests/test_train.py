@@ -33,6 +33,7 @@ from helpers import (
 )
 from rnode import Probes
 from rnode.app.build import load_flow
+from rnode.app.dashboard import make_view
 from rnode.app.schema import CONF
 from rnode.data.densities import DENSITIES
 from rnode.data.images import IDX_IMAGES
@@ -215,6 +216,10 @@ def test_a_multirun_has_a_folder_and_a_wandb_run_for_each_job(tmp_path):
         keys = {(item.key or "/".join(item.nested_key)).split("/_")[0] for item in items}
         scalars = ("lr", "gradient_norm", "nfe_total", "seconds_total")
         assert {"samples", "result", *(f"train/{name}" for name in scalars)} <= keys
+    panels = json.dumps(make_view("team", "rnode")._to_model().model_dump(), default=str)
+    shown = set(re.findall(r'"(?:summary:|run:)?((?:train|val)/\w+)"', panels))
+    assert len(shown) == 7
+    assert shown <= keys
     (records,) = wandb_records(tmp_path).values()
     run = next(record.run for record in records if record.HasField("run"))
     assert (run.display_name, run.run_group) == ("sweep", tmp_path.name)

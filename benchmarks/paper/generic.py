@@ -1,4 +1,4 @@
-"""The start of a generic flow, as FFJORD's: f is not zero, and chance bends the trajectories."""
+"""A generic flow: f is not zero at the start, and chance bends the trajectories."""
 
 from typing import Any
 
@@ -8,14 +8,9 @@ from rnode import models
 from rnode.flow import Flow
 
 
-def restart(flow: Flow) -> Flow:
-    """Give all layers torch's default weights, the last ones too."""
-    for layer in flow.modules():
-        if isinstance(layer, nn.Linear | nn.Conv2d):
-            layer.reset_parameters()
-    return flow
-
-
 def mlp(**options: Any) -> Flow:
-    """`rnode.models.mlp` with this start."""
-    return restart(models.mlp(**options))
+    """`rnode.models.mlp`, whose last layers start by He's initialization as the others do."""
+    flow = models.mlp(**options)
+    for piece in flow.pieces:
+        nn.init.kaiming_normal_(piece.field.layers[-1].weight)
+    return flow

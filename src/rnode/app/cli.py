@@ -24,8 +24,9 @@ from rnode.app.help import help_text, unknown_key
 from rnode.app.launch import is_first_process, prepare_process, run_name
 from rnode.app.quoting import quote, shell_quote
 from rnode.app.report_error import one_line_errors
-from rnode.app.schema import CONF, validate
+from rnode.app.schema import CONF
 from rnode.app.sweep import in_sweep, run_job
+from rnode.app.validation import validate
 from rnode.errors import InputError, one_line, require
 
 ABOUT = {
@@ -34,6 +35,7 @@ ABOUT = {
     "sample": "Sample from a trained flow: rnode sample outputs/…/best.ckpt",
     "score": "Score new data by a trained flow: rnode score outputs/…/best.ckpt path=FILE",
     "report": "Compare runs in a browser: rnode report outputs/… outputs/…",
+    "dashboard": "Add the views of the paper's figures to a W&B project: wandb.entity=NAME",
     "reproduce": "Reproduce a figure or the table of the paper: rnode reproduce figure=2",
 }
 MODULES = {command: f"rnode.app.{command}" for command in ABOUT}

@@ -111,7 +111,7 @@ def best(runs: list[Run]) -> str:
 def plot_panels(runs: list[Run], colours: dict[str, str]) -> Iterator[str]:
     """Plot curves of the runs, with a band for runs that differ in their seed alone; NFE against
     the Jacobian norm; and how likely the validation samples are."""
-    gaussians = {round(value, 2) for run in runs for value in run.column(GAUSSIAN)[1]}
+    gaussians = {round(value, 2) for run in runs for value in run.curve(GAUSSIAN, "step")[1]}
     for key, against, y, x in CURVES:
         figure, ax = plt.subplots(**PANEL)
         for label, colour in colours.items():

@@ -22,7 +22,7 @@ COLUMNS = {
     "val/nfe_forward": ("NFE val", "{:.0f}"),
     "train/seconds": ("seconds", "{:.1f}"),
 }
-CLOCK = "train/seconds_total"
+CLOCK = "val/seconds_total"  # seconds of training before a validation
 
 
 @dataclass(frozen=True)
@@ -45,22 +45,14 @@ class Run:
         return " ".join(f"{key}={value}" for key, value in self.swept.items() if key != "seed")
 
     def curve(self, key: str, against: str) -> tuple[np.ndarray, np.ndarray]:
-        """Return the step, or what was logged as `against`, and what was logged as `key`."""
-        steps, values = self.column(key)
-        if against == "step":
-            return steps, values
-        theirs = self.column(against)
-        return (np.interp(steps, *theirs), values) if len(theirs[0]) else 2 * (steps[:0],)
-
-    def column(self, key: str) -> tuple[np.ndarray, np.ndarray]:
-        """Return the steps at which `key` was logged, and its values."""
-        rows = [(row["step"], row[key]) for row in self.rows if key in row]
-        steps, values = np.array(rows).reshape(-1, 2).T
-        return steps, values
+        """Return the values of two columns of metrics.csv in the rows that have both."""
+        rows = [(row[against], row[key]) for row in self.rows if key in row and against in row]
+        x, y = np.array(rows).reshape(-1, 2).T
+        return x, y
 
     def cells(self) -> list[str]:
         """Return the texts of COLUMNS; of a run that has not finished, what it has measured."""
-        bits, seconds = (self.column(key)[1] for key in ("val/bits_per_dim", CLOCK))
+        bits, seconds = (self.curve(key, "step")[1] for key in ("val/bits_per_dim", CLOCK))
         so_far = {"val/bits_per_dim": bits.min()} if len(bits) else {}
         so_far |= {"train/seconds": seconds[-1]} if len(seconds) else {}
         numbers = [((self.result or so_far).get(name), form) for name, (_, form) in COLUMNS.items()]

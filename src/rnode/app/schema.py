@@ -3,11 +3,9 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from omegaconf import DictConfig, OmegaConf
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from rnode.choices import ADAPTIVE, DIVERGENCES, FIXED_GRID, GRADIENTS, INTEGRALS
-from rnode.errors import InputError
 
 PACKAGE = Path(__file__).resolve().parent.parent
 INSTALLED, CHECKOUT = PACKAGE / "conf", PACKAGE.parent.parent / "conf"
@@ -247,19 +245,19 @@ class Report(Section):
     folders: list[str] = key("folders that are or hold runs, sweeps and evaluations")
 
 
+class Project(Section):
+    entity: str = key("W&B user or team")
+    project: str = key("W&B project")
+
+
+class Dashboard(Section):
+    wandb: Project = key("where the runs are")
+
+
 COMMANDS = {
     **{"train": Train, "evaluate": Evaluate, "sample": Sample, "score": Score},
-    **{"reproduce": Reproduce, "report": Report},
+    **{"reproduce": Reproduce, "report": Report, "dashboard": Dashboard},
 }
-
-
-def validate(command: str, cfg: DictConfig) -> None:
-    """Raise InputError with the first wrong key of a composed configuration, if there is one."""
-    config = OmegaConf.to_container(cfg, resolve=True)
-    try:
-        COMMANDS[command].model_validate(without_targets(config))
-    except ValidationError as error:
-        raise InputError(describe(error, config)) from None
 
 
 def flatten(value: Any, path: str = "") -> dict[str, Any]:
@@ -270,30 +268,3 @@ def flatten(value: Any, path: str = "") -> dict[str, Any]:
         return {path: value}
     parts = (flatten(child, f"{path}.{key}".removeprefix(".")) for key, child in value.items())
     return {key: leaf for part in parts for key, leaf in part.items()}
-
-
-def without_targets(value: Any) -> Any:
-    """Leave out what Hydra interprets: `source`, _target_, _partial_ and the like."""
-    if not isinstance(value, dict):
-        return value
-    return {k: without_targets(v) for k, v in value.items() if str(k)[:1] != "_" and k != "source"}
-
-
-def describe(error: ValidationError, config: Any) -> str:
-    """Name the first wrong key, its value and what would be right."""
-    first, path, value = error.errors()[0], [], config
-    for part in first["loc"]:  # the rest of a location names alternatives of a type
-        if not isinstance(value, dict) or (part not in value and first["type"] != "missing"):
-            break
-        path, value = [*path, part], value.get(part)
-    name = ".".join(map(str, path))
-    if first["type"] == "extra_forbidden":
-        return f"there is no option {name}"
-    if first["type"] == "missing":
-        return f"{name} is missing"
-    if first["type"] in ("model_type", "dict_type"):
-        return f"{name}={value}: must be a section, whose keys are set as {name}.KEY=…"
-    same = (other for other in error.errors() if other["loc"][: len(path)] == tuple(path))
-    right = dict.fromkeys(other["msg"].removeprefix("Input should be ") for other in same)
-    shown = "null" if value is None else " ".join(str(value).split())[:200]
-    return f"{name}={shown}: must be {' or '.join(right)}"

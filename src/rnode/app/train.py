@@ -150,7 +150,8 @@ def fit(cfg: DictConfig, folder: Path, ckpt_path: str | None, halvings: Counter[
     weights = (
         f"weights of epoch {load_checkpoint(tested)['epoch'] + 1}" if tested else "last weights"
     )
-    seconds = f"{result['train/seconds'] or 0:.0f} of {time.monotonic() - start:.0f}"
+    parts = result["train/seconds"] or 0, float(metrics["val/seconds"]), time.monotonic() - start
+    seconds = ", ".join(f"{part:.0f}" for part in parts)
     title = f"test set, {weights}"
     table = make_table(metrics, flow, data.transform, title, seconds)
     Console(markup=False).print(table)
@@ -169,7 +170,8 @@ def make_trainer(
 ) -> pl.Trainer:
     """Make Lightning's Trainer with the callbacks, plugins and loggers of a run."""
     save = callbacks.SaveAndStop(folder / "last.ckpt", cfg.save_every_n_steps)
-    used = [Yardstick(), callbacks.Cost(), save, instantiate(cfg.pictures, folder)]
+    dataset = HydraConfig.get().runtime.choices["dataset"]
+    used = [Yardstick(), callbacks.Cost(), save, instantiate(cfg.pictures, folder, dataset)]
     used += [best] if cfg.trainer.enable_checkpointing else []
     if cfg.trainer.max_time is not None:
         used += [callbacks.MaxTime(cfg.trainer.max_time, interval="epoch", verbose=False)]
@@ -233,9 +235,10 @@ def make_table(metrics: dict, flow: Flow, transform: object, title: str, seconds
         table.add_row("negative log-likelihood, nats (standardized)", f"{standardized:.3f}")
     if (gaussian := metrics.get(GAUSSIAN)) is not None:
         table.add_row("bits/dim of a Gaussian, validation set", f"{float(gaussian):.4f}")
+    table.add_row("weights", f"{sum(weights.numel() for weights in flow.parameters()):,}")
     table.add_row("divergence", str(flow.test_probes))
     for name, (key, form) in TABLE.items():
         if key in metrics:
             table.add_row(name, format(float(metrics[key]), form))
-    table.add_row("seconds of training, of the whole run", seconds)
+    table.add_row("seconds of training, validation, the whole run", seconds)
     return table

@@ -1,5 +1,6 @@
 """Lightning callbacks: checkpoints, stopping, times, pictures."""
 
+import contextlib
 import gc
 import signal
 import time
@@ -46,6 +47,9 @@ class SaveAndStop(Callback):
 
     def receive(self, number: int, frame: object) -> None:
         self.received = number
+        with contextlib.suppress(RuntimeError):  # the signal came while another line was printed
+            line = f"{signal.Signals(number).name}: stopping after this batch"
+            rank_zero_only(print)(line, flush=True)
         default = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
         signal.signal(number, default)
 
@@ -140,15 +144,16 @@ class MaxTime(Timer):
 
 
 class Cost(Callback):
-    """Logs what training batches have cost, without validation.
+    """Logs what training batches have cost, and validation apart.
 
-    These are train/seconds_per_epoch, and train/seconds_total and train/nfe_total so far, including
-    earlier processes of the run.
+    These are train/seconds_per_step and train/seconds_per_epoch, and so far, including earlier
+    processes of the run, seconds_total, nfe_total and val/seconds. The totals stand beside both
+    training and validation metrics, so that W&B can plot either against them.
     """
 
     def __init__(self):
         self.seconds = 0.0  # in this epoch so far
-        self.seconds_total, self.nfe_total = 0.0, 0
+        self.seconds_total, self.nfe_total, self.validation = 0.0, 0, 0.0
 
     def on_train_start(self, *_) -> None:
         self.mark = time.perf_counter()
@@ -158,18 +163,33 @@ class Cost(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, module: RNODE, *_) -> None:
         before, self.mark = self.mark, time.perf_counter()
-        self.seconds += self.mark - before
-        self.seconds_total += self.mark - before
+        step = self.mark - before
+        self.seconds += step
+        self.seconds_total += step
         self.nfe_total += module.nfe
-        for name in ("seconds_total", "nfe_total"):  # made on the device, not copied to it
-            total = torch.full((), float(getattr(self, name)), device=module.device)
-            module.log(f"train/{name}", total)
+        for name, value in {"seconds_per_step": step, **self.totals()}.items():
+            # Made on the device, not copied to it.
+            module.log(f"train/{name}", torch.full((), float(value), device=module.device))
+
+    def totals(self) -> dict[str, float]:
+        return {"seconds_total": self.seconds_total, "nfe_total": self.nfe_total}
+
+    def on_validation_start(self, *_) -> None:
+        self.mark = time.perf_counter()
+
+    def on_validation_epoch_end(self, trainer: Trainer, module: RNODE) -> None:
+        self.validation += time.perf_counter() - self.mark
+        for name, value in {"seconds": self.validation, **self.totals()}.items():
+            module.log(f"val/{name}", float(value), sync_dist=True)
+
+    def on_validation_end(self, *_) -> None:
+        self.mark = time.perf_counter()  # in the middle of an epoch, training goes on
 
     def on_train_epoch_end(self, trainer: Trainer, module: RNODE) -> None:
         module.log("train/seconds_per_epoch", self.seconds, sync_dist=True)
 
     def state_dict(self) -> dict:
-        names = ("seconds", "seconds_total", "nfe_total")
+        names = ("seconds", "seconds_total", "nfe_total", "validation")
         return {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, state: dict) -> None:
@@ -183,8 +203,9 @@ class Pictures(Callback):
     samples has a picture for each of these training steps, and samples.png is the last one.
     """
 
-    def __init__(self, folder: Path, samples: int = 64, every_n_epochs: int = 5):
-        self.folder, self.samples, self.every_n_epochs = folder, samples, every_n_epochs
+    def __init__(self, folder: Path, data: str, samples: int = 64, every_n_epochs: int = 5):
+        self.folder, self.data = folder, data  # the name of the data set
+        self.samples, self.every_n_epochs = samples, every_n_epochs
 
     def on_validation_end(self, trainer: Trainer, module: RNODE) -> None:
         due = (trainer.current_epoch + 1) % self.every_n_epochs == 0
@@ -207,7 +228,7 @@ class Pictures(Callback):
         stage, steps = ("test", "") if trainer.testing else ("val", f"step {trainer.global_step}, ")
         bits = float(trainer.callback_metrics[f"{stage}/bits_per_dim"])
         title = f"samples ({steps}{stage} {bits:.3f} bits/dim)"
-        panels = {"data (held out)": real.float().cpu(), title: sampled.float().cpu()}
+        panels = {f"{self.data} (held out)": real.float().cpu(), title: sampled.float().cpu()}
         if isinstance(transform, TableTransform):
             plot_corner(path, panels, [column.name for column in transform.columns])
         else:

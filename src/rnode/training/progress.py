@@ -20,6 +20,7 @@ from rnode.training.callbacks import MaxTime
 from rnode.training.module import RNODE
 
 SHOWN = {"bits/dim": "train/bits_per_dim", "NFE": "train/nfe_forward"}
+SMOOTH = 0.8  # weight of earlier batches in the bar's bits/dim
 TIMED = 3  # steps, of which the first is not timed
 MINUTE = 60.0  # seconds from one line to the next where there is no terminal
 LONG = 24 * 3600.0  # seconds of a run that is worth a warning
@@ -27,16 +28,20 @@ SHORTER = "a smaller model.hidden, model.pieces or dataset.resize shortens it"
 
 
 class Bar(RichProgressBar):
-    """A bar on a terminal, with bits/dim and NFE of the last log step."""
+    """A bar on a terminal, with a moving average of bits/dim, and NFE of the last log step."""
 
     def __init__(self):
         super().__init__(refresh_rate=4)
-        self.shown: dict = {}
+        self.step, self.mean, self.shown = 0, math.nan, {}
 
     def get_metrics(self, trainer: Trainer, module: RNODE) -> dict:
         # To read metrics in every step, the host would wait for the device.
-        if trainer.global_step % (trainer.log_every_n_steps or 1) == 0:
-            self.shown = {name: f"{value:.4g}" for name, value in shown(trainer).items()}
+        step = trainer.global_step
+        if step > self.step and step % (trainer.log_every_n_steps or 1) == 0:
+            self.step, now = step, shown(trainer)
+            bits = now.get("bits/dim", math.nan)
+            self.mean = bits if math.isnan(self.mean) else SMOOTH * self.mean + (1 - SMOOTH) * bits
+            self.shown = {n: f"{v:.4g}" for n, v in (now | {"bits/dim": self.mean}).items()}
         return self.shown
 
     def configure_columns(self, trainer: Trainer) -> list[ProgressColumn]:

@@ -12,6 +12,7 @@ from filelock import FileLock, Timeout
 
 from rnode.errors import InputError, WriteError, one_line, require
 
+
 @contextlib.contextmanager
 def whole_file(path: Path, mode: str = "wb") -> Iterator[IO]:
     """Open a file that replaces `path` once it is complete and on the disk, or raise WriteError."""
