@@ -1,8 +1,9 @@
 import pytest
 import torch
+from torch import nn
 
-from helpers import close
-from rnode import Dynamics, InputError, Probes, State
+from helpers import DOPRI5, RK4, close
+from rnode import Dynamics, InputError, Piece, Probes, Solver, State
 
 
 def jacobians(field, t, z):
@@ -48,6 +49,39 @@ def test_each_estimate_is_the_product_with_its_own_probe(field_and_z):
         rows = eps[:, b].flatten(1)
         torch.testing.assert_close(rates.l[b], (rows @ J * rows).sum(), rtol=1e-11, atol=1e-12)
         torch.testing.assert_close(rates.n[b], (rows @ J).square().sum(), rtol=1e-11, atol=1e-12)
+
+
+class Plain(nn.Module):
+    """A field of a user's, which has no product of its own."""
+
+    def __init__(self, field):
+        super().__init__()
+        self.inner = field
+
+    def forward(self, t, z):
+        return self.inner(t, z)
+
+
+@pytest.mark.parametrize("gradient", ["backprop", "checkpoint", "adjoint"])
+def test_any_module_is_a_field(field_and_z, gradient):
+    """Its solution, all its gradients and their gradients are those of the written-out product."""
+    field, z = field_and_z
+    solver, measured = Solver(RK4, DOPRI5, gradient), []
+    eps = Probes("gaussian", 2).sample(z)
+    for used in (field, Plain(field)):
+        x = z.clone().requires_grad_()
+        state = Piece(used)(x, eps, solver.train, gradient).state
+        loss = state.l.sum() + state.E.sum() + state.n.sum() + state.z.square().sum()
+        inputs = (x, *field.parameters())
+        gradients = torch.autograd.grad(loss, inputs, create_graph=gradient == "backprop")
+        measured.append([*state, *gradients])
+        if gradient == "backprop":
+            second = torch.autograd.grad(gradients[0].square().sum(), inputs)
+            measured[-1] += second
+            for mode in (torch.no_grad, torch.inference_mode):
+                with mode():
+                    measured[-1] += Piece(used)(z, eps, solver.test, gradient).state
+    torch.testing.assert_close(*measured, rtol=1e-9, atol=1e-10)
 
 
 def test_probes_have_the_covariance_they_promise():

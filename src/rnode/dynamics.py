@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -27,9 +28,10 @@ class State(NamedTuple):
 
 
 class VectorField(Protocol):
-    """A field f(z, t) with its vector-Jacobian product: `rnode.Field`, or a user's own module.
+    """A field f(z, t): `rnode.Field`, or any torch.nn.Module with this `forward`.
 
-    The field of a density of x given c takes c (B, k) as a last argument of both.
+    The field of a density of x given c takes c (B, k) as a last argument. A field may have a
+    product εᵀ∇f of its own: a method `vjp(t, z, eps, *c)` that returns what the function below does.
     """
 
     def parameters(self) -> Iterator[Tensor]:
@@ -38,8 +40,21 @@ class VectorField(Protocol):
     def __call__(self, t: Tensor, z: Tensor, *c: Tensor) -> Tensor:
         """t (), z (B, *shape) → f(z, t) (B, *shape)."""
 
-    def vjp(self, t: Tensor, z: Tensor, eps: Tensor, *c: Tensor) -> tuple[Tensor, Tensor]:
-        """t (), z (B, *shape), eps (K, B, *shape) → f(z, t) (B, *shape), εᵀ∇f (K, B, *shape)."""
+
+def vjp(field: VectorField, t: Tensor, z: Tensor, eps: Tensor, *c: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute f and εᵀ∇f by autograd, for a field without a product of its own.
+
+    t (), z (B, *shape), eps (K, B, *shape) → f(z, t) (B, *shape), εᵀ∇f (K, B, *shape).
+    """
+    differentiated = torch.is_grad_enabled()
+    with torch.inference_mode(False), torch.enable_grad():
+        if z.is_inference():  # autograd cannot save such tensors
+            t, z, eps, *c = (tensor.clone() for tensor in (t, z, eps, *c))
+        z = z if differentiated and z.requires_grad else z.detach().requires_grad_()
+        f = field(t, z, *c)
+        options = {"create_graph": differentiated, "retain_graph": True}
+        products = [torch.autograd.grad(f, z, one, **options)[0] for one in eps]
+    return f if differentiated else f.detach(), torch.stack(products)
 
 
 class Probes:
@@ -94,6 +109,7 @@ class Dynamics:
         self.field, self.nfe = field, 0
         self.c = () if context is None else (context,)
         self.eps: Any = eps
+        self.vjp = getattr(field, "vjp", partial(vjp, field))
 
     def f(self, t: Tensor, z: Tensor) -> Tensor:
         """The right-hand side of (ODE): t (), z (B, *shape) → dz/dt (B, *shape)."""
@@ -103,7 +119,7 @@ class Dynamics:
     def __call__(self, t: Tensor, state: State) -> State:
         """The right-hand side of (RNODE): the time derivatives of z, l, E and n."""
         self.nfe += 1
-        f, eps_jac = self.field.vjp(t, state.z, self.eps, *self.c)  # f(z, t) and εᵀ∇f
+        f, eps_jac = self.vjp(t, state.z, self.eps, *self.c)  # f(z, t) and εᵀ∇f
         return State(
             z=f,
             l=(eps_jac * self.eps).flatten(2).sum((0, 2)),  # div f = εᵀ∇f ε

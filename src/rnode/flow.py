@@ -54,7 +54,7 @@ class Solution(NamedTuple):
 
 
 class Piece(nn.Module):
-    """The flow of one field, a torch module with a `vjp`, over [0, T] (section 6)."""
+    """The flow of one field, a torch module, over [0, T] (section 6)."""
 
     solve = staticmethod(solve)  # compiled if the run compiles
 

@@ -8,7 +8,9 @@ def banner(cfg: DictConfig) -> str:
     """Say what is trained on what, for how long, where, and how to stop it."""
     hydra, model, trainer = HydraConfig.get(), cfg.model, cfg.trainer
     chosen = hydra.runtime.choices
-    sizes = f"hidden={model.hidden} layers={model.layers} pieces={model.pieces}"
+    sizes = " ".join(
+        f"{key}={model[key]}" for key in ("hidden", "layers", "pieces") if key in model
+    )
     limits = {"epochs": trainer.max_epochs, "steps": trainer.max_steps, "time": trainer.max_time}
     until = ", ".join(
         f"{name}={limit}" for name, limit in limits.items() if limit not in (None, -1)

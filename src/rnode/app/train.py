@@ -240,5 +240,5 @@ def make_table(metrics: dict, flow: Flow, transform: object, title: str, seconds
     for name, (key, form) in TABLE.items():
         if key in metrics:
             table.add_row(name, format(float(metrics[key]), form))
-    table.add_row("seconds of training, validation, the whole run", seconds)
+    table.add_row("seconds: training, validation, whole run", seconds)
     return table

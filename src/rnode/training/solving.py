@@ -10,6 +10,7 @@ from pytorch_lightning import Callback, Trainer
 
 from rnode.choices import ONE_STEP
 from rnode.data.datamodule import DataModule
+from rnode.errors import require
 from rnode.evaluation import measure
 from rnode.flow import Flow
 from rnode.solver import Solver, solve
@@ -135,6 +136,8 @@ def compile_solves(flow: Flow) -> None:
     It is the whole solve on a fixed grid whose steps are differentiated, else f and εᵀ∇f. Pieces of
     one shape share the compiled code.
     """
+    own = all(hasattr(piece.field, "vjp") for piece in flow.pieces)
+    require(own, "compile=true: must be left out; autograd's εᵀ∇f of this field is not compiled")
     torch._dynamo.config.recompile_limit = 8 * len(flow.pieces)  # scales differ in shape
     whole = torch.compile(solve, dynamic=False)
     for piece in flow.pieces:
