@@ -31,7 +31,7 @@ class VectorField(Protocol):
     """A field f(z, t): `rnode.Field`, or any torch.nn.Module with this `forward`.
 
     The field of a density of x given c takes c (B, k) as a last argument. A field may have a
-    product εᵀ∇f of its own: a method `vjp(t, z, eps, *c)` that returns what the function below does.
+    product εᵀ∇f of its own: a method `vjp(t, z, eps, *c)`, which returns what `vjp` below does.
     """
 
     def parameters(self) -> Iterator[Tensor]:

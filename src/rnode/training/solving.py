@@ -113,8 +113,8 @@ class Compile(Callback):
         self.start = 0.0
 
     def on_fit_start(self, trainer: Trainer, module: RNODE) -> None:
-        torch.compiler.set_stance("eager_on_recompile")
         compile_solves(module.flow)
+        torch.compiler.set_stance("eager_on_recompile")
         trainer.print("compiling: the first step takes a minute or more")
 
     def on_train_batch_start(self, trainer: Trainer, module: RNODE, *_) -> None:
