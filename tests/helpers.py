@@ -344,6 +344,7 @@ def same(a, b, path=""):
             "current_score",
             "seconds",
             "seconds_total",
+            "validation",
         }
         ignored |= {"epoch_loop.val_loop.batch_progress"}  # nothing depends on it
         assert {str(key) for key in a} == {str(key) for key in b}, path

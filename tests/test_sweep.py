@@ -12,7 +12,8 @@ import yaml
 from omegaconf import OmegaConf
 
 from helpers import TWO_STEPS, alive, call, refused, rows, same, wait_until
-from rnode.app.sweep_report import plot_jobs, read_jobs
+from rnode.app.maps import plot_maps
+from rnode.app.runs import read_runs
 from rnode.training.module import RNODE
 from rnode.training.results import TESTED
 
@@ -310,6 +311,8 @@ def make_job(folder, overrides, bits=None, nfe=None, seconds=None, **texts):
     """Write a job's folder; without `bits` it has not finished."""
     (folder / ".hydra").mkdir(parents=True)
     (folder / ".hydra" / "overrides.yaml").write_text(yaml.safe_dump(overrides))
+    if not texts:
+        (folder / "config.yaml").write_text("{}")
     for name, text in texts.items():
         (folder / f"{name}.txt").write_text(text)
     if bits is not None:
@@ -319,7 +322,7 @@ def make_job(folder, overrides, bits=None, nfe=None, seconds=None, **texts):
 
 def panels(folder):
     """The axes of sweep.png."""
-    axes = plot_jobs(read_jobs(folder)).axes
+    axes = plot_maps(read_runs([folder])[0]).axes
     return [ax for ax in axes if ax.get_label() != "<colorbar>"]
 
 
@@ -339,7 +342,7 @@ def test_the_map_has_every_job_in_its_place(tmp_path):
         else:
             numbers = (10 * k + j + seed, 100 * k, 5 + seed)
             make_job(tmp_path / str(number), overrides, *numbers)
-    jobs = read_jobs(tmp_path)
+    jobs, _ = read_runs([tmp_path])
     assert [job.name for job in jobs] == [str(i) for i in range(12)]
     assert [job.status for job in jobs].count("failed") == 2
     assert (jobs[5].status, jobs[5].line) == ("diverged", "z became NaN")
@@ -352,7 +355,7 @@ def test_the_map_has_every_job_in_its_place(tmp_path):
     assert (ticks(axes[0].xaxis), ticks(axes[0].yaxis)) == (["0", "2", "10"], ["0", "0.1"])
     shown = {text.get_text() for text in axes[0].texts}
     assert shown == {"0.5000", "2.5000", "×", "1.5000", "3.0000", "11.5000"}
-    assert (axes[0].get_xlabel(), axes[0].get_ylabel()) == (r"$\lambda_J$", r"$\lambda_K$")
+    assert (axes[0].get_xlabel(), axes[0].get_ylabel()) == ("$λ_J$", "$λ_K$")
 
 
 def test_one_lambda_makes_curves_and_another_swept_key_makes_rows_of_them(tmp_path):
@@ -367,7 +370,7 @@ def test_one_lambda_makes_curves_and_another_swept_key_makes_rows_of_them(tmp_pa
     assert axes[0].lines[0].get_xydata().tolist() == [[0, 4], [1, 3]]
     assert axes[3].lines[0].get_xydata().tolist() == [[0, 5], [1, 6]]
     assert axes[3].get_title() == "val bits/dim – solver=dopri5"
-    assert plot_jobs(read_jobs(tmp_path / "none")) is None
+    assert plot_maps(read_runs([tmp_path / "none"])[0]) is None
 
 
 def test_scattered_lambdas_make_points_and_a_cross_where_a_job_failed(tmp_path):

@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 
 from rnode.app.runs import COLUMNS, Run, is_number
 
-LAMBDAS = {"reg.lambda_k": r"$\lambda_K$", "reg.lambda_j": r"$\lambda_J$"}
+LAMBDAS = {"reg.lambda_k": "λ_K", "reg.lambda_j": "λ_J"}
 PANELS = ("val/bits_per_dim", "val/nfe_forward", "train/seconds")
 
 
@@ -36,7 +36,7 @@ def plot_maps(jobs: list[Run]) -> Figure | None:
                 values = places.setdefault(tuple(float(job.swept[key]) for key in swept), [])
                 values += [] if value is None else [value]
             means = {p: sum(v) / len(v) if v else math.nan for p, v in sorted(places.items())}
-            plot_panel(ax, means, [LAMBDAS[key] for key in swept], form)
+            plot_panel(ax, means, [f"${LAMBDAS[key]}$" for key in swept], form)
     return figure
 
 

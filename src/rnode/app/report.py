@@ -16,7 +16,7 @@ from matplotlib.colors import to_hex
 from matplotlib.ticker import MaxNLocator
 from omegaconf import DictConfig, OmegaConf
 
-from rnode.app.maps import plot_maps
+from rnode.app.maps import LAMBDAS, plot_maps
 from rnode.app.quoting import shell_quote
 from rnode.app.runs import CLOCK, COLUMNS, Run, read_runs
 from rnode.errors import require
@@ -84,6 +84,7 @@ def write_report(
         maps = plot_maps(runs)
         page = {
             "title": runs[0].name if len(runs) == 1 else f"{len(runs)} runs",
+            "swept": [LAMBDAS.get(key, key) for key in runs[0].swept],
             "columns": [label for label, _ in COLUMNS.values()],
             "runs": runs,
             "best": best(runs),

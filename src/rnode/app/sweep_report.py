@@ -8,7 +8,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
-from rnode.app.maps import plot_maps
+from rnode.app.maps import LAMBDAS, plot_maps
 from rnode.app.report import write_report
 from rnode.app.runs import COLUMNS, Run, read_runs
 from rnode.training.loggers import Label, finish_wandb, make_wandb
@@ -66,7 +66,7 @@ def log_to_wandb(jobs: list[Run], folder: Path, wandb: DictConfig) -> None:
 def make_table(jobs: list[Run]) -> Table:
     """Return a row per job; the one of the least validation bits/dim is bold."""
     labels = (label for label, _ in COLUMNS.values())
-    table = Table("job", *jobs[0].swept, *labels)
+    table = Table("job", *(LAMBDAS.get(key, key) for key in jobs[0].swept), *labels)
     bits = [job.result.get("val/bits_per_dim") for job in jobs]
     least = min((value for value in bits if value is not None), default=None)
     for job, value in zip(jobs, bits, strict=True):

@@ -150,8 +150,8 @@ def fit(cfg: DictConfig, folder: Path, ckpt_path: str | None, halvings: Counter[
     weights = (
         f"weights of epoch {load_checkpoint(tested)['epoch'] + 1}" if tested else "last weights"
     )
-    parts = result["train/seconds"] or 0, float(metrics["val/seconds"]), time.monotonic() - start
-    seconds = ", ".join(f"{part:.0f}" for part in parts)
+    validation, whole = float(metrics.get("val/seconds", 0)), time.monotonic() - start
+    seconds = f"{result['train/seconds'] or 0:.0f}, {validation:.0f}, {whole:.0f}"
     title = f"test set, {weights}"
     table = make_table(metrics, flow, data.transform, title, seconds)
     Console(markup=False).print(table)
