@@ -109,6 +109,7 @@ def test_a_browser_shows_the_report(page, width, scheme):
             tab.on("console", lambda message: errors.append(message.text))
             tab.on("pageerror", lambda error: errors.append(str(error)))
             tab.goto(page.as_uri())
+            tab.evaluate("document.querySelectorAll('details').forEach(d => { d.open = true; })")
             assert tab.evaluate("document.documentElement.scrollWidth") == width
             broken = "[...document.images].filter(i => !i.hidden && !i.naturalWidth).length"
             assert tab.evaluate(broken) == 0

@@ -83,7 +83,7 @@ def write_report(
     with plt.rc_context(STYLE):
         maps = plot_maps(runs)
         page = {
-            "title": runs[0].name if len(runs) == 1 else f"{len(runs)} runs",
+            "title": "/".join(runs[0].folder.parts[-2:]) if len(runs) == 1 else f"{len(runs)} runs",
             "swept": [LAMBDAS.get(key, key) for key in runs[0].swept],
             "columns": [label for label, _ in COLUMNS.values()],
             "runs": runs,
@@ -121,7 +121,8 @@ def plot_panels(runs: list[Run], colours: dict[str, str]) -> Iterator[str]:
                 plot_band(ax, curves, color=colour)
         for gaussian in gaussians if BITS in y else ():
             ax.axhline(gaussian, color="0.5", linestyle="--", linewidth=1)
-            ax.text(1, gaussian, "Gaussian", transform=ax.get_yaxis_transform(), ha="right")
+            at_the_right = {"transform": ax.get_yaxis_transform(), "ha": "right", "va": "bottom"}
+            ax.text(1, gaussian, "Gaussian", **at_the_right)
         ax.set(xlabel=x, ylabel=y)
         ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         yield as_svg(figure)
