@@ -75,7 +75,7 @@ MISTAKES = [
     ("seed=${nothing.here}", "nothing.here"),
     # errors of the classes that Hydra builds
     ("trainer.precision=bf17", "Precision 'bf17' is invalid"),
-    ("trainer.max_time=long", "is not a valid duration"),
+    ("trainer.max_time=long", "trainer.max_time=long: must be [DD:]HH:MM:SS or "),
     ("+optimizer.momentum=1", "momentum"),
     # files
     ("hydra.run.dir=/dev/null/run", "Not a directory: '/dev/null/run'"),

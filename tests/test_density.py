@@ -28,7 +28,8 @@ def rows():
 def fitted(rows, tmp_path_factory):
     folder = tmp_path_factory.mktemp("fitted") / "run"
     options = {"columns": ["a", "b"], "context": ["level", "slope"], "folder": folder}
-    return rnode.fit(rows, **options, overrides=["trainer.max_epochs=25", *QUIET]), folder
+    overrides = ["trainer.max_epochs=25", *QUIET]
+    return rnode.fit(rows, **options, max_time="01:00:00", overrides=overrides), folder
 
 
 def true_log_prob(rows):

@@ -88,7 +88,7 @@ def test_max_steps(undisturbed, tmp_path, options, limits):
 
 
 def test_max_time(undisturbed, tmp_path, monkeypatch):
-    times = ["trainer.max_time=00:01:00:00", f"hydra.run.dir={tmp_path}"]
+    times = ["trainer.max_time=01:00:00", f"hydra.run.dir={tmp_path}"]
     with monkeypatch.context() as patch:
         left = iter([9, 9, 9, 9, 0, 0, 0])
         patch.setattr(MaxTime, "time_remaining", lambda self: next(left))

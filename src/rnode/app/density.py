@@ -202,7 +202,7 @@ def fit(
         integer: the columns of whole numbers, which are dequantized.
         log: the positive columns whose logarithm is modelled.
         logit: the columns between two bounds, {name: [low, high]}, whose logit is modelled.
-        max_time: time after which training stops, as DD:HH:MM:SS.
+        max_time: time after which training stops, as [DD:]HH:MM:SS.
         folder: the run folder; None: a new one in outputs/table.
         overrides: further options of the command line, such as "model.hidden=128".
     """

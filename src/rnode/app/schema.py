@@ -1,9 +1,11 @@
 """The configuration: a type, a range and a sentence for each key. --help prints the sentences."""
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic_core import PydanticCustomError
 
 from rnode.choices import ADAPTIVE, DIVERGENCES, FIXED_GRID, GRADIENTS, INTEGRALS
 
@@ -19,6 +21,15 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Size = Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, lt=1)] | None
 Bounds = Annotated[list[float], Field(min_length=2, max_length=2)]
 Share = Annotated[int, Field(ge=0)] | Annotated[float, Field(ge=0, le=1)] | None
+
+
+def check_time(text: str) -> str:
+    if not re.fullmatch(r"(\d\d:)?\d\d:\d\d:\d\d", text):
+        raise PydanticCustomError("time", "[DD:]HH:MM:SS")
+    return text
+
+
+Time = Annotated[str, AfterValidator(check_time)]
 
 
 class Section(BaseModel):
@@ -121,7 +132,7 @@ class Devices(Section):
 class Trainer(Devices, OpenSection):
     max_epochs: Limit | None = key("epochs to train for (section 6: 100)")
     max_steps: Limit = key("training steps after which the run stops; -1: no limit")
-    max_time: str | dict | None = key("time after which the run stops, as DD:HH:MM:SS")
+    max_time: Time | dict | None = key("time after which the run stops, as [DD:]HH:MM:SS")
     precision: str | int | None = key("32-true, bf16-mixed (bfloat16 inside f alone) or 64-true")
     gradient_clip_val: NonNegative | None = key("largest norm of the gradient")
     accumulate_grad_batches: Count = key("batches of a training step")

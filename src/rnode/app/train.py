@@ -174,7 +174,7 @@ def make_trainer(
     used = [Yardstick(), callbacks.Cost(), save, instantiate(cfg.pictures, folder, dataset)]
     used += [best] if cfg.trainer.enable_checkpointing else []
     if cfg.trainer.max_time is not None:
-        used += [callbacks.MaxTime(cfg.trainer.max_time, interval="epoch", verbose=False)]
+        used += [callbacks.MaxTime(cfg.trainer.max_time)]
     if (patience := cfg.early_stopping.patience) is not None:
         # A run may end before its first validation.
         used += [EarlyStopping("val/bits_per_dim", patience=patience, strict=False)]
