@@ -133,7 +133,7 @@ def plot_figure_2(runs: list[Run], path: Path) -> str:
         low = min((row[-1] for row in rows if row[0] == data), default=0.0)
         ax.set(xlabel="seconds of training", ylabel="validation bits/dim", title=data)
         ax.set_ylim(low - 0.05, low + 1.2)
-        ax.legend()
+        ax.legend(loc="upper right")  # curves fall
     save(figure, path, ("data", "recipe", "seed", "epoch", "seconds", "val bits/dim"), rows)
     return verdict(held, f"{'; '.join(words)}.")
 
@@ -197,7 +197,8 @@ def plot_figure_4(runs: list[Run], path: Path) -> str:
                 ax.plot(epochs[-1:], curve[-1:], "x", color=COLOURS[run.recipe], markersize=10)
     for ax, label in zip(axes, ("squared Jacobian norm / d", "kinetic energy / d"), strict=True):
         ax.set(xlabel="epoch", ylabel=label, yscale="log")
-    axes[0].legend()
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=2)
     save(figure, path, ("recipe", "epoch", "jacobian", "kinetic"), rows)
     none = last.get("unregularized", (math.nan, math.nan))
     others = [values for recipe, values in last.items() if recipe != "unregularized"]

@@ -244,5 +244,5 @@ class Pictures(Callback):
             if isinstance(logger, WandbLogger):
                 logger.log_image("samples", [str(path)])
             elif isinstance(logger, MetricsCSV):
-                plot_curves(logger.path, self.folder / "curves.png")
+                plot_curves(logger.path, self.folder / "curves.png", self.data)
         gc.collect()  # figures refer to themselves and would pile up

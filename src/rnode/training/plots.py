@@ -59,7 +59,7 @@ def plot_pair(path: Path, panels: dict[str, Tensor]) -> None:
     save_figure(figure, path)
 
 
-def plot_curves(metrics: Path, path: Path) -> None:
+def plot_curves(metrics: Path, path: Path, title: str) -> None:
     """Plot the columns CURVES of a metrics.csv against the training step."""
     rows = read_metrics(metrics)
     figure, axes = plt.subplots(2, 2, figsize=(10, 7), layout="constrained", sharex=True)
@@ -72,10 +72,10 @@ def plot_curves(metrics: Path, path: Path) -> None:
         gaussian = [float(row[GAUSSIAN]) for row in rows if GAUSSIAN in row]
         if gaussian and key == "bits_per_dim":
             ax.axhline(gaussian[-1], color="0.5", linestyle="--", linewidth=1, label="Gaussian")
-        if ax.lines:
-            ax.legend()
         ax.set_ylabel(label)
     plt.setp(axes[1], xlabel="training step")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, title=title, loc="outside upper center", ncols=4)
     save_figure(figure, path)
 
 
