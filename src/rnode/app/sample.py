@@ -19,13 +19,15 @@ from rnode.flow import Flow
 from rnode.training.plots import plot_corner, plot_plane, plot_trajectory, plot_way, save_points
 
 MIDPOINT = 0.5  # of a grey level's bin
+FRAMES = 36  # of an animation, about
 
 
 @torch.no_grad()
 def main(cfg: DictConfig) -> None:
     """Write samples.png and samples.npy, or samples.csv for a table, and plane.png (2-D flows).
 
-    Where the configuration asks for them: strip.png, trajectory.gif and interpolation.png.
+    Where the configuration asks for them: strip.png, trajectory.gif (and .mp4) and
+    interpolation.png.
     """
     data, flow, fabric = from_checkpoint(cfg)
     transform, density = data.transform, Density(data, flow, torch.zeros(0))
@@ -60,7 +62,8 @@ def main(cfg: DictConfig) -> None:
         frames = flow.trajectory(z[:200].to(device), intervals=32)
         plot_plane(flow, frames, folder / "plane.png")
     if images and cfg.trajectory:
-        frames = flow.trajectory(z[:16].to(device), 3, None if c is None else c[:16])
+        intervals = max(3, FRAMES // len(flow.pieces))
+        frames = flow.trajectory(z[:16].to(device), intervals, None if c is None else c[:16])
         plot_trajectory(transform.inverse(frames).float().cpu(), folder)
     if cfg.interpolate is not None:
         between = interpolate(flow, data, cfg.interpolate).float().cpu()[:, None]

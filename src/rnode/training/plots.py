@@ -214,9 +214,10 @@ def plot_trajectory(frames: Tensor, folder: Path) -> None:
     options = {"append_images": others, "duration": milliseconds, "loop": 0}
     first.save(folder / "trajectory.gif", save_all=True, **options)
     if shutil.which("ffmpeg"):
-        even = ["-vf", "pad=ceil(iw/2)*2:ceil(ih/2)*2", "-pix_fmt", "yuv420p"]  # what players need
-        command = ["ffmpeg", "-v", "error", "-y", "-i", folder / "trajectory.gif", *even]
-        subprocess.run([*command, folder / "trajectory.mp4"], check=True)
+        # Players need even sides, and the last frame is to rest here too.
+        filters = "pad=ceil(iw/2)*2:ceil(ih/2)*2,tpad=stop_mode=clone:stop_duration=2"
+        command = ["ffmpeg", "-v", "error", "-y", "-i", folder / "trajectory.gif", "-vf", filters]
+        subprocess.run([*command, "-pix_fmt", "yuv420p", folder / "trajectory.mp4"], check=True)
 
 
 @torch.no_grad()
