@@ -90,8 +90,16 @@ def test_samples_of_a_long_run_are_thinned_out(sweep):
 
 
 def test_folders_without_runs_are_refused(tmp_path, capsys):
-    line, _ = refused(capsys, "report", str(tmp_path), f"hydra.run.dir={tmp_path / 'page'}")
-    assert line == f"error: {tmp_path}: holds no run"
+    (tmp_path / "evaluation" / ".hydra").mkdir(parents=True)
+    (tmp_path / "evaluation" / ".hydra" / "overrides.yaml").write_text("[]")
+    evaluation = str(tmp_path / "evaluation")
+    line, _ = refused(capsys, "report", evaluation, f"hydra.run.dir={tmp_path / 'page'}")
+    assert "must be or hold folders of training runs" in line
+    (tmp_path / "empty").mkdir()
+    line, _ = refused(
+        capsys, "report", str(tmp_path / "empty"), f"hydra.run.dir={tmp_path / 'page'}"
+    )
+    assert line == f"error: {tmp_path / 'empty'}: holds no run"
 
 
 @whole

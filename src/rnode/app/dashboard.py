@@ -8,7 +8,6 @@ from wandb.errors import Error
 from rnode.app.maps import LAMBDAS
 from rnode.errors import InputError, one_line
 
-EXTRA = "rnode dashboard needs wandb-workspaces: pip install 'rnode[loggers]'"
 BITS, NFE, JACOBIAN = "val/bits_per_dim", "val/nfe_forward", "train/jacobian"
 
 
@@ -18,7 +17,7 @@ def main(cfg: DictConfig) -> None:
         view = make_view(cfg.wandb.entity, cfg.wandb.project)
         view.save()
     except ModuleNotFoundError:
-        raise InputError(EXTRA) from None
+        raise InputError("wandb-workspaces is missing: pip install 'rnode[loggers]'") from None
     except (Error, OSError) as error:
         where = f"wandb.entity={cfg.wandb.entity} wandb.project={cfg.wandb.project}"
         raise InputError(f"{where}: {one_line(error)}") from error

@@ -1,6 +1,7 @@
 """`rnode report`: a page for the browser about runs and sweeps. It needs no network."""
 
 import base64
+import contextlib
 import io
 import json
 import sys
@@ -19,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from rnode.app.maps import LAMBDAS, plot_maps
 from rnode.app.quoting import shell_quote
 from rnode.app.runs import CLOCK, COLUMNS, Run, read_runs
-from rnode.errors import require
+from rnode.errors import InputError, require
 from rnode.training.checkpoint import load_checkpoint
 from rnode.training.environment import ENVIRONMENT
 from rnode.training.plots import COLOURS, plot_band
@@ -58,7 +59,8 @@ def main(cfg: DictConfig) -> None:
     """Write report.html about the runs in and below the folders, and their evaluations there."""
     folders = [Path(folder).expanduser() for folder in cfg.folders]
     runs, problems = read_runs(folders)
-    require(bool(runs), "; ".join(problems))
+    none = f"folders={list(cfg.folders)}: must be or hold folders of training runs"
+    require(bool(runs), "; ".join(problems) or none)
     for problem in problems:
         print(f"left out: {problem}", file=sys.stderr)
     path = Path(HydraConfig.get().runtime.output_dir) / "report.html"
@@ -132,9 +134,10 @@ def plot_panels(runs: list[Run], colours: dict[str, str]) -> Iterator[str]:
     ax.set(xlabel=JACOBIAN, ylabel=NFE)
     yield as_svg(figure)
     figure, ax = plt.subplots(**PANEL)
-    for run in (run for run in runs if (run.folder / "best.ckpt").exists()):
-        bits = load_checkpoint(run.folder / "best.ckpt")["validation_bits"]
-        ax.hist(bits, bins=40, density=True, histtype="step", color=colours[run.label])
+    for run in runs:
+        with contextlib.suppress(InputError):  # there is no best.ckpt yet, or it is damaged
+            bits = load_checkpoint(run.folder / "best.ckpt")["validation_bits"]
+            ax.hist(bits, bins=40, density=True, histtype="step", color=colours[run.label])
     ax.set(xlabel=f"{BITS} of the validation samples", yticks=[])
     yield as_svg(figure)
 
