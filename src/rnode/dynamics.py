@@ -49,7 +49,8 @@ def vjp(field: VectorField, t: Tensor, z: Tensor, eps: Tensor, *c: Tensor) -> tu
     differentiated = torch.is_grad_enabled()
     with torch.inference_mode(False), torch.enable_grad():
         if z.is_inference():  # autograd cannot save such tensors
-            t, z, eps, *c = (tensor.clone() for tensor in (t, z, eps, *c))
+            t, z, eps = t.clone(), z.clone(), eps.clone()
+            c = tuple(part.clone() for part in c)
         z = z if differentiated and z.requires_grad else z.detach().requires_grad_()
         f = field(t, z, *c)
         options = {"create_graph": differentiated, "retain_graph": True}
