@@ -119,7 +119,10 @@ def parse(overrides: list[str]) -> dict[str, str]:
 
 def as_text(value: object) -> str:
     """Write equal numbers alike: 4e-3 of the command line is 0.004 of the configuration."""
-    return f"{float(value):g}" if is_number(value) else str(value)
+    if not is_number(value):
+        return str(value)
+    number = float(value)
+    return str(int(number)) if number.is_integer() and abs(number) < 1e6 else repr(number)
 
 
 def is_number(value: object) -> bool:
