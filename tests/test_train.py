@@ -50,11 +50,13 @@ def load(path):
 def test_the_default_run_as_a_user_starts_it(tmp_path):
     """A process, two epochs of the digits, and the files and the table that README promises."""
     sizes = ["trainer.max_epochs=2", "dataset.batch_size=64", "model.hidden=8", "model.pieces=1"]
+    sizes += ["save_every_n_steps=15"]
     done = command(*sizes, "hydra.run.dir=run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     folder = tmp_path / "run"
     pictures, checkpoints = ["samples.png", "curves.png"], ["best.ckpt", "last.ckpt"]
-    for name in ("config.yaml", "metrics.csv", "result.json", *checkpoints, *pictures):
+    written = ("config.yaml", "metrics.csv", "result.json", "report.html", "environment.yaml")
+    for name in (*written, *checkpoints, *pictures):
         assert (folder / name).stat().st_size > 0, name
     config = yaml.safe_load((folder / "config.yaml").read_text())
     assert config["model"]["shape"] == [1, 8, 8]  # resolved
@@ -66,7 +68,9 @@ def test_the_default_run_as_a_user_starts_it(tmp_path):
         assert text in done.stdout
     lines = done.stdout.splitlines()
     assert lines[0] == "digits by a multiscale flow, hidden=8 layers=4 pieces=1, solver=auto"
-    assert re.search(r"a step takes .* s, an epoch .*, .* to go", done.stdout)
+    assert re.search(r"a step takes 24 NFE and .* s, an epoch .*, .* to go", done.stdout)
+    saved = re.findall(r"^step (\d+): last.ckpt written$", done.stdout, re.MULTILINE)
+    assert saved == ["15", "30"]
     best = [line for line in lines if re.match(r"epoch 2 of 2, step 40: validation \d", line)]
     assert best[0].endswith("bits/dim, the best so far")
     assert "test set, weights of epoch 2" in done.stdout

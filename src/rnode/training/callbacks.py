@@ -60,8 +60,11 @@ class SaveAndStop(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, *_) -> None:
         self.agree(trainer)  # the validation and the logs of the last step are complete here
-        if self.agreed or self.step % self.every_n_steps == 0:
+        due, before = self.step % self.every_n_steps == 0, self.saved
+        if self.agreed or due:
             self.save(trainer)
+        if due and self.saved > before:
+            trainer.print(f"step {self.step}: {self.path.name} written")
         self.stop(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, *_) -> None:

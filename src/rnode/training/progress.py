@@ -99,7 +99,7 @@ class Report(Callback):
         elif self.steps == TIMED:
             self.printed, step = now, (now - self.start) / (TIMED - 1)
             left = seconds_left(trainer, step)
-            line = f"a step takes {duration(step)}, an epoch"
+            line = f"a step takes {module.nfe} NFE and {duration(step)}, an epoch"
             line += f" {duration(step * trainer.num_training_batches)}, {to_go(left)}"
             trainer.print(line + f"; {SHORTER}" * (LONG < left < math.inf))
         elif not self.bar and now > self.printed + MINUTE and self.steps > TIMED:
