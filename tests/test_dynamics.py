@@ -80,7 +80,8 @@ def test_any_module_is_a_field(field_and_z, gradient):
             measured[-1] += second
             for mode in (torch.no_grad, torch.inference_mode):
                 with mode():
-                    measured[-1] += Piece(used)(z, eps, solver.test, gradient).state
+                    for method in (solver.train, solver.test):
+                        measured[-1] += Piece(used)(z, eps, method, gradient).state
     torch.testing.assert_close(*measured, rtol=1e-9, atol=1e-10)
 
 

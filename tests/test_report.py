@@ -85,7 +85,8 @@ def test_runs_and_sweeps_end_with_a_report(sweep):
 def test_samples_of_a_long_run_are_thinned_out(sweep):
     (run,), problems = read_runs([sweep / "sweep" / "0"])
     assert (run.name, problems) == ("0", [])
-    assert [label for label, _ in read_samples(run, 12)] == ["step 2", "step 4"]
+    labels = [label for label, _ in read_samples(run, 12)]
+    assert labels == ["step 2", "step 4", "tested weights"]
     assert [label for label, _ in read_samples(run, 1)] == ["step 2"]
 
 
@@ -122,11 +123,11 @@ def test_a_browser_shows_the_report(page, width, scheme):
             broken = "[...document.images].filter(i => !i.hidden && !i.naturalWidth).length"
             assert tab.evaluate(broken) == 0
             assert tab.locator("svg").count() == 8
-            shown = tab.locator("figure", has_text="sweep/0, step").locator("img:visible")
+            shown = tab.locator("figure", has_text="sweep/0, ").locator("img:visible")
             last = shown.get_attribute("alt")
             tab.get_by_label("training step of the samples of sweep/0").fill("0")
             assert (last, shown.get_attribute("alt")) == (
-                "samples, sweep/0, step 4",
+                "samples, sweep/0, tested weights",
                 "samples, sweep/0, step 2",
             )
             colours = "getComputedStyle(document.body).color"

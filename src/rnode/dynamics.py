@@ -46,9 +46,9 @@ def vjp(field: VectorField, t: Tensor, z: Tensor, eps: Tensor, *c: Tensor) -> tu
 
     t (), z (B, *shape), eps (K, B, *shape) → f(z, t) (B, *shape), εᵀ∇f (K, B, *shape).
     """
-    differentiated = torch.is_grad_enabled()
+    differentiated, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
     with torch.inference_mode(False), torch.enable_grad():
-        if z.is_inference():  # autograd cannot save such tensors
+        if inference:  # autograd cannot save tensors that were made in inference mode
             t, z, eps = t.clone(), z.clone(), eps.clone()
             c = tuple(part.clone() for part in c)
         z = z if differentiated and z.requires_grad else z.detach().requires_grad_()

@@ -154,9 +154,10 @@ def as_svg(figure: plt.Figure) -> str:
 def read_samples(run: Run, count: int) -> Iterator[tuple[str, str]]:
     """Yield `count` pictures of samples or fewer: what each shows, and the picture."""
     pictures = sorted((run.folder / "samples").glob("*.png"))
-    for k in dict.fromkeys(np.linspace(0, len(pictures) - 1, count).round().astype(int)):
-        if pictures:
-            yield f"step {int(pictures[k].stem)}", embed(pictures[k])
+    count = min(count, len(pictures))
+    for k in np.linspace(0, len(pictures) - 1, count).round().astype(int):
+        name = pictures[k].stem
+        yield f"step {int(name)}" if name.isdigit() else f"{name} weights", embed(pictures[k])
 
 
 def embed(picture: Path) -> str:

@@ -36,7 +36,7 @@ class Run:
     result: dict[str, float | None]  # of result.json; empty unless the run has finished
     line: str  # why the run has not finished
     rows: list[dict[str, float]]  # of metrics.csv
-    name: str = ""  # of the folder, in the folder that holds all runs
+    name: str  # of the folder, in the folder that holds all runs
     swept: dict[str, str] = field(default_factory=dict)  # of `used`, the overrides that differ
 
     @property
@@ -110,7 +110,7 @@ def read_run(folder: Path) -> Run:
     used = {key: as_text(value) for key, value in used.items()}
     texts = read_metrics(folder / "metrics.csv")
     rows = [{key: float(cell) for key, cell in row.items()} for row in texts]
-    return Run(folder, overrides, used, *read_end(folder), rows)
+    return Run(folder, overrides, used, *read_end(folder), rows, folder.name)
 
 
 def parse(overrides: list[str]) -> dict[str, str]:

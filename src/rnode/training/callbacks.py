@@ -208,7 +208,7 @@ class Pictures(Callback):
     """Saves samples beside held-out data, and curves.png, the curves of metrics.csv.
 
     It does so every `every_n_epochs` epochs, and at the end for the tested weights. The folder
-    samples has a picture for each of these training steps, and samples.png is the last one.
+    samples has a picture for each of these times, and samples.png is the last one.
     """
 
     def __init__(self, folder: Path, data: str, samples: int = 64, every_n_epochs: int = 5):
@@ -232,7 +232,8 @@ class Pictures(Callback):
             real = transform.inverse(transform(x, index).y)
             context = None if context is None else context.to(module.device)
             sampled = transform.inverse(module.flow.sample(len(index), context=context))
-        path = self.folder / "samples" / f"{trainer.global_step:07d}.png"
+        name = "tested" if trainer.testing else f"{trainer.global_step:07d}"
+        path = self.folder / "samples" / f"{name}.png"
         stage, steps = ("test", "") if trainer.testing else ("val", f"step {trainer.global_step}, ")
         bits = float(trainer.callback_metrics[f"{stage}/bits_per_dim"])
         title = f"samples ({steps}{stage} {bits:.3f} bits/dim)"
