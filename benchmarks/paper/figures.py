@@ -91,27 +91,24 @@ def plot_figure_1(runs: list[Run], path: Path) -> str:
     save(figure, path, ("recipe", "trajectory", "t", "z"), rows)
     if len(measured) < 2:
         return "The runs of one of the two flows are missing."
-
-    def spread(recipe: str, key: str) -> str:
-        values = [summary[key] for summary in measured[recipe]]
-        return f"{statistics.fmean(values):.4g} ({min(values):.4g} – {max(values):.4g})"
-
-    ours, theirs = measured["rnode_adaptive"], measured["ffjord"]
-    means = [statistics.fmean(one["bits_per_dim"] for one in flow) for flow in (ours, theirs)]
-    straighter = max(one["straightness"] for one in ours) < min(
-        one["straightness"] for one in theirs
+    measures = {
+        "bits/dim": "bits_per_dim",
+        "straightness (0: straight)": "straightness",
+        "kinetic energy": "kinetic",
+        "NFE": "nfe",
+    }
+    ours, theirs = (
+        {key: [summary[key] for summary in measured[recipe]] for key in measures.values()}
+        for recipe in ("rnode_adaptive", "ffjord")
     )
-    held = abs(means[0] - means[1]) < SAME and straighter
+    difference = statistics.fmean(ours["bits_per_dim"]) - statistics.fmean(theirs["bits_per_dim"])
+    held = abs(difference) < SAME and max(ours["straightness"]) < min(theirs["straightness"])
     words = [
-        f"{name} {spread('rnode_adaptive', key)} and {spread('ffjord', key)}"
-        for name, key in {
-            "bits/dim": "bits_per_dim",
-            "straightness (0: straight)": "straightness",
-            "kinetic energy": "kinetic",
-            "NFE": "nfe",
-        }.items()
+        f"{name} {mean_and_extremes(ours[key], '.4g')} and {mean_and_extremes(theirs[key], '.4g')}"
+        for name, key in measures.items()
     ]
-    what = f"RNODE and the generic flow, means and extremes of {len(ours)} seeds: "
+    seeds = len(measured["rnode_adaptive"])
+    what = f"RNODE and the generic flow, means and extremes of {seeds} seeds: "
     return verdict(held, f"{what}{'; '.join(words)}.")
 
 
@@ -151,8 +148,14 @@ def spread(ratios: list[float]) -> str:
         return "–"
     if missed := ratios.count(0.0):
         return f"not reached by {missed} of {len(ratios)}"
-    extremes = f" ({min(ratios):.2f} – {max(ratios):.2f})" if len(ratios) > 1 else ""
-    return f"{statistics.fmean(ratios):.2f}{extremes}"
+    return mean_and_extremes(ratios, ".2f")
+
+
+def mean_and_extremes(values: list[float], form: str) -> str:
+    """Return a mean, and the least and the largest value if there are several."""
+    several = len(values) > 1
+    extremes = f" ({min(values):{form}} – {max(values):{form}})" if several else ""
+    return f"{statistics.fmean(values):{form}}{extremes}"
 
 
 def sooner(ratios: list[float]) -> str:

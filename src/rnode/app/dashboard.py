@@ -5,7 +5,7 @@ from typing import Any
 from omegaconf import DictConfig
 from wandb.errors import Error
 
-from rnode.app.maps import LAMBDAS
+from rnode.app.runs import LAMBDAS
 from rnode.errors import InputError, one_line
 
 BITS, NFE, JACOBIAN = "val/bits_per_dim", "val/nfe_forward", "train/jacobian"

@@ -5,9 +5,8 @@ import math
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from rnode.app.runs import COLUMNS, Run, is_number
+from rnode.app.runs import COLUMNS, LAMBDAS, Run, is_number
 
-LAMBDAS = {"reg.lambda_k": "λ_K", "reg.lambda_j": "λ_J"}
 PANELS = ("val/bits_per_dim", "val/nfe_forward", "train/seconds")
 
 

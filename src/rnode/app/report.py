@@ -17,9 +17,9 @@ from matplotlib.colors import to_hex
 from matplotlib.ticker import MaxNLocator
 from omegaconf import DictConfig, OmegaConf
 
-from rnode.app.maps import LAMBDAS, plot_maps
+from rnode.app.maps import plot_maps
 from rnode.app.quoting import shell_quote
-from rnode.app.runs import CLOCK, COLUMNS, Run, read_runs
+from rnode.app.runs import CLOCK, COLUMNS, LAMBDAS, Run, best, read_runs
 from rnode.errors import InputError, require
 from rnode.training.checkpoint import load_checkpoint
 from rnode.training.environment import ENVIRONMENT
@@ -102,13 +102,6 @@ def write_report(
     text = Environment(autoescape=True).from_string(template).render(page)
     with whole_file(path, "w") as file:
         file.write(text)
-
-
-def best(runs: list[Run]) -> str:
-    """Return the name of the run of the least validation bits/dim."""
-    bits = {run.name: run.result.get("val/bits_per_dim") for run in runs}
-    known = {name: value for name, value in bits.items() if value is not None}
-    return min(known, key=known.__getitem__) if len(known) > 1 else ""
 
 
 def plot_panels(runs: list[Run], colours: dict[str, str]) -> Iterator[str]:

@@ -22,6 +22,7 @@ COLUMNS = {
     "val/nfe_forward": ("NFE val", "{:.0f}"),
     "train/seconds": ("seconds", "{:.1f}"),
 }
+LAMBDAS = {"reg.lambda_k": "λ_K", "reg.lambda_j": "λ_J"}
 CLOCK = "val/seconds_total"  # seconds of training before a validation
 
 
@@ -87,6 +88,13 @@ def read_runs(folders: Iterable[Path]) -> tuple[list[Run], list[str]]:
         for folder in order
     ]
     return named, problems
+
+
+def best(runs: Iterable[Run]) -> set[str]:
+    """Return the names of the runs, or the run, of the least validation bits/dim."""
+    bits = {run.name: run.result.get("val/bits_per_dim") for run in runs}
+    least = min((value for value in bits.values() if value is not None), default=None)
+    return {name for name, value in bits.items() if value is not None and value == least}
 
 
 def is_run(folder: Path) -> bool:

@@ -8,9 +8,9 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
-from rnode.app.maps import LAMBDAS, plot_maps
+from rnode.app.maps import plot_maps
 from rnode.app.report import write_report
-from rnode.app.runs import COLUMNS, Run, read_runs
+from rnode.app.runs import COLUMNS, LAMBDAS, Run, best, read_runs
 from rnode.training.loggers import Label, finish_wandb, make_wandb
 
 
@@ -67,10 +67,9 @@ def make_table(jobs: list[Run]) -> Table:
     """Return a row per job; the one of the least validation bits/dim is bold."""
     labels = (label for label, _ in COLUMNS.values())
     table = Table("job", *(LAMBDAS.get(key, key) for key in jobs[0].swept), *labels)
-    bits = [job.result.get("val/bits_per_dim") for job in jobs]
-    least = min((value for value in bits if value is not None), default=None)
-    for job, value in zip(jobs, bits, strict=True):
+    least = best(jobs)
+    for job in jobs:
         cells = job.cells() if job.status == "finished" else [job.status, *job.cells()[1:]]
-        best = value is not None and value == least
-        table.add_row(job.name, *job.swept.values(), *cells, style="bold" if best else None)
+        style = "bold" if job.name in least else None
+        table.add_row(job.name, *job.swept.values(), *cells, style=style)
     return table
