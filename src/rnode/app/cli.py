@@ -133,10 +133,10 @@ def expand(argument: str) -> str:
 
 def gather(arguments: list[str]) -> list[str]:
     """Let bare paths of folders stand for folders=[PATHS]."""
-    options = [text for text in arguments if "=" in text and not os.path.isdir(text)]
-    options += [text for text in arguments if text.startswith("-")]
-    folders = ",".join(quote(text) for text in arguments if text not in options)
-    return [*options, f"folders=[{folders}]"] if folders else options
+    given = hydra_utils.get_args_parser().parse_args(arguments).overrides
+    folders = [text for text in given if "=" not in text or os.path.isdir(text)]
+    options = [text for text in arguments if text not in folders]
+    return [*options, f"folders=[{','.join(map(quote, folders))}]"] if folders else options
 
 
 def print_to_pipe(text: str) -> None:

@@ -7,6 +7,7 @@ from wandb.errors import Error
 
 from rnode.app.runs import LAMBDAS
 from rnode.errors import InputError, one_line
+from rnode.training.results import MEASURES
 
 BITS, NFE, JACOBIAN = "val/bits_per_dim", "val/nfe_forward", "train/jacobian"
 
@@ -39,10 +40,11 @@ def make_view(entity: str, project: str) -> Any:
     across = panels.ScatterPlot(x=panels.SummaryMetric(JACOBIAN), y=panels.SummaryMetric(NFE))
     sections = {
         "Likelihood against cost (Figure 2)": [
-            curve(x, BITS, title, "validation bits/dim") for x, title in costs.items()
+            curve(x, BITS, title, f"validation {MEASURES['bits_per_dim']}")
+            for x, title in costs.items()
         ],
         "NFE against the Jacobian norm (Figure 3)": [
-            curve(JACOBIAN, "train/nfe_forward", "squared Jacobian norm / d", "NFE (forward)"),
+            curve(JACOBIAN, "train/nfe_forward", MEASURES["jacobian"], MEASURES["nfe_forward"]),
             across,
         ],
         "Penalties, likelihood and cost": [panels.ParallelCoordinatesPlot(columns=columns)],

@@ -24,7 +24,7 @@ from rnode.errors import InputError, require
 from rnode.training.checkpoint import load_checkpoint
 from rnode.training.environment import ENVIRONMENT
 from rnode.training.plots import COLOURS, plot_band
-from rnode.training.results import GAUSSIAN
+from rnode.training.results import GAUSSIAN, MEASURES
 from rnode.training.run_folder import whole_file
 
 INK = "#010203"  # stands in a figure for the colour of the page's text
@@ -34,14 +34,12 @@ STYLE = {
     "svg.fonttype": "none",
     "savefig.transparent": True,
 }
-BITS, NFE, JACOBIAN = "bits/dim", "NFE (forward)", "squared Jacobian norm / d"
-CURVES = (  # what is logged, against what, and the names of both
-    ("val/bits_per_dim", CLOCK, f"validation {BITS}", "seconds of training"),
-    ("train/bits_per_dim", "step", f"training {BITS}", "training step"),
-    ("train/nfe_forward", "step", NFE, "training step"),
-    ("train/jacobian", "step", JACOBIAN, "training step"),
-    ("train/kinetic", "step", "kinetic energy / d", "training step"),
-)
+CURVES = {  # what is logged, and against what
+    "val/bits_per_dim": CLOCK,
+    **dict.fromkeys((f"train/{name}" for name in MEASURES), "step"),
+}
+STAGES = {"train": "training", "val": "validation"}
+AXES = {CLOCK: "seconds of training", "step": "training step"}
 PANEL = {"figsize": (5, 3.4), "layout": "constrained"}
 FRAMES = 60  # pictures of samples in a report, of all runs together
 FEWEST, MOST = 2, 12  # of a run
@@ -108,30 +106,31 @@ def plot_panels(runs: list[Run], colours: dict[str, str]) -> Iterator[str]:
     """Plot curves of the runs, with a band for runs that differ in their seed alone; NFE against
     the Jacobian norm; and how likely the validation samples are."""
     gaussians = {round(value, 2) for run in runs for value in run.curve(GAUSSIAN, "step")[1]}
-    for key, against, y, x in CURVES:
+    for key, against in CURVES.items():
+        stage, name = key.split("/")
         figure, ax = plt.subplots(**PANEL)
         for label, colour in colours.items():
             curves = [run.curve(key, against) for run in runs if run.label == label]
             if curves := [curve for curve in curves if len(curve[0])]:
                 plot_band(ax, curves, color=colour)
-        for gaussian in gaussians if BITS in y else ():
+        for gaussian in gaussians if name == "bits_per_dim" else ():
             ax.axhline(gaussian, color="0.5", linestyle="--", linewidth=1)
             at_the_right = {"transform": ax.get_yaxis_transform(), "ha": "right", "va": "bottom"}
             ax.text(1, gaussian, "Gaussian", **at_the_right)
-        ax.set(xlabel=x, ylabel=y)
+        ax.set(xlabel=AXES[against], ylabel=f"{STAGES[stage]} {MEASURES[name]}")
         ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         yield as_svg(figure)
     figure, ax = plt.subplots(**PANEL)
     for run in runs:
         ax.scatter(*run.curve("train/nfe_forward", "train/jacobian"), s=12, c=colours[run.label])
-    ax.set(xlabel=JACOBIAN, ylabel=NFE)
+    ax.set(xlabel=MEASURES["jacobian"], ylabel=MEASURES["nfe_forward"])
     yield as_svg(figure)
     figure, ax = plt.subplots(**PANEL)
     for run in runs:
         with contextlib.suppress(InputError):  # there is no best.ckpt yet, or it is damaged
             bits = load_checkpoint(run.folder / "best.ckpt")["validation_bits"]
             ax.hist(bits, bins=40, density=True, histtype="step", color=colours[run.label])
-    ax.set(xlabel=f"{BITS} of the validation samples", yticks=[])
+    ax.set(xlabel=f"{MEASURES['bits_per_dim']} of the validation samples", yticks=[])
     yield as_svg(figure)
 
 

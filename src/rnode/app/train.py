@@ -235,7 +235,7 @@ def make_table(metrics: dict, flow: Flow, transform: object, title: str, seconds
         table.add_row("negative log-likelihood, nats (standardized)", f"{standardized:.3f}")
     if (gaussian := metrics.get(GAUSSIAN)) is not None:
         table.add_row("bits/dim of a Gaussian, validation set", f"{float(gaussian):.4f}")
-    table.add_row("weights", f"{sum(weights.numel() for weights in flow.parameters()):,}")
+    table.add_row("weights", f"{progress.count_weights(flow):,}")
     table.add_row("divergence", str(flow.test_probes))
     for name, (key, form) in TABLE.items():
         if key in metrics:

@@ -60,10 +60,9 @@ class SaveAndStop(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, *_) -> None:
         self.agree(trainer)  # the validation and the logs of the last step are complete here
-        due, before = self.step % self.every_n_steps == 0, self.saved
-        if self.agreed or due:
+        if self.agreed:
             self.save(trainer)
-        if due and self.saved > before:
+        elif self.step % self.every_n_steps == 0 and self.save(trainer):
             trainer.print(f"step {self.step}: {self.path.name} written")
         self.stop(trainer)
 
@@ -76,11 +75,14 @@ class SaveAndStop(Callback):
 
     on_test_start, on_test_batch_end = on_train_start, on_train_epoch_start
 
-    def save(self, trainer: Trainer) -> None:
+    def save(self, trainer: Trainer) -> bool:
+        """Write a checkpoint unless there is one of this step; return whether it was written."""
         wanted = trainer.checkpoint_callbacks and not trainer.fast_dev_run
-        if self.step > self.saved and wanted:
+        new = bool(wanted) and self.step > self.saved
+        if new:
             self.saved = self.step
             trainer.save_checkpoint(self.path, weights_only=False)
+        return new
 
     def on_save_checkpoint(self, trainer: Trainer, module: RNODE, checkpoint: dict) -> None:
         epoch = trainer.current_epoch

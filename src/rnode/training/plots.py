@@ -15,7 +15,7 @@ from torch import Tensor
 from torchvision.utils import make_grid
 
 from rnode.flow import Flow
-from rnode.training.results import GAUSSIAN, read_metrics
+from rnode.training.results import GAUSSIAN, MEASURES, read_metrics
 from rnode.training.run_folder import whole_file
 from rnode.transforms import Transform
 
@@ -32,12 +32,6 @@ plt.rcParams.update(
     }
 )
 
-CURVES = {
-    "bits_per_dim": "bits/dim",
-    "nfe_forward": "NFE (forward)",
-    "kinetic": "kinetic energy / d",
-    "jacobian": "squared Jacobian norm / d",
-}
 MOST = 10  # columns of a table in a corner plot
 PAIR = {"ncols": 2, "figsize": (10, 5.3), "layout": "constrained"}
 
@@ -60,10 +54,10 @@ def plot_pair(path: Path, panels: dict[str, Tensor]) -> None:
 
 
 def plot_curves(metrics: Path, path: Path, title: str) -> None:
-    """Plot the columns CURVES of a metrics.csv against the training step."""
+    """Plot the columns MEASURES of a metrics.csv against the training step."""
     rows = read_metrics(metrics)
     figure, axes = plt.subplots(2, 2, figsize=(10, 7), layout="constrained", sharex=True)
-    for ax, (key, label) in zip(axes.flat, CURVES.items(), strict=True):
+    for ax, (key, label) in zip(axes.flat, MEASURES.items(), strict=True):
         for stage, style in (("train", "-"), ("val", "o-"), ("test", "s")):
             column = f"{stage}/{key}"
             points = [(int(row["step"]), float(row[column])) for row in rows if column in row]

@@ -16,6 +16,7 @@ from rich.progress import (
 )
 
 from rnode.data.datamodule import SPLIT_NAMES
+from rnode.flow import Flow
 from rnode.training.callbacks import MaxTime
 from rnode.training.module import RNODE
 
@@ -78,13 +79,12 @@ class Report(Callback):
     def on_fit_start(self, trainer: Trainer, module: RNODE) -> None:
         splits, flow = trainer.datamodule.splits, module.flow
         sizes = [f"{len(getattr(splits, s)):,} for {n}" for s, n in SPLIT_NAMES.items()]
-        weights = sum(parameter.numel() for parameter in flow.parameters())
         devices = f"{trainer.world_size} × {module.device}" * (trainer.world_size > 1)
         precision = trainer.precision
         trainer.print(f"samples of shape {list(flow.shape)}: {', '.join(sizes)}")
         trainer.print(
-            f"{weights:,} weights in {len(flow.pieces)} piece(s), on {devices or module.device}, "
-            f"precision={precision}"
+            f"{count_weights(flow):,} weights in {len(flow.pieces)} piece(s), "
+            f"on {devices or module.device}, precision={precision}"
         )
         if "bf16" in precision and module.device.type == "cpu" and not has_bfloat16():
             trainer.print("this processor emulates bfloat16, which may be slower than float32")
@@ -115,6 +115,10 @@ class Report(Callback):
         bits, error = (float(metrics[f"val/bits_per_dim{end}"]) for end in ("", "_se"))
         better = "" if best is not None and bits >= best else ", the best so far"
         trainer.print(f"{where(trainer)}: validation {bits:.4f} ± {error:.4f} bits/dim{better}")
+
+
+def count_weights(flow: Flow) -> int:
+    return sum(parameter.numel() for parameter in flow.parameters())
 
 
 def shown(trainer: Trainer) -> dict[str, float]:

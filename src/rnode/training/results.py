@@ -9,6 +9,12 @@ from rnode.training.run_folder import whole_file
 
 RESULT = "result.json"
 GAUSSIAN = "val/bits_per_dim_gaussian"
+MEASURES = {  # of training, validation and test, as figures call them
+    "bits_per_dim": "bits/dim",
+    "nfe_forward": "NFE (forward)",
+    "kinetic": "kinetic energy / d",
+    "jacobian": "squared Jacobian norm / d",
+}
 TRAINED = ("train/nfe_forward", "train/nfe_backward")
 TESTED = ("bits_per_dim", "bits_per_dim_se", "nfe_forward", "kinetic", "jacobian")
 
