@@ -60,6 +60,7 @@ def at_batch(monkeypatch, number, function):
 ACCUMULATE = "trainer.accumulate_grad_batches=4"  # steps after batches 4 and 6 of an epoch
 OFTEN = "trainer.val_check_interval=2"
 DECAY = ("warmup_steps=2", "decay=true")
+MATCHING = ("model=mlp", "pretrain=flow_matching", "pretrain.share=0.3", "decay=true")  # 4 steps
 
 
 def slow(*case):
@@ -109,6 +110,8 @@ def test_max_time(undisturbed, tmp_path, monkeypatch):
         ((), 5),
         ((ACCUMULATE,), 9),
         (DECAY, 3),
+        (MATCHING, 2),
+        slow(MATCHING, 8),
         *(slow((), batch) for batch in (3, 6, 11)),
         *(slow((ACCUMULATE,), batch) for batch in (3, 5)),
         *(slow((OFTEN,), batch) for batch in (3, 5, 9)),

@@ -151,6 +151,10 @@ class Trainer(Devices, OpenSection):
     fast_dev_run: bool | Count = key("run one batch, or so many, of everything, to find mistakes")
 
 
+class Pretrain(Section):
+    share: Annotated[float, Field(ge=0, le=1)] = key("share of the run by flow matching")
+
+
 class EarlyStopping(Section):
     patience: Count | None = key("stop after so many validations without a better one; null: never")
 
@@ -194,6 +198,7 @@ class Train(Section):
     solver: Solver = key("the ODE methods")
     reg: Regularizer = key("the penalties of equation (17)")
     optimizer: Optimizer = key("torch.optim.Adam, or another class by optimizer._target_")
+    pretrain: Pretrain | None = key("flow matching before equation (17); pretrain=null: none")
     early_stopping: EarlyStopping = key("when a run stops before its last epoch")
     trainer: Trainer = key("Lightning's Trainer; +trainer.OPTION=… sets any other option of it")
     pictures: Pictures = key("pictures of the run")

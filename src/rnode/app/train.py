@@ -33,6 +33,7 @@ from rnode.training.checkpoint import AtomicCheckpointIO, load_checkpoint, load_
 from rnode.training.environment import ENVIRONMENT, environment
 from rnode.training.loggers import Label, finish_wandb, make_loggers
 from rnode.training.module import RNODE
+from rnode.training.pretraining import Pretraining
 from rnode.training.results import GAUSSIAN, RESULT, write_result
 from rnode.training.run_folder import lock, transcript, whole_file
 from rnode.training.yardstick import Yardstick
@@ -178,6 +179,7 @@ def make_trainer(
     if (patience := cfg.early_stopping.patience) is not None:
         # A run may end before its first validation.
         used += [EarlyStopping("val/bits_per_dim", patience=patience, strict=False)]
+    used += [Pretraining(cfg.pretrain.share)] if cfg.pretrain else []
     used += [solving.TF32(cfg.tf32)]
     refines = cfg.refine is not None and not flow.solver.train.adaptive
     used += [solving.RefineGrid(cfg.refine)] if refines else []

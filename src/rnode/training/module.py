@@ -12,6 +12,7 @@ from rnode.distributed import gather_lists
 from rnode.errors import DivergenceError
 from rnode.evaluation import measure, standard_error
 from rnode.flow import Flow, Solution
+from rnode.flow_matching import flow_matching
 from rnode.loss import bits_per_dim, log_normal, objective
 from rnode.solver import solver_errors
 from rnode.training.checkpoint import FORMAT
@@ -24,7 +25,8 @@ class RNODE(LightningModule):
 
     It logs under train/, val/ and test/: bits_per_dim; kinetic and jacobian, E and n per dimension;
     nfe_forward and nfe_backward, evaluations of f summed over the pieces. In training it also logs
-    the loss, the norm of its gradient, and the learning rate.
+    the loss, the norm of its gradient, and the learning rate. While `matching` is set, the loss is
+    that of flow matching, which has no bits/dim.
     """
 
     def __init__(
@@ -49,8 +51,13 @@ class RNODE(LightningModule):
         self.divergence = DivergenceWatch(flow)
         self.solution: Solution | None = None  # of the training step that runs
         self.nfe = 0  # evaluations of f in the last training step
+        self.matching, self.start = False, 0  # the step at which equation (17) begins
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        if self.matching:
+            loss = flow_matching(self.flow, batch.y, batch.context)
+            self.log("train/loss", loss)
+            return loss
         try:
             self.solution = self.flow.solve(batch.y, context=batch.context)
         except DivergenceError as error:
@@ -84,7 +91,9 @@ class RNODE(LightningModule):
 
     def on_after_backward(self) -> None:
         solution = self.solution
-        forward, backward = (solution.nfe_forward, solution.nfe_backward) if solution else (0, 0)
+        forward, backward = len(self.flow.pieces) * self.matching, 0
+        if solution:
+            forward, backward = solution.nfe_forward, solution.nfe_backward
         self.nfe = forward + backward
         norm = self.divergence.watch(self.global_step, solution, self.loss)
         lr = self.trainer.optimizers[0].param_groups[0]["lr"]
@@ -142,7 +151,7 @@ class RNODE(LightningModule):
         steps = self.decay_steps() if self.decay else math.inf
 
         def factor(step: int) -> float:
-            rise = min(1.0, (step + 1) / (self.warmup_steps + 1))
+            rise = min(1.0, (step - self.start + 1) / (self.warmup_steps + 1))
             return rise * (1 + math.cos(math.pi * min(step / max(steps, 1), 1))) / 2
 
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
@@ -157,14 +166,19 @@ class RNODE(LightningModule):
         window = trainer.accumulate_grad_batches
         return trainer.max_epochs * math.ceil(trainer.num_training_batches / window)
 
-    def on_train_start(self) -> None:
-        """Set the optimizer's options to the command line's; a checkpoint has put back its own."""
+    def apply_options(self) -> None:
+        """Set the optimizer's options to the command line's, and its learning rate to this step's.
+
+        A checkpoint has put back its own.
+        """
         group = self.trainer.optimizers[0].param_groups[0]
         group.update(self.options)
         for schedule in (config.scheduler for config in self.trainer.lr_scheduler_configs):
             group["initial_lr"] = group["lr"]
             schedule.base_lrs, schedule.last_epoch = [group["lr"]], self.trainer.global_step
             group["lr"] *= schedule.lr_lambdas[0](schedule.last_epoch)
+
+    on_train_start = apply_options
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         self.divergence.raise_if_diverged()  # rather than overwrite the last good checkpoint

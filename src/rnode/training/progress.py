@@ -21,6 +21,7 @@ from rnode.training.callbacks import MaxTime
 from rnode.training.module import RNODE
 
 SHOWN = {"bits/dim": "train/bits_per_dim", "NFE": "train/nfe_forward"}
+MATCHING = {"loss of flow matching": "train/loss"}
 SMOOTH = 0.8  # weight of earlier batches in the bar's bits/dim
 TIMED = 3  # steps, of which the first is not timed
 MINUTE = 60.0  # seconds from one line to the next where there is no terminal
@@ -39,10 +40,11 @@ class Bar(RichProgressBar):
         # To read metrics in every step, the host would wait for the device.
         step = trainer.global_step
         if step > self.step and step % (trainer.log_every_n_steps or 1) == 0:
-            self.step, now = step, shown(trainer)
-            bits = now.get("bits/dim", math.nan)
-            self.mean = bits if math.isnan(self.mean) else SMOOTH * self.mean + (1 - SMOOTH) * bits
-            self.shown = {n: f"{v:.4g}" for n, v in (now | {"bits/dim": self.mean}).items()}
+            self.step, now = step, shown(trainer, module)
+            if (bits := now.get("bits/dim")) is not None:
+                old = bits if math.isnan(self.mean) else self.mean
+                self.mean = now["bits/dim"] = SMOOTH * old + (1 - SMOOTH) * bits
+            self.shown = {name: f"{value:.4g}" for name, value in now.items()}
         return self.shown
 
     def configure_columns(self, trainer: Trainer) -> list[ProgressColumn]:
@@ -73,7 +75,8 @@ class Report(Callback):
     """
 
     def __init__(self, bar: bool):
-        self.bar, self.steps = bar, 0  # steps of this process
+        self.bar, self.steps = bar, 0  # steps of this process, in this part of the run
+        self.part = 0  # its first step
         self.start = self.printed = 0.0  # times: after the first step, and of the last line
 
     def on_fit_start(self, trainer: Trainer, module: RNODE) -> None:
@@ -90,7 +93,8 @@ class Report(Callback):
             trainer.print("this processor emulates bfloat16, which may be slower than float32")
 
     def on_train_batch_end(self, trainer: Trainer, module: RNODE, *_) -> None:
-        self.steps += 1
+        self.steps = self.steps + 1 if self.part == module.start else 1
+        self.part = module.start
         if self.steps in (1, TIMED) and torch.accelerator.is_available():
             torch.accelerator.synchronize()
         now = time.monotonic()
@@ -99,12 +103,15 @@ class Report(Callback):
         elif self.steps == TIMED:
             self.printed, step = now, (now - self.start) / (TIMED - 1)
             left = seconds_left(trainer, step)
-            line = f"a step takes {module.nfe} NFE and {duration(step)}, an epoch"
+            matching = " of flow matching" * module.matching
+            line = f"a step{matching} takes {module.nfe} NFE and {duration(step)}, an epoch"
             line += f" {duration(step * trainer.num_training_batches)}, {to_go(left)}"
+            line += "; those of equation (17) will take longer" * module.matching
             trainer.print(line + f"; {SHORTER}" * (LONG < left < math.inf))
         elif not self.bar and now > self.printed + MINUTE and self.steps > TIMED:
             self.printed, step = now, (now - self.start) / (self.steps - 1)
-            measured = ", ".join(f"{name} {value:.4g}" for name, value in shown(trainer).items())
+            metrics = shown(trainer, module).items()
+            measured = ", ".join(f"{name} {value:.4g}" for name, value in metrics)
             left = to_go(seconds_left(trainer, step))
             trainer.print(f"{where(trainer)}: {measured}; {left}")
 
@@ -121,9 +128,9 @@ def count_weights(flow: Flow) -> int:
     return sum(parameter.numel() for parameter in flow.parameters())
 
 
-def shown(trainer: Trainer) -> dict[str, float]:
-    metrics = trainer.callback_metrics
-    return {short: float(metrics[name]) for short, name in SHOWN.items() if name in metrics}
+def shown(trainer: Trainer, module: RNODE) -> dict[str, float]:
+    names, metrics = MATCHING if module.matching else SHOWN, trainer.callback_metrics
+    return {short: float(metrics[name]) for short, name in names.items() if name in metrics}
 
 
 def seconds_left(trainer: Trainer, step: float) -> float:

@@ -26,6 +26,7 @@ class RefineGrid(Callback):
     """
 
     EVERY_N_STEPS = 25
+    MOST_AT_FIRST = 4  # doublings
 
     def __init__(self, tolerance: float):
         self.tolerance = tolerance
@@ -36,11 +37,15 @@ class RefineGrid(Callback):
             module.flow.solver = with_steps(module.flow.solver, self.steps)
 
     def on_train_batch_start(self, trainer: Trainer, module: RNODE, *_) -> None:
-        if trainer.global_step % self.EVERY_N_STEPS:
+        since = trainer.global_step - module.start
+        if module.matching or since % self.EVERY_N_STEPS:
             return
         bits = partial(self.bits, trainer.datamodule, module)
-        change = refine(module.flow, bits, self.tolerance)
-        if change is not None:
+        # Flow matching leaves a flow that may need a grid several times as fine.
+        for _ in range(self.MOST_AT_FIRST if since == 0 else 1):
+            change = refine(module.flow, bits, self.tolerance)
+            if change is None:
+                return
             self.steps = module.flow.solver.train.grid_steps
             grid = f"a finer grid changes bits/dim by {change:+.2g}"
             trainer.print(f"step {trainer.global_step}: {grid}; from here on {self.steps} steps")
@@ -118,12 +123,12 @@ class Compile(Callback):
         trainer.print("compiling: the first step takes a minute or more")
 
     def on_train_batch_start(self, trainer: Trainer, module: RNODE, *_) -> None:
-        if self.compiled != module.flow.solver:
+        if not module.matching and self.compiled != module.flow.solver:
             torch.compiler.set_stance("default")
             self.start = time.perf_counter()
 
     def on_train_batch_end(self, trainer: Trainer, module: RNODE, *_) -> None:
-        if self.compiled != module.flow.solver:
+        if not module.matching and self.compiled != module.flow.solver:
             torch.compiler.set_stance("eager_on_recompile")
             self.compiled = module.flow.solver
             seconds = time.perf_counter() - self.start

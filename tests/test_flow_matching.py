@@ -1,0 +1,119 @@
+"""Flow matching, alone and before equation (17)."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from helpers import RK4, SMALL, call, metrics, refused
+from rnode import Flow, Method, Piece, Probes, Solver, log_normal, mlp, multiscale
+from rnode.errors import InputError
+from rnode.flow_matching import flow_matching, require_one_path
+
+TABLE = ["dataset=toy", "pretrain=flow_matching", *SMALL, "dataset.train=480", "model.hidden=8"]
+SOLVER = Solver(RK4, Method("dopri5", rtol=1e-9, atol=1e-9), dtype="float64")
+
+
+class Known(nn.Module):
+    """f(t, z) = factor(t) z."""
+
+    def __init__(self, factor):
+        super().__init__()
+        self.factor, self.unused = factor, nn.Parameter(torch.zeros(()))
+
+    def forward(self, t, z):
+        return self.factor(t) * z
+
+
+def flow_of(*factors):
+    return Flow((3,), [Piece(Known(factor)) for factor in factors], SOLVER, Probes("exact"))
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_the_velocity_of_the_lines_is_learned_exactly_where_it_is_known(count):
+    """From x = 0 the line of ε is z = s ε; piece k has s = (k + t) / count, so f = z / (k + t)."""
+    torch.manual_seed(0)
+    x = torch.zeros(5000, 3, dtype=torch.float64)
+    exact = flow_of(*(lambda t, k=k: 1 / (k + t) for k in range(count)))
+    assert flow_matching(exact, x).item() < 1e-24
+    still = flow_of(*count * [lambda t: 0 * t])  # Σ E ε²/count²
+    assert flow_matching(still, x).item() == pytest.approx(1 / count, rel=0.05)
+
+
+def test_the_best_field_between_gaussians_has_the_density_of_the_data():
+    """For x ~ N(0, σ²), E[ε − x | z] = z (s − (1 − s) σ²) / ((1 − s)² σ² + s²)."""
+    sigma = 0.3
+    torch.manual_seed(0)
+
+    def best(t):
+        return (t - (1 - t) * sigma**2) / ((1 - t) ** 2 * sigma**2 + t**2)
+
+    flow, x = flow_of(best), sigma * torch.randn(20000, 3, dtype=torch.float64)
+    expected = log_normal(x[:8] / sigma) - 3 * math.log(sigma)
+    torch.testing.assert_close(flow.eval().log_prob(x[:8]), expected, rtol=1e-7, atol=1e-7)
+    losses = []
+    for shift in (-0.1, 0.0, 0.1):
+        torch.manual_seed(1)
+        losses.append(flow_matching(flow_of(lambda t, shift=shift: best(t) + shift), x).item())
+    assert min(losses) == losses[1]
+
+
+def test_every_weight_of_a_conditional_flow_gets_the_gradient_of_a_loop_over_samples():
+    flow = mlp((2,), SOLVER, Probes(), hidden=8, context=3).double()
+    for p in flow.parameters():
+        nn.init.normal_(p, std=0.3)
+    x, c = torch.randn(2, 7, 2, dtype=torch.float64)[0], torch.randn(7, 3, dtype=torch.float64)
+    torch.manual_seed(2)
+    found = torch.autograd.grad(flow_matching(flow, x, c), list(flow.parameters()))
+    torch.manual_seed(2)
+    noise, t = torch.randn_like(x), torch.rand_like(x[:, 0])
+    field = flow.pieces[0].field
+    errors = [
+        field(t[i], ((1 - t[i]) * x[i] + t[i] * noise[i])[None], c[i, None]) - (noise - x)[i]
+        for i in range(7)
+    ]
+    loop = torch.cat(errors).square().mean()
+    expected = torch.autograd.grad(loop, list(flow.parameters()))
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+
+
+def test_a_multiscale_flow_is_refused():
+    with pytest.raises(InputError, match="FactorOut and Squeeze between its pieces, so no"):
+        require_one_path(multiscale((1, 8, 8), SOLVER, Probes()))
+
+
+def test_both_parts_stand_on_one_curve(tmp_path, capsys):
+    shown = "trainer.enable_progress_bar=true"
+    call("train", *TABLE, "pretrain.share=0.5", shown, f"hydra.run.dir={tmp_path}")
+    rows = metrics(tmp_path)
+    losses = [int(row["step"]) for row in rows if row.get("train/loss")]
+    likely = [int(row["step"]) for row in rows if row.get("train/bits_per_dim")]
+    assert losses == list(range(90))
+    assert likely == list(range(45, 90))
+    assert len([row for row in rows if row.get("val/bits_per_dim")]) == 3
+    rates = [float(row["train/lr"]) for row in rows if row.get("train/lr")]
+    assert rates[45] == pytest.approx(rates[0] / 2)  # it rises anew, under the same cosine
+    assert rates[45] < rates[50] < rates[5]
+    said = capsys.readouterr().out
+    assert "step 45: flow matching ends, equation (17) begins" in said
+    assert "a step of flow matching takes 1 NFE" in said
+    assert "those of equation (17) will take longer" in said
+
+
+def test_a_run_by_flow_matching_alone(tmp_path):
+    call("train", *TABLE, "pretrain.share=1", "trainer.max_epochs=1", f"hydra.run.dir={tmp_path}")
+    rows = metrics(tmp_path)
+    assert not [row for row in rows if row.get("train/bits_per_dim")]
+    assert [row for row in rows if row.get("test/bits_per_dim")]
+
+
+def test_mistakes_are_one_line(tmp_path, capsys):
+    at = f"hydra.run.dir={tmp_path}"
+    message, code = refused(capsys, "train", "pretrain=flow_matching", *SMALL, at)
+    assert code == 2
+    assert "FactorOut and Squeeze between its pieces" in message
+    endless = ["trainer.max_epochs=-1"]
+    message, _ = refused(capsys, "train", *TABLE, *endless, at + "2")
+    assert "pretrain.share: the run has no end" in message
