@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rnode.dequantization import Dequantization
 from rnode.dynamics import Dynamics, Probes, State, VectorField
 from rnode.errors import DivergenceError, require
 from rnode.loss import log_normal
@@ -116,7 +117,8 @@ class FactorOut(nn.Module):
         return torch.cat([z, factored.pop()], dim=1)
 
 
-Layer = Piece | Flatten | Squeeze | FactorOut
+Layer = Dequantization | Piece | Flatten | Squeeze | FactorOut
+SHAPED = (Dequantization, Piece)  # layers that keep the shape of z
 
 
 class Flow(nn.Module):
@@ -150,7 +152,7 @@ class Flow(nn.Module):
         self.test_probes: Probes | None = None  # in evaluation mode instead of `probes`
         factored, z = [], torch.empty(1, *shape, device="meta")
         for layer in self.layers:
-            z = z if isinstance(layer, Piece) else layer(z, factored)
+            z = z if isinstance(layer, SHAPED) else layer(z, factored)
         self.z_shapes = [part.shape[1:] for part in (*factored, z)]  # of the parts of z, in order
 
     @property
@@ -187,6 +189,10 @@ class Flow(nn.Module):
         _, l, E, n = State.initial(z)
         factored, solutions = [], []
         for layer in self.layers:
+            if isinstance(layer, Dequantization):
+                z, dl = layer(z)
+                l = l + dl
+                continue
             if not isinstance(layer, Piece):
                 z = layer(z, factored)
                 continue

@@ -16,13 +16,15 @@ from omegaconf import DictConfig, OmegaConf
 from rnode.app.launch import cluster_plugins, match_processes
 from rnode.app.schema import CONF, flatten
 from rnode.data.datamodule import DataModule
+from rnode.dequantization import Dequantization
 from rnode.dynamics import Probes
 from rnode.errors import require
 from rnode.flow import Flow
 from rnode.training.checkpoint import flow_weights, load_checkpoint
+from rnode.transforms import Transform
 
 EXACT_UP_TO = 16  # dimensions: there div f by as many products as dimensions is cheap
-SECTIONS = ("dataset", "model", "solver", "divergence", "probes", "test_probes")
+SECTIONS = ("dataset", "model", "solver", "dequantization", "divergence", "probes", "test_probes")
 
 
 def build(cfg: DictConfig, state: dict | None = None) -> tuple[DataModule, Flow]:
@@ -40,6 +42,11 @@ def build(cfg: DictConfig, state: dict | None = None) -> tuple[DataModule, Flow]
     sizes |= {} if cfg.dataset.shape else {"shape": data.shape}
     probes = Probes(cfg.divergence, cfg.probes)
     flow = instantiate(cfg.model)(solver=solver, probes=probes, **sizes)
+    if cfg.dequantization == "variational":
+        images = isinstance(data.transform, Transform) and data.transform.levels is not None
+        require(images, "dequantization=variational: must be uniform, as the data are no images")
+        levels, alpha = data.transform.levels, data.transform.logit.alpha
+        flow.layers.insert(0, Dequantization(data.shape[0], levels, alpha))
     few = math.prod(data.shape) <= EXACT_UP_TO
     flow.test_probes = Probes("exact" if few else cfg.divergence, cfg.test_probes or cfg.probes)
     return data, flow

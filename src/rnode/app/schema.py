@@ -185,6 +185,7 @@ class Train(Section):
     test_probes: Count | None = key(
         "the same in validation and test, which are exact up to 16 dimensions; null: as many"
     )
+    dequantization: Literal["uniform", "variational"] = key("noise of images: uniform, or learned")
     warmup_steps: Whole = key("steps over which the learning rate rises linearly")
     decay: bool = key("let the learning rate fall to 0 over max_epochs, as half a cosine")
     refine: NonNegative | None = key("bits/dim from a finer grid at which the grid is refined")

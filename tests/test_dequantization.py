@@ -1,0 +1,122 @@
+"""Variational dequantization as a layer of a flow."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy.optimize import minimize
+from scipy.special import expit, logit
+from scipy.stats import norm
+from torch import nn
+
+from helpers import DOPRI5, RK4, TWO_STEPS, call, metrics, refused
+from rnode import Probes, Solver, Transform, log_normal, multiscale
+from rnode.dequantization import Dequantization
+
+LEVELS, ALPHA = 5, 0.05
+
+
+@pytest.fixture
+def layer():
+    torch.manual_seed(0)
+    layer = Dequantization(2, LEVELS, ALPHA, hidden=4).double()
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    return layer
+
+
+def images(count):
+    """Grey levels, and y of their uniform noise."""
+    x = torch.randint(LEVELS, (count, 2, 4, 4), dtype=torch.uint8)
+    noise = torch.rand(x.shape, dtype=torch.float64)
+    return x, Transform(LEVELS, ALPHA)(x, torch.arange(count), noise).y
+
+
+def test_it_starts_as_the_identity():
+    _, y = images(3)
+    z, log_det = Dequantization(2, LEVELS, ALPHA).double()(y)
+    torch.testing.assert_close(z, y, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(log_det, torch.zeros(3).double(), rtol=0, atol=1e-9)
+
+
+def test_its_log_determinant_is_that_of_its_full_jacobian(layer):
+    """The grey levels, on which a and b depend, do not change with the noise."""
+    _, y = images(3)
+    z, log_det = layer(y)
+    for one, expected in zip(y, log_det, strict=True):
+        jacobian = torch.autograd.functional.jacobian(lambda y: layer(y[None])[0][0], one)
+        found = torch.linalg.slogdet(jacobian.view(32, 32)).logabsdet
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    assert (z - y).abs().max() > 0.1
+
+
+def test_its_inverse_undoes_it_and_grey_levels_stay(layer):
+    x, y = images(50)
+    z, _ = layer(y)
+    torch.testing.assert_close(layer.inverse(z, []), y, rtol=1e-6, atol=1e-6)
+    transform = Transform(LEVELS, ALPHA)
+    assert torch.equal(transform.dequantize.inverse(transform.logit.inverse(z)), x)
+
+
+def test_training_finds_the_best_noise_of_one_pixel():
+    """y is normal, and the two grey levels are its halves: quadrature over v gives each bound."""
+    v = (np.arange(500) + 0.5) / 500
+
+    def bound(parameters):
+        a, b = parameters
+        u = expit(a + np.exp(b) * logit(v))
+        y, density = logit((1 + u) / 2), 2 / ((1 + u) * (1 - u))  # of the upper half, and dy/du
+        slope = np.exp(b) * u * (1 - u) / (v * (1 - v))  # du/dv
+        return (norm.logpdf(y) + np.log(density * slope)).mean()
+
+    best = -minimize(lambda parameters: -bound(parameters), (0, 0), method="Nelder-Mead").fun
+    x = torch.arange(1000).view(-1, 1, 1, 1).remainder(2).byte()
+    noise = torch.from_numpy(v.repeat(2)).view(x.shape)
+    y, log_det, *_ = Transform(2, 1e-6)(x, torch.arange(len(x)), noise)
+    layer = Dequantization(1, 2, 1e-6).double()
+    optimizer, bounds = torch.optim.Adam(layer.parameters(), 0.03), []
+    for _ in range(150):
+        z, l = layer(y)
+        loss = -(log_normal(z.flatten(1)) + l + log_det).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        bounds.append(-loss.item())
+    assert bounds[0] == pytest.approx(bound((0, 0)), abs=1e-6)
+    assert bounds[-1] == pytest.approx(best, abs=0.005)
+    assert best < math.log(0.5)  # P(x)
+
+
+def test_a_flow_counts_its_log_determinant_and_inverts_it(layer):
+    torch.manual_seed(0)
+    flow = multiscale((2, 4, 4), Solver(RK4, DOPRI5, dtype="float64"), Probes("exact"), hidden=4)
+    _, y = images(3)
+    plain = flow.eval().log_prob(layer(y)[0]) + layer(y)[1]
+    flow.layers.insert(0, layer)
+    torch.testing.assert_close(flow.log_prob(y), plain)
+    torch.testing.assert_close(flow.inverse(flow(y).z), y, rtol=1e-4, atol=1e-4)
+    assert flow.trajectory(flow(y).z).shape == (3, 3, 2, 4, 4)
+
+
+def test_a_run_with_learned_noise_is_evaluated_from_its_checkpoint(tmp_path, capsys):
+    run = tmp_path / "run"
+    call(
+        "train",
+        *TWO_STEPS,
+        "trainer.limit_train_batches=2",
+        "dequantization=variational",
+        f"hydra.run.dir={run}",
+    )
+    call("evaluate", f"{run}/best.ckpt", "samples=2", f"hydra.run.dir={tmp_path / 'evaluation'}")
+    weights = torch.load(run / "best.ckpt", weights_only=True)["state_dict"]
+    assert "flow.layers.0.network.4.weight" in weights
+    assert weights["flow.layers.0.network.4.bias"].abs().max() > 0
+    assert [row for row in metrics(run) if row.get("test/bits_per_dim")]
+    toy = [o for o in TWO_STEPS if "hidden" not in o]
+    where = f"hydra.run.dir={tmp_path / 'toy'}"
+    message, code = refused(
+        capsys, "train", *toy, "dataset=toy", "dequantization=variational", where
+    )
+    assert "dequantization=variational: must be uniform" in message
+    assert code == 2
