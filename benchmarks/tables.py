@@ -12,10 +12,9 @@ log-likelihoods of the standardized columns in nats, of at most 2,000 test rows.
 
 benchmarks/contenders.py says what the contenders are. rnode has the settings of dataset=table:
 whitened columns, flow matching for 30 % of the time at first, and half a cosine over the time. The
-mixture is scikit-learn's, with full
-covariances: it fits 1, 3, 10, 33, … components as long as the time lasts and none collapses. The
-clock counts training alone, by batches of 512 rows. Of each contender the point of the lowest
-validation is reported.
+mixture is scikit-learn's, with full covariances: it fits 1, 3, 10, 33, … components as long as the
+time lasts and none collapses. The clock counts training alone, by batches of 512 rows. Of each
+contender the point of the lowest validation is reported.
 """
 
 import argparse

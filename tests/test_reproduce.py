@@ -122,8 +122,8 @@ def test_samples_are_plotted_side_by_side(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        ([], "give one of figure=1 to figure=5 and table=1"),
-        (["figure=1", "table=1"], "give one of figure=1 to figure=5 and table=1"),
+        ([], "give one of figure=1 to figure=5, table=1 and discussion=1"),
+        (["figure=1", "table=1"], "give one of figure=1 to figure=5, table=1 and discussion=1"),
         (["figure=6"], "figure=6: must be less than or equal to 5"),
         (["figure=2", "scale=large"], "scale=large: must be 'small' or 'paper'"),
         (["figure=2"], "holds no finished run for figure2"),

@@ -13,6 +13,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
+from rnode.paper import discussion
 from rnode.paper.figures import PLOTS
 from rnode.paper.runs import DATA, DOWNLOADED, FIGURES, Run
 
@@ -23,10 +24,12 @@ LONGEST = 30  # rows of a CSV that is printed; a longer one holds curves
 
 def main(cfg: DictConfig) -> None:
     """Train what is missing; write a PNG, a CSV and a verdict, and print the last two."""
-    one = (cfg.figure is None) != (cfg.table is None)
-    require(one, "give one of figure=1 to figure=5 and table=1")
-    name = f"figure{cfg.figure}" if cfg.table is None else f"table{cfg.table}"
-    folder = Path(HydraConfig.get().runtime.output_dir)
+    given = [f"{kind}{cfg[kind]}" for kind in ("figure", "table", "discussion") if cfg[kind]]
+    require(len(given) == 1, "give one of figure=1 to figure=5, table=1 and discussion=1")
+    (name,), folder = given, Path(HydraConfig.get().runtime.output_dir)
+    if cfg.discussion:
+        show(name, folder, discussion.reproduce(folder / name, cfg.root))
+        return
     wanted = FIGURES[name].runs(cfg.scale, folder / "runs")
     if cfg.train:
         train([run for run in wanted if not run.ended], cfg)
@@ -36,6 +39,11 @@ def main(cfg: DictConfig) -> None:
     verdict = PLOTS[name](runs, folder / name)
     if len(runs) < len(wanted):
         verdict += f" ({len(runs)} of {len(wanted)} runs have finished)"
+    show(name, folder, verdict)
+
+
+def show(name: str, folder: Path, verdict: str) -> None:
+    """Write the verdict, and print it below the CSV."""
     (folder / f"{name}.txt").write_text(f"{verdict}\n", encoding="utf-8")
     console = Console(highlight=False)
     with open(folder / f"{name}.csv", encoding="utf-8", newline="") as file:

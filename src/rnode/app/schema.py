@@ -252,6 +252,7 @@ class Score(FromCheckpoint):
 class Reproduce(Section):
     figure: Annotated[int, Field(ge=1, le=5)] | None = key("figure of the paper, 1 to 5")
     table: Annotated[int, Field(ge=1, le=1)] | None = key("table of the paper, 1")
+    discussion: Annotated[int, Field(ge=1, le=1)] | None = key("classifiers of section 9, 1")
     scale: Literal["small", "paper"] = key("small: minutes on 2 cores; paper: its data, on a GPU")
     train: bool = key("run what is missing; false: use the runs that have finished")
     root: str = key("folder of FashionMNIST, MNIST and CIFAR10, downloaded there if missing")

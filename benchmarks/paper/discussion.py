@@ -1,0 +1,178 @@
+"""Section 9: do the penalties help a neural ODE that classifies?
+
+A classifier is a strided convolution, the field of one piece on its features, and a linear layer.
+It trains by cross-entropy + (λ_K E + λ_J n) / d, with d the number of features.
+"""
+
+import csv
+import itertools
+import statistics
+import time
+from pathlib import Path
+
+import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F
+from rnode.paper.figures import COLOURS, make_panels, mean_and_extremes, save, verdict
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from rnode import Field, Method, Piece, Probes, TimeConv2d
+from rnode.data.images import digits, idx_images
+from rnode.data.splits import Splits
+from rnode.flow import PieceSolution
+from rnode.training.plots import plot_band
+
+DOPRI5 = Method("dopri5")
+RECIPES = {  # how it trains, and λ_K = λ_J
+    "ffjord": ("no penalty (dopri5)", DOPRI5, 0.0),
+    "rnode_adaptive": ("both penalties (dopri5)", DOPRI5, 0.1),
+    "rnode": ("both penalties (rk4, step 0.25)", Method("rk4", step_size=0.25), 0.1),
+}
+EPOCHS = {"digits": 6, "fashion14": 4}
+SEEDS, WIDTH, BATCH = 3, 16, 64
+MOST = 3200, 1000, 1000  # images of FashionMNIST for training, validation and test
+NOISE = 0.2  # standard deviation of the noise on pixels in [0, 1]
+SAME = 0.01  # accuracy within which two classifiers count as equal
+MEASURES = {  # at the end, on test images
+    "accuracy": "accuracy",
+    "noisy": f"accuracy with noise {NOISE}",
+    "nfe": "NFE (dopri5)",
+    "jacobian": "squared Jacobian norm / d",
+    "kinetic": "kinetic energy / d",
+}
+
+
+class Classifier(pl.LightningModule):
+    """A neural ODE on the features of images (B, C, H, W), with logits (B, 10)."""
+
+    def __init__(self, method: Method, penalty: float):
+        super().__init__()
+        self.method, self.penalty, self.probes = method, penalty, Probes()
+        self.stem = nn.Conv2d(1, WIDTH, 3, stride=2, padding=1)
+        self.piece = Piece(Field(TimeConv2d, [WIDTH, WIDTH, WIDTH, WIDTH]))
+        self.head = nn.LazyLinear(10)
+        self.curve: list[dict[str, float]] = []  # validation after each epoch
+        self.seconds = 0.0  # of training batches
+
+    def forward(self, x: Tensor) -> tuple[Tensor, PieceSolution]:
+        z = self.stem(x)
+        method = self.method if self.training else DOPRI5
+        solution = self.piece(z, self.probes.sample(z), method, "backprop")
+        return self.head(solution.state.z.flatten(1)), solution
+
+    def on_train_batch_start(self, *_) -> None:
+        self.mark = time.perf_counter()
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        x, label = batch
+        logits, solution = self(x)
+        state = solution.state
+        penalties = self.penalty * (state.E + state.n).mean() / state.z[0].numel()
+        return F.cross_entropy(logits, label) + penalties
+
+    def on_train_batch_end(self, *_) -> None:
+        self.seconds += time.perf_counter() - self.mark
+
+    def on_validation_epoch_start(self) -> None:
+        self.parts: list[tuple[float, ...]] = []
+
+    @torch.no_grad()
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        x, label = batch
+        logits, solution = self(x)
+        noisy, _ = self(x + NOISE * torch.randn_like(x))
+        right = ((part.argmax(1) == label).float().mean().item() for part in (logits, noisy))
+        E, n = (part.mean().item() / solution.state.z[0].numel() for part in solution.state[2:])
+        self.parts.append((*right, solution.nfe_forward, n, E))
+
+    def on_validation_epoch_end(self) -> None:
+        means = map(statistics.fmean, zip(*self.parts, strict=True))
+        self.curve.append(dict(zip(MEASURES, means, strict=True)) | {"seconds": self.seconds})
+
+    test_step = validation_step
+    on_test_epoch_start, on_test_epoch_end = on_validation_epoch_start, on_validation_epoch_end
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.parameters(), 3e-3)
+
+
+def classify(splits: Splits, levels: int, recipe: str, seed: int, epochs: int) -> list[dict]:
+    """Train a classifier; return its validation after each epoch, and the test as the last row."""
+    pl.seed_everything(seed, verbose=False)
+    pairs = zip((splits.train, splits.val, splits.test), splits.contexts, strict=True)
+    parts = [TensorDataset(x / (levels - 1), c.argmax(1)) for x, c in pairs]
+    train = DataLoader(parts[0], BATCH, shuffle=True)
+    val, test = (DataLoader(part, 500) for part in parts[1:])
+    quiet = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+    trainer = pl.Trainer(max_epochs=epochs, num_sanity_val_steps=0, **dict.fromkeys(quiet, False))
+    module = Classifier(*RECIPES[recipe][1:])
+    trainer.fit(module, train, val)
+    trainer.test(module, test, verbose=False)
+    return module.curve
+
+
+def load_splits(data: str, root: str) -> tuple[Splits, int]:
+    """Return images with labels, and the number of their grey levels."""
+    if data == "digits":
+        return digits(validation=180, test=360, context="label"), 17
+    splits = idx_images("FashionMNIST", root, 10000, 14, context="label")
+    cut = [part[:most] for part, most in zip(splits[:3], MOST, strict=True)]
+    contexts = tuple(c[:most] for c, most in zip(splits.contexts, MOST, strict=True))
+    return Splits(*cut, contexts=contexts, context=splits.context), 256
+
+
+def reproduce(path: Path, root: str) -> str:
+    """Train what has not finished, plot accuracy and NFE against time, and return a verdict."""
+    (path.parent / "classifiers").mkdir(parents=True, exist_ok=True)
+    curves = {}
+    for data, seed, recipe in itertools.product(EPOCHS, range(SEEDS), RECIPES):
+        file = path.parent / "classifiers" / f"{data}_{recipe}_{seed}.csv"
+        if not file.exists():
+            curve = classify(*load_splits(data, root), recipe, seed, EPOCHS[data])
+            with open(file, "w", encoding="utf-8", newline="") as opened:
+                writer = csv.DictWriter(opened, curve[0])
+                writer.writeheader()
+                writer.writerows(curve)
+        with open(file, encoding="utf-8", newline="") as opened:
+            rows = [{key: float(v) for key, v in row.items()} for row in csv.DictReader(opened)]
+        curves[data, recipe, seed] = rows
+        last = ", ".join(f"{MEASURES[key]} {rows[-1][key]:.4g}" for key in ("accuracy", "nfe"))
+        print(f"{data}, {RECIPES[recipe][0]}, seed {seed}: {last}, {rows[-1]['seconds']:.0f} s")
+    return plot(curves, path)
+
+
+def plot(curves: dict[tuple[str, str, int], list[dict[str, float]]], path: Path) -> str:
+    """Plot the curves, write the table of the tests, and return the verdict."""
+    names = list(dict.fromkeys(data for data, _, _ in curves))
+    figure, axes = make_panels(2, len(names), (5.5, 3.5))
+    table, words, held = [], [], True
+    for column, data in zip(axes.T, names, strict=True):
+        members = {r: [c for key, c in curves.items() if key[:2] == (data, r)] for r in RECIPES}
+        for recipe, seeds in members.items():
+            for ax, key in zip(column, ("accuracy", "nfe"), strict=True):
+                lines = [[[row[k] for row in c[:-1]] for k in ("seconds", key)] for c in seeds]
+                plot_band(ax, lines, label=RECIPES[recipe][0], color=COLOURS[recipe])
+                ax.set(ylabel=f"validation {MEASURES[key]}")
+            cells = [mean_and_extremes([c[-1][key] for c in seeds], ".4g") for key in MEASURES]
+            seconds = mean_and_extremes([c[-1]["seconds"] for c in seeds], ".3g")
+            table.append((data, RECIPES[recipe][0], *cells, seconds))
+        column[0].set(title=data)
+        column[1].set(xlabel="seconds of training")
+        ours, theirs = (
+            {key: [c[-1][key] for c in members[recipe]] for key in (*MEASURES, "seconds")}
+            for recipe in ("rnode", "ffjord")
+        )
+        ratio = [b / a for a, b in zip(ours["seconds"], theirs["seconds"], strict=True)]
+        loss = statistics.fmean(theirs["accuracy"]) - statistics.fmean(ours["accuracy"])
+        held &= min(ratio) > 1 and loss < SAME and max(ours["nfe"]) < min(theirs["nfe"])
+        words.append(
+            f"on {data} the penalties and rk4 train {mean_and_extremes(ratio, '.2f')} times as fast; "
+            f"the test accuracy changes by {-loss:+.3f}, and NFE is "
+            f"{statistics.fmean(ours['nfe']):.0f} instead of {statistics.fmean(theirs['nfe']):.0f}"
+        )
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
+    header = ("data", "classifier", *(f"test {name}" for name in MEASURES.values()), "seconds")
+    save(figure, path, header, table)
+    belief = verdict(held, f"{'; '.join(words)}.")
+    return belief.replace("claim", "belief that the penalties help classifiers")
