@@ -25,7 +25,7 @@ from torchdiffeq import odeint
 
 from common import DOPRI5, FINE, SIMPSON, refine_grid
 from rnode import Flow, Probes, Solver, State, log_normal, mlp, objective
-from rnode.flow_matching import flow_matching
+from rnode.matching import flow_matching
 from rnode.solver import error_norm
 from rnode.training.solving import RefineGrid
 

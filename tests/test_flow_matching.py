@@ -9,7 +9,7 @@ from torch import nn
 from helpers import RK4, SMALL, call, metrics, refused
 from rnode import Flow, Method, Piece, Probes, Solver, log_normal, mlp, multiscale
 from rnode.errors import InputError
-from rnode.flow_matching import flow_matching, require_one_path
+from rnode.matching import flow_matching, require_one_path
 
 TABLE = ["dataset=toy", "pretrain=flow_matching", *SMALL, "dataset.train=480", "model.hidden=8"]
 SOLVER = Solver(RK4, Method("dopri5", rtol=1e-9, atol=1e-9), dtype="float64")

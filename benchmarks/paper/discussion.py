@@ -166,8 +166,9 @@ def plot(curves: dict[tuple[str, str, int], list[dict[str, float]]], path: Path)
         ratio = [b / a for a, b in zip(ours["seconds"], theirs["seconds"], strict=True)]
         loss = statistics.fmean(theirs["accuracy"]) - statistics.fmean(ours["accuracy"])
         held &= min(ratio) > 1 and loss < SAME and max(ours["nfe"]) < min(theirs["nfe"])
+        times = mean_and_extremes(ratio, ".2f")
         words.append(
-            f"on {data} the penalties and rk4 train {mean_and_extremes(ratio, '.2f')} times as fast; "
+            f"on {data} the penalties and rk4 train {times} times as fast; "
             f"the test accuracy changes by {-loss:+.3f}, and NFE is "
             f"{statistics.fmean(ours['nfe']):.0f} instead of {statistics.fmean(theirs['nfe']):.0f}"
         )

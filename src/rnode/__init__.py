@@ -9,9 +9,11 @@ from typing import Any
 
 _MODULES = {
     "app.density": ("Density", "fit", "load"),
+    "dequantization": ("Dequantization",),
     "dynamics": ("Dynamics", "Probes", "State"),
     "errors": ("DivergenceError", "InputError"),
     "flow": ("FactorOut", "Flatten", "Flow", "Piece", "PieceSolution", "Solution", "Squeeze"),
+    "matching": ("flow_matching",),
     "models": ("mlp", "multiscale"),
     "networks": ("Field", "TimeConv2d", "TimeLinear"),
     "loss": ("bits_per_dim", "log_normal", "objective"),

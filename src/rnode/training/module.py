@@ -12,8 +12,8 @@ from rnode.distributed import gather_lists
 from rnode.errors import DivergenceError
 from rnode.evaluation import measure, standard_error
 from rnode.flow import Flow, Solution
-from rnode.flow_matching import flow_matching
 from rnode.loss import bits_per_dim, log_normal, objective
+from rnode.matching import flow_matching
 from rnode.solver import solver_errors
 from rnode.training.checkpoint import FORMAT
 from rnode.training.divergence import DivergenceWatch, nan_loss

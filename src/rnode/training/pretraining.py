@@ -5,7 +5,7 @@ import math
 from pytorch_lightning import Callback, Trainer
 
 from rnode.errors import require
-from rnode.flow_matching import require_one_path
+from rnode.matching import require_one_path
 from rnode.training.callbacks import MaxTime
 from rnode.training.module import RNODE
 
