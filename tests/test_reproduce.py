@@ -1,10 +1,12 @@
 """The command reproduce: what is read from runs, figures and verdicts of made-up runs, a figure."""
 
 import csv
+import itertools
 import json
 
 import pytest
 from PIL import Image
+from rnode.paper import discussion
 from rnode.paper import runs as paper
 from rnode.paper.figures import PLOTS
 from rnode.paper.runs import FIGURES, Run, speed_ups
@@ -135,3 +137,34 @@ def test_mistakes_get_one_line(overrides, words, tmp_path, capsys):
     line, code = refused(capsys, "reproduce", *overrides, *untrained)
     assert words in line
     assert code == 2
+
+
+def test_a_classifier_trains_and_is_measured():
+    splits, levels = discussion.load_splits("digits", "")
+    few = [part[:64] for part in splits[:3]]
+    splits = splits._replace(
+        **dict(zip(("train", "val", "test"), few, strict=True)),
+        contexts=tuple(c[:64] for c in splits.contexts),
+    )
+    validation, test = discussion.classify(splits, levels, "rnode", seed=0, epochs=1)
+    assert validation.keys() == {*discussion.MEASURES, "seconds"}
+    assert test["nfe"] >= 13  # dopri5, whatever it trains by
+    assert test["kinetic"] > 0
+    assert 0 <= test["noisy"] <= 1
+
+
+@pytest.mark.parametrize(("nfe", "held"), [(20.0, "holds"), (40.0, "does not hold")])
+def test_the_verdict_on_classifiers(nfe, held, tmp_path):
+    def curve(recipe, seed):
+        ours = recipe != "ffjord"
+        row = {"accuracy": 0.9, "noisy": 0.8, "nfe": nfe if ours else 30.0}
+        row |= {"jacobian": 0.1, "kinetic": 1.0}
+        return [row | {"seconds": (5.0 if ours else 10.0) * epoch} for epoch in (1, 2, 2)]
+
+    keys = itertools.product(("digits", "fashion14"), discussion.RECIPES, range(2))
+    curves = {(data, recipe, seed): curve(recipe, seed) for data, recipe, seed in keys}
+    verdict = discussion.plot(curves, tmp_path / "discussion1")
+    assert verdict.startswith(f"The paper's belief that the penalties help classifiers {held} here")
+    assert "2.00 (2.00 – 2.00) times as fast" in verdict
+    with open(tmp_path / "discussion1.csv", newline="") as file:
+        assert len(list(csv.DictReader(file))) == 2 * len(discussion.RECIPES)

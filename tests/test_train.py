@@ -138,14 +138,16 @@ def options():
 
 @pytest.mark.parametrize("choice", options())
 def test_every_option_of_every_group_takes_two_steps(run, tmp_path, monkeypatch, choice):
-    folder = run(choice, *TWO_STEPS, *data_of(choice, tmp_path / "data", monkeypatch))
+    data = data_of(choice, tmp_path / "data", monkeypatch)
+    one_path = ["model=mlp"] * (choice == "pretrain=flow_matching")
+    folder = run(choice, *TWO_STEPS, *data, *one_path)
     losses = column(folder, "train/loss")
     assert len(losses) == 2
     assert np.isfinite(losses).all()
     for stage in ("train", "val", "test"):
         for key in ("bits_per_dim", "kinetic", "jacobian", "nfe_forward"):
             assert column(folder, f"{stage}/{key}"), (stage, key)
-    assert column(folder, "train/kinetic")[1] > 0  # measured whatever the λ
+    assert column(folder, "train/kinetic")[-1] > 0  # measured whatever the λ
 
 
 def another(overrides):

@@ -177,9 +177,7 @@ class Cost(Callback):
         self.seconds += step
         self.seconds_total += step
         self.nfe_total += module.nfe
-        for name, value in {"seconds_per_step": step, **self.totals()}.items():
-            # Made on the device, not copied to it.
-            module.log(f"train/{name}", torch.full((), float(value), device=module.device))
+        module.log_step({"seconds_per_step": step, **self.totals()})
 
     def totals(self) -> dict[str, float]:
         return {"seconds_total": self.seconds_total, "nfe_total": self.nfe_total}

@@ -51,12 +51,17 @@ class RNODE(LightningModule):
         self.divergence = DivergenceWatch(flow)
         self.solution: Solution | None = None  # of the training step that runs
         self.nfe = 0  # evaluations of f in the last training step
+        self.logs = True  # whether metrics of this training step are read
         self.matching, self.start = False, 0  # the step at which equation (17) begins
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        # A call of `log` takes a millisecond, and these are most of a cheap step.
+        last = self.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+        log_every = max(1, self.trainer.log_every_n_steps)
+        self.logs = last or (self.global_step + 1) % log_every == 0
         if self.matching:
             loss = flow_matching(self.flow, batch.y, batch.context)
-            self.log("train/loss", loss)
+            self.log_step({"loss": loss})
             return loss
         try:
             self.solution = self.flow.solve(batch.y, context=batch.context)
@@ -67,11 +72,16 @@ class RNODE(LightningModule):
         loss = objective(state, self.lambda_k, self.lambda_j)
         bits = bits_per_dim(log_normal(state.z) + state.l, batch.log_det, d).mean()
         kinetic, jacobian = state.E.mean() / d, state.n.mean() / d
-        self.log_dict({"train/loss": loss, "train/kinetic": kinetic, "train/jacobian": jacobian})
-        # Lightning would copy a Python number to the device, and read what its progress bar shows.
-        nfe = loss.new_full((), self.solution.nfe_forward)
-        self.log_dict({"train/bits_per_dim": bits, "train/nfe_forward": nfe})
+        self.log_step({"loss": loss, "kinetic": kinetic, "jacobian": jacobian})
+        self.log_step({"bits_per_dim": bits, "nfe_forward": self.solution.nfe_forward})
         return loss
+
+    def log_step(self, metrics: dict[str, Tensor | float]) -> None:
+        """Log what a training step has measured, if it is a log step or the last of an epoch."""
+        for name, value in metrics.items() if self.logs else ():
+            if not isinstance(value, Tensor):  # Lightning would copy a number to the device
+                value = torch.full((), float(value), device=self.device)
+            self.log(f"train/{name}", value)
 
     def backward(self, loss: Tensor) -> None:
         self.loss = loss.detach()
@@ -97,12 +107,10 @@ class RNODE(LightningModule):
         self.nfe = forward + backward
         norm = self.divergence.watch(self.global_step, solution, self.loss)
         lr = self.trainer.optimizers[0].param_groups[0]["lr"]
-        self.log("train/nfe_backward", self.loss.new_full((), backward))
-        self.log_dict({"train/gradient_norm": norm, "train/lr": self.loss.new_full((), lr)})
+        self.log_step({"nfe_backward": backward, "gradient_norm": norm, "lr": lr})
         self.solution = None
         # An accelerator would wait for every check, so it checks when its metrics are read.
-        log_every = max(1, self.trainer.log_every_n_steps)
-        if self.device.type == "cpu" or (self.global_step + 1) % log_every == 0:
+        if self.device.type == "cpu" or self.logs:
             self.divergence.raise_if_diverged()
 
     def on_validation_start(self) -> None:
