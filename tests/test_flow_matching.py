@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from helpers import RK4, SMALL, call, metrics, refused
+from helpers import RK4, SMALL, call, column, metrics, refused
 from rnode import Flow, Method, Piece, Probes, Solver, log_normal, mlp, multiscale
 from rnode.errors import InputError
 from rnode.matching import flow_matching, require_one_path
@@ -117,3 +117,11 @@ def test_mistakes_are_one_line(tmp_path, capsys):
     endless = ["trainer.max_epochs=-1"]
     message, _ = refused(capsys, "train", *TABLE, *endless, at + "2")
     assert "pretrain.share: the run has no end" in message
+
+
+def test_a_run_without_flow_matching_resumes_without_it(tmp_path):
+    folder = f"hydra.run.dir={tmp_path}"
+    call("train", *TABLE, "pretrain=none", "trainer.max_epochs=1", folder)
+    call("train", *TABLE, "trainer.max_epochs=2", folder, "ckpt_path=auto")
+    losses, bits = (column(tmp_path, f"train/{key}") for key in ("loss", "bits_per_dim"))
+    assert len(losses) == len(bits) == 60

@@ -21,9 +21,12 @@ class Pretraining(Callback):
     def __init__(self, share: float):
         self.share = share
         self.start: int | None = None  # the first step of equation (17)
+        self.resumed = False
 
     def on_fit_start(self, trainer: Trainer, module: RNODE) -> None:
         require_one_path(module.flow)
+        if trainer.ckpt_path is not None and not self.resumed:
+            self.start = 0  # the run of the checkpoint had no flow matching
         module.matching = self.start is None
         module.start = self.start or 0
 
@@ -43,7 +46,7 @@ class Pretraining(Callback):
         return {"start": self.start}
 
     def load_state_dict(self, state: dict) -> None:
-        self.start = state["start"]
+        self.start, self.resumed = state["start"], True
 
 
 def passed(trainer: Trainer) -> float:
