@@ -80,7 +80,7 @@ def test_every_weight_of_a_conditional_flow_gets_the_gradient_of_a_loop_over_sam
 
 
 def test_a_multiscale_flow_is_refused():
-    with pytest.raises(InputError, match="FactorOut and Squeeze between its pieces, so no"):
+    with pytest.raises(InputError, match="FactorOut and Squeeze, so no"):
         require_one_path(multiscale((1, 8, 8), SOLVER, Probes()))
 
 
@@ -113,7 +113,7 @@ def test_mistakes_are_one_line(tmp_path, capsys):
     at = f"hydra.run.dir={tmp_path}"
     message, code = refused(capsys, "train", "pretrain=flow_matching", *SMALL, at)
     assert code == 2
-    assert "FactorOut and Squeeze between its pieces" in message
+    assert "FactorOut and Squeeze, so no straight line" in message
     endless = ["trainer.max_epochs=-1"]
     message, _ = refused(capsys, "train", *TABLE, *endless, at + "2")
     assert "pretrain.share: the run has no end" in message

@@ -17,9 +17,9 @@ from rnode.solver import T
 
 def require_one_path(flow: Flow) -> None:
     """Raise InputError if the pieces of a flow do not follow one another on the same space."""
-    between = {type(layer).__name__ for layer in flow.layers if not isinstance(layer, Piece)}
-    names = " and ".join(sorted(between - {Flatten.__name__}))
-    why = f"the flow has {names} between its pieces, so no straight line leads from data to noise"
+    others = {type(layer).__name__ for layer in flow.layers if not isinstance(layer, Piece)}
+    names = " and ".join(sorted(others - {Flatten.__name__}))
+    why = f"the flow has {names}, so no straight line leads from data to noise"
     require(not names, f"flow matching: {why}")
 
 
