@@ -92,7 +92,9 @@ def test_a_mistake_gets_one_line(tmp_path, capsys, overrides, words):
 
 
 @pytest.mark.parametrize(
-    "arguments", ["train", "train dataset=mnist", "evaluate", "sample", "reproduce"]
+    "arguments",
+    ["train", "train dataset=mnist", "train model=mlp pretrain=flow_matching", "evaluate", "sample"]
+    + ["reproduce"],
 )
 def test_help_describes_every_group_option_and_key(capsys, arguments):
     command, *overrides = arguments.split()
@@ -103,7 +105,8 @@ def test_help_describes_every_group_option_and_key(capsys, arguments):
         config = OmegaConf.to_container(compose(command, overrides), throw_on_missing=False)
     keys = [key for key in known_keys(config) if not re.search(r"\._|\.source\b", key)]
     assert not [key for key in keys if len(described[key]) < 2]
-    assert ("dataset.root" in keys) == (arguments not in ("train", "reproduce"))
+    assert ("dataset.root" in keys) == (arguments in ("train dataset=mnist", "evaluate", "sample"))
+    assert ("pretrain.share" in keys) == ("pretrain" in arguments)
     if command == "train":
         assert " ".join(described["optimizer.lr"]).startswith("learning rate [")
         assert f"[{config['trainer']['max_epochs']}]" in described["trainer.max_epochs"]

@@ -199,7 +199,7 @@ class Train(Section):
     solver: Solver = key("the ODE methods")
     reg: Regularizer = key("the penalties of equation (17)")
     optimizer: Optimizer = key("torch.optim.Adam, or another class by optimizer._target_")
-    pretrain: Pretrain | None = key("flow matching before equation (17); pretrain=none: none")
+    pretrain: Pretrain = key("flow matching before equation (17); pretrain=none: without", None)
     early_stopping: EarlyStopping = key("when a run stops before its last epoch")
     trainer: Trainer = key("Lightning's Trainer; +trainer.OPTION=… sets any other option of it")
     pictures: Pictures = key("pictures of the run")

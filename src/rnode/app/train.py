@@ -179,7 +179,7 @@ def make_trainer(
     if (patience := cfg.early_stopping.patience) is not None:
         # A run may end before its first validation.
         used += [EarlyStopping("val/bits_per_dim", patience=patience, strict=False)]
-    used += [Pretraining(cfg.pretrain.share)] if cfg.pretrain else []
+    used += [Pretraining(cfg.pretrain.share)] if "pretrain" in cfg else []
     used += [solving.TF32(cfg.tf32)]
     refines = cfg.refine is not None and not flow.solver.train.adaptive
     used += [solving.RefineGrid(cfg.refine)] if refines else []
