@@ -93,8 +93,10 @@ def test_a_mistake_gets_one_line(tmp_path, capsys, overrides, words):
 
 @pytest.mark.parametrize(
     "arguments",
-    ["train", "train dataset=mnist", "train model=mlp pretrain=flow_matching", "evaluate", "sample"]
-    + ["reproduce"],
+    [
+        *("train", "train dataset=mnist", "train model=mlp pretrain=flow_matching"),
+        *("evaluate", "sample", "reproduce"),
+    ],
 )
 def test_help_describes_every_group_option_and_key(capsys, arguments):
     command, *overrides = arguments.split()
