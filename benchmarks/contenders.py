@@ -156,9 +156,8 @@ def maf(d: int, sample: Sample) -> tuple[Step, Evaluate]:
 def glow(d: int, sample: Sample) -> tuple[Step, Evaluate]:
     """Glow for square images of one channel, whose rows follow one another in the d pixels."""
     side = math.isqrt(d)
-    blocks = [
-        [*(GlowBlock(c, 16) for _ in range(5)), Squeeze()] for c in (8, 4)
-    ]  # coarse scale first
+    channels = (8, 4)  # of the coarse scale and of the fine one
+    blocks = [[*(GlowBlock(c, 16) for _ in range(5)), Squeeze()] for c in channels]
     priors = [DiagGaussian((8, side // 4, side // 4)), DiagGaussian((2, side // 2, side // 2))]
     flow = MultiscaleFlow(priors, blocks, [Merge()], class_cond=False)
 

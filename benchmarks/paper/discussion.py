@@ -5,6 +5,7 @@ It trains by cross-entropy + (λ_K E + λ_J n) / d, with d the number of feature
 """
 
 import csv
+import functools
 import itertools
 import statistics
 import time
@@ -22,6 +23,7 @@ from rnode.data.images import digits, idx_images
 from rnode.data.splits import Splits
 from rnode.flow import PieceSolution
 from rnode.training.plots import plot_band
+from rnode.training.run_folder import whole_file
 
 DOPRI5 = Method("dopri5")
 RECIPES = {  # how it trains, and λ_K = λ_J
@@ -112,6 +114,7 @@ def classify(splits: Splits, levels: int, recipe: str, seed: int, epochs: int) -
     return module.curve
 
 
+@functools.cache
 def load_splits(data: str, root: str) -> tuple[Splits, int]:
     """Return images with labels, and the number of their grey levels."""
     if data == "digits":
@@ -124,13 +127,12 @@ def load_splits(data: str, root: str) -> tuple[Splits, int]:
 
 def reproduce(path: Path, root: str) -> str:
     """Train what has not finished, plot accuracy and NFE against time, and return a verdict."""
-    (path.parent / "classifiers").mkdir(parents=True, exist_ok=True)
     curves = {}
     for data, seed, recipe in itertools.product(EPOCHS, range(SEEDS), RECIPES):
         file = path.parent / "classifiers" / f"{data}_{recipe}_{seed}.csv"
         if not file.exists():
             curve = classify(*load_splits(data, root), recipe, seed, EPOCHS[data])
-            with open(file, "w", encoding="utf-8", newline="") as opened:
+            with whole_file(file, "w") as opened:  # a run that was killed has no file
                 writer = csv.DictWriter(opened, curve[0])
                 writer.writeheader()
                 writer.writerows(curve)
