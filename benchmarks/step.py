@@ -1,14 +1,14 @@
 """One training step (forward, gradient, Adam), beside the plain recipe.
 
 python benchmarks/step.py [--dataset fashion_mnist] [--batch 32] [--channels 64] [--repetitions 3]
-                          [--compile] [--quick]
+                          [--compile] [--contenders NAME ...] [--tf32] [--quick]
 
 Every contender has the same weights, batch and λ. `radau` has three steps a piece; `radau 1/2` and
 `radau 1/4` are the first grid of the default, solver=auto, and its grid after one refinement.
 Repetitions are interleaved. The table gives medians, the ratio to the plain recipe, the share of
 the limit and the peak memory of the step. The limit is the time that the convolutions of the step
-would take at the rate of a 3×3 convolution in the same run. The results are also written to
-outputs/benchmarks/step_DATASET.csv and .png.
+would take at the rate of a 3×3 convolution in the same run. `graphs` are CUDA graphs, and
+need a CUDA device. The results are also written to outputs/benchmarks/step_DATASET.csv and .png.
 """
 
 from collections.abc import Callable
@@ -21,20 +21,26 @@ from common import COARSE, DEVICE, FINE, LAMBDA, RADAU, RK4, SIMPSON, make_flow
 from plain import PlainFlow
 from rnode import Flow, objective
 from rnode.app.launch import prepare_process
+from rnode.training.graphs import record_solves
 from rnode.training.solving import compile_solves
 
-CONTENDERS = {  # name: (training method, gradient, bfloat16 in f, compiled)
-    "rk4, adjoint": (RK4, "adjoint", False, False),
-    "rk4, backprop": (RK4, "backprop", False, False),
-    "simpson, backprop": (SIMPSON, "backprop", False, False),
-    "radau, backprop": (RADAU, "backprop", False, False),
-    "radau 1/2, backprop": (COARSE, "backprop", False, False),
-    "radau 1/4, backprop": (FINE, "backprop", False, False),
-    "radau, checkpoint": (RADAU, "checkpoint", False, False),
-    "radau, backprop, bf16": (RADAU, "backprop", True, False),
-    "radau 1/2, backprop, bf16": (COARSE, "backprop", True, False),
-    "radau, backprop, compiled": (RADAU, "backprop", False, True),
-    "radau, backprop, bf16, compiled": (RADAU, "backprop", True, True),
+CONTENDERS = {  # name: (training method, gradient); further words: bf16 in f, compiled, graphs
+    "rk4, adjoint": (RK4, "adjoint"),
+    "rk4, backprop": (RK4, "backprop"),
+    "simpson, backprop": (SIMPSON, "backprop"),
+    "radau, backprop": (RADAU, "backprop"),
+    "radau 1/2, backprop": (COARSE, "backprop"),
+    "radau 1/4, backprop": (FINE, "backprop"),
+    "radau, checkpoint": (RADAU, "checkpoint"),
+    "radau, backprop, bf16": (RADAU, "backprop"),
+    "radau 1/2, backprop, bf16": (COARSE, "backprop"),
+    "rk4, adjoint, graphs": (RK4, "adjoint"),
+    "radau 1/2, backprop, graphs": (COARSE, "backprop"),
+    "radau 1/2, backprop, bf16, graphs": (COARSE, "backprop"),
+    "radau, backprop, compiled": (RADAU, "backprop"),
+    "radau, backprop, bf16, compiled": (RADAU, "backprop"),
+    "radau 1/2, backprop, compiled, graphs": (COARSE, "backprop"),
+    "radau 1/2, backprop, bf16, compiled, graphs": (COARSE, "backprop"),
 }
 
 
@@ -42,14 +48,21 @@ def main() -> None:
     parser = common.arguments(__doc__)
     help = "add compiled contenders, which take some minutes more"
     parser.add_argument("--compile", action="store_true", help=help)
+    help = "let convolutions in float32 use TF32, where the device has it"
+    parser.add_argument("--tf32", action="store_true", help=help)
+    help = "the rows beside the plain recipe"
+    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, help=help)
     options = common.parse(parser)
     prepare_process()
+    torch.backends.cudnn.allow_tf32 = options.tf32
 
     x = common.images(options)
-    contenders = {name: c for name, c in CONTENDERS.items() if options.compile or not c[3]}
+    left_out = set() if options.compile or options.contenders else {"compiled"}
+    left_out |= set() if DEVICE.type == "cuda" else {"graphs"}
     steps = {"plain recipe": plain_step(make_flow(options), x)}
-    for name, (method, gradient, bf16, compiled) in contenders.items():
-        steps[name] = flow_step(make_flow(options, method, gradient), x, bf16, compiled)
+    for name, choice in CONTENDERS.items():
+        if name in (options.contenders or CONTENDERS) and not left_out & words(name):
+            steps[name] = flow_step(make_flow(options, *choice), x, words(name))
     memory = {name: common.peak_memory(step) for name, step in steps.items()}
     dtypes = {False: torch.float32, True: torch.bfloat16}
     convolutions = {bf16: common.convolution(options, dtype) for bf16, dtype in dtypes.items()}
@@ -60,9 +73,10 @@ def main() -> None:
     rows = []
     for name, median in seconds.items():
         share = ""
-        if name in contenders and contenders[name][0] is not RK4:
-            method, _, bf16, _ = contenders[name]
-            share = f"{common.step_flops(options, method) / rate[bf16] / median:.0%}"
+        method, _ = CONTENDERS.get(name, (RK4, ""))
+        if method is not RK4:
+            limit = common.step_flops(options, method) / rate["bf16" in words(name)]
+            share = f"{limit / median:.0%}"
         rows.append(
             {
                 "contender": name,
@@ -72,13 +86,20 @@ def main() -> None:
                 "peak GiB": f"{memory[name]:.2f}",
             }
         )
-    title = f"training step, {common.describe(options)}"
+    title = f"training step, {common.describe(options)}{', TF32' * options.tf32}"
     common.report(f"step_{options.dataset}", title, rows)
 
 
-def flow_step(flow: Flow, x: Tensor, bf16: bool, compiled: bool) -> Callable[[], None]:
-    if compiled:
+def words(name: str) -> set[str]:
+    return set(name.split(", "))
+
+
+def flow_step(flow: Flow, x: Tensor, how: set[str]) -> Callable[[], None]:
+    bf16 = "bf16" in how
+    if "compiled" in how:
         compile_solves(flow)
+    if "graphs" in how:
+        record_solves(flow, len(x))
 
     def loss() -> Tensor:
         with torch.autocast(DEVICE.type, torch.bfloat16, enabled=bf16):

@@ -31,6 +31,7 @@ from rnode.flow import Flow
 from rnode.training import callbacks, progress, solving
 from rnode.training.checkpoint import AtomicCheckpointIO, load_checkpoint, load_to_resume
 from rnode.training.environment import ENVIRONMENT, environment
+from rnode.training.graphs import CUDAGraphs
 from rnode.training.loggers import Label, finish_wandb, make_loggers
 from rnode.training.module import RNODE
 from rnode.training.pretraining import Pretraining
@@ -184,6 +185,7 @@ def make_trainer(
     refines = cfg.refine is not None and not flow.solver.train.adaptive
     used += [solving.RefineGrid(cfg.refine)] if refines else []
     used += [solving.Compile()] if cfg.compile else []  # the refined grid
+    used += [CUDAGraphs()] if cfg.cuda_graphs else []  # what is compiled
     bar = cfg.trainer.enable_progress_bar and sys.stdout.isatty()
     used += [progress.Report(bar)] if cfg.trainer.enable_progress_bar else []
     used += [progress.Bar()] if bar else []
