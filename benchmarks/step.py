@@ -34,13 +34,10 @@ CONTENDERS = {  # name: (training method, gradient); further words: bf16 in f, c
     "radau, checkpoint": (RADAU, "checkpoint"),
     "radau, backprop, bf16": (RADAU, "backprop"),
     "radau 1/2, backprop, bf16": (COARSE, "backprop"),
-    "rk4, adjoint, graphs": (RK4, "adjoint"),
     "radau 1/2, backprop, graphs": (COARSE, "backprop"),
     "radau 1/2, backprop, bf16, graphs": (COARSE, "backprop"),
     "radau, backprop, compiled": (RADAU, "backprop"),
     "radau, backprop, bf16, compiled": (RADAU, "backprop"),
-    "radau 1/2, backprop, compiled, graphs": (COARSE, "backprop"),
-    "radau 1/2, backprop, bf16, compiled, graphs": (COARSE, "backprop"),
 }
 
 

@@ -1,6 +1,5 @@
 """What only a CUDA device can show."""
 
-import copy
 import json
 
 import pytest
@@ -9,8 +8,6 @@ import torch
 from helpers import RK4, SMALL, TWO_STEPS, call, make_flow
 from rnode import Method, load, objective
 from rnode.app.build import load_flow
-from rnode.training.graphs import record_solves
-from rnode.training.solving import with_steps
 
 pytestmark = [
     pytest.mark.gpu,
@@ -53,37 +50,6 @@ def test_a_training_step_on_a_fixed_grid_never_waits(train, gradient):
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize(
-    ("train", "gradient", "context", "bf16"),
-    [(*grid, 0, False) for grid in GRIDS] + [(*GRIDS[0], 2, False), (*GRIDS[0], 0, True)],
-)
-def test_recorded_solves_train_as_solves_do(train, gradient, context, bf16, monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    flow = make_flow((1, 8, 8), train=train, gradient=gradient, context=context).float().cuda()
-    recorded = copy.deepcopy(flow)
-    record_solves(recorded, 8)
-
-    def train_steps(flow):
-        optimizer, results = torch.optim.SGD(flow.parameters(), 1e-2), []
-        for steps, size in [(2, 8), (2, 8), (2, 5), (4, 8), (4, 8)]:  # refined after a short batch
-            flow.solver = with_steps(flow.solver, steps)
-            torch.manual_seed(len(results))
-            x, c = torch.randn(size, 1, 8, 8), torch.randn(size, context) if context else None
-            optimizer.zero_grad()
-            with torch.autocast("cuda", torch.bfloat16, enabled=bf16):
-                solution = flow.solve(x.cuda(), context=c if c is None else c.cuda())
-            objective(solution.state, 0.01, 0.01).backward()
-            nfe = solution.nfe_forward, solution.nfe_backward
-            results.append((nfe, torch.cat([p.grad.flatten() for p in flow.parameters()])))
-            optimizer.step()
-        return zip(*results, strict=True)
-
-    (nfe, gradients), (expected_nfe, expected) = train_steps(recorded), train_steps(flow)
-    assert nfe == expected_nfe
-    for ours, theirs in zip(gradients, expected, strict=True):
-        assert (ours - theirs).norm() < (0.05 if bf16 else 1e-4) * theirs.norm()
-
-
 def test_a_run_resumes_and_is_evaluated_and_sampled(tmp_path):
     options = [argument for argument in SMALL if "accelerator" not in argument]
     place = f"hydra.run.dir={tmp_path / 'run'}"
@@ -99,7 +65,8 @@ def test_a_run_resumes_and_is_evaluated_and_sampled(tmp_path):
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-def test_a_run_trains_in_each_precision(precision, tmp_path):
-    place = f"hydra.run.dir={tmp_path}"
-    call("train", place, *TWO_STEPS, "trainer.accelerator=gpu", f"trainer.precision={precision}")
+@pytest.mark.parametrize("graphs", [False, True])
+def test_a_run_trains_in_each_precision(precision, graphs, tmp_path):
+    how = [f"trainer.precision={precision}", f"cuda_graphs={graphs}"]
+    call("train", f"hydra.run.dir={tmp_path}", *TWO_STEPS, "trainer.accelerator=gpu", *how)
     assert (tmp_path / "result.json").exists()

@@ -1,0 +1,86 @@
+"""CUDA graphs of solves. Without a CUDA device, plain calls on fixed tensors stand in for them."""
+
+import copy
+
+import pytest
+import torch
+
+from helpers import make_flow, refused
+from rnode import Method, objective
+from rnode.training.graphs import record_solves
+from rnode.training.solving import with_steps
+
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda",
+        marks=[
+            pytest.mark.gpu,
+            pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+        ],
+    ),
+]
+
+
+def fixed_calls(function, samples, allow_unused_input):
+    """What torch.cuda.make_graphed_callables does, without a graph."""
+
+    class Replay(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *inputs):
+            for sample, given in zip(samples, inputs, strict=True):
+                if sample.data_ptr() != given.data_ptr():
+                    sample.data.copy_(given)
+            with torch.enable_grad():
+                ctx.outputs = function(*samples)
+            return tuple(part.detach() for part in ctx.outputs)
+
+        @staticmethod
+        def backward(ctx, *gradients):
+            wanted = [sample for sample in samples if sample.requires_grad]
+            found = iter(torch.autograd.grad(ctx.outputs, wanted, gradients, allow_unused=True))
+            return tuple(next(found) if sample.requires_grad else None for sample in samples)
+
+    function(*samples)
+    return Replay.apply
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("context", "bf16"), [(0, False), (2, False), (0, True)])
+def test_recorded_solves_train_as_solves_do(device, context, bf16, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    if device == "cpu":
+        monkeypatch.setattr(torch.cuda, "make_graphed_callables", fixed_calls)
+    radau = Method("rk4", "radau", steps=2)
+    flow = make_flow((1, 4, 4), train=radau, context=context).float().to(device)
+    recorded = copy.deepcopy(flow)
+    record_solves(recorded, 8)
+
+    def train_steps(flow):
+        optimizer, results = torch.optim.SGD(flow.parameters(), 1e-2), []
+        for steps, size in [(2, 8), (2, 8), (2, 5), (4, 8), (4, 8)]:  # refined after a short batch
+            flow.solver = with_steps(flow.solver, steps)
+            torch.manual_seed(len(results))
+            x = torch.randn(size, 1, 4, 4).to(device)
+            c = torch.randn(size, context).to(device) if context else None
+            optimizer.zero_grad()
+            with torch.autocast(device, torch.bfloat16, enabled=bf16):
+                solution = flow.solve(x, context=c)
+            objective(solution.state, 0.01, 0.01).backward()
+            gradient = torch.cat([p.grad.flatten() for p in flow.parameters()])
+            results.append((solution.nfe_forward, gradient))
+            optimizer.step()
+        return zip(*results, strict=True)
+
+    (nfe, gradients), (expected_nfe, expected) = train_steps(recorded), train_steps(flow)
+    assert nfe == expected_nfe
+    for ours, theirs in zip(gradients, expected, strict=True):
+        assert (ours - theirs).norm() < (0.05 if bf16 else 1e-4) * theirs.norm()
+
+
+def test_graphs_need_a_device_and_uncompiled_solves(capsys, tmp_path):
+    run = [f"hydra.run.dir={tmp_path}", "wandb.mode=disabled", "trainer.accelerator=cpu"]
+    line, _ = refused(capsys, "train", *run, "cuda_graphs=true")
+    assert "cuda_graphs=true: needs a CUDA device" in line
+    line, _ = refused(capsys, "train", *run, "cuda_graphs=true", "compile=true")
+    assert "compile and cuda_graphs: only one can be true" in line
