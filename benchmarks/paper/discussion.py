@@ -1,27 +1,19 @@
-"""Section 9: do the penalties help a neural ODE that classifies?
-
-A classifier is a strided convolution, the field of one piece on its features, and a linear layer.
-It trains by cross-entropy + (λ_K E + λ_J n) / d, with d the number of features.
-"""
+"""Section 9: do the penalties help a neural ODE that classifies?"""
 
 import csv
 import functools
 import itertools
 import statistics
-import time
 from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
-import torch.nn.functional as F
 from rnode.paper.figures import COLOURS, make_panels, mean_and_extremes, save, verdict
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
 
-from rnode import Field, Method, Piece, Probes, TimeConv2d
+from rnode import Method, Solver
 from rnode.data.images import digits, idx_images
 from rnode.data.splits import Splits
-from rnode.flow import PieceSolution
+from rnode.training.classifier import MEASURES, Classifier, labelled, loaders
 from rnode.training.plots import plot_band
 from rnode.training.run_folder import whole_file
 
@@ -32,83 +24,21 @@ RECIPES = {  # how it trains, and λ_K = λ_J
     "rnode": ("both penalties (rk4, step 0.25)", Method("rk4", step_size=0.25), 0.1),
 }
 EPOCHS = {"digits": 6, "fashion14": 4}
-SEEDS, WIDTH, BATCH = 3, 16, 64
+SEEDS, WIDTH, LAYERS, BATCH = 3, 16, 3, 64
 MOST = 3200, 1000, 1000  # images of FashionMNIST for training, validation and test
-NOISE = 0.2  # standard deviation of the noise on pixels in [0, 1]
 SAME = 0.01  # accuracy within which two classifiers count as equal
-MEASURES = {  # at the end, on test images
-    "accuracy": "accuracy",
-    "noisy": f"accuracy with noise {NOISE}",
-    "nfe": "NFE (dopri5)",
-    "jacobian": "squared Jacobian norm / d",
-    "kinetic": "kinetic energy / d",
-}
-
-
-class Classifier(pl.LightningModule):
-    """A neural ODE on the features of images (B, C, H, W), with logits (B, 10)."""
-
-    def __init__(self, method: Method, penalty: float):
-        super().__init__()
-        self.method, self.penalty, self.probes = method, penalty, Probes()
-        self.stem = nn.Conv2d(1, WIDTH, 3, stride=2, padding=1)
-        self.piece = Piece(Field(TimeConv2d, [WIDTH, WIDTH, WIDTH, WIDTH]))
-        self.head = nn.LazyLinear(10)
-        self.curve: list[dict[str, float]] = []  # validation after each epoch
-        self.seconds = 0.0  # of training batches
-
-    def forward(self, x: Tensor) -> tuple[Tensor, PieceSolution]:
-        z = self.stem(x)
-        method = self.method if self.training else DOPRI5
-        solution = self.piece(z, self.probes.sample(z), method, "backprop")
-        return self.head(solution.state.z.flatten(1)), solution
-
-    def on_train_batch_start(self, *_) -> None:
-        self.mark = time.perf_counter()
-
-    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        x, label = batch
-        logits, solution = self(x)
-        state = solution.state
-        penalties = self.penalty * (state.E + state.n).mean() / state.z[0].numel()
-        return F.cross_entropy(logits, label) + penalties
-
-    def on_train_batch_end(self, *_) -> None:
-        self.seconds += time.perf_counter() - self.mark
-
-    def on_validation_epoch_start(self) -> None:
-        self.parts: list[tuple[float, ...]] = []
-
-    @torch.no_grad()
-    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
-        x, label = batch
-        logits, solution = self(x)
-        noisy, _ = self(x + NOISE * torch.randn_like(x))
-        right = ((part.argmax(1) == label).float().mean().item() for part in (logits, noisy))
-        E, n = (part.mean().item() / solution.state.z[0].numel() for part in solution.state[2:])
-        self.parts.append((*right, solution.nfe_forward, n, E))
-
-    def on_validation_epoch_end(self) -> None:
-        means = map(statistics.fmean, zip(*self.parts, strict=True))
-        self.curve.append(dict(zip(MEASURES, means, strict=True)) | {"seconds": self.seconds})
-
-    test_step = validation_step
-    on_test_epoch_start, on_test_epoch_end = on_validation_epoch_start, on_validation_epoch_end
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.Adam(self.parameters(), 3e-3)
 
 
 def classify(splits: Splits, levels: int, recipe: str, seed: int, epochs: int) -> list[dict]:
     """Train a classifier; return its validation after each epoch, and the test as the last row."""
     pl.seed_everything(seed, verbose=False)
-    pairs = zip((splits.train, splits.val, splits.test), splits.contexts, strict=True)
-    parts = [TensorDataset(x / (levels - 1), c.argmax(1)) for x, c in pairs]
-    train = DataLoader(parts[0], BATCH, shuffle=True)
-    val, test = (DataLoader(part, 500) for part in parts[1:])
+    train, val, test = loaders(labelled(splits, lambda x: x / (levels - 1)), BATCH, 500)
     quiet = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
     trainer = pl.Trainer(max_epochs=epochs, num_sanity_val_steps=0, **dict.fromkeys(quiet, False))
-    module = Classifier(*RECIPES[recipe][1:])
+    _, method, penalty = RECIPES[recipe]
+    solver, adam = Solver(method, DOPRI5), functools.partial(torch.optim.Adam, lr=3e-3)
+    shape = splits.train.shape[1:]
+    module = Classifier(shape, 10, solver, adam, penalty, penalty, WIDTH, LAYERS)
     trainer.fit(module, train, val)
     trainer.test(module, test, verbose=False)
     return module.curve

@@ -112,7 +112,8 @@ def job(command: str, typed: list[str], errors: Callable) -> Any:
             print(banner(cfg), flush=True)
         prepare_process()
         # torch, Lightning and W&B are imported here: --help and mistakes do not wait for them.
-        return importlib.import_module(MODULES[command]).main(cfg)
+        module = "rnode.app.classify" if cfg.get("task") == "classify" else MODULES[command]
+        return importlib.import_module(module).main(cfg)
 
     def call(cfg: DictConfig) -> Any:
         sys.argv = typed  # Lightning starts other processes by it

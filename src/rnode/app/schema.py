@@ -180,6 +180,7 @@ class MLflow(OpenSection):
 
 class Train(Section):
     seed: Whole = key("seed of weights, data order, noise and probes")
+    task: Literal["density", "classify"] = key("what is learned: a density, or classes")
     divergence: Literal[DIVERGENCES] = key("probes of div f and of the Jacobian norm")
     probes: Count = key("random probes of a sample")
     test_probes: Count | None = key(
