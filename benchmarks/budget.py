@@ -3,9 +3,10 @@
 python benchmarks/budget.py [--flops 20e12] [--share 0.5] [--bandwidth 1e12]
 
 FLOPs are those of the 3×3 convolutions, forward and backward. Bytes are those of the activations of
-the inner layers in float32; each is written once and read once in either pass. Hours are the larger
-of FLOPs / (FLOP/s · share) and bytes / bandwidth. The calculation leaves out evaluation, the
-transfer of data to the device and the optimizer.
+the inner layers in float32; each is written once and read once in either pass. Backprop keeps all,
+checkpoint those of one piece, or of one of its steps where l, E, n come by quadrature. Hours are
+the larger of FLOPs / (FLOP/s · share) and bytes / bandwidth. The calculation leaves out evaluation,
+the transfer of data to the device and the optimizer.
 """
 
 import argparse
@@ -17,10 +18,10 @@ from rnode import Piece, Probes, Solver, Squeeze, multiscale
 RUNS = {"mnist": (50_000, 200), "cifar10": (45_000, 200)}  # training images and batch size
 EPOCHS = 100  # section 6 of the paper
 TENSORS = 6, 6  # of hidden width that f keeps (3 layers and their slopes), and a product besides
-COUNTS = [  # evaluations of f and products εᵀ∇f of a piece
-    ("rk4, system", 16, 16),
-    ("auto, first grid", 4 * COARSE.grid_steps, COARSE.grid_steps),
-    ("auto, refined once", 4 * FINE.grid_steps, FINE.grid_steps),
+COUNTS = [  # evaluations of f and products εᵀ∇f of a piece, and parts that are solved again
+    ("rk4, system", 16, 16, 1),
+    ("auto, first grid", 4 * COARSE.grid_steps, COARSE.grid_steps, COARSE.grid_steps),
+    ("auto, refined once", 4 * FINE.grid_steps, FINE.grid_steps, FINE.grid_steps),
 ]
 
 
@@ -32,9 +33,10 @@ def main() -> None:
     options = parser.parse_args()
     rows = []
     for dataset, (images, batch) in RUNS.items():
-        pixels = pixels_of_all_pieces(SHAPES[dataset])
-        for name, evaluations, products in COUNTS:
-            one = evaluation_flops(SHAPES[dataset], 64)
+        shape = SHAPES[dataset]
+        pixels, largest = pixels_of_all_pieces(shape), math.prod(shape[1:])
+        for name, evaluations, products, parts in COUNTS:
+            one = evaluation_flops(shape, 64)
             flops = 3 * (evaluations + products) * one * batch
             tensors = TENSORS[0] * evaluations + TENSORS[1] * products
             kept = 4 * 64 * pixels * tensors * batch  # bytes
@@ -48,6 +50,7 @@ def main() -> None:
                     "steps": f"{steps}",
                     "TFLOP a step": f"{flops / 1e12:.2f}",
                     "GB kept by backprop": f"{kept / 1e9:.1f}",
+                    "by checkpoint": f"{kept / 1e9 * largest / pixels / parts:.1f}",
                     "GB moved a step": f"{moved / 1e9:.0f}",
                     "hours": f"{steps * seconds / 3600:.1f}",
                 }

@@ -91,6 +91,6 @@ def toy_run(tmp_path_factory):
     """The folder of a run on a density in the plane. Tests must not change it."""
     folder = tmp_path_factory.mktemp("toy")
     data = ["dataset=toy", "dataset.name=moons", "dataset.test=500", "dataset.validation=200"]
-    short = ["trainer.max_epochs=12", "trainer.enable_progress_bar=false", "wandb.mode=disabled"]
+    short = ["trainer.max_epochs=4", "trainer.enable_progress_bar=false", "wandb.mode=disabled"]
     call("train", *data, *short, "pictures.samples=100", f"hydra.run.dir={folder}")
     return folder

@@ -39,10 +39,8 @@ def succeed(*command, cwd):
     return done.stdout
 
 
-@pytest.mark.parametrize(
-    "gradient",
-    ["backprop", pytest.param("adjoint", marks=pytest.mark.slow(reason="starts three processes"))],
-)
+@pytest.mark.slow(reason="starts three processes")
+@pytest.mark.parametrize("gradient", ["backprop", "adjoint"])
 def test_two_processes_have_the_gradient_of_one_with_twice_the_batch(tmp_path, gradient):
     script = TESTS / "ddp_gradient.py"
     succeed(*TWO, script, tmp_path / "two", 8, gradient, cwd=tmp_path)

@@ -39,11 +39,7 @@ LEFTOVERS = {  # of SLURM, in the shell or notebook of a job
 NAME = "λ é=[x] (1) ~"  # of a folder
 
 
-def slow(*case, **keywords):
-    marks = pytest.mark.slow(reason="a process that imports everything, like the first case")
-    return pytest.param(*case, marks=marks, **keywords)
-
-
+@pytest.mark.slow(reason="processes that import everything")
 @pytest.mark.parametrize(
     "variables",
     [
@@ -51,8 +47,10 @@ def slow(*case, **keywords):
             {"PYTHONIOENCODING": "ascii", "MPLBACKEND": "module://of_a_notebook", **LEFTOVERS},
             id="ascii",
         ),
-        slow({"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "HOME": None}, id="C"),
-        slow({"PYTHONIOENCODING": "iso-8859-1", "MPLBACKEND": "no backend"}, id="latin"),
+        pytest.param(
+            {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "HOME": None}, id="C"
+        ),
+        pytest.param({"PYTHONIOENCODING": "iso-8859-1", "MPLBACKEND": "no backend"}, id="latin"),
     ],
 )
 def test_a_run_needs_nothing_of_its_surroundings(tmp_path, variables):

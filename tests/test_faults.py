@@ -127,6 +127,7 @@ def test_a_run_whose_curves_cannot_grow_stops_and_resumes(start, copy, whole):
     assert curves(copy) == curves(copy.with_name("other"))  # its last row had been cut short
 
 
+@pytest.mark.slow(reason="four runs in processes")
 def test_a_folder_that_becomes_read_only_gets_one_line(start, tmp_path):
     folder, epochs = tmp_path / "run", "trainer.max_epochs=100"
     run = start(folder, epochs, "save_every_n_steps=7", unprivileged=True)

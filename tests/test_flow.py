@@ -91,7 +91,7 @@ def test_forward_then_inverse_is_the_identity(shape):
 
 def test_log_prob_of_the_multiscale_flow_against_slogdet_of_its_full_jacobian():
     """The whole flow, two scales, squeeze and factoring out: change of variables by brute force."""
-    flow = make_flow((1, 8, 8), test=TIGHT, divergence="exact").eval()
+    flow = make_flow((1, 8, 8), test=TIGHT, divergence="exact", pieces=1).eval()
     x = torch.randn(2, 1, 8, 8, dtype=torch.float64)
     log_prob = flow.log_prob(x)
     flow.probes = Probes()  # z does not depend on them
@@ -161,7 +161,7 @@ def against_the_plain_recipe(flow, plain, x):
 @pytest.mark.parametrize("gradient", ["backprop", "adjoint", "checkpoint"])
 def test_loss_and_gradient_are_those_of_the_plain_recipe(shape, method, options, gradient):
     """The steps are so small that the adjoint's gradient and the exact one agree."""
-    flow = make_flow(shape, train=method, gradient=gradient)
+    flow = make_flow(shape, train=method, gradient=gradient, pieces=1)
     x = torch.randn(3, *shape, dtype=torch.float64)
     against_the_plain_recipe(flow, PlainFlow(flow, **options), x)
 
@@ -413,7 +413,8 @@ class Float64(TorchDispatchMode):
 )
 def test_a_float32_flow_makes_nothing_float64(name, gradient):
     """Some accelerators do not have float64."""
-    flow = make_flow((1, 8, 8), train=Method(name), test=Method(name), gradient=gradient).float()
+    method = Method(name)
+    flow = make_flow((1, 8, 8), train=method, test=method, gradient=gradient, pieces=1).float()
     x = torch.randn(2, 1, 8, 8)
     with Float64() as watch:
         objective(flow(x), 0.1, 0.1).backward()

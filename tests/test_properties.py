@@ -71,10 +71,10 @@ def overrides(draw, command, data):
 @pytest.mark.parametrize(
     ("command", "options", "count"),
     [
-        ("train", TINY, 8),
-        ("train", [*TINY, *TOY], 6),
-        ("evaluate", ["samples=1", "pictures=2"], 6),
-        ("sample", ["n=2"], 6),
+        ("train", TINY, 4),
+        ("train", [*TINY, *TOY], 3),
+        ("evaluate", ["samples=1", "pictures=2"], 3),
+        ("sample", ["n=2"], 3),
     ],
 )
 def test_any_overrides(fork_server, tmp_path, tiny_run, command, options, count):
