@@ -1,12 +1,15 @@
 """Fixtures that several test files share."""
 
 import functools
+import io
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.figure import Figure
+from PIL import Image
 
 from helpers import ONE_THREAD, TWO_STEPS, Run, call, randomize
 from rnode import Field, TimeConv2d, TimeLinear
@@ -17,6 +20,22 @@ torch.set_num_threads(1)  # the tests' tensors are small, and pytest-xdist runs 
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def blank_figures(monkeypatch):
+    """Figures are made, but their files hold a pixel: drawing them takes most of a short run."""
+    pixel = io.BytesIO()
+    Image.new("RGB", (1, 1)).save(pixel, "png")
+    blank = {"png": pixel.getvalue(), "svg": "<svg></svg>"}
+
+    def save(self, file, *, format="png", **options):
+        if isinstance(file, Path):
+            file.write_bytes(blank[format])
+        else:
+            file.write(blank[format])
+
+    monkeypatch.setattr(Figure, "savefig", save)
 
 
 @pytest.fixture(params=["conv", "dense"])

@@ -14,6 +14,8 @@ from rnode.app.build import load_flow
 from rnode.errors import InputError
 from rnode.training.checkpoint import FORMAT, AtomicCheckpointIO, load_checkpoint
 
+pytestmark = pytest.mark.usefixtures("blank_figures")
+
 MORE = [*TWO_STEPS, "model.pieces=1", "trainer.max_steps=4", "trainer.max_epochs=2"]
 WEIGHT = "flow.layers.0.field.layers.0.weight"
 

@@ -10,6 +10,8 @@ from helpers import call, refused
 from rnode import InputError
 from rnode.evaluation import measure
 
+pytestmark = pytest.mark.usefixtures("blank_figures")
+
 QUIET = ["trainer.enable_progress_bar=false", "wandb.mode=disabled", "trainer.accelerator=cpu"]
 MEAN, SPREAD = {"low": -2.0, "high": 3.0}, {"low": 0.5, "high": 1.5}
 

@@ -14,6 +14,8 @@ from helpers import DOPRI5, RK4, TWO_STEPS, call, metrics, refused
 from rnode import Probes, Solver, Transform, log_normal, multiscale
 from rnode.dequantization import Dequantization
 
+pytestmark = pytest.mark.usefixtures("blank_figures")
+
 LEVELS, ALPHA = 5, 0.05
 
 

@@ -11,6 +11,8 @@ from rnode import Flow, Method, Piece, Probes, Solver, log_normal, mlp, multisca
 from rnode.errors import InputError
 from rnode.matching import flow_matching, require_one_path
 
+pytestmark = pytest.mark.usefixtures("blank_figures")
+
 TABLE = ["dataset=toy", "pretrain=flow_matching", *SMALL, "dataset.train=480", "model.hidden=8"]
 SOLVER = Solver(RK4, Method("dopri5", rtol=1e-9, atol=1e-9), dtype="float64")
 

@@ -8,6 +8,8 @@ import pytest
 
 from helpers import ROOT, TWO_STEPS, call, metrics, refused
 
+pytestmark = pytest.mark.usefixtures("blank_figures")
+
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):

@@ -14,6 +14,8 @@ from rnode.training.callbacks import MaxTime, SaveAndStop
 from rnode.training.checkpoint import AtomicCheckpointIO, load_checkpoint
 from rnode.training.module import RNODE
 
+pytestmark = pytest.mark.usefixtures("blank_figures")
+
 SHORT = [  # two epochs of six batches
     *RATE,
     *("model.hidden=4", "model.pieces=1", "solver.train.steps=1", "refine=null"),

@@ -40,6 +40,8 @@ from rnode.data.images import IDX_IMAGES
 from rnode.training.module import RNODE
 from rnode.training.solving import RefineGrid
 
+pytestmark = pytest.mark.usefixtures("blank_figures")
+
 EPOCHS = [*TWO_STEPS, "trainer.max_steps=-1", "trainer.limit_train_batches=2"]  # of two steps
 
 

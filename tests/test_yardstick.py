@@ -14,6 +14,8 @@ from rnode.data.images import digits
 from rnode.data.splits import Splits
 from rnode.training.yardstick import gaussian_bits
 
+pytestmark = pytest.mark.usefixtures("blank_figures")
+
 
 def of_splits(*splits, **more):
     data = DataModule(lambda: Splits(*splits, **more), None, 10, 10)
