@@ -27,11 +27,8 @@ from helpers import (
     wandb_records,
 )
 
+pytestmark = pytest.mark.slow(reason="runs in processes; test_resume.py stops runs in this one")
 DDP = [*SMALL, "trainer.devices=2", "trainer.strategy=ddp"]
-
-
-def slow(*case):
-    return pytest.param(*case, marks=pytest.mark.slow(reason="takes as long as the first case"))
 
 
 def last_step(folder):
@@ -62,7 +59,6 @@ def copy(whole, tmp_path):
     ("step", "number"),
     [(40, signal.SIGTERM), (3, signal.SIGINT), (65, signal.SIGUSR1), (50, signal.SIGKILL)],
 )
-@pytest.mark.slow(reason="whole runs in processes; test_resume.py stops runs in this one")
 def test_an_interrupted_run_resumes_to_the_same_end(start, tmp_path, whole, step, number):
     folder = tmp_path / "run"
     run = start(folder, "save_every_n_steps=7")
@@ -79,7 +75,6 @@ def test_an_interrupted_run_resumes_to_the_same_end(start, tmp_path, whole, step
     assert_same_run(folder, whole)
 
 
-@pytest.mark.slow  # 17 starts
 def test_kills_while_checkpoints_are_written_leave_whole_ones(start, tmp_path):
     folder, steps = tmp_path / "run", [0]
     epochs = "trainer.max_epochs=8"
@@ -100,8 +95,7 @@ def test_kills_while_checkpoints_are_written_leave_whole_ones(start, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "file",
-    ["last.ckpt", slow("best.ckpt"), slow("metrics.csv"), slow("config.yaml"), slow("samples.png")],
+    "file", ["last.ckpt", "best.ckpt", "metrics.csv", "config.yaml", "samples.png"]
 )
 def test_a_full_disk_gets_one_line_and_leaves_the_earlier_file(start, copy, file):
     before = (copy / file).read_bytes()
@@ -115,7 +109,6 @@ def test_a_full_disk_gets_one_line_and_leaves_the_earlier_file(start, copy, file
     assert not list(copy.glob("*.part"))
 
 
-@pytest.mark.slow  # three runs
 def test_a_run_whose_curves_cannot_grow_stops_and_resumes(start, copy, whole):
     size = (copy / "metrics.csv").stat().st_size
     more = ["trainer.enable_checkpointing=false", "trainer.limit_val_batches=0", "ckpt_path=auto"]
@@ -127,7 +120,6 @@ def test_a_run_whose_curves_cannot_grow_stops_and_resumes(start, copy, whole):
     assert curves(copy) == curves(copy.with_name("other"))  # its last row had been cut short
 
 
-@pytest.mark.slow(reason="four runs in processes")
 def test_a_folder_that_becomes_read_only_gets_one_line(start, tmp_path):
     folder, epochs = tmp_path / "run", "trainer.max_epochs=100"
     run = start(folder, epochs, "save_every_n_steps=7", unprivileged=True)
@@ -145,7 +137,6 @@ def test_a_folder_that_becomes_read_only_gets_one_line(start, tmp_path):
     assert last_step(folder) == step + 2
 
 
-@pytest.mark.slow  # two runs with W&B
 def test_a_signal_closes_the_wandb_run_and_its_curves_continue(start, tmp_path):
     folder = tmp_path / "run"
     run = start(folder, "wandb.mode=offline")
@@ -166,7 +157,6 @@ def test_a_signal_closes_the_wandb_run_and_its_curves_continue(start, tmp_path):
     assert len({name.rsplit("-", 1)[1] for name in wandb_records(folder)}) == 1
 
 
-@pytest.mark.slow(reason="two processes")
 def test_a_second_run_in_a_folder_is_refused_and_touches_nothing(start, tmp_path, whole):
     folder = tmp_path / "run"
     first = start(folder)
@@ -203,7 +193,6 @@ def test_a_new_run_does_not_overwrite_the_checkpoints_of_an_earlier_one(capsys, 
     assert contents(copy) == before
 
 
-@pytest.mark.slow  # 550 steps
 def test_memory_and_open_files_do_not_grow_over_500_steps(start, tmp_path):
     """With validation, checkpoints and pictures every 50 steps, and W&B."""
     toy = ["dataset=toy", "model=mlp", "solver.gradient=adjoint", "wandb.mode=offline"]
@@ -220,7 +209,6 @@ def test_memory_and_open_files_do_not_grow_over_500_steps(start, tmp_path):
     assert files[0] == files[1]
 
 
-@pytest.mark.slow  # two processes that import everything
 @pytest.mark.parametrize("victim", [0, 1])
 def test_when_a_process_of_two_dies_the_other_stops(tmp_path, victim):
     folder = tmp_path / "run"
@@ -239,7 +227,6 @@ def test_when_a_process_of_two_dies_the_other_stops(tmp_path, victim):
     assert last_step(folder) > 0
 
 
-@pytest.mark.slow  # runs of two processes, the second of which starts four times
 @pytest.mark.parametrize("faults", ["nan", "nan forward backward"])
 def test_a_divergence_in_one_process_stops_or_rewinds_both(tmp_path, faults):
     """A NaN, a solver that gives up, and one that gives up in the backward pass, in turn."""
