@@ -68,6 +68,7 @@ def test_a_run_classifies_the_rows_of_a_table(tmp_path):
         (["pretrain=flow_matching"], "pretrain: task=classify does not use it"),
         (["model.pieces=2"], "model.pieces: task=classify does not use it"),
         (["dataset=toy"], "dataset=toy has no labels"),
+        (["trainer.devices=2"], "trainer.devices=2: task=classify needs 1"),
     ],
 )
 def test_what_a_classifier_does_not_use_is_refused(overrides, words, tmp_path, capsys):

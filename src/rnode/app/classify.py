@@ -17,6 +17,7 @@ from torch import Tensor
 
 from rnode.app.banner import banner
 from rnode.app.sweep import in_sweep
+from rnode.app.train import OURS
 from rnode.data.context import Label
 from rnode.data.datamodule import DataModule
 from rnode.errors import require
@@ -31,7 +32,6 @@ USED = (  # keys, and sections, that the command line may set
     *("task", "seed", "dataset", "model.hidden", "model.layers", "solver", "regularizer", "reg"),
     *("optimizer", "warmup_steps", "trainer"),
 )
-OURS = ("on_divergence", "max_time")  # options of `trainer` that Lightning does not get
 
 
 def main(cfg: DictConfig) -> float:
@@ -41,6 +41,8 @@ def main(cfg: DictConfig) -> float:
         used = any(f"{key}.".startswith(f"{name}.") for name in USED)
         require(used, f"{key}: task=classify does not use it")
     require(not in_sweep(), "task=classify: must be a single run; sweeps compare bits/dim")
+    devices = cfg.trainer.devices
+    require(devices == 1, f"trainer.devices={devices}: task=classify needs 1")
     folder = Path(HydraConfig.get().runtime.output_dir)
     with lock(folder, resumes=False), transcript(folder / "train.log", banner(cfg)):
         return train(cfg, folder)
