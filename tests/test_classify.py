@@ -4,6 +4,7 @@ import csv
 import functools
 import json
 
+import polars as pl
 import pytest
 import torch
 from sklearn.datasets import load_iris
@@ -51,9 +52,10 @@ def test_a_run_classifies_digits_far_better_than_chance(tmp_path, capsys):
 
 
 def test_a_run_classifies_the_rows_of_a_table(tmp_path):
-    iris = load_iris(as_frame=True)
-    table = iris.data.assign(species=iris.target_names[iris.target])
-    table.to_csv(tmp_path / "iris.csv", index=False)
+    iris = load_iris()
+    table = pl.DataFrame(iris.data, schema=["sepal", "width", "petal", "breadth"])
+    species = pl.Series("species", iris.target_names[iris.target].tolist())
+    table.with_columns(species).write_csv(tmp_path / "iris.csv")
     data = [f"dataset.path={tmp_path / 'iris.csv'}", "dataset.context=[species]"]
     sizes = ["dataset.batch_size=16", "model.hidden=8", "trainer.max_epochs=15"]
     place = f"hydra.run.dir={tmp_path / 'run'}"
