@@ -56,7 +56,7 @@ class Classifier(LightningModule):
         layer = TimeConv2d if images else TimeLinear
         self.piece = Piece(Field(layer, [hidden] * (layers + 1)))
         self.d = self.stem(torch.zeros(1, *shape)).numel()  # features
-        self.head = nn.Linear(self.d, classes)
+        self.head = nn.LazyLinear(classes)
         self.curve: list[dict[str, float]] = []  # a row per validation, and one for the test
         self.seconds = 0.0  # of training batches
 
