@@ -50,10 +50,10 @@ class Classifier(LightningModule):
         super().__init__()
         self.solver, self.optimizer, self.probes = solver, optimizer, Probes()
         self.lambda_k, self.lambda_j, self.warmup_steps = lambda_k, lambda_j, warmup_steps
-        images = len(shape) == 3
-        convolution = nn.Conv2d(shape[0], hidden, 3, stride=2, padding=1)
-        self.stem = convolution if images else nn.Linear(*shape, hidden)
-        layer = TimeConv2d if images else TimeLinear
+        if len(shape) == 3:
+            self.stem, layer = nn.Conv2d(shape[0], hidden, 3, stride=2, padding=1), TimeConv2d
+        else:
+            self.stem, layer = nn.Linear(*shape, hidden), TimeLinear
         self.piece = Piece(Field(layer, [hidden] * (layers + 1)))
         self.d = self.stem(torch.zeros(1, *shape)).numel()  # features
         self.head = nn.LazyLinear(classes)
