@@ -54,12 +54,11 @@ def main() -> None:
     torch.backends.cudnn.allow_tf32 = options.tf32
 
     x = common.images(options)
-    left_out = set() if options.compile or options.contenders else {"compiled"}
-    left_out |= set() if DEVICE.type == "cuda" else {"graphs"}
+    left_out = {"compiled": not options.compile, "graphs": DEVICE.type != "cuda"}
+    default = [name for name in CONTENDERS if not any(left_out.get(w) for w in words(name))]
     steps = {"plain recipe": plain_step(make_flow(options), x)}
-    for name, choice in CONTENDERS.items():
-        if name in (options.contenders or CONTENDERS) and not left_out & words(name):
-            steps[name] = flow_step(make_flow(options, *choice), x, words(name))
+    for name in options.contenders or default:
+        steps[name] = flow_step(make_flow(options, *CONTENDERS[name]), x, words(name))
     memory = {name: common.peak_memory(step) for name, step in steps.items()}
     dtypes = {False: torch.float32, True: torch.bfloat16}
     convolutions = {bf16: common.convolution(options, dtype) for bf16, dtype in dtypes.items()}
