@@ -25,7 +25,7 @@ def test_the_inner_layers_keep_the_scale_of_a_signal():
     field, t = Field(TimeLinear, [64, 256, 256, 256, 64]), torch.tensor(0.0)
     h = torch.randn(500, 64)
     for layer in field.layers[:-1]:
-        h = F.softplus(layer(t, h))
+        h = F.softplus(layer(layer.prepare(()), t, h))
         spread = h.std(dim=0).mean()  # over the samples, in each unit
         assert 0.35 < spread < 1.5
 

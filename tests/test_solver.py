@@ -202,7 +202,7 @@ def test_adjoint_gives_the_gradient_of_backprop_in_the_limit(field_and_z):
 def test_evaluations_and_products(field_and_z, method, nfe, products):
     field, z = field_and_z
     calls, vjp = [], field.vjp
-    field.vjp = lambda *arguments: calls.append(1) or vjp(*arguments)
+    field.vjp = lambda *arguments, **weights: calls.append(1) or vjp(*arguments, **weights)
     solution = Piece(field)(z, Probes().sample(z), method, "backprop")
     assert (solution.nfe_forward, len(calls)) == (nfe, products)
 

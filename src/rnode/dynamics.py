@@ -31,7 +31,9 @@ class VectorField(Protocol):
     """A field f(z, t): `rnode.Field`, or any torch.nn.Module with this `forward`.
 
     The field of a density of x given c takes c (B, k) as a last argument. A field may have a
-    product εᵀ∇f of its own: a method `vjp(t, z, eps, *c)`, which returns what `vjp` below does.
+    product εᵀ∇f of its own: a method `vjp(t, z, eps, *c)`, which returns what `vjp` below does. And
+    it may have a method `prepare(z)`, which is called once before a solve; every evaluation of the
+    solve then gets its result as the keyword argument `weights`.
     """
 
     def parameters(self) -> Iterator[Tensor]:
@@ -112,15 +114,20 @@ class Dynamics:
         self.eps: Any = eps
         self.vjp = getattr(field, "vjp", partial(vjp, field))
 
-    def f(self, t: Tensor, z: Tensor) -> Tensor:
+    def prepare(self, z: Tensor) -> dict[str, Any]:
+        """What the field wants to compute once for a solve from z; `f` and `__call__` take it."""
+        prepare = getattr(self.field, "prepare", None)
+        return {} if prepare is None else {"weights": prepare(z)}
+
+    def f(self, t: Tensor, z: Tensor, **prepared: Any) -> Tensor:
         """The right-hand side of (ODE): t (), z (B, *shape) → dz/dt (B, *shape)."""
         self.nfe += 1
-        return self.field(t, z, *self.c)
+        return self.field(t, z, *self.c, **prepared)
 
-    def __call__(self, t: Tensor, state: State) -> State:
+    def __call__(self, t: Tensor, state: State, **prepared: Any) -> State:
         """The right-hand side of (RNODE): the time derivatives of z, l, E and n."""
         self.nfe += 1
-        f, eps_jac = self.vjp(t, state.z, self.eps, *self.c)  # f(z, t) and εᵀ∇f
+        f, eps_jac = self.vjp(t, state.z, self.eps, *self.c, **prepared)  # f(z, t) and εᵀ∇f
         return State(
             z=f,
             l=(eps_jac * self.eps).flatten(2).sum((0, 2)),  # div f = εᵀ∇f ε

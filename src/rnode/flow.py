@@ -6,6 +6,7 @@ The layers are pieces, which solve an ODE, and the multiscale permutations of Di
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -76,7 +77,8 @@ class Piece(nn.Module):
     ) -> tuple[Tensor, int]:
         """z (B, *shape) at time T → z at `intervals` + 1 times from T to 0, and the NFE."""
         dynamics = Dynamics(self.field, context=context)
-        return solve_back(dynamics.f, z, method, intervals), dynamics.nfe
+        f = partial(dynamics.f, **dynamics.prepare(z))
+        return solve_back(f, z, method, intervals), dynamics.nfe
 
 
 class Flatten(nn.Module):

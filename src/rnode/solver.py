@@ -189,10 +189,12 @@ def trainable(dynamics: Dynamics) -> tuple[Tensor, ...]:
 def solve_system(dynamics, z, method, gradient) -> State:
     """Integrate z, l, E and n together."""
     precision = precision_of(method, z.device)
+    # The adjoint differentiates for the weights themselves, once an evaluation.
+    prepared = {} if gradient == "adjoint" else dynamics.prepare(z)
 
     def right_hand_side(t: Tensor, state: tuple[Tensor, ...]) -> State:
         with precision:
-            return dynamics(t, State(*state))
+            return dynamics(t, State(*state), **prepared)
 
     def integrate(z: Tensor, odeint=odeint, **adjoint) -> State:
         if method.method in TABLEAUS:
@@ -211,15 +213,15 @@ def solve_system(dynamics, z, method, gradient) -> State:
 
 def solve_quadrature(dynamics, z, method, gradient) -> State:
     """Integrate z from node to node, and l, E, n by quadrature of their rates at the nodes."""
-    precision = precision_of(method, z.device)
+    precision, prepared = precision_of(method, z.device), dynamics.prepare(z)
 
     def rates_at(t: float, z: Tensor) -> State:
         with precision:
-            return dynamics(time(t, z), State.initial(z))
+            return dynamics(time(t, z), State.initial(z), **prepared)
 
     def f(t: Tensor, y: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         with precision:
-            return (dynamics.f(t, *y),)
+            return (dynamics.f(t, *y, **prepared),)
 
     def solve_step(z: Tensor, start: float, end: float) -> tuple[Tensor, ...]:
         slope, *rates = rates_at(start, z)
