@@ -1,8 +1,8 @@
 """Density models of this project and of other libraries, each as a training step and a likelihood.
 
 - rnode: the mlp flow of dataset=toy. Its likelihood is by dopri5 at 1e-5 with the exact divergence.
-- rnode_table: the mlp flow of dataset=table, with flow matching for 30 % of the time at first,
-  and a training grid that is refined as solver=auto does.
+- rnode_table: the mlp flow of dataset=table, with flow matching for 30 % of the time at first.
+  Both refine their training grids as solver=auto does.
 - zuko's CNF: its own loss and adaptive solver, Adam at 1e-3, as in its guide.
 - zuko's NSF and MAF: three or five transforms, hidden layers of 128, Adam at 1e-3.
 - normflows' Glow, for images: two scales of five blocks with 16 hidden channels, 17,000 weights as
@@ -74,19 +74,21 @@ def best(curve: list[Point]) -> Point:
 
 def rnode_flow(d: int, sample: Sample) -> tuple[Step, Evaluate]:
     flow = mlp((d,), Solver(SIMPSON, DOPRI5), Probes("exact" if d == 2 else "gaussian"))
-    return by_objective(flow, sample, penalty=0.01)
+    return by_objective(flow, sample, penalty=0.01, rate=1.6e-2, tolerance=5e-3)
 
 
 def rnode_table(d: int, sample: Sample, share: float = 0.3) -> tuple[Step, Evaluate]:
     flow = mlp((d,), Solver(FINE, DOPRI5), Probes("gaussian"), hidden=96, layers=3)
-    return by_objective(flow, sample, penalty=0.001, tolerance=1e-2, share=share, rise=50)
+    settings = {"penalty": 0.001, "rate": 8e-3, "tolerance": 1e-2, "rise": 50}
+    return by_objective(flow, sample, share=share, **settings)
 
 
 def by_objective(
     flow: Flow,
     sample: Sample,
     penalty: float,
-    tolerance: float | None = None,
+    rate: float,
+    tolerance: float,
     share: float = 0.0,
     rise: int = 0,
 ) -> tuple[Step, Evaluate]:
@@ -96,12 +98,13 @@ def by_objective(
         flow: the flow.
         sample: samples a batch.
         penalty: λ_K and λ_J.
+        rate: the learning rate at first; it falls as half a cosine.
         tolerance: change of bits/dim at which the grid is refined.
         share: share of the time that is spent on flow matching.
         rise: steps over which the learning rate rises in each part.
     """
     flow.test_probes = Probes("exact")
-    optimizer = torch.optim.Adam(flow.parameters(), 8e-3)
+    optimizer = torch.optim.Adam(flow.parameters(), rate)
     rows, steps, matching = sample(), 0, share > 0
 
     def step(fraction: float) -> None:
@@ -110,12 +113,12 @@ def by_objective(
         if matching and fraction >= share:
             steps, matching = 0, False
             optimizer.state.clear()
-        if tolerance is not None and not matching and steps % RefineGrid.EVERY_N_STEPS == 0:
+        if not matching and steps % RefineGrid.EVERY_N_STEPS == 0:
             for _ in range(RefineGrid.MOST_AT_FIRST if steps == 0 else 1):
                 refine_grid(flow, rows, tolerance)
         cosine = math.cos(math.pi * min(1.0, fraction))
-        rate = 8e-3 * min(1.0, (steps + 1) / (rise + 1)) * (1 + cosine) / 2
-        optimizer.param_groups[0]["lr"], steps = rate, steps + 1
+        share_of_rate = min(1.0, (steps + 1) / (rise + 1)) * (1 + cosine) / 2
+        optimizer.param_groups[0]["lr"], steps = rate * share_of_rate, steps + 1
         x = sample()
         loss = flow_matching(flow, x) if matching else objective(flow(x), penalty, penalty)
         optimizer.zero_grad()

@@ -5,7 +5,7 @@ python benchmarks/peers.py [--seconds 60] [--quick]
                            [--datasets eight_gaussians checkerboard pinwheel digits]
 
 benchmarks/contenders.py says what the contenders are. rnode has the settings of dataset=toy
-(simpson, λ = 0.01, Adam at 8e-3 with half a cosine), the exact divergence in 2-D, and one Gaussian
+(simpson, λ = 0.01, Adam at 1.6e-2 with half a cosine), the exact divergence in 2-D, and one Gaussian
 probe on digits. Batches are of 512 samples, or 256 images. The clock counts training steps alone;
 evaluations are at equal fractions of it. Of each curve the table has the point of the lowest
 validation, with its nats on test data. The results are also written to

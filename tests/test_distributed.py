@@ -67,6 +67,7 @@ def folder(tmp_path_factory):
     return run_folder
 
 
+@pytest.mark.slow(reason="starts three processes")
 def test_torchrun_starts_one_run(folder):
     assert len(column(folder, "train/loss")) == 3
     assert sorted(path.name for path in folder.glob("*.ckpt")) == ["best.ckpt", "last.ckpt"]

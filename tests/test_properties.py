@@ -71,7 +71,7 @@ def overrides(draw, command, data):
 @pytest.mark.parametrize(
     ("command", "options", "count"),
     [
-        ("train", TINY, 4),
+        pytest.param("train", TINY, 4, marks=pytest.mark.slow(reason="runs of convolutions")),
         ("train", [*TINY, *TOY], 3),
         ("evaluate", ["samples=1", "pictures=2"], 3),
         ("sample", ["n=2"], 3),

@@ -72,7 +72,8 @@ def slow(*case):
 @pytest.mark.parametrize(
     ("options", "limits"),
     [
-        ((), (4, 9)),  # the second limit is in the second epoch
+        ((), (9,)),  # in the second epoch
+        slow((), (4, 9)),
         slow((ACCUMULATE,), (1, 3)),
         slow((), (1,)),
         slow((), (6,)),  # at the end of an epoch
@@ -111,7 +112,7 @@ def test_max_time(undisturbed, tmp_path, monkeypatch):
     [
         ((), 5),
         ((ACCUMULATE,), 9),
-        (DECAY, 3),
+        slow(DECAY, 3),
         (MATCHING, 2),
         slow(MATCHING, 8),
         *(slow((), batch) for batch in (3, 6, 11)),

@@ -80,6 +80,7 @@ def test_failed_jobs_are_reported_and_do_not_stop_the_others(tmp_path, capsys, m
     assert "val bits/dim" in printed.out
 
 
+@pytest.mark.slow(reason="a run that fails is like it, and has a quick test")
 def test_a_run_that_diverges_does_not_stop_the_others(tmp_path, capsys):
     steps = ["trainer.max_steps=5", "optimizer.lr=1e9,1e-3"]
     printed = failing(capsys, *steps, f"hydra.sweep.dir={tmp_path}")

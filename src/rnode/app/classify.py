@@ -114,4 +114,5 @@ def plot(curve: list[dict[str, float]], path: Path) -> None:
     for ax, name in zip(axes, ("accuracy", "nfe"), strict=True):
         plot_band(ax, [tuple([row[key] for row in curve] for key in ("seconds", name))])
         ax.set(xlabel="seconds of training", ylabel=f"validation {MEASURES[name]}")
+    axes[1].locator_params("y", integer=True)
     save_figure(figure, path)

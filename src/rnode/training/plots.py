@@ -67,6 +67,8 @@ def plot_curves(metrics: Path, path: Path, title: str) -> None:
         if gaussian and key == "bits_per_dim":
             ax.axhline(gaussian[-1], color="0.5", linestyle="--", linewidth=1, label="Gaussian")
         ax.set_ylabel(label)
+        if key.startswith("nfe"):
+            ax.locator_params("y", integer=True)
     plt.setp(axes[1], xlabel="training step")
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, title=title, loc="outside upper center", ncols=4)
