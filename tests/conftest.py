@@ -111,5 +111,6 @@ def toy_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("toy")
     data = ["dataset=toy", "dataset.name=moons", "dataset.test=500", "dataset.validation=200"]
     short = ["trainer.max_epochs=4", "trainer.enable_progress_bar=false", "wandb.mode=disabled"]
+    short += ["dataset.train=10000", "model.hidden=32"]
     call("train", *data, *short, "pictures.samples=100", f"hydra.run.dir={folder}")
     return folder

@@ -30,7 +30,7 @@ def rows():
 def fitted(rows, tmp_path_factory):
     folder = tmp_path_factory.mktemp("fitted") / "run"
     options = {"columns": ["a", "b"], "context": ["level", "slope"], "folder": folder}
-    overrides = ["trainer.max_epochs=25", *QUIET]
+    overrides = ["trainer.max_epochs=20", "model.hidden=32", *QUIET]
     return rnode.fit(rows, **options, max_time="01:00:00", overrides=overrides), folder
 
 

@@ -87,19 +87,19 @@ def test_a_multiscale_flow_is_refused():
 
 
 def test_both_parts_stand_on_one_curve(tmp_path, capsys):
-    shown = "trainer.enable_progress_bar=true"
-    call("train", *TABLE, "pretrain.share=0.5", shown, f"hydra.run.dir={tmp_path}")
+    more = ["trainer.enable_progress_bar=true", "trainer.limit_train_batches=10"]
+    call("train", *TABLE, "pretrain.share=0.5", *more, f"hydra.run.dir={tmp_path}")
     rows = metrics(tmp_path)
     losses = [int(row["step"]) for row in rows if row.get("train/loss")]
     likely = [int(row["step"]) for row in rows if row.get("train/bits_per_dim")]
-    assert losses == list(range(90))
-    assert likely == list(range(45, 90))
+    assert losses == list(range(30))
+    assert likely == list(range(15, 30))
     assert len([row for row in rows if row.get("val/bits_per_dim")]) == 3
     rates = [float(row["train/lr"]) for row in rows if row.get("train/lr")]
-    assert rates[45] == pytest.approx(rates[0] / 2)  # it rises anew, under the same cosine
-    assert rates[45] < rates[50] < rates[5]
+    assert rates[15] == pytest.approx(rates[0] / 2)  # it rises anew, under the same cosine
+    assert rates[15] < rates[20] < rates[5]
     said = capsys.readouterr().out
-    assert "step 45: flow matching ends, equation (17) begins" in said
+    assert "step 15: flow matching ends, equation (17) begins" in said
     assert "a step of flow matching takes 1 NFE" in said
     assert "those of equation (17) will take longer" in said
 
@@ -122,8 +122,8 @@ def test_mistakes_are_one_line(tmp_path, capsys):
 
 
 def test_a_run_without_flow_matching_resumes_without_it(tmp_path):
-    folder = f"hydra.run.dir={tmp_path}"
-    call("train", *TABLE, "pretrain=none", "trainer.max_epochs=1", folder)
-    call("train", *TABLE, "trainer.max_epochs=2", folder, "ckpt_path=auto")
+    short = [*TABLE, "trainer.limit_train_batches=4", f"hydra.run.dir={tmp_path}"]
+    call("train", *short, "pretrain=none", "trainer.max_epochs=1")
+    call("train", *short, "trainer.max_epochs=2", "ckpt_path=auto")
     losses, bits = (column(tmp_path, f"train/{key}") for key in ("loss", "bits_per_dim"))
-    assert len(losses) == len(bits) == 60
+    assert len(losses) == len(bits) == 8

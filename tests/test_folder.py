@@ -297,7 +297,8 @@ def test_the_command_scores_a_folder_given_the_class_that_each_image_lies_in(tmp
         Image.fromarray(pixels).save(tmp_path / "images" / kind / f"{name:02}.png")
     data = ["dataset=folder", f"dataset.root={tmp_path / 'images'}", "dataset.size=8"]
     data += ["dataset.channels=1", "dataset.context=label", f"dataset.cache={tmp_path / 'cache'}"]
-    call("train", *data, *TWO_STEPS, f"hydra.run.dir={tmp_path / 'run'}")
+    data += [*TWO_STEPS, "dataset.eval_batch_size=40"]
+    call("train", *data, f"hydra.run.dir={tmp_path / 'run'}")
     best, to = tmp_path / "run" / "last.ckpt", f"hydra.run.dir={tmp_path / 'scores'}"
     call("score", f"ckpt_path={best}", f"path={tmp_path / 'images'}", to)
     scores = pl.read_csv(tmp_path / "scores" / "scores.csv")

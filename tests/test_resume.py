@@ -111,7 +111,7 @@ def test_max_time(undisturbed, tmp_path, monkeypatch):
     ("options", "batch"),
     [
         ((), 5),
-        ((ACCUMULATE,), 9),
+        slow((ACCUMULATE,), 9),
         slow(DECAY, 3),
         (MATCHING, 2),
         slow(MATCHING, 8),

@@ -99,6 +99,8 @@ def data_of(choice, root, monkeypatch):
     if size := re.search(r"imagenet(\d+)", choice):
         imagenet_files(root, int(size[1]))
         return [*at, *cache, "dataset.validation=4"]
+    if "patches" in choice:
+        return ["dataset.size=8"]
     if "celeba" in choice or "folder" in choice:
         image_files(root / "img_align_celeba" if "celeba" in choice else root)
         return [*at, *cache, "dataset.size=8"]
@@ -133,10 +135,12 @@ def options():
     Those of other groups than data sets and models differ in numbers alone.
     """
     slow = pytest.mark.slow(reason="35 runs of 3 seconds")
+    alike = ("emnist", "kmnist", "qmnist", "imagenet32")  # read as others are
     for f in sorted(CONF.glob("*/*.yaml")):
         if f.parent.name in ("logger", "task"):
             continue
-        marks = () if f.parent.name in ("dataset", "model") else slow
+        quick = f.parent.name in ("dataset", "model") and f.stem not in alike
+        marks = () if quick else slow
         yield pytest.param(f"{f.parent.name}={f.stem}", marks=marks)
 
 
@@ -435,6 +439,7 @@ def test_the_training_grid_is_refined_where_a_finer_one_gives_another_likelihood
     monkeypatch.setattr(RefineGrid, "EVERY_N_STEPS", 1)
     few = [*QUICK, "model.pieces=1", "dataset.batch_size=32", "wandb.mode=disabled"]
     few += ["trainer.log_every_n_steps=1", "trainer.limit_test_batches=1", "optimizer.lr=0.05"]
+    few += ["trainer.limit_val_batches=1", "dataset.eval_batch_size=4"]
     four = [*few, "trainer.max_steps=4"]
     never = column(run(*four, "refine=100", folder="never"), "train/nfe_forward")
     assert never == [24, 24, 24, 24]
