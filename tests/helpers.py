@@ -1,6 +1,8 @@
 """What several test files share. Tests do not import one another."""
 
 import csv
+import functools
+import gc
 import gzip
 import hashlib
 import json
@@ -194,11 +196,24 @@ def call(command, *overrides):
         command: train, evaluate, sample or reproduce.
         *overrides: the arguments after it.
     """
+    freeze()
     before, sys.argv = sys.argv, [f"{command}.py", *overrides]
     try:
         cli.run(command)
     finally:
         sys.argv = before
+
+
+@functools.cache
+def freeze():
+    """Import what runs need, and exempt it from garbage collection, which runs do after pictures.
+
+    Else each of hundreds of short runs would spend half a second on it.
+    """
+    import rnode.app.train  # noqa: F401
+
+    gc.collect()
+    gc.freeze()
 
 
 def refused(capsys, command, *overrides):

@@ -5,9 +5,11 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from helpers import call, column, refused
+from rnode.app.build import load_flow
 from rnode.data.densities import DENSITIES
 
 
@@ -101,6 +103,18 @@ def test_samples_of_a_trained_flow_pass_a_two_sample_test(toy_run, tmp_path):
     assert two_sample_p(untrained, data, rng) < 0.01
     assert Image.open(tmp_path / "plane.png").size[0] > 600
     assert (tmp_path / "samples.png").exists()
+
+
+def test_a_density_trained_on_2d_data_integrates_to_one(toy_run):
+    _, flow = load_flow(str(toy_run / "last.ckpt"))
+    side = torch.linspace(-6, 6, 241)
+    points = torch.from_numpy(DENSITIES["moons"](2000, np.random.default_rng(5))).float()
+    with torch.no_grad():
+        density = flow.log_prob(torch.cartesian_prod(side, side)).exp()
+        untrained = torch.distributions.Normal(0, 1).log_prob(points).sum(1)
+        gained = flow.log_prob(points).mean() - untrained.mean()
+    assert gained > 0.3
+    assert density.sum() * (side[1] - side[0]) ** 2 == pytest.approx(1, abs=0.003)
 
 
 def test_samples_of_images_with_trajectory_and_interpolation(digits_run, tmp_path, capsys):

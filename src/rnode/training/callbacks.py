@@ -217,7 +217,7 @@ class Pictures(Callback):
 
     def on_validation_end(self, trainer: Trainer, module: RNODE) -> None:
         due = (trainer.current_epoch + 1) % self.every_n_epochs == 0
-        if due and not trainer.sanity_checking:
+        if due and trainer.state.fn == "fit" and not trainer.sanity_checking:
             self.on_test_end(trainer, module)
 
     @rank_zero_only
