@@ -132,8 +132,9 @@ def options():
     Those of other groups than data sets and models differ in numbers alone, and some data sets
     are read as others are.
     """
-    slow = pytest.mark.slow(reason="35 runs of 3 seconds")
-    alike = "emnist kmnist qmnist fashion_mnist imagenet32 imagenet64 celeba uci".split()
+    slow = pytest.mark.slow(reason="more than 40 runs of 2 seconds")
+    alike = ("emnist", "kmnist", "qmnist", "fashion_mnist")
+    alike += ("imagenet32", "imagenet64", "celeba", "uci")
     for f in sorted(CONF.glob("*/*.yaml")):
         if f.parent.name in ("logger", "task"):
             continue
