@@ -9,7 +9,8 @@ import pytest
 import torch
 import yaml
 
-from helpers import TWO_STEPS, call, refused, same, wandb_records
+from data_files import wandb_records
+from helpers import TWO_STEPS, call, refused, same
 from rnode.app.build import load_flow
 from rnode.errors import InputError
 from rnode.training.checkpoint import FORMAT, AtomicCheckpointIO, load_checkpoint

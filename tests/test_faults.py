@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from data_files import wandb_records
 from helpers import (
     HANG,
     ONE_THREAD,
@@ -24,7 +25,6 @@ from helpers import (
     refused,
     same,
     wait_until,
-    wandb_records,
 )
 
 pytestmark = pytest.mark.slow(reason="runs in processes; test_resume.py stops runs in this one")

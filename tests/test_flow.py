@@ -2,8 +2,6 @@ import math
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from helpers import DOPRI5, RK4, Linear, close, make_flow
 from plain import PlainFlow
@@ -279,99 +277,6 @@ def test_a_trajectory_of_an_image_ends_in_its_inverse():
 
 # Derivatives
 
-FIXED = [Method("rk4", integrals, steps=4) for integrals in ("system", "simpson", "radau")]
-
-
-def score(flow, x):
-    x = x.detach().requires_grad_()
-    return torch.autograd.grad(flow.log_prob(x).sum(), x)[0]
-
-
-def central_differences(function, x, h=1e-5):
-    """The Jacobian of `function` at x (d,), column by column."""
-    steps = h * torch.eye(len(x), dtype=x.dtype)
-    return torch.stack([(function(x + s) - function(x - s)) / (2 * h) for s in steps], dim=-1)
-
-
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("gradient", ["backprop", "checkpoint"])
-@pytest.mark.parametrize("method", [*FIXED, TIGHT], ids=["system", "simpson", "radau", "dopri5"])
-def test_second_derivatives(method, gradient, training):
-    options = {"train": method, "test": method, "gradient": gradient, "divergence": "exact"}
-    flow = make_flow((2,), **options).train(training)
-    x = torch.randn(2, dtype=torch.float64)
-    hessian = torch.autograd.functional.hessian(lambda x: flow.log_prob(x), x)
-    torch.testing.assert_close(
-        hessian, central_differences(lambda x: score(flow, x), x), rtol=1e-5, atol=1e-6
-    )
-
-
-@pytest.mark.parametrize("gradient", ["backprop", "checkpoint"])
-def test_the_gradient_of_score_matching(gradient):
-    """∂/∂θ of ‖∇ₓ log p(x)‖², for the weight that changes it most and another."""
-    flow = make_flow((2,), gradient=gradient, divergence="exact")
-    x = torch.randn(3, 2, dtype=torch.float64, requires_grad=True)
-
-    def loss():
-        return torch.autograd.grad(flow.log_prob(x).sum(), x, create_graph=True)[0].square().sum()
-
-    loss().backward()
-    weight = flow.pieces[0].field.layers[1].weight
-    for place in (divmod(int(weight.grad.abs().argmax()), weight.shape[1]), (0, 0)):
-        with torch.no_grad():
-            weight[place] += 1e-5
-        above = loss().item()
-        with torch.no_grad():
-            weight[place] -= 2e-5
-        below = loss().item()
-        with torch.no_grad():
-            weight[place] += 1e-5
-        assert weight.grad[place].item() == pytest.approx((above - below) / 2e-5, rel=1e-5)
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_the_adjoint_refuses_second_derivatives(training):
-    flow = make_flow((2,), gradient="adjoint", divergence="exact").train(training)
-    x = torch.randn(2, dtype=torch.float64)
-    with pytest.raises(InputError, match="gradient=adjoint has no second derivatives"):
-        torch.autograd.functional.hessian(lambda x: flow.log_prob(x), x)
-
-
-@pytest.mark.parametrize("method", FIXED, ids=["system", "simpson", "radau"])
-def test_torch_func_transforms_a_dense_flow_with_a_fixed_grid(method):
-    flow = make_flow((3,), train=method, test=method, divergence="exact")
-    x = torch.randn(4, 3, dtype=torch.float64)
-    expected = score(flow, x)
-    same = {"rtol": 1e-10, "atol": 1e-10}
-    torch.testing.assert_close(torch.func.vmap(flow.log_prob)(x), flow.log_prob(x), **same)
-    gradient = torch.func.vmap(torch.func.grad(flow.log_prob))
-    torch.testing.assert_close(gradient(x), expected, **same)
-    jacobian = torch.func.jacrev(flow.log_prob)(x)
-    torch.testing.assert_close(torch.einsum("iij->ij", jacobian), expected, **same)
-    hessian = torch.func.hessian(flow.log_prob)(x[0])
-    reference = torch.autograd.functional.hessian(flow.log_prob, x[0])
-    torch.testing.assert_close(hessian, reference, **same)
-
-    def likelihood(parameters):
-        state = torch.func.functional_call(flow, parameters, (x,))
-        return (log_normal(state.z) + state.l).sum()
-
-    gradients = torch.func.grad(likelihood)(dict(flow.named_parameters()))
-    flow.log_prob(x).sum().backward()
-    for name, parameter in flow.named_parameters():
-        torch.testing.assert_close(gradients[name], parameter.grad, **same)
-    z = torch.randn(4, 1, 3, dtype=torch.float64)
-    torch.testing.assert_close(torch.func.vmap(flow.inverse)(z)[:, 0], flow.inverse(z[:, 0]))
-
-
-@pytest.mark.parametrize(
-    "changes", [{"gradient": "checkpoint"}, {"gradient": "adjoint"}, {"train": DOPRI5}]
-)
-def test_what_torch_func_cannot_transform_is_refused(changes):
-    flow = make_flow((3,), **changes)
-    with pytest.raises(InputError, match="torch.func needs gradient=backprop and a one-step"):
-        torch.func.grad(lambda x: flow.log_prob(x).sum())(torch.randn(4, 3, dtype=torch.float64))
-
 
 @pytest.mark.parametrize("gradient", ["backprop", "checkpoint", "adjoint"])
 @pytest.mark.parametrize("divergence", ["exact", "gaussian"])
@@ -388,38 +293,3 @@ def test_empty_batches_give_empty_results(shape, divergence, gradient):
         z = torch.empty(0, flow.d)
         frames = 3 * len(flow.pieces) + 1
         assert flow.trajectory(z, intervals=3).shape == (frames, 0, *shape)
-
-
-class Float64(TorchDispatchMode):
-    """Counts the results of operators that are float64."""
-
-    count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        tensors = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
-        self.count += any(tensor.dtype == torch.float64 for tensor in tensors)
-        return result
-
-
-@pytest.mark.parametrize("gradient", ["backprop", "checkpoint", "adjoint"])
-@pytest.mark.parametrize(
-    "name",
-    [
-        "rk4",
-        "dopri5",
-        pytest.param("bosh3", marks=pytest.mark.slow(reason="adaptive as dopri5 is")),
-    ],
-)
-def test_a_float32_flow_makes_nothing_float64(name, gradient):
-    """Some accelerators do not have float64."""
-    method = Method(name)
-    flow = make_flow((1, 8, 8), train=method, test=method, gradient=gradient, pieces=1).float()
-    x = torch.randn(2, 1, 8, 8)
-    with Float64() as watch:
-        objective(flow(x), 0.1, 0.1).backward()
-        flow.eval()
-        flow.log_prob(x)
-        flow.inverse(torch.randn(2, flow.d))
-        flow.trajectory(torch.randn(2, flow.d), intervals=2)
-    assert watch.count == 0

@@ -10,12 +10,12 @@ import torch
 from PIL import Image
 
 import rnode
-from helpers import TWO_STEPS, call, column, imagenet_files, refused, write_idx
+from data_files import write_idx
+from helpers import TWO_STEPS, call, column, refused
 from rnode import InputError
 from rnode.data import folder as folders
 from rnode.data.decoding import Format, decode
-from rnode.data.folder import celeba, image_folder
-from rnode.data.imagenet import imagenet
+from rnode.data.folder import image_folder
 
 RNG = np.random.default_rng(0)
 RGB = RNG.integers(256, size=(6, 8, 3), dtype=np.uint8)
@@ -207,32 +207,6 @@ def test_a_users_mistake_is_one_line(images, monkeypatch, capsys, options, messa
     assert code == 2
     assert not list(folder.parent.rglob("*.npy"))
     assert not list(folder.parent.rglob("*.ckpt"))
-
-
-def test_celeba_is_split_as_its_list_says(tmp_path):
-    (tmp_path / "img_align_celeba").mkdir()
-    lines = []
-    for i in range(12):
-        array = RNG.integers(256, size=(218, 178, 3), dtype=np.uint8)
-        Image.fromarray(array).save(tmp_path / "img_align_celeba" / f"{i:06}.jpg")
-        lines.append(f"{i:06}.jpg {0 if i < 7 else 1 if i < 9 else 2}")
-    (tmp_path / "list_eval_partition.txt").write_text("\n".join(lines) + "\n")
-    splits = celeba(str(tmp_path), size=16, crop=148, cache=str(tmp_path / "cache"))
-    assert [tuple(part.shape) for part in splits[:3]] == [(n, 3, 16, 16) for n in (7, 2, 3)]
-
-
-def test_imagenet_is_read_from_its_batches(tmp_path):
-    first, second, test = imagenet_files(tmp_path, 8).values()
-    options = {"size": 8, "validation": 3, "context": "label", "cache": str(tmp_path / "c")}
-    splits = imagenet(str(tmp_path), **options)
-    assert np.array_equal(splits.val, first[0][:3])
-    assert np.array_equal(splits.train, np.concatenate([first[0][3:], second[0]]))
-    assert np.array_equal(splits.test, test[0])
-    classes = splits.context.columns["label"].classes
-    assert [int(classes[i]) for i in splits.contexts[2].argmax(1)] == test[1].tolist()
-    np.savez(tmp_path / "val_data.npz", data=np.zeros((4, 5), np.uint8), labels=np.ones(4))
-    with pytest.raises(InputError, match=r"val_data.npz: data cannot be read \(cannot reshape"):
-        imagenet(str(tmp_path), **options)
 
 
 @pytest.mark.slow  # decodes 2,000 files and trains twice

@@ -17,7 +17,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from helpers import HANG, TWO_STEPS, Run, write_idx
+from data_files import write_idx
+from helpers import HANG, TWO_STEPS, Run
 from rnode.app.build import load_flow
 from rnode.app.help import known_keys
 from rnode.app.schema import CONF

@@ -7,7 +7,7 @@ import torch
 from torchdiffeq import odeint, odeint_adjoint
 
 from helpers import DOPRI5, RK4, Linear, close
-from rnode import DivergenceError, Dynamics, InputError, Method, Piece, Probes, Solver, State
+from rnode import Dynamics, InputError, Method, Piece, Probes, Solver, State
 from rnode.choices import ONE_STEP
 from rnode.runge_kutta import TABLEAUS
 from rnode.solver import ADAPTIVE, FIXED_GRID, error_norm, solve, solve_back
@@ -256,66 +256,6 @@ def test_the_error_is_controlled_by_z_and_l_alone(z):
     eps = Probes().sample(z)
     quiet, loud = (Piece(f)(z, eps, DOPRI5, "backprop") for f in (Linear(A), Loud(A)))
     assert quiet.nfe_forward == loud.nfe_forward
-
-
-class Explodes(Linear):
-    def vjp(self, t, z, eps):
-        return z**3, eps
-
-
-class Broken(Linear):
-    def vjp(self, t, z, eps):
-        raise AssertionError("a bug")
-
-
-@pytest.mark.parametrize(
-    ("field", "method", "error", "message"),
-    [
-        (Explodes, DOPRI5, DivergenceError, "the step size of the adaptive solver underflowed"),
-        (Linear, Method("dopri5", max_steps=1), DivergenceError, "took more than max_steps"),
-        (Broken, DOPRI5, AssertionError, "^a bug$"),
-    ],
-)
-def test_only_the_assertions_of_a_diverging_solver_are_divergence_errors(
-    field, method, error, message
-):
-    z = 10 * torch.ones(2, 3, dtype=torch.float64)
-    with pytest.raises(error, match=message):
-        Piece(field(A))(z, Probes().sample(z), method, "backprop")
-
-
-def test_bfloat16_stays_inside_f_and_out_of_adaptive_methods(field_and_z):
-    field, z = field_and_z
-    field, z = field.float(), z.float()
-    eps = Probes().sample(z)
-    results = {}
-    for method in (RK4, DOPRI5):
-        for autocast in (False, True):
-            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-                state = Piece(field)(z, eps, method, "backprop").state
-            assert all(part.dtype == torch.float32 for part in state)
-            results[method.method, autocast] = state.z
-    assert close(results["rk4", True], results["rk4", False], 2e-2)
-    assert not torch.equal(results["rk4", True], results["rk4", False])
-    assert torch.equal(results["dopri5", True], results["dopri5", False])
-
-
-def test_the_backward_pass_of_adjoint_and_checkpoint_enters_autocast_again(field_and_z):
-    field, z = field_and_z
-    field, z = field.float(), z.float()
-    enabled = []
-
-    def note(*_):
-        enabled.append(torch.is_autocast_enabled("cpu"))
-
-    field.layers[0].register_forward_hook(note)
-    for gradient in ("adjoint", "checkpoint"):
-        with torch.autocast("cpu", torch.bfloat16):
-            state = Piece(field)(z, Probes().sample(z), RK4, gradient).state
-        enabled.clear()
-        state.z.sum().backward()
-        assert enabled, gradient
-        assert all(enabled), gradient
 
 
 @pytest.mark.parametrize(

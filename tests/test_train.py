@@ -14,32 +14,25 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from pytorch_lightning import LightningModule
 
+from data_files import mnist_files, wandb_records
 from helpers import (
+    EPOCHS,
     QUICK,
     TWO_STEPS,
     assert_same_run,
     call,
-    cifar10_files,
     column,
     command,
-    image_files,
-    imagenet_files,
     make_flow,
-    mnist_files,
     refused,
-    svhn_files,
-    wandb_records,
 )
 from rnode import Probes
 from rnode.app.dashboard import make_view
 from rnode.app.schema import CONF
-from rnode.data.images import IDX_IMAGES
 from rnode.training.module import RNODE
 from rnode.training.solving import RefineGrid
 
 pytestmark = pytest.mark.usefixtures("blank_figures")
-
-EPOCHS = [*TWO_STEPS, "trainer.max_steps=-1", "trainer.limit_train_batches=2"]  # of two steps
 
 
 def load(path):
@@ -76,111 +69,6 @@ def test_the_default_run_as_a_user_starts_it(tmp_path):
     assert list(folder.glob("wandb/offline-run-*/files/media/images/samples_*.png"))
     checkpoint = load(folder / "last.ckpt")
     assert (checkpoint["config"], checkpoint["epoch"]) == (config, 1)
-
-
-def data_of(choice, root, monkeypatch):
-    """Write the files that an option of a group reads, and return the overrides that name them."""
-    root.mkdir()
-    at = [f"dataset.root={root}", "model.pieces=1"]
-    cache = [f"dataset.cache={root / 'cache'}"]
-    if "mnist" in choice:
-        named = IDX_IMAGES.get(choice.removeprefix("dataset=").upper(), IDX_IMAGES["MNIST"])
-        mnist_files(root, named)
-        return [*at, "dataset.validation=5"]
-    if "cifar10" in choice:
-        cifar10_files(root, monkeypatch)
-        return [*at, "dataset.validation=5"]
-    if "svhn" in choice:
-        svhn_files(root, monkeypatch)
-        return [*at, "dataset.validation=4"]
-    if size := re.search(r"imagenet(\d+)", choice):
-        imagenet_files(root, int(size[1]))
-        return [*at, *cache, "dataset.validation=4"]
-    if "patches" in choice:
-        return ["dataset.size=8"]
-    if "celeba" in choice or "folder" in choice:
-        image_files(root / "img_align_celeba" if "celeba" in choice else root)
-        return [*at, *cache, "dataset.size=8"]
-    if re.search("dataset=(table|uci)|power|hepmass|miniboone|bsds300", choice):
-        name = {"dataset=uci": "miniboone"}.get(choice, choice.split("=")[1])
-        return uci_files(root, name)
-    return []
-
-
-def uci_files(root, name):
-    (root / name).mkdir()
-    rows = np.random.default_rng(0).normal(size=(90, 8))
-    np.save(root / name / "data.npy", rows)
-    if name == "table":
-        return [f"dataset.path={root / name / 'data.npy'}"]
-    if name == "bsds300":
-        h5py = pytest.importorskip("h5py")
-        with h5py.File(root / name / "BSDS300.hdf5", "w") as file:
-            for part in ("train", "validation", "test"):
-                file[part] = rows
-    for part in ("train", "test") if name == "hepmass" else ():
-        header = ",".join(["# label", *(f"f{i}" for i in range(7))])
-        rows[:, 0] = np.arange(90) % 2
-        path = root / name / f"1000_{part}.csv"
-        np.savetxt(path, rows, delimiter=",", header=header, comments="")
-    return [f"dataset.root={root}"]
-
-
-def options():
-    """Every option of every group, but loggers and tasks, which have tests of their own.
-
-    Those of other groups than data sets and models differ in numbers alone, and some data sets
-    are read as others are.
-    """
-    slow = pytest.mark.slow(reason="more than 40 runs of 2 seconds")
-    alike = ("emnist", "kmnist", "qmnist", "fashion_mnist")
-    alike += ("imagenet32", "imagenet64", "celeba", "uci")
-    for f in sorted(CONF.glob("*/*.yaml")):
-        if f.parent.name in ("logger", "task"):
-            continue
-        quick = f.parent.name in ("dataset", "model") and f.stem not in alike
-        marks = () if quick else slow
-        yield pytest.param(f"{f.parent.name}={f.stem}", marks=marks)
-
-
-@pytest.mark.parametrize("choice", options())
-def test_every_option_of_every_group_takes_two_steps(run, tmp_path, monkeypatch, choice):
-    data = data_of(choice, tmp_path / "data", monkeypatch)
-    one_path = ["model=mlp"] * (choice == "pretrain=flow_matching")
-    folder = run(choice, *TWO_STEPS, *data, *one_path)
-    losses = column(folder, "train/loss")
-    assert len(losses) == 2
-    assert np.isfinite(losses).all()
-    for stage in ("train", "val", "test"):
-        for key in ("bits_per_dim", "kinetic", "jacobian", "nfe_forward"):
-            assert column(folder, f"{stage}/{key}"), (stage, key)
-    assert column(folder, "train/kinetic")[-1] > 0  # measured whatever the λ
-
-
-def another(overrides):
-    return pytest.param(overrides, marks=pytest.mark.slow(reason="a case like the others"))
-
-
-@pytest.mark.parametrize(
-    "overrides",
-    [
-        "trainer.precision=bf16-mixed divergence=rademacher probes=2",
-        another(
-            "trainer.precision=64-true solver.train.method=midpoint solver.gradient=checkpoint"
-        ),
-        "solver.dtype=float64 trainer.max_time=00:00:05:00 trainer.gradient_clip_val=1.0",
-        "solver=dopri5 solver.train.method=bosh3 solver.gradient=adjoint solver.train.rtol=1e-3",
-        "model=mlp divergence=exact +trainer.detect_anomaly=true",
-        another("optimizer._target_=torch.optim.SGD +optimizer.momentum=0.9"),
-        another("trainer.enable_checkpointing=false trainer.log_every_n_steps=0"),
-        "trainer.limit_val_batches=0",
-        "trainer.fast_dev_run=true",
-    ],
-)
-def test_options_pass_through(run, overrides):
-    folder = run(*TWO_STEPS, *overrides.split())
-    without = re.search("checkpointing=false|fast_dev_run", overrides)
-    assert (folder / "last.ckpt").exists() == (without is None)
 
 
 @pytest.mark.parametrize(
@@ -334,61 +222,6 @@ def test_missing_or_truncated_data_get_one_line(capsys, tmp_path, monkeypatch, d
     assert str(path) in line
     assert words in line
     assert code == 2
-
-
-@pytest.mark.parametrize(
-    ("overrides", "words"),
-    [
-        ("optimizer.lr=1e15", "piece 1 became NaN or infinite at training step 1"),
-        ("optimizer.lr=1e15 solver=dopri5 solver.gradient=adjoint", "underflow"),
-        ("solver=dopri5 solver.train.max_steps=1", "max_num_steps exceeded"),
-    ],
-)
-def test_a_run_that_diverges_says_when_and_what_to_try(capsys, tmp_path, overrides, words):
-    options = [*TWO_STEPS, "trainer.max_steps=20", *overrides.split()]
-    line, code = refused(capsys, "train", f"hydra.run.dir={tmp_path}", *options)
-    assert words in line
-    assert re.search(r"piece \d+ .*at training step \d+; try a smaller optimizer.lr", line)
-    assert line.endswith("last good checkpoint: none yet")
-    assert code == 1
-
-
-@pytest.mark.parametrize(
-    ("times", "rewind"),
-    [(1, False), (2, True), pytest.param(4, True, marks=pytest.mark.slow(reason="four runs"))],
-)
-def test_a_divergence_stops_the_run_or_rewinds_it(tmp_path, capsys, monkeypatch, times, rewind):
-    """The batch of step 3, in the second epoch, is NaN the first `times` that it comes."""
-    healthy, left = RNODE.training_step, iter(range(times))
-
-    def sick(self, batch, batch_idx):
-        if self.global_step == 3 and next(left, None) is not None:
-            batch = batch._replace(y=batch.y * math.nan)
-        return healthy(self, batch, batch_idx)
-
-    monkeypatch.setattr(RNODE, "training_step", sick)
-    options = ["trainer.max_epochs=3", "trainer.log_every_n_steps=50", "optimizer.lr=0.01"]
-    options += ["trainer.on_divergence=rewind"] if rewind else []
-    train = ["train", *EPOCHS, *options, f"hydra.run.dir={tmp_path}"]
-    if times == 2:
-        call(*train)
-    else:
-        with pytest.raises(SystemExit, match="1"):
-            call(*train)
-    lines = capsys.readouterr().err.strip().splitlines()
-    diverged = "z of piece 1 became NaN or infinite at training step 3; "
-    if times != 2:
-        advice = lines.pop()
-        assert advice.startswith(f"error: {diverged}try a smaller optimizer.lr")
-        assert advice.endswith(f"last good checkpoint: {tmp_path / 'last.ckpt'}")
-    back = f"{diverged}going back to step 2 with half the learning rate"
-    assert lines == [back] * {1: 0, 2: 2, 4: 3}[times]  # a run goes back three times at most
-    last, best = load(tmp_path / "last.ckpt"), load(tmp_path / "best.ckpt")
-    assert last["global_step"] == (6 if times == 2 else 2)
-    for checkpoint in (last, best):
-        assert all(weight.isfinite().all() for weight in checkpoint["state_dict"].values())
-    lr = last["optimizer_states"][0]["param_groups"][0]["lr"]
-    assert lr == pytest.approx(0.01 / 4 if times == 2 else 0.01)
 
 
 def test_last_ckpt_is_of_the_last_epoch_even_if_it_is_not_the_best(run):

@@ -134,6 +134,10 @@ class Compile(Callback):
             seconds = time.perf_counter() - self.start
             trainer.print(f"compiled: step {trainer.global_step} took {seconds:.0f} s")
 
+    def teardown(self, trainer: Trainer, module: RNODE, stage: str) -> None:
+        if stage == "test":  # the end of the run; the stance is the process's
+            torch.compiler.set_stance("default")
+
 
 def compile_solves(flow: Flow) -> None:
     """Compile by torch.compile what solves every piece, at its next call.
