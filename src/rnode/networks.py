@@ -13,7 +13,7 @@ pass less than through autograd's product.
 
 import itertools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -73,7 +73,7 @@ class Weights(NamedTuple):
 
     bias: Tensor
     time: Tensor  # what t is multiplied by
-    context: Tensor | None  # what c is multiplied by
+    context: Any  # what c is multiplied by; None if a convolution has no c
     h: Tensor
     transposed: Tensor  # that of h, for the product
 
