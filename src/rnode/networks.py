@@ -99,7 +99,8 @@ class TimeConv2d(nn.Conv2d):
             maps = maps.view(self.out_channels, self.context, *size)
         # The transposed convolution as a convolution: several times faster for few out_channels.
         transposed = space.transpose(0, 1).flip(2, 3)
-        return Weights(self.bias, F.conv2d(ones, time, padding=1), maps, space, transposed)
+        bias: Tensor = self.bias  # ty: ignore[invalid-assignment]
+        return Weights(bias, F.conv2d(ones, time, padding=1), maps, space, transposed)
 
     def forward(self, weights: Weights, t: Tensor, h: Tensor, c: Tensor | None = None) -> Tensor:
         """t (), h (B, in_channels, H, W), c (B, context) → (B, out_channels, H, W)."""
