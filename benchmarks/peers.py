@@ -102,7 +102,11 @@ def plot(curves: list[dict]) -> None:
         if dataset in ENTROPY:
             ax.axhline(ENTROPY[dataset], color="gray", linestyle=":", label="entropy")
         ax.set(title=dataset, xlabel="seconds of training", ylabel="validation nats")
-    axes[0].legend()
+    shown = {}
+    for ax in axes:
+        handles, labels = ax.get_legend_handles_labels()
+        shown |= dict(zip(labels, handles, strict=True))
+    figure.legend(shown.values(), shown, loc="outside upper center", ncols=len(shown))
     figure.savefig(folder() / "peers.png", dpi=120)
 
 
