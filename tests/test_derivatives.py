@@ -11,8 +11,6 @@ from rnode import (
 )
 
 TIGHT = Method("dopri5", rtol=1e-9, atol=1e-9)
-
-
 FIXED = [Method("rk4", integrals, steps=4) for integrals in ("system", "simpson", "radau")]
 
 

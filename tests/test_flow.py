@@ -275,9 +275,6 @@ def test_a_trajectory_of_an_image_ends_in_its_inverse():
     assert moved[:, held].max() == 0
 
 
-# Derivatives
-
-
 @pytest.mark.parametrize("gradient", ["backprop", "checkpoint", "adjoint"])
 @pytest.mark.parametrize("divergence", ["exact", "gaussian"])
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3,)])
