@@ -24,11 +24,12 @@ from normflows import MultiscaleFlow
 from normflows.distributions import DiagGaussian
 from normflows.flows import GlowBlock, Merge, Squeeze
 from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
 from torchcfm.conditional_flow_matching import ExactOptimalTransportConditionalFlowMatcher
 from torchcfm.models import MLP
 from torchdiffeq import odeint
 
-from common import DOPRI5, FINE, SIMPSON, refine_grid
+from common import CLIP, DOPRI5, FINE, SIMPSON, refine_grid
 from rnode import Flow, Probes, Solver, State, log_normal, mlp, objective
 from rnode.matching import flow_matching
 from rnode.solver import error_norm
@@ -75,7 +76,7 @@ def best(curve: list[Point]) -> Point:
 def rnode_flow(d: int, sample: Sample) -> tuple[Step, Evaluate]:
     divergence, rate = ("exact", 1.6e-2) if d == 2 else ("gaussian", 8e-3)
     flow = mlp((d,), Solver(SIMPSON, DOPRI5), Probes(divergence))
-    return by_objective(flow, sample, penalty=0.01, rate=rate, tolerance=5e-3)
+    return by_objective(flow, sample, penalty=0.01, rate=rate, tolerance=5e-3, clip=CLIP)
 
 
 def rnode_table(d: int, sample: Sample, share: float = 0.3) -> tuple[Step, Evaluate]:
@@ -92,6 +93,7 @@ def by_objective(
     tolerance: float,
     share: float = 0.0,
     rise: int = 0,
+    clip: float = math.inf,
 ) -> tuple[Step, Evaluate]:
     """Train a flow of this project as its training runs do.
 
@@ -103,6 +105,7 @@ def by_objective(
         tolerance: change of bits/dim at which the grid is refined.
         share: share of the time that is spent on flow matching.
         rise: steps over which the learning rate rises in each part.
+        clip: largest norm of the gradient.
     """
     flow.test_probes = Probes("exact")
     optimizer = torch.optim.Adam(flow.parameters(), rate)
@@ -124,6 +127,7 @@ def by_objective(
         loss = flow_matching(flow, x) if matching else objective(flow(x), penalty, penalty)
         optimizer.zero_grad()
         loss.backward()
+        clip_grad_norm_(flow.parameters(), clip)
         optimizer.step()
 
     @torch.no_grad()

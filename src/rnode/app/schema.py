@@ -134,7 +134,7 @@ class Trainer(Devices, OpenSection):
     max_steps: Limit = key("training steps after which the run stops; -1: no limit")
     max_time: Time | dict | None = key("time after which the run stops, as [DD:]HH:MM:SS")
     precision: str | int | None = key("32-true, bf16-mixed (bfloat16 inside f alone) or 64-true")
-    gradient_clip_val: NonNegative | None = key("largest norm of the gradient")
+    gradient_clip_val: NonNegative | None = key("largest norm of the gradient; null: any")
     accumulate_grad_batches: Count = key("batches of a training step")
     on_divergence: Literal["stop", "rewind"] = key("stop, or rewind to last.ckpt at half the rate")
     log_every_n_steps: Whole = key("training steps from one row of metrics.csv to the next")
