@@ -80,6 +80,8 @@ def test_the_rank_is_the_share_of_validation_samples_that_are_more_likely(fitted
     assert 0.4 < scores["rank"].mean() < 0.6
     odd = rows[:1].with_columns(a=pl.lit(40.0))
     assert density.score(odd)["rank"].tolist() == [1.0]
+    unvalidated = rnode.Density(density.data, density.flow, torch.zeros(0))
+    assert np.isnan(unvalidated.score(rows[:2])["rank"]).all()
 
 
 def test_nonsense_is_refused_in_the_terms_of_the_table(fitted, rows):

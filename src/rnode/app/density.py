@@ -73,7 +73,8 @@ class Density:
     ) -> dict[str, np.ndarray]:
         """Return log_prob in nats, its standard error due to the probes, bits_per_dim and rank.
 
-        The rank is the share of the validation samples that are more likely: 1 is most unusual.
+        The rank is the share of the validation samples that are more likely: 1 is most unusual. It
+        is NaN if the checkpoint was written before the first validation of its run.
 
         Args:
             rows: the samples.
@@ -89,7 +90,7 @@ class Density:
         nats = self.flow.d * np.log(2)
         more_likely = torch.searchsorted(self.validation_bits.double(), bits)
         columns = {"log_prob": -nats * bits, "standard_error": nats * error, "bits_per_dim": bits}
-        columns["rank"] = more_likely / max(len(self.validation_bits), 1)
+        columns["rank"] = more_likely / len(self.validation_bits)
         return {name: values.numpy() for name, values in columns.items()}
 
     @torch.no_grad()

@@ -41,7 +41,8 @@ def main(cfg: DictConfig) -> None:
     table.add_row("mean log-probability, nats", f"{nats.mean():.3f}")
     table.add_row("least and most", f"{nats.min():.3f}, {nats.max():.3f}")
     table.add_row("mean bits/dim", f"{scores['bits_per_dim'].mean():.4f}")
-    table.add_row("more unusual than 99 % of the validation set", f"{np.mean(rank > 0.99):.1%}")
+    if len(bits):  # the run has validated before it wrote the checkpoint
+        table.add_row("more unusual than 99 % of the validation set", f"{np.mean(rank > 0.99):.1%}")
     Console(markup=False).print(table)
     print(f"written to {path}")
 
