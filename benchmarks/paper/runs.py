@@ -158,6 +158,7 @@ def overrides(scale: str, data: str, recipe: str) -> tuple[str, ...]:
         found.append("reg.lambda_j=0.03")  # section 6
     if scale == "paper" and data != "line" and recipe != "fast":
         found += ["solver.gradient=adjoint", "solver.train.first_step=1e-2"]
+        found += ["trainer.gradient_clip_val=null"]
     return tuple(found)
 
 

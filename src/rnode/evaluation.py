@@ -121,9 +121,8 @@ def evaluate_batch(
         "displacement": torch.stack([p.displacement for p in solution.pieces]).sum(0) / flow.d,
         "inverse_error": (flow.inverse(z, batch.context) - batch.y).abs().flatten(1).amax(1),
     }
-    if (
-        flow.test_probes or flow.probes
-    ).divergence != "exact":  # a second call gives each sample other probes
+    probes = flow.test_probes or flow.probes
+    if probes.divergence != "exact":  # a second call gives each sample other probes
         other = measure(flow, batch, seed, probe_generators)[1]
         columns["bits_per_dim_other_probes"] = other.bits_per_dim
     if transform.discrete:
