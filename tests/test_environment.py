@@ -85,7 +85,7 @@ def test_a_terminal_shows_a_bar_and_the_log_holds_its_lines_alone(tmp_path):
     assert process.returncode == 0
     assert b"\x1b[1A" not in shown  # the bar is one row, or its other rows would reach the log
     plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode())
-    assert re.search(r"epoch 1 of 1 ━+ 30/30 0:00:00 bits/dim: \d.* NFE: 24", plain)
+    assert re.search(r"epoch 1 of 1 ━+ 30/30 0:00:00 bits/dim: \d.* NFE: 48", plain)
     log = (tmp_path / "train.log").read_text(encoding="utf-8")
     assert not re.search(r"[\x00-\x09\x0b-\x1f]", log)
     assert re.search(r"^epoch 1 of 1, step 30: validation \d", log, re.MULTILINE)
