@@ -165,12 +165,13 @@ def step_flops(options: argparse.Namespace, method: Method) -> float:
 
 
 def peak_memory(function: Callable[[], object]) -> float:
-    """GiB that a call allocates at its peak, above what was allocated before (CPU: Linux only)."""
+    """GiB that a call reserves at its peak, above what was reserved before (CPU: Linux only)."""
     if DEVICE.type == "cuda":
-        before = torch.cuda.memory_allocated()
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_reserved()
         function()
-        return (torch.cuda.max_memory_allocated() - before) / 2**30
+        return (torch.cuda.max_memory_reserved() - before) / 2**30
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
     before = resident("VmRSS")

@@ -192,7 +192,9 @@ class Train(Section):
     refine: NonNegative | None = key("bits/dim from a finer grid at which the grid is refined")
     tf32: bool = key("use TF32 on CUDA devices in evaluation, and for matrix products, too")
     compile: bool = key("compile the solves; the first step takes a minute or more")
-    cuda_graphs: bool = key("record the solves of training steps as graphs, on CUDA devices")
+    cuda_graphs: Literal["auto"] | bool = key(
+        "record the solves of training steps as CUDA graphs; auto: on one CUDA device"
+    )
     save_every_n_steps: Count = key("training steps from one last.ckpt to the next within an epoch")
     ckpt_path: str | None = key("checkpoint to resume; auto: last.ckpt of the run folder, if any")
     sweep_metric: Literal["bits_per_dim", "bits_per_dim_and_nfe"] = key("what a sweep minimizes")

@@ -184,9 +184,10 @@ def make_trainer(
     used += [solving.TF32(cfg.tf32)]
     refines = cfg.refine is not None and not flow.solver.train.adaptive
     used += [solving.RefineGrid(cfg.refine)] if refines else []
-    require(not (cfg.compile and cfg.cuda_graphs), "compile and cuda_graphs: only one can be true")
+    required = cfg.cuda_graphs is True
+    require(not (cfg.compile and required), "compile and cuda_graphs: only one can be true")
     used += [solving.Compile()] if cfg.compile else []  # the refined grid
-    used += [CUDAGraphs()] if cfg.cuda_graphs else []
+    used += [CUDAGraphs(required)] if cfg.cuda_graphs and not cfg.compile else []
     bar = cfg.trainer.enable_progress_bar and sys.stdout.isatty()
     used += [progress.Report(bar)] if cfg.trainer.enable_progress_bar else []
     used += [progress.Bar()] if bar else []
