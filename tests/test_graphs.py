@@ -1,13 +1,14 @@
 """CUDA graphs of solves. Without a CUDA device, plain calls on fixed tensors stand in for them."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from helpers import make_flow, refused
 from rnode import Method, objective
-from rnode.training.graphs import record_solves
+from rnode.training.graphs import CUDAGraphs, record_solves
 from rnode.training.solving import with_steps
 
 DEVICES = [
@@ -76,6 +77,25 @@ def test_recorded_solves_train_as_solves_do(device, context, bf16, monkeypatch):
     assert nfe == expected_nfe
     for ours, theirs in zip(gradients, expected, strict=True):
         assert (ours - theirs).norm() < (0.05 if bf16 else 1e-4) * theirs.norm()
+
+
+@pytest.mark.parametrize(
+    ("gradient", "device", "devices", "window", "records"),
+    [
+        ("backprop", "cuda", 1, 1, True),
+        ("adjoint", "cuda", 1, 1, False),
+        ("backprop", "cpu", 1, 1, False),
+        ("backprop", "cuda", 2, 1, False),
+        ("backprop", "cuda", 1, 2, False),
+    ],
+)
+def test_auto_records_solves_where_it_can(gradient, device, devices, window, records):
+    flow = make_flow((1, 4, 4), train=Method("rk4", "radau", steps=2), gradient=gradient)
+    data = SimpleNamespace(batch_size=8, splits=SimpleNamespace(train=torch.zeros(100)))
+    options = {"world_size": devices, "accumulate_grad_batches": window, "print": print}
+    module = SimpleNamespace(flow=flow, device=torch.device(device))
+    CUDAGraphs(required=False).on_fit_start(SimpleNamespace(datamodule=data, **options), module)
+    assert ["solve" in vars(piece) for piece in flow.pieces] == [records] * len(flow.pieces)
 
 
 def test_graphs_need_a_device_and_uncompiled_solves(capsys, tmp_path):

@@ -58,7 +58,7 @@ class Solution(NamedTuple):
 class Piece(nn.Module):
     """The flow of one field, a torch module, over [0, T] (section 6)."""
 
-    solve = staticmethod(solve)  # compiled if the run compiles
+    solve = staticmethod(solve)  # a run may compile it, or record it as a CUDA graph
 
     def __init__(self, field: VectorField):
         super().__init__()
