@@ -186,7 +186,7 @@ def make_trainer(
     used += [solving.RefineGrid(cfg.refine)] if refines else []
     required = cfg.cuda_graphs is True
     require(not (cfg.compile and required), "compile and cuda_graphs: only one can be true")
-    used += [solving.Compile()] if cfg.compile else []  # the refined grid
+    used += [solving.Compile()] if cfg.compile else []  # after RefineGrid
     used += [CUDAGraphs(required)] if cfg.cuda_graphs and not cfg.compile else []
     bar = cfg.trainer.enable_progress_bar and sys.stdout.isatty()
     used += [progress.Report(bar)] if cfg.trainer.enable_progress_bar else []
