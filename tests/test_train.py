@@ -246,7 +246,7 @@ def test_a_flow_that_exploits_the_error_of_its_grid_is_noticed(run, capsys):
     for refine in ("null", "2e-3"):
         folder = run(*toy, f"refine={refine}", folder=refine)
         train, val = (column(folder, f"{stage}/bits_per_dim") for stage in ("train", "val"))
-        gaps.append(val[-1] - sum(train[-10:]) / 10)
+        gaps.append(val[-1] - np.median(train[-10:]))  # one step in ten may be hundreds above
         noticed = re.findall(r"step (\d+): a finer grid changes bits", capsys.readouterr().out)
     assert gaps[0] > 3
     assert abs(gaps[1]) < 0.3
