@@ -15,6 +15,7 @@ from rnode.errors import require
 from rnode.flow import Flow
 from rnode.solver import Method, solve
 from rnode.training.module import RNODE
+from rnode.training.solving import has_products
 
 
 class CUDAGraphs(Callback):
@@ -35,8 +36,7 @@ class CUDAGraphs(Callback):
         needs = f"{needs} and trainer.accumulate_grad_batches=1"
         # A replay writes to the same gradients again, so they cannot be accumulated.
         require(able or not self.required, f"cuda_graphs=true: needs {needs}")
-        tried = trainer.world_size == 1
-        tried = tried and all(hasattr(piece.field, "vjp") for piece in module.flow.pieces)
+        tried = trainer.world_size == 1 and has_products(module.flow)
         if not (able and (tried or self.required)):
             return
         size = min(data.batch_size, len(data.splits.train) // trainer.world_size)

@@ -139,14 +139,21 @@ class Compile(Callback):
             torch.compiler.set_stance("default")
 
 
+def has_products(flow: Flow) -> bool:
+    """Whether every field computes εᵀ∇f itself; autograd does so for the others."""
+    return all(hasattr(piece.field, "vjp") for piece in flow.pieces)
+
+
 def compile_solves(flow: Flow) -> None:
     """Compile by torch.compile what solves every piece, at its next call.
 
     It is the whole solve on a fixed grid whose steps are differentiated, else f and εᵀ∇f. Pieces of
     one shape share the compiled code.
     """
-    own = all(hasattr(piece.field, "vjp") for piece in flow.pieces)
-    require(own, "compile=true: must be left out; autograd's εᵀ∇f of this field is not compiled")
+    require(
+        has_products(flow),
+        "compile=true: must be left out; autograd's εᵀ∇f of this field is not compiled",
+    )
     torch._dynamo.config.recompile_limit = 8 * len(flow.pieces)  # scales differ in shape
     whole = torch.compile(solve, dynamic=False)
     for piece in flow.pieces:
