@@ -126,7 +126,7 @@ def test_samples_are_plotted_side_by_side(tmp_path, monkeypatch, capsys):
     [
         ([], "give one of figure=1 to figure=5, table=1 and discussion=1"),
         (["figure=1", "table=1"], "give one of figure=1 to figure=5, table=1 and discussion=1"),
-        (["figure=6"], "figure=6: must be less than or equal to 5"),
+        (["figure=6"], "figure=6: must be at most 5"),
         (["figure=2", "scale=large"], "scale=large: must be 'small' or 'paper'"),
         (["figure=2"], "holds no finished run for figure2"),
         (["figur=2"], "figure"),

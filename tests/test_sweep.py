@@ -14,7 +14,7 @@ from helpers import TWO_STEPS, alive, call, refused, rows, same, wait_until
 from rnode.training.module import RNODE
 
 TINY = [*TWO_STEPS, "model.pieces=1"]
-NEGATIVE = "reg.lambda_k=-1: must be greater than or equal to 0"
+NEGATIVE = "reg.lambda_k=-1: must be at least 0"
 
 
 def results(folder):

@@ -27,8 +27,9 @@ def describe_error(error: Exception) -> tuple[str, int]:
 
     The code is 2 for a mistake in the input, 1 for a run that failed, 128 + n after signal n.
     """
-    if isinstance(error, HydraException) and isinstance(error.__cause__, Exception):
-        return describe_error(error.__cause__)  # Hydra wraps what a class that it builds raises
+    if isinstance(error, HydraException) and isinstance(cause := error.__cause__, Exception):
+        # Hydra wraps what a class that it builds raises. One that is not found has a wrong name.
+        return describe_error(InputError(cause) if isinstance(cause, ImportError) else cause)
     line = one_line(error)[:LONGEST]
     if isinstance(error, Stopped):
         return line, 128 + error.signal
@@ -36,6 +37,8 @@ def describe_error(error: Exception) -> tuple[str, int]:
         return line, 2
     if isinstance(error, DivergenceError | OSError):
         return line, 1
+    if type(error).__name__ == "MisconfigurationException":  # of Lightning, which may not be loaded
+        return f"trainer: {line}", 2
     memory = isinstance(error, MemoryError) or "out of memory" in line or "can't allocate" in line
     advice = "not enough memory; try a smaller dataset.batch_size or model.hidden: " * memory
     return f"{advice}{type(error).__name__}: {line[:500]}; {save_traceback(error)}", 1

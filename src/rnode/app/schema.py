@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
 from rnode.choices import ADAPTIVE, DIVERGENCES, FIXED_GRID, GRADIENTS, INTEGRALS
@@ -18,18 +18,24 @@ Count = Annotated[int, Field(ge=1, le=2**32 - 1)]
 Limit = Annotated[int, Field(ge=-1, le=2**32 - 1)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Size = Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, lt=1)] | None
 Bounds = Annotated[list[float], Field(min_length=2, max_length=2)]
-Share = Annotated[int, Field(ge=0)] | Annotated[float, Field(ge=0, le=1)] | None
 
 
-def check_time(text: str) -> str:
-    if not re.fullmatch(r"(\d\d:)?\d\d:\d\d:\d\d", text):
+def check_time(value: object) -> object:
+    if not re.fullmatch(r"(\d\d:)?\d\d:\d\d:\d\d", str(value)):
         raise PydanticCustomError("time", "[DD:]HH:MM:SS")
-    return text
+    return value
 
 
-Time = Annotated[str, AfterValidator(check_time)]
+def check_share(value: float) -> float:
+    if value < 0 or (isinstance(value, float) and not value <= 1):
+        raise PydanticCustomError("share", "a whole number or a share, at most 1.0")
+    return value
+
+
+Time = Annotated[str, BeforeValidator(check_time)]
+Share = Annotated[int | float, AfterValidator(check_share)]
+Size = Annotated[Share, Field(gt=0)]
 
 
 class Section(BaseModel):
@@ -59,8 +65,8 @@ class Dataset(OpenSection):
     name: str | None = key("which data set of this kind", None)
     root: str | None = key("folder of the data, which are downloaded there if missing", None)
     train: Count | None = key("points of an epoch, sampled afresh for every batch", None)
-    validation: Size = key("samples of the validation set; for your own data, or a share", None)
-    test: Size = key("samples of the test set; for your own data, or a share of all", None)
+    validation: Size | None = key("validation samples; of your own data, or a share", None)
+    test: Size | None = key("test samples; of your own data, or a share of all", None)
     resize: Count | None = key("side of the images; a smaller one averages pixels", None)
     size: Count | list[Count] | None = key(
         "side of the images or patches, or [height, width]", None
@@ -132,17 +138,19 @@ class Devices(Section):
 class Trainer(Devices, OpenSection):
     max_epochs: Limit | None = key("epochs to train for (section 6: 100)")
     max_steps: Limit = key("training steps after which the run stops; -1: no limit")
-    max_time: Time | dict | None = key("time after which the run stops, as [DD:]HH:MM:SS")
-    precision: str | int | None = key("32-true, bf16-mixed (bfloat16 inside f alone) or 64-true")
+    max_time: Time | None = key("time after which the run stops, as [DD:]HH:MM:SS")
+    precision: Literal["32-true", "bf16-mixed", "16-mixed", "64-true"] | None = key(
+        "32-true, 64-true, or bf16-mixed and 16-mixed: 16 bits inside f alone"
+    )
     gradient_clip_val: NonNegative | None = key("largest norm of the gradient; null: any")
     accumulate_grad_batches: Count = key("batches of a training step")
     on_divergence: Literal["stop", "rewind"] = key("stop, or rewind to last.ckpt at half the rate")
     log_every_n_steps: Whole = key("training steps from one row of metrics.csv to the next")
     check_val_every_n_epoch: Count | None = key("epochs from one validation to the next")
-    val_check_interval: Share = key("batches, or share of an epoch, between two validations")
-    limit_train_batches: Share = key("number or share of the training batches of an epoch")
-    limit_val_batches: Share = key("number or share of the validation batches")
-    limit_test_batches: Share = key("number or share of the test batches")
+    val_check_interval: Share | None = key("batches, or share of an epoch, between two validations")
+    limit_train_batches: Share | None = key("number or share of the training batches of an epoch")
+    limit_val_batches: Share | None = key("number or share of the validation batches")
+    limit_test_batches: Share | None = key("number or share of the test batches")
     num_sanity_val_steps: Limit = key("validation batches before training")
     enable_progress_bar: bool = key("show the progress bar")
     enable_checkpointing: bool = key("write best.ckpt and last.ckpt")

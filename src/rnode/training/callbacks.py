@@ -141,11 +141,10 @@ class BestCheckpoint(ModelCheckpoint):
 
 
 class MaxTime(Timer):
-    """Ends training after `duration` ([DD:]HH:MM:SS, or a dictionary) as max_steps does, without
-    another validation."""
+    """Ends training after `duration`, [DD:]HH:MM:SS, as max_steps does, without a validation."""
 
-    def __init__(self, duration: str | dict):
-        short = isinstance(duration, str) and duration.count(":") == 2
+    def __init__(self, duration: str):
+        short = duration.count(":") == 2
         super().__init__(f"00:{duration}" if short else duration, interval="epoch", verbose=False)
 
     def on_train_batch_end(self, trainer: Trainer, *_) -> None:
