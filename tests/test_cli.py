@@ -9,6 +9,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
+import rnode
 from helpers import HANG, ROOT, TWO_STEPS, call, refused
 from rnode.app import cli, evaluate, train
 from rnode.app.help import known_keys
@@ -143,6 +144,9 @@ def test_the_command_lists_and_runs_its_commands(monkeypatch, capsys, tmp_path):
         monkeypatch.setattr(sys, "argv", ["rnode", *arguments])
         cli.main()
         assert re.findall(r"^  (\w+) ", capsys.readouterr().out, re.MULTILINE) == list(cli.ABOUT)
+    monkeypatch.setattr(sys, "argv", ["rnode", "--version"])
+    cli.main()
+    assert capsys.readouterr().out == f"rnode {rnode.__version__}\n"
     monkeypatch.setattr(sys, "argv", ["rnode", "trian"])
     with pytest.raises(SystemExit, match="2"):
         cli.main()
@@ -156,7 +160,9 @@ def test_the_command_lists_and_runs_its_commands(monkeypatch, capsys, tmp_path):
 
 
 @pytest.mark.parametrize("path", ["best.ckpt", "a run/lr=0.1,λ='1'/best.ckpt"])
-def test_a_bare_checkpoint_path_stands_for_ckpt_path(tmp_path, monkeypatch, path):
+def test_the_bare_path_of_a_checkpoint_or_its_folder_stands_for_ckpt_path(
+    tmp_path, monkeypatch, path
+):
     monkeypatch.chdir(tmp_path)
     (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / path).touch()
@@ -164,7 +170,12 @@ def test_a_bare_checkpoint_path_stands_for_ckpt_path(tmp_path, monkeypatch, path
     monkeypatch.setattr(evaluate, "main", lambda cfg: given.append((cfg.ckpt_path, cfg.seed)))
     call("evaluate", path, "seed=3")
     call("evaluate", "seed=3", f"{tmp_path / path}")
-    assert given == [(path, 3), (f"{tmp_path / path}", 3)]
+    call("evaluate", f"{(tmp_path / path).parent}", "seed=3")
+    assert given == [(path, 3), *[(f"{tmp_path / path}", 3)] * 2]
+    (tmp_path / path).with_name("last.ckpt").touch()
+    monkeypatch.setattr(train, "main", lambda cfg: given.append(cfg.ckpt_path))
+    call("train", f"{(tmp_path / path).parent}")
+    assert given[-1] == f"{(tmp_path / path).with_name('last.ckpt')}"
 
 
 def test_a_bug_gets_one_line_and_its_traceback_is_saved(tmp_path, capsys, monkeypatch):

@@ -19,6 +19,7 @@ from hydra.errors import (
 )
 from omegaconf import DictConfig, OmegaConf
 
+import rnode
 from rnode.app.banner import banner
 from rnode.app.help import help_text, unknown_key
 from rnode.app.launch import is_first_process, prepare_process, run_name
@@ -48,6 +49,9 @@ def main() -> None:
     if command in ABOUT:
         run(command, sys.argv[2:])
         return
+    if command == "--version":
+        print(f"rnode {rnode.__version__}")
+        return
     print("usage: rnode COMMAND [key=value …]; rnode COMMAND --help lists the keys\n")
     print(*(f"  {name:<12}{about}" for name, about in ABOUT.items()), sep="\n")
     if command not in ("-h", "--help"):
@@ -67,7 +71,12 @@ def run(
         for stream in (sys.stdout, sys.stderr):
             stream.reconfigure(errors="replace")  # letters that the terminal cannot show
     arguments = typed[1:] if arguments is None else arguments
-    arguments = gather(arguments) if command == "report" else list(map(expand, arguments))
+    checkpoint = "last.ckpt" if command == "train" else "best.ckpt"
+    arguments = (
+        gather(arguments)
+        if command == "report"
+        else [expand(argument, checkpoint) for argument in arguments]
+    )
     parsed = hydra_utils.get_args_parser().parse_args(arguments)
     own = parsed.config_dir or any(text.startswith("trust=") for text in parsed.overrides)
     sys.path += [os.getcwd()] if own else []  # for classes of the user's
@@ -123,11 +132,14 @@ def job(command: str, typed: list[str], errors: Callable) -> Any:
     return call
 
 
-def expand(argument: str) -> str:
-    """Let the bare path of a checkpoint stand for ckpt_path=PATH; `context` takes any key."""
+def expand(argument: str, checkpoint: str) -> str:
+    """Let the bare path of a checkpoint, or of the folder that holds the one of this name, stand
+    for ckpt_path=PATH; `context` takes any key."""
     if argument.startswith("context."):
         return f"++{argument}"
     path = "=" not in argument or os.path.exists(argument)  # and not the value of a key
+    if path and os.path.isfile(os.path.join(argument, checkpoint)):
+        argument = os.path.join(argument, checkpoint)
     bare = path and argument.endswith(".ckpt") and argument[0] not in "-+~"
     return f"ckpt_path={quote(argument)}" if bare else argument
 
