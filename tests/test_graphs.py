@@ -80,17 +80,20 @@ def test_recorded_solves_train_as_solves_do(device, context, bf16, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("gradient", "device", "devices", "window", "records"),
+    ("gradient", "device", "devices", "window", "foreign", "records"),
     [
-        ("backprop", "cuda", 1, 1, True),
-        ("adjoint", "cuda", 1, 1, False),
-        ("backprop", "cpu", 1, 1, False),
-        ("backprop", "cuda", 2, 1, False),
-        ("backprop", "cuda", 1, 2, False),
+        ("backprop", "cuda", 1, 1, False, True),
+        ("adjoint", "cuda", 1, 1, False, False),
+        ("backprop", "cpu", 1, 1, False, False),
+        ("backprop", "cuda", 2, 1, False, False),
+        ("backprop", "cuda", 1, 2, False, False),
+        ("backprop", "cuda", 1, 1, True, False),
     ],
 )
-def test_auto_records_solves_where_it_can(gradient, device, devices, window, records):
+def test_auto_records_solves_where_it_can(gradient, device, devices, window, foreign, records):
     flow = make_flow((1, 4, 4), train=Method("rk4", "radau", steps=2), gradient=gradient)
+    if foreign:
+        flow.pieces[-1].field = torch.nn.Identity()
     data = SimpleNamespace(batch_size=8, splits=SimpleNamespace(train=torch.zeros(100)))
     options = {"world_size": devices, "accumulate_grad_batches": window, "print": print}
     module = SimpleNamespace(flow=flow, device=torch.device(device))

@@ -13,16 +13,16 @@ from rnode.choices import ONE_STEP
 from rnode.dynamics import Dynamics, State, VectorField
 from rnode.errors import require
 from rnode.flow import Flow
+from rnode.networks import Field
 from rnode.solver import Method, solve
 from rnode.training.module import RNODE
-from rnode.training.solving import has_products
 
 
 class CUDAGraphs(Callback):
     """Replays the solves of training steps as CUDA graphs.
 
     Unless `required`, it does nothing where it cannot, or where graphs are untried: on several
-    devices, and for a user's own field without its εᵀ∇f.
+    devices, and for a user's own field, which a graph may not be able to record.
     """
 
     def __init__(self, required: bool):
@@ -36,7 +36,8 @@ class CUDAGraphs(Callback):
         needs = f"{needs} and trainer.accumulate_grad_batches=1"
         # A replay writes to the same gradients again, so they cannot be accumulated.
         require(able or not self.required, f"cuda_graphs=true: needs {needs}")
-        tried = trainer.world_size == 1 and has_products(module.flow)
+        ours = all(isinstance(piece.field, Field) for piece in module.flow.pieces)
+        tried = trainer.world_size == 1 and ours
         if not (able and (tried or self.required)):
             return
         size = min(data.batch_size, len(data.splits.train) // trainer.world_size)

@@ -139,11 +139,6 @@ class Compile(Callback):
             torch.compiler.set_stance("default")
 
 
-def has_products(flow: Flow) -> bool:
-    """Whether every field computes εᵀ∇f itself; autograd does so for the others."""
-    return all(hasattr(piece.field, "vjp") for piece in flow.pieces)
-
-
 def compile_solves(flow: Flow) -> None:
     """Compile by torch.compile what solves every piece, at its next call.
 
@@ -151,7 +146,7 @@ def compile_solves(flow: Flow) -> None:
     one shape share the compiled code.
     """
     require(
-        has_products(flow),
+        all(hasattr(piece.field, "vjp") for piece in flow.pieces),
         "compile=true: must be left out; autograd's εᵀ∇f of this field is not compiled",
     )
     torch._dynamo.config.recompile_limit = 8 * len(flow.pieces)  # scales differ in shape
