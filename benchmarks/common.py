@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
-from rich.console import Console
 from rich.table import Table
 
 from rnode import Flow, Method, Probes, Solver, TimeConv2d, multiscale
+from rnode.app.printing import print_table
 from rnode.training.solving import refine
 
 SHAPES = {
@@ -225,7 +225,7 @@ def write_table(name: str, title: str, rows: Rows) -> None:
         table.add_column(column, justify="right" if i else "left")
     for row in rows:
         table.add_row(*row.values())
-    Console(width=120).print(table)
+    print_table(table)
     print(f"written to {path}" + (f" and {name}.png" if path.with_suffix(".png").exists() else ""))
 
 

@@ -11,12 +11,12 @@ from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
-from rich.console import Console
 from rich.table import Table
 from rnode.paper import discussion
 from rnode.paper.figures import PLOTS
 from rnode.paper.runs import DATA, DOWNLOADED, FIGURES, Run
 
+from rnode.app.printing import print_table
 from rnode.errors import require
 
 LONGEST = 30  # rows of a CSV that is printed; a longer one holds curves
@@ -45,16 +45,15 @@ def main(cfg: DictConfig) -> None:
 def show(name: str, folder: Path, verdict: str) -> None:
     """Write the verdict, and print it below the CSV."""
     (folder / f"{name}.txt").write_text(f"{verdict}\n", encoding="utf-8")
-    console = Console(highlight=False)
     with open(folder / f"{name}.csv", encoding="utf-8", newline="") as file:
         header, *rows = csv.reader(file)
     if len(rows) <= LONGEST:
         table = Table(*header)
         for row in rows:
             table.add_row(*row)
-        console.print(table)
-    console.print(verdict, soft_wrap=True)
-    console.print(f"written to {folder / name}.png, .csv and .txt", soft_wrap=True)
+        print_table(table)
+    print(verdict)
+    print(f"written to {folder / name}.png, .csv and .txt")
 
 
 def train(runs: list[Run], cfg: DictConfig) -> None:

@@ -11,11 +11,10 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import ModelCheckpoint
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from rnode.app.banner import banner
+from rnode.app.printing import print_table, quantities
 from rnode.app.sweep import in_sweep
 from rnode.app.train import OURS
 from rnode.data.context import Label
@@ -74,13 +73,12 @@ def train(cfg: DictConfig, folder: Path) -> float:
     result["train/seconds"] = module.seconds
     with whole_file(folder / RESULT, "w") as file:
         json.dump(result, file, indent=2)
-    table = Table("quantity", title="test set", title_justify="left")
-    table.add_column("value", justify="right")
+    table = quantities("test set")
     for name, label in MEASURES.items():
         table.add_row(label, f"{measured[name]:.4g}")
     seconds = f"{module.seconds:.0f}, {time.monotonic() - start:.0f}"
     table.add_row("seconds: training, whole run", seconds)
-    Console(markup=False).print(table)
+    print_table(table)
     print(f"run folder: {folder}")
     return measured["accuracy"]
 

@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
-from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
 from rnode.app.build import from_checkpoint
+from rnode.app.printing import print_table, quantities
 from rnode.distributed import rank_and_world_size
 from rnode.errors import require
 from rnode.evaluation import evaluate
@@ -53,18 +53,14 @@ def main(cfg: DictConfig) -> float:
         path, bits = folder / "extremes.png", columns["bits_per_dim"]
         plot_extremes(rows, bits, data.transform, cfg.pictures, path)
     (folder / "evaluation.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    console = Console(record=True, markup=False)
-    console.print(make_table(summary))
-    (folder / "evaluation.txt").write_text(console.export_text(), encoding="utf-8")
+    (folder / "evaluation.txt").write_text(print_table(make_table(summary)), encoding="utf-8")
     print(f"folder: {folder}")
     return summary["bits_per_dim"]
 
 
 def make_table(summary: dict) -> Table:
     """Return the table of an evaluation."""
-    title = f"{summary['split']} set, {summary['samples']} samples"
-    table = Table("quantity", title=title, title_justify="left")
-    table.add_column("value", justify="right")
+    table = quantities(f"{summary['split']} set, {summary['samples']} samples")
     nats = summary["dimensions"] * math.log(2)
     noises = len(summary.get("bound_by_noises", ()))
     s = summary | {

@@ -6,12 +6,11 @@ import numpy as np
 import polars as pl
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
 from rnode.app.build import from_checkpoint
 from rnode.app.density import Density
+from rnode.app.printing import print_table, quantities
 from rnode.data.datamodule import DataModule
 from rnode.data.decoding import Format, decode
 from rnode.data.folder import find_images
@@ -35,15 +34,14 @@ def main(cfg: DictConfig) -> None:
     path = folder / f"scores.{cfg.format}"
     with whole_file(path) as file:
         frame.write_csv(file) if cfg.format == "csv" else frame.write_parquet(file)
-    table = Table("quantity", title=f"{cfg.path}, {len(frame)} samples", title_justify="left")
-    table.add_column("value", justify="right")
+    table = quantities(f"{cfg.path}, {len(frame)} samples")
     nats, rank = scores["log_prob"], scores["rank"]
     table.add_row("mean log-probability, nats", f"{nats.mean():.3f}")
     table.add_row("least and most", f"{nats.min():.3f}, {nats.max():.3f}")
     table.add_row("mean bits/dim", f"{scores['bits_per_dim'].mean():.4f}")
     if len(bits):  # the run has validated before it wrote the checkpoint
         table.add_row("more unusual than 99 % of the validation set", f"{np.mean(rank > 0.99):.1%}")
-    Console(markup=False).print(table)
+    print_table(table)
     print(f"written to {path}")
 
 

@@ -5,10 +5,10 @@ import sys
 from pathlib import Path
 
 from omegaconf import DictConfig
-from rich.console import Console
 from rich.table import Table
 
 from rnode.app.maps import plot_maps
+from rnode.app.printing import print_table
 from rnode.app.report import write_report
 from rnode.app.runs import COLUMNS, LAMBDAS, Run, best, read_runs
 from rnode.training.loggers import Label, finish_wandb, make_wandb
@@ -27,7 +27,7 @@ def report(folder: Path, wandb: DictConfig | None) -> None:
     else:
         with open(folder / "sweep.csv", "w", encoding="utf-8", newline="") as file:
             csv.writer(file).writerows(make_rows(jobs))
-        Console(highlight=False, markup=False).print(make_table(jobs))
+        print_table(make_table(jobs))
         figure = plot_maps(jobs)
         if figure is not None:
             figure.savefig(folder / "sweep.png", dpi=100)

@@ -15,13 +15,13 @@ from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning import Callback
 from pytorch_lightning.callbacks import EarlyStopping
 from pytorch_lightning.loggers import WandbLogger
-from rich.console import Console
 from rich.table import Table
 
 from rnode.app import sweep
 from rnode.app.banner import banner
 from rnode.app.build import build
 from rnode.app.launch import cluster_plugins, is_first_process, match_processes
+from rnode.app.printing import print_table, quantities
 from rnode.app.quoting import quote, shell_quote
 from rnode.app.report import write_report
 from rnode.app.runs import read_run
@@ -156,7 +156,7 @@ def fit(cfg: DictConfig, folder: Path, ckpt_path: str | None, halvings: Counter[
     seconds = f"{result['train/seconds'] or 0:.0f}, {validation:.0f}, {whole:.0f}"
     title = f"test set, {weights}"
     table = make_table(metrics, flow, data.transform, title, seconds)
-    Console(markup=False).print(table)
+    print_table(table)
     for logger in (logger for logger in loggers if isinstance(logger, WandbLogger)):
         columns = [list(column.cells) for column in table.columns]
         logger.log_table("result", ["quantity", "value"], list(zip(*columns, strict=True)))
@@ -225,8 +225,7 @@ def make_label(folder: Path, overrides: list[str]) -> Label:
 
 def make_table(metrics: dict, flow: Flow, transform: object, title: str, seconds: str) -> Table:
     """Return the table at the end of a run."""
-    table = Table("quantity", title=title, title_justify="left")
-    table.add_column("value", justify="right")
+    table = quantities(title)
     bits, error = (float(metrics[f"test/bits_per_dim{suffix}"]) for suffix in ("", "_se"))
     nats = log(2) * flow.d
     table.add_row("bits/dim (± standard error)", f"{bits:.4f} ± {error:.4f}")
