@@ -58,7 +58,7 @@ MISTAKES = [
     ("trainer.limit_val_batches=1.5", "1.5: must be a whole number or a share, at most 1.0"),
     ("trainer.max_time=5", "trainer.max_time=5: must be [DD:]HH:MM:SS"),
     # a choice
-    ("trainer.precision=16-true", "trainer.precision=16-true: must be '32-true', 'bf16-mixed'"),
+    ("trainer.precision=16-true", "trainer.precision=16-true: must be '32-true', 'bf16-mixed' or"),
     ("solver.train.method=rk5", "solver.train.method=rk5: must be 'euler' & 'rk4'"),
     ("divergence=hutchinson", "divergence=hutchinson: must be 'gaussian', 'rademacher' or"),
     ("trainer.on_divergence=go", "trainer.on_divergence=go: must be 'stop' or 'rewind'"),

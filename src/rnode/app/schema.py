@@ -139,8 +139,8 @@ class Trainer(Devices, OpenSection):
     max_epochs: Limit | None = key("epochs to train for (section 6: 100)")
     max_steps: Limit = key("training steps after which the run stops; -1: no limit")
     max_time: Time | None = key("time after which the run stops, as [DD:]HH:MM:SS")
-    precision: Literal["32-true", "bf16-mixed", "16-mixed", "64-true"] | None = key(
-        "32-true, 64-true, or bf16-mixed and 16-mixed: 16 bits inside f alone"
+    precision: Literal["32-true", "bf16-mixed", "64-true"] | None = key(
+        "32-true, bf16-mixed (bfloat16 inside f alone) or 64-true"
     )
     gradient_clip_val: NonNegative | None = key("largest norm of the gradient; null: any")
     accumulate_grad_batches: Count = key("batches of a training step")
