@@ -28,12 +28,13 @@ def load(path: str | Path, trust: Sequence[str] = ()) -> "Density":
     """Load the density that a checkpoint holds, on the CPU; its data are not read.
 
     Args:
-        path: a checkpoint of a run, such as outputs/…/best.ckpt.
+        path: a checkpoint of a run, or the folder of a run, for its best.ckpt.
         trust: your own packages, whose classes the checkpoint may name.
 
     Raises:
         InputError: if the file is not a whole checkpoint, or names a class of another package.
     """
+    path = Path(path) / "best.ckpt" if Path(path).is_dir() else path
     return Density(*load_flow(str(path), trust=trust), load_checkpoint(path)["validation_bits"])
 
 
