@@ -66,4 +66,6 @@ def describe(error: ValidationError, schema: type[BaseModel], config: Any) -> st
 def in_words(error: ErrorDetails) -> str:
     """Say what would be right."""
     words = WORDS.get(error["type"], error["msg"].removeprefix("Input should be "))
-    return words.format(**error.get("ctx", {}))
+    context = error.get("ctx", {}).items()
+    limits = {k: f"{v:g}" if isinstance(v, float) else v for k, v in context}  # 0, not 0.0
+    return words.format(**limits)
