@@ -56,6 +56,8 @@ MISTAKES = [
     ("solver.test.rtol=0", "solver.test.rtol=0: must be greater than 0"),
     ("trainer.devices=0", "trainer.devices=0: must be at least 1, text or a list"),
     ("trainer.limit_val_batches=1.5", "1.5: must be a whole number or a share, at most 1.0"),
+    ("dataset.validation=1.0", "dataset.validation=1.0: must be a whole number from 1 on, or a"),
+    ("dataset.validation=0", "dataset.validation=0: must be a whole number from 1 on, or a share"),
     ("trainer.max_time=5", "trainer.max_time=5: must be [DD:]HH:MM:SS"),
     # a choice
     ("trainer.precision=16-true", "trainer.precision=16-true: must be '32-true', 'bf16-mixed' or"),

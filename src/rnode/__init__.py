@@ -5,7 +5,6 @@ The method is that of Finlay et al. (2020). Public names are imported on first u
 """
 
 import importlib
-import importlib.metadata
 from typing import Any
 
 _MODULES = {
@@ -27,7 +26,7 @@ __all__ = sorted(_MODULE_OF)
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
-        return importlib.metadata.version("rnode")
+        return importlib.import_module("importlib.metadata").version("rnode")
     if name not in _MODULE_OF:
         raise AttributeError(f"module 'rnode' has no attribute '{name}'")
     return getattr(importlib.import_module(f"rnode.{_MODULE_OF[name]}"), name)

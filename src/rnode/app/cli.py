@@ -71,12 +71,10 @@ def run(
         for stream in (sys.stdout, sys.stderr):
             stream.reconfigure(errors="replace")  # letters that the terminal cannot show
     arguments = typed[1:] if arguments is None else arguments
-    checkpoint = "last.ckpt" if command == "train" else "best.ckpt"
-    arguments = (
-        gather(arguments)
-        if command == "report"
-        else [expand(argument, checkpoint) for argument in arguments]
-    )
+    if command == "report":
+        arguments = gather(arguments)
+    else:
+        arguments = [expand(command, argument) for argument in arguments]
     parsed = hydra_utils.get_args_parser().parse_args(arguments)
     own = parsed.config_dir or any(text.startswith("trust=") for text in parsed.overrides)
     sys.path += [os.getcwd()] if own else []  # for classes of the user's
@@ -132,14 +130,14 @@ def job(command: str, typed: list[str], errors: Callable) -> Any:
     return call
 
 
-def expand(argument: str, checkpoint: str) -> str:
-    """Let the bare path of a checkpoint, or of the folder that holds the one of this name, stand
-    for ckpt_path=PATH; `context` takes any key."""
+def expand(command: str, argument: str) -> str:
+    """Let the bare path of a checkpoint, or of the folder of a run, stand for ckpt_path=PATH;
+    `context` takes any key."""
     if argument.startswith("context."):
         return f"++{argument}"
     path = "=" not in argument or os.path.exists(argument)  # and not the value of a key
-    if path and os.path.isfile(os.path.join(argument, checkpoint)):
-        argument = os.path.join(argument, checkpoint)
+    held = os.path.join(argument, "last.ckpt" if command == "train" else "best.ckpt")
+    argument = held if path and os.path.isfile(held) else argument
     bare = path and argument.endswith(".ckpt") and argument[0] not in "-+~"
     return f"ckpt_path={quote(argument)}" if bare else argument
 

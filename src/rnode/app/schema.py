@@ -33,9 +33,15 @@ def check_share(value: float) -> float:
     return value
 
 
+def check_size(value: float) -> float:
+    if not (0 < value < 1 if isinstance(value, float) else value >= 1):
+        raise PydanticCustomError("size", "a whole number from 1 on, or a share between 0 and 1")
+    return value
+
+
 Time = Annotated[str, BeforeValidator(check_time)]
 Share = Annotated[int | float, AfterValidator(check_share)]
-Size = Annotated[Share, Field(gt=0)]
+Size = Annotated[int | float, AfterValidator(check_size)]
 
 
 class Section(BaseModel):
@@ -68,9 +74,7 @@ class Dataset(OpenSection):
     validation: Size | None = key("validation samples; of your own data, or a share", None)
     test: Size | None = key("test samples; of your own data, or a share of all", None)
     resize: Count | None = key("side of the images; a smaller one averages pixels", None)
-    size: Count | list[Count] | None = key(
-        "side of the images or patches, or [height, width]", None
-    )
+    size: Count | list[Count] | None = key("side of images or patches, or [height, width]", None)
     channels: Literal[1, 3] | None = key("1 for grey images, 3 for RGB", None)
     crop: Count | None = key("side of the centre that is cut out before scaling", None)
     bits: Annotated[int, Field(ge=1, le=8)] | None = key("bits that are kept of a pixel", None)
@@ -80,14 +84,10 @@ class Dataset(OpenSection):
     stride: Count | None = key("pixels from one patch to the next", None)
     path: str | None = key("file of a table: CSV, Parquet, Arrow, .npy or .npz", None)
     columns: list[str] | None = key("columns that are modelled; null: all numeric ones", None)
-    context: list[str] | Literal["label"] | None = key(
-        "columns, or label, that the density is given", None
-    )
+    context: list[str] | Literal["label"] | None = key("columns, or label, that are given", None)
     integer: list[str] | None = key("columns of whole numbers, which are dequantized", None)
     log: list[str] | None = key("positive columns whose logarithm is modelled", None)
-    logit: dict[str, Bounds] | None = key(
-        "columns {name: [low, high]} whose logit is modelled", None
-    )
+    logit: dict[str, Bounds] | None = key("{column: [low, high]} whose logit is modelled", None)
     missing: Literal["stop", "drop"] | None = key("stop at a missing value, or drop its row", None)
     whiten: bool | None = key("model uncorrelated combinations of the columns", None)
     split_column: str | None = key("column that says train, val or test; null: by chance", None)

@@ -65,7 +65,8 @@ def describe(error: ValidationError, schema: type[BaseModel], config: Any) -> st
 
 def in_words(error: ErrorDetails) -> str:
     """Say what would be right."""
-    words = WORDS.get(error["type"], error["msg"].removeprefix("Input should be "))
+    if (words := WORDS.get(error["type"])) is None:
+        return error["msg"].removeprefix("Input should be ")
     context = error.get("ctx", {}).items()
     limits = {k: f"{v:g}" if isinstance(v, float) else v for k, v in context}  # 0, not 0.0
     return words.format(**limits)

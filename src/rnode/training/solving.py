@@ -145,10 +145,8 @@ def compile_solves(flow: Flow) -> None:
     It is the whole solve on a fixed grid whose steps are differentiated, else f and εᵀ∇f. Pieces of
     one shape share the compiled code.
     """
-    require(
-        all(hasattr(piece.field, "vjp") for piece in flow.pieces),
-        "compile=true: must be left out; autograd's εᵀ∇f of this field is not compiled",
-    )
+    own = all(hasattr(piece.field, "vjp") for piece in flow.pieces)
+    require(own, "compile=true: must be left out; autograd's εᵀ∇f of this field is not compiled")
     torch._dynamo.config.recompile_limit = 8 * len(flow.pieces)  # scales differ in shape
     whole = torch.compile(solve, dynamic=False)
     for piece in flow.pieces:
