@@ -24,7 +24,7 @@ ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}  # more would wait for one an
 RK4 = Method("rk4", step_size=0.25)
 DOPRI5 = Method("dopri5")
 
-RATE = ["optimizer.lr=4e-3", "warmup_steps=0"]
+RATE = ["optimizer.lr=4e-3", "warmup_steps=0", "decay=false"]
 QUICK = ["model.hidden=4", "trainer.max_epochs=1", "trainer.enable_progress_bar=false", *RATE]
 TWO_STEPS = [
     *QUICK,

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from helpers import RATE, assert_same_run, call, column, curves, refused
-from rnode.training.callbacks import MaxTime, SaveAndStop
+from rnode.training.callbacks import SaveAndStop
 from rnode.training.checkpoint import AtomicCheckpointIO, load_checkpoint
+from rnode.training.limits import MaxTime
 from rnode.training.module import RNODE
 
 pytestmark = pytest.mark.usefixtures("blank_figures")

@@ -10,7 +10,10 @@ from typing import NamedTuple
 from rnode.app.sweep import DIVERGED
 from rnode.training.results import read_metrics, read_result
 
-SMALL = ["model.pieces=1", "model.hidden=16", "warmup_steps=20", "trainer.log_every_n_steps=1"]
+SMALL = [
+    *("model.pieces=1", "model.hidden=16", "trainer.log_every_n_steps=1"),
+    *("warmup_steps=20", "decay=false"),  # a constant rate, as in the paper
+]
 DATA = {  # overrides of `rnode train`; digits and fashion14 are sized for two CPU cores
     "line": [
         "dataset=toy",
@@ -157,8 +160,7 @@ def overrides(scale: str, data: str, recipe: str) -> tuple[str, ...]:
     if data == "cifar10" and recipe in ("rnode", "rnode_adaptive", "jacobian", "fast"):
         found.append("reg.lambda_j=0.03")  # section 6
     if scale == "paper" and data != "line" and recipe != "fast":
-        found += ["solver.gradient=adjoint", "solver.train.first_step=1e-2"]
-        found += ["trainer.gradient_clip_val=null"]
+        found += ["experiment=paper", "solver.train.first_step=1e-2"]
     return tuple(found)
 
 

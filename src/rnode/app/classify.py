@@ -20,8 +20,8 @@ from rnode.app.train import OURS
 from rnode.data.context import Label
 from rnode.data.datamodule import DataModule
 from rnode.errors import require
-from rnode.training.callbacks import MaxTime
 from rnode.training.classifier import MEASURES, Classifier, labelled, loaders
+from rnode.training.limits import MaxTime
 from rnode.training.loggers import MetricsCSV
 from rnode.training.plots import plot_band, save_figure
 from rnode.training.results import RESULT

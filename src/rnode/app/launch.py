@@ -12,12 +12,12 @@ from omegaconf import DictConfig
 
 from rnode.errors import require
 
-EXPECTED_WARNINGS = (  # of Lightning, about choices that this program makes on purpose
+EXPECTED_WARNINGS = (  # of Lightning and torch, about choices that this program makes on purpose
     *("does not have many workers", "directory .* exists and is not empty", "LeafSpec"),
     *("number of training batches .* is smaller", "could not find the monitored key"),
     *("The dirpath has changed", "Using `DistributedSampler` with the dataloaders"),
     *("There is a wandb run already in progress", "The `srun` command is available"),
-    "your dataloader is not resumable",
+    *("your dataloader is not resumable", "AccumulateGrad node's stream"),
 )
 
 
@@ -98,8 +98,10 @@ def prepare_process() -> None:
     """Silence expected warnings, and let glibc keep the memory that the next step needs again."""
     os.environ["MPLBACKEND"] = "Agg"  # a notebook's may not exist here, and none needs a display
     for library in (
-        "pytorch_lightning.utilities.rank_zero",
         "lightning_fabric.utilities.distributed",
+        "matplotlib.font_manager",
+        "pytorch_lightning.accelerators.cuda",
+        "pytorch_lightning.utilities.rank_zero",
     ):
         logging.getLogger(library).setLevel(logging.WARNING)
     for message in EXPECTED_WARNINGS:

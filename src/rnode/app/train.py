@@ -32,6 +32,7 @@ from rnode.training import callbacks, progress, solving
 from rnode.training.checkpoint import AtomicCheckpointIO, load_checkpoint, load_to_resume
 from rnode.training.environment import ENVIRONMENT, environment
 from rnode.training.graphs import CUDAGraphs
+from rnode.training.limits import MaxTime
 from rnode.training.loggers import Label, finish_wandb, make_loggers
 from rnode.training.module import RNODE
 from rnode.training.pretraining import Pretraining
@@ -49,7 +50,7 @@ TABLE = {
     "NFE forward per batch, test": ("test/nfe_forward", ".0f"),
     "kinetic energy / d": ("test/kinetic", ".4f"),
     "squared Jacobian norm / d": ("test/jacobian", ".4f"),
-    "seconds per epoch": ("train/seconds_per_epoch", ".1f"),
+    "seconds per training step": ("train/seconds_per_step", ".3g"),
 }
 
 
@@ -176,7 +177,7 @@ def make_trainer(
     used = [Yardstick(), callbacks.Cost(), save, instantiate(cfg.pictures, folder, dataset)]
     used += [best] if cfg.trainer.enable_checkpointing else []
     if cfg.trainer.max_time is not None:
-        used += [callbacks.MaxTime(cfg.trainer.max_time)]
+        used += [MaxTime(cfg.trainer.max_time)]
     if (patience := cfg.early_stopping.patience) is not None:
         # A run may end before its first validation.
         used += [EarlyStopping("val/bits_per_dim", patience=patience, strict=False)]

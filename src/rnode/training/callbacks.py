@@ -3,13 +3,15 @@
 import contextlib
 import gc
 import signal
+import statistics
 import time
+from collections import deque
 from functools import cached_property
 from pathlib import Path
 
 import torch
 from pytorch_lightning import Callback, Trainer
-from pytorch_lightning.callbacks import ModelCheckpoint, Timer
+from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import WandbLogger
 from pytorch_lightning.utilities import rank_zero_only
 
@@ -140,32 +142,23 @@ class BestCheckpoint(ModelCheckpoint):
             self.best_k_models = {path: score}
 
 
-class MaxTime(Timer):
-    """Ends training after `duration`, [DD:]HH:MM:SS, as max_steps does, without a validation."""
-
-    def __init__(self, duration: str):
-        short = duration.count(":") == 2
-        super().__init__(f"00:{duration}" if short else duration, interval="epoch", verbose=False)
-
-    def on_train_batch_end(self, trainer: Trainer, *_) -> None:
-        if trainer.strategy.broadcast(self.time_remaining() <= 0):
-            trainer.fit_loop.epoch_loop.max_steps = trainer.global_step
-
-
 class Cost(Callback):
     """Logs what training batches have cost, and validation apart.
 
-    These are train/seconds_per_step and train/seconds_per_epoch, and so far, including earlier
-    processes of the run, seconds_total, nfe_total and val/seconds. The totals stand beside both
-    training and validation metrics, so that W&B can plot either against them.
+    These are train/seconds_per_step, the mean of the last log_every_n_steps steps,
+    train/seconds_per_epoch, and so far, including earlier processes of the run, seconds_total,
+    nfe_total and val/seconds. The totals stand beside both training and validation metrics, so that
+    W&B can plot either against them.
     """
 
     def __init__(self):
         self.seconds = 0.0  # in this epoch so far
         self.seconds_total, self.nfe_total, self.validation = 0.0, 0, 0.0
 
-    def on_train_start(self, *_) -> None:
+    def on_train_start(self, trainer: Trainer, module: RNODE) -> None:
         self.mark = time.perf_counter()
+        # A device is behind its host, which waits for it in log steps alone.
+        self.steps: deque[float] = deque(maxlen=max(1, trainer.log_every_n_steps))
 
     def on_train_epoch_start(self, *_) -> None:
         self.seconds, self.mark = 0.0, time.perf_counter()
@@ -173,10 +166,11 @@ class Cost(Callback):
     def on_train_batch_end(self, trainer: Trainer, module: RNODE, *_) -> None:
         before, self.mark = self.mark, time.perf_counter()
         step = self.mark - before
+        self.steps.append(step)
         self.seconds += step
         self.seconds_total += step
         self.nfe_total += module.nfe
-        module.log_step({"seconds_per_step": step, **self.totals()})
+        module.log_step({"seconds_per_step": statistics.mean(self.steps), **self.totals()})
 
     def totals(self) -> dict[str, float]:
         return {"seconds_total": self.seconds_total, "nfe_total": self.nfe_total}

@@ -17,6 +17,7 @@ from rnode.matching import flow_matching
 from rnode.solver import solver_errors
 from rnode.training.checkpoint import FORMAT
 from rnode.training.divergence import DivergenceWatch, nan_loss
+from rnode.training.limits import time_passed
 from rnode.transforms import Batch
 
 
@@ -36,7 +37,7 @@ class RNODE(LightningModule):
         lambda_k: float,  # λ_K, weight of the kinetic energy
         lambda_j: float,  # λ_J, weight of the Jacobian's squared Frobenius norm
         warmup_steps: int = 0,  # steps over which the learning rate rises linearly
-        decay: bool = False,  # whether it then falls to 0 over max_epochs, as half a cosine
+        decay: bool = False,  # whether it then falls to 0 by the end of the run, as half a cosine
         seed: int = 0,  # of noise and probes in evaluation
         config: dict | None = None,  # of the run, as plain containers; checkpoints carry it
         learning_rate_factor: float = 1.0,  # multiplies the learning rate of `optimizer`
@@ -160,7 +161,9 @@ class RNODE(LightningModule):
 
         def factor(step: int) -> float:
             rise = min(1.0, (step - self.start + 1) / (self.warmup_steps + 1))
-            return rise * (1 + math.cos(math.pi * min(step / max(steps, 1), 1))) / 2
+            late = self.decay and step > 0  # the time before the first step does not count
+            share = max(step / max(steps, 1), time_passed(self.trainer) if late else 0.0)
+            return rise * (1 + math.cos(math.pi * min(share, 1.0))) / 2
 
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

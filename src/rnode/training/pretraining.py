@@ -1,12 +1,9 @@
 """A Lightning callback: flow matching first, equation (17) after it."""
 
-import math
-
 from pytorch_lightning import Callback, Trainer
 
-from rnode.errors import require
 from rnode.matching import require_one_path
-from rnode.training.callbacks import MaxTime
+from rnode.training.limits import passed
 from rnode.training.module import RNODE
 
 
@@ -47,16 +44,3 @@ class Pretraining(Callback):
 
     def load_state_dict(self, state: dict) -> None:
         self.start, self.resumed = state["start"], True
-
-
-def passed(trainer: Trainer) -> float:
-    """Return how much of the run has passed, from 0 to 1."""
-    steps = trainer.estimated_stepping_batches  # of max_epochs and max_steps
-    shares = [trainer.global_step / steps] if steps < math.inf else []
-    for timer in (used for used in trainer.callbacks if isinstance(used, MaxTime)):
-        spent = timer.time_elapsed()
-        share = spent / (spent + max(timer.time_remaining(), 0.0))
-        shares.append(trainer.strategy.broadcast(share))
-    needs = "trainer.max_epochs, trainer.max_steps or trainer.max_time must be set"
-    require(shares, f"pretrain.share: the run has no end; {needs}")
-    return max(shares)
