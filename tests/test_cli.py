@@ -42,6 +42,7 @@ MISTAKES = [
     ("hydra.run.dirr=x", "hydra.run.dirr"),
     ("~reg.lambda_k", "reg.lambda_k=… is missing (λ_K, weight of the kinetic energy)"),
     ("dataset=table", "dataset.path=… is missing (file of a table: CSV"),
+    (str(CONF), f"{CONF}: must be KEY=VALUE; that folder holds no checkpoint of a run"),
     # a type
     ("optimizer.lr=abc", "optimizer.lr=abc: must be a number"),
     ("reg.lambda_k=null", "reg.lambda_k=null: must be a number"),

@@ -99,7 +99,8 @@ def run(
             raise InputError(f"there is no {where}; {extra}the options are {options}") from error
         except OverrideParseException as error:
             key, equals, value = error.override.partition("=")
-            require(equals == "=", f"{error.override}: must be KEY=VALUE")
+            folder = "; that folder holds no checkpoint of a run" * os.path.isdir(key)
+            require(equals == "=", f"{error.override}: must be KEY=VALUE{folder}")
             quoted = shell_quote(f"{key}={quote(value)}")
             reason = "= ~ [ ] ( ) and letters like λ need quotes"
             raise InputError(f"{error.override}: {reason}; write {quoted}") from error
