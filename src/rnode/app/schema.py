@@ -196,9 +196,7 @@ class Train(Section):
     )
     dequantization: Literal["uniform", "variational"] = key("noise of images: uniform, or learned")
     warmup_steps: Whole = key("steps over which the learning rate rises linearly")
-    decay: bool = key(
-        "let the learning rate fall to 0 over max_epochs or max_time, as half a cosine"
-    )
+    decay: bool = key("let the learning rate fall to 0 by max_epochs or max_time (half a cosine)")
     refine: NonNegative | None = key("bits/dim from a finer grid at which the grid is refined")
     tf32: bool = key("use TF32 on CUDA devices in evaluation, and for matrix products, too")
     compile: bool = key("compile the solves; the first step takes a minute or more")
