@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rnode.data.context import Context
-from rnode.data.splits import Splits, count_of, hold_out_indices
+from rnode.data.splits import SPLIT_SEED, Splits, count_of, hold_out_indices
 from rnode.errors import InputError, one_line, require
 from rnode.transforms import Column, TableTransform
 
@@ -153,7 +153,10 @@ def split_rows(
         other = sorted(set(map(str, words)) - known)[:3]
         require(not other, f"split_column={split_column}: holds {other}, not train, val and test")
         masks = [np.isin(words, SPLIT_WORDS[name]) for name in ("train", "val", "test")]
-        return [torch.from_numpy(mask.nonzero()[0]) for mask in masks]
+        train, val, test = (torch.from_numpy(mask.nonzero()[0]) for mask in masks)
+        # A validation may take the first rows alone, and a file may be sorted.
+        order = torch.randperm(len(val), generator=torch.Generator().manual_seed(SPLIT_SEED))
+        return [train, val[order], test]
     n = len(frame)
     rest, held = hold_out_indices(n, count_of(test, n), "test")
     kept, chosen = hold_out_indices(len(rest), count_of(validation, n), "validation")
