@@ -72,9 +72,11 @@ def test_a_column_says_the_split(frame, tmp_path):
     frame.with_columns(part=words).write_parquet(path := tmp_path / "rows.parquet")
     splits = table(str(path), columns=["height"], split_column="part")
     heights = torch.tensor(frame["height"].to_list(), dtype=torch.float64)
-    for i, rows in enumerate(splits[:3]):
-        assert torch.equal(rows[:, 0].sort().values, heights[i::3].sort().values)
-    assert not torch.equal(splits.val[:, 0], heights[1::3])  # its first rows are of the whole file
+    assert torch.equal(splits.train[:, 0], heights[0::3])
+    assert torch.equal(splits.test[:, 0], heights[2::3])
+    val = splits.val[:, 0]  # in another order, so that its first rows are of the whole file
+    assert torch.equal(val.sort().values, heights[1::3].sort().values)
+    assert not torch.equal(val, heights[1::3])
 
 
 @pytest.mark.parametrize(

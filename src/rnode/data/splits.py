@@ -31,8 +31,13 @@ def hold_out(rows: Tensor, count: int, what: str) -> tuple[Tensor, Tensor]:
 def hold_out_indices(n: int, count: int, what: str) -> tuple[Tensor, Tensor]:
     """Split the indices of `n` samples as `hold_out` does, by a permutation that never changes."""
     require(0 < count < n, f"{what}={count}: must be 1 to {n - 1}, out of {n} samples")
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(SPLIT_SEED))
+    order = permutation(n)
     return order[count:], order[:count]
+
+
+def permutation(n: int) -> Tensor:
+    """Return a permutation of 0 to n − 1 that never changes."""
+    return torch.randperm(n, generator=torch.Generator().manual_seed(SPLIT_SEED))
 
 
 def count_of(share: float, n: int) -> int:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rnode.data.context import Context
-from rnode.data.splits import SPLIT_SEED, Splits, count_of, hold_out_indices
+from rnode.data.splits import Splits, count_of, hold_out_indices, permutation
 from rnode.errors import InputError, one_line, require
 from rnode.transforms import Column, TableTransform
 
@@ -155,8 +155,7 @@ def split_rows(
         masks = [np.isin(words, SPLIT_WORDS[name]) for name in ("train", "val", "test")]
         train, val, test = (torch.from_numpy(mask.nonzero()[0]) for mask in masks)
         # A validation may take the first rows alone, and a file may be sorted.
-        order = torch.randperm(len(val), generator=torch.Generator().manual_seed(SPLIT_SEED))
-        return [train, val[order], test]
+        return [train, val[permutation(len(val))], test]
     n = len(frame)
     rest, held = hold_out_indices(n, count_of(test, n), "test")
     kept, chosen = hold_out_indices(len(rest), count_of(validation, n), "validation")
