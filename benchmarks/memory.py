@@ -3,11 +3,18 @@
 python benchmarks/memory.py [--dataset fashion_mnist] [--batch 32] [--channels 64] [--quick]
 
 GiB are counted above what was allocated before the step. `time` and `memory` are relative to
-backprop in the same run. The results are also written to outputs/benchmarks/memory_DATASET.csv and
-.png.
+backprop on three steps in the same run. `radau 1/2` and `radau 1/4` are the first grid of the
+default and its grid after one refinement. On a CUDA device, `images that fit` is the batch that
+would fill its memory if memory grows in proportion to the batch. The results are also written to
+outputs/benchmarks/memory_DATASET.csv and .png.
 """
 
+import torch
+
 from common import (
+    COARSE,
+    DEVICE,
+    FINE,
     LAMBDA,
     RADAU,
     RK4,
@@ -23,13 +30,11 @@ from common import (
 from plain import PlainFlow
 from rnode import objective
 
+METHODS = {"radau": RADAU, "radau 1/2": COARSE, "radau 1/4": FINE, "rk4": RK4}
 CONTENDERS = {
-    "radau, backprop": (RADAU, "backprop"),
-    "radau, checkpoint": (RADAU, "checkpoint"),
-    "radau, adjoint": (RADAU, "adjoint"),
-    "rk4, backprop": (RK4, "backprop"),
-    "rk4, checkpoint": (RK4, "checkpoint"),
-    "rk4, adjoint": (RK4, "adjoint"),
+    f"{name}, {gradient}": (method, gradient)
+    for name, method in METHODS.items()
+    for gradient in ("backprop", "checkpoint", "adjoint")
 }
 
 
@@ -55,6 +60,9 @@ def main() -> None:
         if name != "plain recipe":
             row["memory"] = f"{peak / memory[reference]:.2f}"
             row["time"] = f"{seconds[name] / seconds[reference]:.2f}"
+        if DEVICE.type == "cuda":
+            capacity = torch.cuda.mem_get_info()[1] / 2**30
+            row["images that fit"] = str(int(options.batch * capacity / peak))
         rows.append(row)
     title = f"peak memory of a training step, {describe(options)}"
     report(f"memory_{options.dataset}", title, rows, bars="peak GiB", label="GiB")

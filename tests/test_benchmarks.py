@@ -39,7 +39,7 @@ def test_the_plain_recipe_in_the_same_program_gives_the_same_state():
     ("name", "arguments", "rows"),
     [
         ("step_digits", QUICK, 10),
-        ("memory_digits", QUICK, 7),
+        ("memory_digits", QUICK, 13),
         ("evaluation_digits", QUICK, 3),
         ("sampling_digits", QUICK, 4),
         ("ddp_digits", QUICK, 3),

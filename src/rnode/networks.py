@@ -53,12 +53,6 @@ def transforms_active() -> bool:
     return torch._C._are_functorch_transforms_active()
 
 
-def _channels_last(h: Tensor) -> Tensor:
-    """Put images (B, C, H, W) in channels_last order, which is faster without a gradient."""
-    images = h.dim() == 4 and not torch.is_grad_enabled()
-    return h.clone(memory_format=torch.channels_last) if images else h
-
-
 def _softplus_sigmoid(a: Tensor) -> tuple[Tensor, Tensor]:
     if transforms_active():  # they need operators that torch can transform
         return F.softplus(a), a.sigmoid()
@@ -66,7 +60,9 @@ def _softplus_sigmoid(a: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _softplus(a: Tensor) -> Tensor:
-    return _softplus_sigmoid(a)[0] if torch.is_grad_enabled() else F.softplus(a)
+    if torch.is_grad_enabled() or a.device.type == "cpu":  # where F.softplus may be slow
+        return _softplus_sigmoid(a)[0]
+    return F.softplus(a)
 
 
 class Weights(NamedTuple):
@@ -175,7 +171,7 @@ class Field(nn.Module):
     ) -> Tensor:
         """t (), z (B, *shape), c (B, context) if any → f(z, t) (B, *shape), in the dtype of z."""
         *inner, (last, w_last) = zip(self.layers, weights or self.prepare(z), strict=True)
-        h = _channels_last(z.to(w_last.h.dtype))
+        h = z.to(w_last.h.dtype)
         given = [part.to(h.dtype) for part in c]
         for layer, w in inner:
             h = _softplus(layer(w, t, h, *given))
@@ -186,15 +182,14 @@ class Field(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """t (), z (B, *shape), eps (K, B, *shape) → f(z, t) (B, *shape) and εᵀ∇f (K, B, *shape)."""
         *inner, (last, w_last) = zip(self.layers, weights or self.prepare(z), strict=True)
-        h = _channels_last(z.to(w_last.h.dtype))
+        h = z.to(w_last.h.dtype)
         given = [part.to(h.dtype) for part in c]
         slopes = []
         for layer, w in inner:
             h, slope = _softplus_sigmoid(layer(w, t, h, *given))
             slopes.append(slope)
         f = last(w_last, t, h, *given)
-        eps = _channels_last(eps.to(h.dtype).flatten(0, 1)).unflatten(0, eps.shape[:2])
-        g = last.vjp(w_last, eps)
+        g = last.vjp(w_last, eps.to(h.dtype))
         for (layer, w), slope in zip(reversed(inner), reversed(slopes), strict=True):
             g = layer.vjp(w, g * slope)
         return f.to(z.dtype), g.to(z.dtype)
