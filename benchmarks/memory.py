@@ -29,6 +29,7 @@ from common import (
 )
 from plain import PlainFlow
 from rnode import objective
+from rnode.app.launch import prepare_process
 
 METHODS = {"radau": RADAU, "radau 1/2": COARSE, "radau 1/4": FINE, "rk4": RK4}
 CONTENDERS = {
@@ -40,6 +41,7 @@ CONTENDERS = {
 
 def main() -> None:
     options = parse(arguments(__doc__))
+    prepare_process()
     x = images(options)
 
     def contender(method, gradient):
