@@ -5,14 +5,15 @@ import os
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from pytorch_lightning.callbacks import timer
 
 from helpers import RATE, assert_same_run, call, column, curves, refused
 from rnode.training.callbacks import SaveAndStop
 from rnode.training.checkpoint import AtomicCheckpointIO, load_checkpoint
-from rnode.training.limits import MaxTime
 from rnode.training.module import RNODE
 
 pytestmark = pytest.mark.usefixtures("blank_figures")
@@ -93,19 +94,21 @@ def test_max_steps(undisturbed, tmp_path, options, limits):
 
 
 def test_max_time(undisturbed, tmp_path, monkeypatch):
-    times = ["trainer.max_time=01:00:00", f"hydra.run.dir={tmp_path}"]
+    folder, clock = f"hydra.run.dir={tmp_path}", SimpleNamespace(now=0.0)
     with monkeypatch.context() as patch:
-        left = iter([9, 9, 9, 9, 0, 0, 0])
-        patch.setattr(MaxTime, "time_remaining", lambda self: next(left))
-        call("train", *SHORT, *times)
-    assert load_checkpoint(tmp_path / "last.ckpt")["global_step"] == 5
-    assert not (tmp_path / "best.ckpt").exists()  # no validation out of turn
-    call("train", *SHORT, *times, "ckpt_path=auto")
+        patch.setattr(timer, "time", SimpleNamespace(monotonic=lambda: clock.now))
+        at_batch(patch, 4, lambda: setattr(clock, "now", 3600.0))
+        call("train", *SHORT, folder, "trainer.max_time=01:00:00")
+    for file in ("last.ckpt", "best.ckpt"):  # the last weights are validated, out of turn
+        assert load_checkpoint(tmp_path / file)["global_step"] == 5
+    call("train", *SHORT, folder, "trainer.max_time=02:00:00", "ckpt_path=auto")
     ends = [torch.load(f / "last.ckpt", weights_only=True) for f in (tmp_path, undisturbed())]
     for weight, expected in zip(*(end["state_dict"].values() for end in ends), strict=True):
         assert torch.equal(weight, expected)
     assert ends[0]["loops"] == ends[1]["loops"]
-    assert curves(tmp_path) == curves(undisturbed())
+    *_, validation = (row for row in curves(tmp_path) if row["step"] == "4")
+    assert "val/bits_per_dim" in validation
+    assert [row for row in curves(tmp_path) if row != validation] == curves(undisturbed())
 
 
 @pytest.mark.parametrize(

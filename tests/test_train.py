@@ -14,6 +14,7 @@ import yaml
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from pytorch_lightning import LightningModule
+from pytorch_lightning.callbacks import Timer
 
 from data_files import mnist_files, wandb_records
 from helpers import (
@@ -30,7 +31,6 @@ from helpers import (
 from rnode import Probes
 from rnode.app.dashboard import make_view
 from rnode.app.schema import CONF
-from rnode.training.limits import MaxTime
 from rnode.training.module import RNODE
 from rnode.training.solving import RefineGrid
 
@@ -186,7 +186,7 @@ def test_the_learning_rate_rises_linearly_and_falls_as_half_a_cosine(run, monkey
     assert state["last_epoch"] == 2
     assert state["_last_lr"] == [pytest.approx(0, abs=1e-12)]  # 2 of 2 steps
 
-    half = MaxTime("00:00:10")
+    half = Timer("00:00:00:10")
     monkeypatch.setattr(half, "time_elapsed", lambda *_: 5.0)
     trainer = SimpleNamespace(estimated_stepping_batches=8, max_epochs=-1)
     trainer.strategy = SimpleNamespace(broadcast=lambda share: share)

@@ -16,12 +16,11 @@ from torch import Tensor
 from rnode.app.banner import banner
 from rnode.app.printing import print_table, quantities
 from rnode.app.sweep import in_sweep
-from rnode.app.train import OURS
+from rnode.app.train import trainer_options
 from rnode.data.context import Label
 from rnode.data.datamodule import DataModule
 from rnode.errors import require
 from rnode.training.classifier import MEASURES, Classifier, labelled, loaders
-from rnode.training.limits import MaxTime
 from rnode.training.loggers import MetricsCSV
 from rnode.training.plots import plot_band, save_figure
 from rnode.training.results import RESULT
@@ -58,10 +57,8 @@ def train(cfg: DictConfig, folder: Path) -> float:
     with whole_file(folder / "config.yaml", "w") as file:
         OmegaConf.save(cfg, file, resolve=True)
     best = ModelCheckpoint(folder, "best", "val/accuracy", mode="max", enable_version_counter=False)
-    callbacks = [best, *([MaxTime(cfg.trainer.max_time)] if cfg.trainer.max_time else [])]
-    options = {name: value for name, value in cfg.trainer.items() if name not in OURS}
-    own = {"callbacks": callbacks, "logger": MetricsCSV(folder / "metrics.csv")}
-    trainer = instantiate(options, **own, default_root_dir=folder)
+    own = {"callbacks": [best], "logger": MetricsCSV(folder / "metrics.csv")}
+    trainer = instantiate(trainer_options(cfg), **own, default_root_dir=folder)
     sets = labelled(splits, lambda x: features(data, x))
     train, val, test = loaders(sets, data.batch_size, data.eval_batch_size)
     trainer.fit(module, train, val)

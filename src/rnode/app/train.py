@@ -32,7 +32,6 @@ from rnode.training import callbacks, progress, solving
 from rnode.training.checkpoint import AtomicCheckpointIO, load_checkpoint, load_to_resume
 from rnode.training.environment import ENVIRONMENT, environment
 from rnode.training.graphs import CUDAGraphs
-from rnode.training.limits import MaxTime
 from rnode.training.loggers import Label, finish_wandb, make_loggers
 from rnode.training.module import RNODE
 from rnode.training.pretraining import Pretraining
@@ -41,7 +40,6 @@ from rnode.training.run_folder import lock, transcript, whole_file
 from rnode.training.yardstick import Yardstick
 from rnode.transforms import TableTransform
 
-OURS = ("on_divergence", "max_time")  # options of `trainer` that Lightning does not get
 REWINDS = 3  # at most, with trainer.on_divergence=rewind
 ADVICE = "try a smaller optimizer.lr, a larger reg.lambda_j or more steps of solver.train"
 TABLE = {
@@ -176,8 +174,6 @@ def make_trainer(
     dataset = HydraConfig.get().runtime.choices["dataset"]
     used = [Yardstick(), callbacks.Cost(), save, instantiate(cfg.pictures, folder, dataset)]
     used += [best] if cfg.trainer.enable_checkpointing else []
-    if cfg.trainer.max_time is not None:
-        used += [MaxTime(cfg.trainer.max_time)]
     if (patience := cfg.early_stopping.patience) is not None:
         # A run may end before its first validation.
         used += [EarlyStopping("val/bits_per_dim", patience=patience, strict=False)]
@@ -193,13 +189,21 @@ def make_trainer(
     used += [progress.Report(bar)] if cfg.trainer.enable_progress_bar else []
     used += [progress.Bar()] if bar else []
     plugins = [AtomicCheckpointIO(), *cluster_plugins()]
-    options = {name: value for name, value in cfg.trainer.items() if name not in OURS}
+    options = trainer_options(cfg)
     options["enable_progress_bar"] = bar  # else Lightning would add its own
     for name in options.keys() - signature(pl.Trainer.__init__).parameters - {"_target_"}:
         require(False, f"there is no option trainer.{name}: Lightning's Trainer does not have it")
     own = {"callbacks": used, "plugins": plugins, "logger": loggers}
     own = {name: ours + list(instantiate(options.pop(name, []))) for name, ours in own.items()}
     return instantiate(options, **own, default_root_dir=folder)
+
+
+def trainer_options(cfg: DictConfig) -> dict:
+    """Return the options of `trainer` as Lightning's Trainer takes them."""
+    options = {name: value for name, value in cfg.trainer.items() if name != "on_divergence"}
+    if (time := options["max_time"]) is not None and time.count(":") == 2:
+        options["max_time"] = f"00:{time}"  # with the days
+    return options
 
 
 def report_resume(path: str, checkpoint: dict, config: dict) -> None:

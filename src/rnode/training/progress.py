@@ -17,7 +17,7 @@ from rich.progress import (
 
 from rnode.data.datamodule import SPLIT_NAMES
 from rnode.flow import Flow
-from rnode.training.limits import max_time
+from rnode.training.limits import timer_of
 from rnode.training.module import RNODE
 
 SHOWN = {"bits/dim": "train/bits_per_dim", "NFE": "train/nfe_forward"}
@@ -139,7 +139,7 @@ def seconds_left(trainer: Trainer, step: float) -> float:
     batches = trainer.max_steps * window if trainer.max_steps >= 0 else math.inf
     if trainer.max_epochs is not None and trainer.max_epochs >= 0:
         batches = min(batches, trainer.max_epochs * trainer.num_training_batches)
-    timer = max_time(trainer)
+    timer = timer_of(trainer)
     time_left = math.inf if timer is None else timer.time_remaining()
     return max(0, min(step * (batches - trainer.global_step * window), time_left))
 
