@@ -94,7 +94,7 @@ def test_the_papers_runs_have_its_settings(experiment, reg, method, first_step, 
     assert (train.rtol, train.atol, test.rtol, test.atol) == (1e-5,) * 4
     assert (cfg.dataset.batch_size, cfg.trainer.max_epochs, cfg.optimizer.lr) == (200, 100, 1e-3)
     assert cfg.trainer.gradient_clip_val is None
-    assert not cfg.decay
+    assert (cfg.decay, cfg.warmup_steps) == (False, 0)
     flow = instantiate(cfg.model)(solver=solver, probes=Probes(cfg.divergence, cfg.probes))
     assert len(flow.pieces) == pieces
     assert [layer.out_channels for layer in flow.pieces[0].field.layers[:-1]] == [64, 64, 64]
