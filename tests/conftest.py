@@ -18,7 +18,9 @@ torch.set_num_threads(1)  # the tests' tensors are small, and pytest-xdist runs 
 
 
 @pytest.fixture(autouse=True)
-def seeded():
+def alone(tmp_path, monkeypatch):
+    """Every test has a folder and a random state of its own."""
+    monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
 
 
