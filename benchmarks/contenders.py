@@ -33,7 +33,7 @@ from common import CLIP, DOPRI5, FINE, SIMPSON, refine_grid
 from rnode import Flow, Probes, Solver, State, log_normal, mlp, objective
 from rnode.matching import flow_matching
 from rnode.solver import error_norm
-from rnode.training.solving import RefineGrid
+from rnode.training.solving import RefineGrid, due
 
 Sample = Callable[[], Tensor]
 Step = Callable[[float], None]  # its argument is the fraction of the time that has passed
@@ -120,7 +120,7 @@ def by_objective(
         if matching and fraction >= share:
             steps, matching = 0, False
             optimizer.state.clear()
-        if not matching and steps % RefineGrid.EVERY_N_STEPS == 0:
+        if not matching and due(steps):
             for _ in range(RefineGrid.MOST_AT_FIRST if steps == 0 else 1):
                 refine_grid(flow, rows, tolerance)
         cosine = math.cos(math.pi * min(1.0, fraction))

@@ -31,8 +31,8 @@ from helpers import (
 from rnode import Probes
 from rnode.app.dashboard import make_view
 from rnode.app.schema import CONF
+from rnode.training import solving
 from rnode.training.module import RNODE
-from rnode.training.solving import RefineGrid
 
 pytestmark = pytest.mark.usefixtures("blank_figures")
 
@@ -263,12 +263,12 @@ def test_a_flow_that_exploits_the_error_of_its_grid_is_noticed(run, capsys):
         noticed = re.findall(r"step (\d+): a finer grid changes bits", capsys.readouterr().out)
     assert gaps[0] > 3
     assert abs(gaps[1]) < 0.3
-    assert int(noticed[0]) <= 50
+    assert int(noticed[0]) <= 20
 
 
 def test_the_training_grid_is_refined_where_a_finer_one_gives_another_likelihood(run, monkeypatch):
     """solver=auto starts with two steps a piece, 8 evaluations, in 3 pieces."""
-    monkeypatch.setattr(RefineGrid, "EVERY_N_STEPS", 1)
+    monkeypatch.setattr(solving, "due", lambda step: True)
     few = [*QUICK, "model.pieces=1", "dataset.batch_size=32", "wandb.mode=disabled"]
     few += ["trainer.log_every_n_steps=1", "trainer.limit_test_batches=1", "optimizer.lr=0.05"]
     few += ["trainer.limit_val_batches=1", "dataset.eval_batch_size=4"]

@@ -25,7 +25,6 @@ class RefineGrid(Callback):
     hand, section 6.)
     """
 
-    EVERY_N_STEPS = 25
     MOST_AT_FIRST = 4  # doublings
 
     def __init__(self, tolerance: float):
@@ -38,7 +37,7 @@ class RefineGrid(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, module: RNODE, *_) -> None:
         since = trainer.global_step - module.start
-        if module.matching or since % self.EVERY_N_STEPS:
+        if module.matching or not due(since):
             return
         bits = partial(self.bits, trainer.datamodule, module)
         # Flow matching leaves a flow that may need a grid several times as fine.
@@ -62,6 +61,11 @@ class RefineGrid(Callback):
 
     def load_state_dict(self, state: dict) -> None:
         self.steps = state["steps"]
+
+
+def due(step: int) -> bool:
+    """Whether the grid is checked at a step: every 10th up to 100, where flows change fastest."""
+    return step % (10 if step < 100 else 25) == 0
 
 
 def refine(flow: Flow, bits: Callable[[], float], tolerance: float) -> float | None:
