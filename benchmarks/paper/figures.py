@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from matplotlib import pyplot as plt
+from matplotlib.ticker import LogLocator
 from rnode.paper.runs import BOTH_PENALTIES, LABELS, PUBLISHED, RATIO, Run, speed_ups
 from scipy.stats import spearmanr
 
@@ -199,6 +200,8 @@ def plot_figure_4(runs: list[Run], path: Path) -> str:
                 ax.plot(epochs[-1:], curve[-1:], "x", color=COLOURS[run.recipe], markersize=10)
     for ax, label in zip(axes, ("squared Jacobian norm / d", "kinetic energy / d"), strict=True):
         ax.set(xlabel="epoch", ylabel=label, yscale="log")
+        ticks = {"major_formatter": "{x:g}", "minor_formatter": "{x:g}"}
+        ax.yaxis.set(**ticks, minor_locator=LogLocator(subs=(2, 5)))
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=2)
     save(figure, path, ("recipe", "epoch", "jacobian", "kinetic"), rows)

@@ -1,4 +1,4 @@
-"""What the folders of runs tell: how runs differ, how they ended, and what they measured."""
+"""What the folders of runs contain: how runs differ, how they ended, and what they measured."""
 
 import math
 import re
@@ -28,7 +28,7 @@ CLOCK = "val/seconds_total"  # seconds of training before a validation
 
 @dataclass(frozen=True)
 class Run:
-    """A run, as its folder tells it."""
+    """A run, read from its folder."""
 
     folder: Path
     overrides: list[str]

@@ -31,7 +31,7 @@ class SaveAndStop(Callback):
     After SIGINT, SIGTERM or SIGUSR1 it also raises Stopped, before the next training step. A second
     signal of the same kind has its usual effect.
 
-    A checkpoint tells which batches of an epoch its weights have used. Lightning's own counters
+    A checkpoint records which batches of an epoch its weights have used. Lightning's own counters
     also count batches whose gradients were still being accumulated, and an epoch that max_steps cut
     short as a whole one.
     """
