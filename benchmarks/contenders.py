@@ -1,16 +1,17 @@
 """Density models of this project and of other libraries, each as a training step and a likelihood.
 
-- rnode: the mlp flow of dataset=toy. Its likelihood is by dopri5 at 1e-5 with the exact divergence.
+- rnode: the mlp flow and the settings of dataset=toy (simpson, λ = 0.01, half a cosine, the exact
+  divergence). For images it takes one probe, Radau's rule, half the rate, and flow matching for
+  half of the time. Its likelihood is by dopri5 at 1e-5 with the exact divergence.
 - rnode_table: the mlp flow of dataset=table, with flow matching for 30 % of the time at first.
   Both refine their training grids as solver=auto does.
 - zuko's CNF: its own loss and adaptive solver, Adam at 1e-3, as in its guide.
 - zuko's NSF and MAF: three or five transforms, hidden layers of 128, Adam at 1e-3.
-- normflows' Glow, for images: two scales of five blocks with 16 hidden channels, 17,000 weights as
-  rnode's mlp flow of 64 pixels has; Adam at 1e-3.
+- normflows' Glow, for images: two scales of five blocks; Adam at 1e-3.
 - torchcfm's OT-CFM: σ = 0.1, its own MLP, Adam at 1e-3, as in its tutorials. Its likelihood is that
   of its field, computed as for rnode.
 
-All continuous flows have three hidden layers of width 64; that of rnode_table has two of width 96.
+The continuous flows have three hidden layers; rnode has two for images, as rnode_table has.
 """
 
 import math
@@ -76,10 +77,14 @@ def best(curve: list[Point]) -> Point:
     return min(curve, key=lambda p: p.validation if math.isfinite(p.validation) else math.inf)
 
 
-def rnode_flow(d: int, sample: Sample) -> tuple[Step, Evaluate]:
-    divergence, rate = ("exact", 1.6e-2) if d == 2 else ("gaussian", 8e-3)
-    flow = mlp((d,), Solver(SIMPSON, DOPRI5), Probes(divergence))
-    return by_objective(flow, sample, penalty=0.01, rate=rate, tolerance=5e-3, clip=CLIP)
+def rnode_flow(d: int, sample: Sample, width: int) -> tuple[Step, Evaluate]:
+    if d == 2:
+        flow = mlp((d,), Solver(SIMPSON, DOPRI5), Probes("exact"), hidden=width)
+        settings = {"rate": 1.6e-2}
+    else:
+        flow = mlp((d,), Solver(FINE, DOPRI5), Probes("gaussian"), hidden=width, layers=3)
+        settings = {"rate": 8e-3, "share": 0.5, "rise": 50}
+    return by_objective(flow, sample, penalty=0.01, tolerance=5e-3, clip=CLIP, **settings)
 
 
 def rnode_table(d: int, sample: Sample, share: float = 0.3) -> tuple[Step, Evaluate]:
@@ -140,8 +145,8 @@ def by_objective(
     return step, evaluate
 
 
-def zuko_cnf(d: int, sample: Sample) -> tuple[Step, Evaluate]:
-    flow = zuko.flows.CNF(d, hidden_features=(64, 64, 64), exact=d == 2)
+def zuko_cnf(d: int, sample: Sample, width: int = 64) -> tuple[Step, Evaluate]:
+    flow = zuko.flows.CNF(d, hidden_features=3 * (width,), exact=d == 2)
     step, _ = by_likelihood(flow, lambda x: flow().log_prob(x), sample)
 
     @torch.no_grad()
@@ -164,11 +169,11 @@ def maf(d: int, sample: Sample) -> tuple[Step, Evaluate]:
     return by_likelihood(flow, lambda x: flow().log_prob(x), sample)
 
 
-def glow(d: int, sample: Sample) -> tuple[Step, Evaluate]:
+def glow(d: int, sample: Sample, width: int) -> tuple[Step, Evaluate]:
     """Glow for square images of one channel, whose rows follow one another in the d pixels."""
     side = math.isqrt(d)
     channels = (8, 4)  # of the coarse scale and of the fine one
-    blocks = [[*(GlowBlock(c, 16) for _ in range(5)), Squeeze()] for c in channels]
+    blocks = [[*(GlowBlock(c, width) for _ in range(5)), Squeeze()] for c in channels]
     priors = [DiagGaussian((8, side // 4, side // 4)), DiagGaussian((2, side // 2, side // 2))]
     flow = MultiscaleFlow(priors, blocks, [Merge()], class_cond=False)
 
@@ -194,9 +199,9 @@ def by_likelihood(
     return step, torch.no_grad()(log_prob)
 
 
-def ot_cfm(d: int, sample: Sample) -> tuple[Step, Evaluate]:
+def ot_cfm(d: int, sample: Sample, width: int = 64) -> tuple[Step, Evaluate]:
     matcher = ExactOptimalTransportConditionalFlowMatcher(sigma=0.1)
-    net = MLP(dim=d, w=64, time_varying=True)
+    net = MLP(dim=d, w=width, time_varying=True)
     optimizer = torch.optim.Adam(net.parameters(), 1e-3)
 
     def step(fraction: float) -> None:
