@@ -64,8 +64,11 @@ class RefineGrid(Callback):
 
 
 def due(step: int) -> bool:
-    """Whether the grid is checked at a step: every 10th up to 100, where flows change fastest."""
-    return step % (10 if step < 100 else 25) == 0
+    """Whether the grid is checked: at step 0, every 10 steps from 30 to 100, and then every 25.
+
+    Before, errors come and go, and a grid that was refined for them would stay fine.
+    """
+    return step == 0 or (step >= 30 and step % (10 if step < 100 else 25) == 0)
 
 
 def refine(flow: Flow, bits: Callable[[], float], tolerance: float) -> float | None:
