@@ -16,7 +16,8 @@ import math
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
+from matplotlib import pyplot as plt
+from matplotlib.ticker import LogLocator
 from sklearn.datasets import load_digits
 from torch import Tensor
 
@@ -25,6 +26,7 @@ from contenders import Sample, best, glow, ot_cfm, rnode_flow, train, zuko_cnf
 from rnode import Transform
 from rnode.app.launch import prepare_process
 from rnode.data.densities import DENSITIES
+from rnode.training.plots import save_figure
 
 DATASETS = ["eight_gaussians", "checkerboard", "pinwheel", "digits"]
 ENTROPY = {"eight_gaussians": 0.985, "checkerboard": math.log(8)}
@@ -90,9 +92,9 @@ def data(name: str) -> tuple[Sample, Tensor, Tensor]:
 
 def plot(curves: list[dict]) -> None:
     datasets = list(dict.fromkeys(point["dataset"] for point in curves))
-    figure = Figure(figsize=(4 * len(datasets), 3.5), layout="constrained")
-    axes = figure.subplots(1, len(datasets), squeeze=False)[0]
-    for ax, dataset in zip(axes, datasets, strict=True):
+    size = (4 * len(datasets), 3.5)
+    figure, axes = plt.subplots(1, len(datasets), figsize=size, layout="constrained", squeeze=False)
+    for ax, dataset in zip(axes[0], datasets, strict=True):
         for name in CONTENDERS:
             points = [p for p in curves if (p["dataset"], p["contender"]) == (dataset, name)]
             if not points:
@@ -101,13 +103,15 @@ def plot(curves: list[dict]) -> None:
             ax.plot(seconds, nats, "o-", markersize=3, label=name)
         if dataset in ENTROPY:
             ax.axhline(ENTROPY[dataset], color="gray", linestyle=":", label="entropy")
-        ax.set(title=dataset, xlabel="seconds of training", ylabel="validation nats")
+        ax.set(title=dataset, xlabel="seconds of training", ylabel="validation nats", yscale="log")
+        ticks = {"major_formatter": "{x:g}", "minor_formatter": "{x:g}"}
+        ax.yaxis.set(**ticks, minor_locator=LogLocator(subs=(1.5, 2, 3, 5)))
     shown = {}
-    for ax in axes:
+    for ax in axes[0]:
         handles, labels = ax.get_legend_handles_labels()
         shown |= dict(zip(labels, handles, strict=True))
     figure.legend(shown.values(), shown, loc="outside upper center", ncols=len(shown))
-    figure.savefig(folder() / "peers.png", dpi=120)
+    save_figure(figure, folder() / "peers.png")
 
 
 if __name__ == "__main__":
