@@ -17,7 +17,6 @@ import math
 import numpy as np
 import torch
 from matplotlib import pyplot as plt
-from matplotlib.ticker import LogLocator
 from sklearn.datasets import load_digits
 from torch import Tensor
 
@@ -26,7 +25,7 @@ from contenders import Sample, best, glow, ot_cfm, rnode_flow, train, zuko_cnf
 from rnode import Transform
 from rnode.app.launch import prepare_process
 from rnode.data.densities import DENSITIES
-from rnode.training.plots import save_figure
+from rnode.training.plots import save_figure, set_log_scale
 
 DATASETS = ["eight_gaussians", "checkerboard", "pinwheel", "digits"]
 ENTROPY = {"eight_gaussians": 0.985, "checkerboard": math.log(8)}
@@ -103,9 +102,8 @@ def plot(curves: list[dict]) -> None:
             ax.plot(seconds, nats, "o-", markersize=3, label=name)
         if dataset in ENTROPY:
             ax.axhline(ENTROPY[dataset], color="gray", linestyle=":", label="entropy")
-        ax.set(title=dataset, xlabel="seconds of training", ylabel="validation nats", yscale="log")
-        ticks = {"major_formatter": "{x:g}", "minor_formatter": "{x:g}"}
-        ax.yaxis.set(**ticks, minor_locator=LogLocator(subs=(1.5, 2, 3, 5)))
+        ax.set(title=dataset, xlabel="seconds of training", ylabel="validation nats")
+        set_log_scale(ax)
     shown = {}
     for ax in axes[0]:
         handles, labels = ax.get_legend_handles_labels()

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from matplotlib import pyplot as plt
-from matplotlib.ticker import LogLocator
 from rnode.paper.runs import BOTH_PENALTIES, LABELS, PUBLISHED, RATIO, Run, speed_ups
 from scipy.stats import spearmanr
 
@@ -20,7 +19,7 @@ from rnode.app.build import load_flow
 from rnode.data.datamodule import DataModule
 from rnode.evaluation import evaluate
 from rnode.flow import Flow
-from rnode.training.plots import plot_band, plot_points, save_figure
+from rnode.training.plots import plot_band, plot_points, save_figure, set_log_scale
 
 SAME = 0.02  # bits/dim within which two likelihoods count as equal at these sizes
 COLOURS = {"ffjord": "C0", "fast": "C1", "rnode": "C2", "rnode_adaptive": "C5"}
@@ -199,9 +198,8 @@ def plot_figure_4(runs: list[Run], path: Path) -> str:
             if run.diverged:
                 ax.plot(epochs[-1:], curve[-1:], "x", color=COLOURS[run.recipe], markersize=10)
     for ax, label in zip(axes, ("squared Jacobian norm / d", "kinetic energy / d"), strict=True):
-        ax.set(xlabel="epoch", ylabel=label, yscale="log")
-        ticks = {"major_formatter": "{x:g}", "minor_formatter": "{x:g}"}
-        ax.yaxis.set(**ticks, minor_locator=LogLocator(subs=(2, 5)))
+        ax.set(xlabel="epoch", ylabel=label)
+        set_log_scale(ax)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=2)
     save(figure, path, ("recipe", "epoch", "jacobian", "kinetic"), rows)

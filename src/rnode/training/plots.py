@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from cycler import cycler
 from matplotlib import pyplot as plt
+from matplotlib.ticker import LogLocator
 from PIL import Image
 from torch import Tensor
 from torchvision.utils import make_grid
@@ -41,6 +42,13 @@ def save_figure(figure: plt.Figure, path: Path) -> None:
     with whole_file(path) as file:
         figure.savefig(file, dpi=120, format="png")
     plt.close(figure)
+
+
+def set_log_scale(ax: plt.Axes) -> None:
+    """Make the y-axis logarithmic, with plain numbers at 1, 1.5, 2, 3 and 5 of each decade."""
+    ax.set_yscale("log")
+    ticks = {"major_formatter": "{x:g}", "minor_formatter": "{x:g}"}
+    ax.yaxis.set(**ticks, minor_locator=LogLocator(subs=(1.5, 2, 3, 5)))
 
 
 def plot_pair(path: Path, panels: dict[str, Tensor]) -> None:

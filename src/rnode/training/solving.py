@@ -66,7 +66,7 @@ class RefineGrid(Callback):
 def due(step: int) -> bool:
     """Whether the grid is checked: at step 0, every 10 steps from 30 to 100, and then every 25.
 
-    Before, errors come and go, and a grid that was refined for them would stay fine.
+    Up to step 30, errors come and go, and a grid that is refined once stays so.
     """
     return step == 0 or (step >= 30 and step % (10 if step < 100 else 25) == 0)
 
