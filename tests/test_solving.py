@@ -1,6 +1,8 @@
 """How a flow is solved while it trains: no waits for the device, TF32 on a fixed grid alone."""
 
 import contextlib
+import gc
+import weakref
 from collections import Counter
 from functools import partial
 
@@ -14,9 +16,10 @@ from rnode import Method, Probes, Solver, multiscale
 from rnode.data import datamodule
 from rnode.data.images import digits
 from rnode.training.divergence import DivergenceWatch
+from rnode.training.graphs import record_solves
 from rnode.training.module import RNODE
 from rnode.training.progress import Report
-from rnode.training.solving import TF32
+from rnode.training.solving import TF32, with_steps
 
 SLOW = pytest.mark.slow(reason="a run; another one is among the quick tests")
 READS = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select")
@@ -86,6 +89,44 @@ def fit(solver, callbacks, **options):
         accelerator="cpu", callbacks=callbacks, log_every_n_steps=20, **quiet, **options
     )
     trainer.fit(RNODE(flow, adam, 0.01, 0.01, warmup_steps=20), data)
+
+
+class NewGrids(pl.Callback):
+    """Records solves, on a finer grid in each step."""
+
+    def on_fit_start(self, trainer, module):
+        record_solves(module.flow, 8)
+
+    def on_train_batch_start(self, trainer, module, *_):
+        module.flow.solver = with_steps(module.flow.solver, 1 + trainer.global_step)
+
+
+def test_the_record_of_an_earlier_grid_is_freed_before_the_next(monkeypatch):
+    """A CUDA graph holds the memory of its solve. A run on a finer grid may need all there is."""
+    records = []
+
+    def record(function, samples, allow_unused_input):
+        assert sum(graphed() is not None for graphed in records) < 3  # of the other pieces
+        function(*samples)
+
+        class Graphed:  # refers to itself, as the class that torch makes of a graph does
+            @staticmethod
+            def replay(*inputs):
+                outputs = function(*inputs)
+                outputs[0].register_hook(lambda gradient: Graphed and None)
+                return outputs
+
+        records.append(weakref.ref(Graphed))
+        return Graphed.replay
+
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", record)
+    gc.disable()  # it might free them by chance
+    try:
+        solver = Solver(Method("rk4", "radau", steps=1), RK4, "backprop")
+        fit(solver, [NewGrids()], max_steps=3, limit_val_batches=0)
+    finally:
+        gc.enable()
+    assert len(records) == 3 * 3  # steps, pieces
 
 
 class Flags(pl.Callback):

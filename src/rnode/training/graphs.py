@@ -4,6 +4,8 @@ A training step launches thousands of small kernels. A device runs them faster t
 launch them one by one.
 """
 
+import gc
+
 import torch
 from pytorch_lightning import Callback, Trainer
 from torch import Tensor, nn
@@ -72,7 +74,8 @@ class RecordedSolve:
         field = dynamics.field
         inputs = (z, dynamics.eps, *dynamics.c, *field.parameters())
         if self.method != method:
-            self.method, self.replay = method, None  # frees the memory of the earlier record
+            self.method, self.replay = method, None
+            gc.collect()  # the earlier record refers to itself, and holds memory of the device
             self.replay = self.record(field, inputs)
         dynamics.nfe += self.nfe
         return State(*self.replay(*inputs))
