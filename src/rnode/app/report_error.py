@@ -40,7 +40,7 @@ def describe_error(error: Exception) -> tuple[str, int]:
     if type(error).__name__ == "MisconfigurationException":  # of Lightning, which may not be loaded
         return f"trainer: {line}", 2
     memory = isinstance(error, MemoryError) or "out of memory" in line or "can't allocate" in line
-    advice = "try a smaller dataset.batch_size or model.hidden, or train by solver.gradient=checkpoint"
+    advice = "try a smaller dataset.batch_size or model.hidden, or solver.gradient=checkpoint"
     advice = f"not enough memory; {advice}: " * memory
     return f"{advice}{type(error).__name__}: {line[:500]}; {save_traceback(error)}", 1
 
