@@ -268,7 +268,7 @@ def test_a_flow_that_exploits_the_error_of_its_grid_is_noticed(run, capsys):
 
 def test_the_training_grid_is_refined_where_a_finer_one_gives_another_likelihood(run, monkeypatch):
     """solver=auto starts with two steps a piece, 8 evaluations, in 3 pieces."""
-    monkeypatch.setattr(solving, "due", lambda step: True)
+    monkeypatch.setattr(solving, "doublings", lambda step: 1)
     few = [*QUICK, "model.pieces=1", "dataset.batch_size=32", "wandb.mode=disabled"]
     few += ["trainer.log_every_n_steps=1", "trainer.limit_test_batches=1", "optimizer.lr=0.05"]
     few += ["trainer.limit_val_batches=1", "dataset.eval_batch_size=4"]

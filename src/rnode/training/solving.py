@@ -25,8 +25,6 @@ class RefineGrid(Callback):
     hand, section 6.)
     """
 
-    MOST_AT_FIRST = 4  # doublings
-
     def __init__(self, tolerance: float):
         self.tolerance = tolerance
         self.steps: int | None = None  # of the refined grid
@@ -37,11 +35,8 @@ class RefineGrid(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, module: RNODE, *_) -> None:
         since = trainer.global_step - module.start
-        if module.matching or not due(since):
-            return
         bits = partial(self.bits, trainer.datamodule, module)
-        # Flow matching leaves a flow that may need a grid several times as fine.
-        for _ in range(self.MOST_AT_FIRST if since == 0 else 1):
+        for _ in range(0 if module.matching else doublings(since)):
             change = refine(module.flow, bits, self.tolerance)
             if change is None:
                 return
@@ -63,12 +58,15 @@ class RefineGrid(Callback):
         self.steps = state["steps"]
 
 
-def due(step: int) -> bool:
-    """Whether the grid is checked: at step 0, every 10 steps from 30 to 100, and then every 25.
+def doublings(step: int) -> int:
+    """How often the grid may be doubled at a step of equation (17).
 
-    Up to step 30, errors come and go, and a grid that is refined once stays so.
+    Flow matching leaves a flow that may need a grid several times as fine at step 0. Up to step 30,
+    errors come and go, and a grid that is refined once stays so.
     """
-    return step == 0 or (step >= 30 and step % (10 if step < 100 else 25) == 0)
+    if step == 0:
+        return 4
+    return int(step >= 30 and step % (10 if step < 100 else 25) == 0)
 
 
 def refine(flow: Flow, bits: Callable[[], float], tolerance: float) -> float | None:
