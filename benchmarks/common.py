@@ -217,6 +217,12 @@ def report(
     write_table(name, title, rows)
 
 
+def mean_and_spread(values: list[float], digits: int) -> str:
+    """The mean and, of several values, their standard deviation."""
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{spread}"
+
+
 def write_table(name: str, title: str, rows: Rows) -> None:
     """Print a table and write outputs/benchmarks/`name`.csv."""
     path = write_csv(name, rows)

@@ -1,14 +1,15 @@
 """This program beside three other libraries: held-out nats after equal training time.
 
 pip install -e '.[bench]'
-python benchmarks/peers.py [--seconds 60] [--quick]
+python benchmarks/peers.py [--seconds 60] [--seeds 0 1 2] [--quick]
                            [--datasets eight_gaussians checkerboard pinwheel digits]
 
 benchmarks/contenders.py says what the contenders are. All networks are 64 wide, on digits 256
 (for Glow 64, which makes as many weights as rnode has). Batches are of 512 samples, or 256 images.
 The clock counts training steps alone. Of each curve the table has the point of the lowest
 validation, with its nats on test data. The results are also written to
-outputs/benchmarks/peers.csv, peers_curves.csv and peers.png (validation against seconds).
+outputs/benchmarks/peers.csv, peers_curves.csv and peers.png (validation against seconds, of the
+first seed).
 """
 
 import argparse
@@ -20,7 +21,7 @@ from matplotlib import pyplot as plt
 from sklearn.datasets import load_digits
 from torch import Tensor
 
-from common import folder, write_csv, write_table
+from common import folder, mean_and_spread, write_csv, write_table
 from contenders import Sample, best, glow, ot_cfm, rnode_flow, train, zuko_cnf
 from rnode import Transform
 from rnode.app.launch import prepare_process
@@ -42,6 +43,7 @@ WIDTHS = {"rnode": 256, "OT-CFM (torchcfm)": 256, "CNF (zuko)": 256, "Glow (norm
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=60, help="seconds of training")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--datasets", nargs="+", default=DATASETS)
     parser.add_argument("--quick", action="store_true", help="8 seconds each")
     options = parser.parse_args()
@@ -56,13 +58,15 @@ def main() -> None:
             if name in OF_IMAGES and dataset != "digits":
                 row[name] = ""
                 continue
-            torch.manual_seed(0)
-            sample, validation, test = data(dataset)
-            width = WIDTHS[name] if dataset == "digits" else 64
-            curve = train(*contender(test.shape[1], sample, width), validation, test, seconds)
-            point = {"dataset": dataset, "contender": name}
-            curves += [point | part._asdict() for part in curve]
-            row[name] = f"{best(curve).test:.3f}"
+            width, found = WIDTHS[name] if dataset == "digits" else 64, []
+            for seed in options.seeds:
+                torch.manual_seed(seed)
+                sample, validation, test = data(dataset)
+                curve = train(*contender(test.shape[1], sample, width), validation, test, seconds)
+                point = {"dataset": dataset, "contender": name, "seed": seed}
+                curves += [point | part._asdict() for part in curve]
+                found.append(best(curve).test)
+            row[name] = mean_and_spread(found, 3)
             print(f"{dataset}, {name}: {row[name]} nats", flush=True)
         rows.append(row)
     write_csv("peers_curves", curves)
@@ -96,6 +100,7 @@ def plot(curves: list[dict]) -> None:
     for ax, dataset in zip(axes[0], datasets, strict=True):
         for name in CONTENDERS:
             points = [p for p in curves if (p["dataset"], p["contender"]) == (dataset, name)]
+            points = [p for p in points if p["seed"] == points[0]["seed"]]
             if not points:
                 continue
             seconds, nats = ([p[key] for p in points] for key in ("seconds", "validation"))

@@ -18,7 +18,6 @@ contender the point of the lowest validation is reported.
 """
 
 import argparse
-import statistics
 import time
 from functools import partial
 
@@ -29,7 +28,7 @@ from sklearn.datasets import load_breast_cancer, load_sample_images
 from sklearn.mixture import GaussianMixture
 from torch import Tensor
 
-from common import write_csv, write_table
+from common import mean_and_spread, write_csv, write_table
 from contenders import Point, best, maf, nsf, ot_cfm, rnode_table, train, zuko_cnf
 from rnode.app.launch import prepare_process
 from rnode.data.tables import fit_whitening
@@ -60,8 +59,7 @@ def main() -> None:
                 point = CONTENDERS[name](train_rows, validation, test, seconds)
                 runs.append({"table": table, "contender": name, "seed": seed, **point._asdict()})
                 found.append(point.test)
-            spread = f" ± {statistics.stdev(found):.2f}" if len(found) > 1 else ""
-            row[name] = f"{statistics.mean(found):.2f}{spread}"
+            row[name] = mean_and_spread(found, 2)
             print(f"{table}, {name}: {row[name]} nats", flush=True)
         rows.append(row)
     write_csv("tables_runs", runs)
