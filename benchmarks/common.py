@@ -11,11 +11,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
+from matplotlib import pyplot as plt
 from rich.table import Table
 
 from rnode import Flow, Method, Probes, Solver, TimeConv2d, multiscale
 from rnode.app.printing import print_table
+from rnode.training.plots import save_figure
 from rnode.training.solving import refine
 
 SHAPES = {
@@ -207,13 +208,12 @@ def report(
         label: label of the bars' axis.
     """
     first = next(iter(rows[0]))
-    figure = Figure(figsize=(8, 1.2 + 0.4 * len(rows)), layout="constrained")
-    ax = figure.subplots()
+    figure, ax = plt.subplots(figsize=(8, 1.2 + 0.4 * len(rows)), layout="constrained")
     container = ax.barh([row[first] for row in rows], [float(row[bars]) for row in rows])
     ax.bar_label(container, [row[bars] for row in rows], padding=2)
     ax.invert_yaxis()
     ax.set(title=title, xlabel=label)
-    figure.savefig(folder() / f"{name}.png", dpi=120)
+    save_figure(figure, folder() / f"{name}.png")
     write_table(name, title, rows)
 
 

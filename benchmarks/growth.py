@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
+from matplotlib import pyplot as plt
 
 from common import (
     DEVICE,
@@ -28,6 +28,7 @@ from common import (
 )
 from rnode import Method, Probes, Solver, multiscale, objective
 from rnode.app.launch import prepare_process
+from rnode.training.plots import save_figure, set_log_scale
 
 START = {"batch": 8, "side": 16, "pieces": 2, "channels": 32, "steps": 3}
 VARIED = {
@@ -85,15 +86,19 @@ def exponent(values: Sequence[float], costs: Sequence[float]) -> float:
 
 
 def plot(points: list[dict]) -> None:
-    figure = Figure(figsize=(3 * len(VARIED), 5), layout="constrained")
-    axes = figure.subplots(2, len(VARIED), sharex="col")
+    size = (3 * len(VARIED), 5)
+    figure, axes = plt.subplots(2, len(VARIED), sharex="col", figsize=size, layout="constrained")
     for column, quantity in enumerate(VARIED):
         chosen = [p for p in points if p["quantity"] == quantity]
         for ax, cost in zip(axes[:, column], ("seconds", "GiB"), strict=True):
-            ax.loglog([p["value"] for p in chosen], [p[cost] for p in chosen], "o-")
+            values = [p["value"] for p in chosen]
+            ax.semilogx(values, [p[cost] for p in chosen], "o-")
+            ax.set_xticks(values, values)
+            ax.minorticks_off()
+            set_log_scale(ax)
             ax.set(ylabel=f"{cost} a step" if column == 0 else "")
         axes[1, column].set_xlabel(quantity)
-    figure.savefig(folder() / "growth.png", dpi=120)
+    save_figure(figure, folder() / "growth.png")
 
 
 if __name__ == "__main__":
