@@ -84,7 +84,7 @@ def rnode_flow(d: int, sample: Sample, width: int) -> tuple[Step, Evaluate]:
     else:
         flow = mlp((d,), Solver(FINE, DOPRI5), Probes("gaussian"), hidden=width, layers=3)
         settings = {"rate": 8e-3, "share": 0.5, "rise": 50}
-    return by_objective(flow, sample, penalty=0.01, tolerance=5e-3, clip=CLIP, **settings)
+    return by_objective(flow, sample, penalty=0.01, tolerance=5e-3, **settings)
 
 
 def rnode_table(d: int, sample: Sample, share: float = 0.3) -> tuple[Step, Evaluate]:
@@ -101,7 +101,6 @@ def by_objective(
     tolerance: float,
     share: float = 0.0,
     rise: int = 0,
-    clip: float = math.inf,
 ) -> tuple[Step, Evaluate]:
     """Train a flow of this project as its training runs do.
 
@@ -113,7 +112,6 @@ def by_objective(
         tolerance: change of bits/dim at which the grid is refined.
         share: share of the time that is spent on flow matching.
         rise: steps over which the learning rate rises in each part.
-        clip: largest norm of the gradient.
     """
     flow.test_probes = Probes("exact")
     optimizer = torch.optim.Adam(flow.parameters(), rate)
@@ -134,7 +132,7 @@ def by_objective(
         loss = flow_matching(flow, x) if matching else objective(flow(x), penalty, penalty)
         optimizer.zero_grad()
         loss.backward()
-        clip_grad_norm_(flow.parameters(), clip)
+        clip_grad_norm_(flow.parameters(), CLIP)
         optimizer.step()
 
     @torch.no_grad()
