@@ -17,7 +17,7 @@ from rich.table import Table
 from rnode import Flow, Method, Probes, Solver, TimeConv2d, multiscale
 from rnode.app.printing import print_table
 from rnode.training.plots import save_figure
-from rnode.training.solving import refine
+from rnode.training.solving import doublings, refine
 
 SHAPES = {
     "digits": (1, 8, 8),
@@ -82,15 +82,17 @@ def images(options: argparse.Namespace) -> torch.Tensor:
 
 
 @torch.no_grad()
-def refine_grid(flow: Flow, rows: torch.Tensor, tolerance: float) -> None:
-    """Double the steps of training if that changes bits/dim of `rows` by more than `tolerance`."""
+def refine_grid(flow: Flow, rows: torch.Tensor, tolerance: float, step: int) -> None:
+    """Refine the training grid as solver=auto does at a step, by the bits/dim of `rows`."""
 
     def bits() -> float:
         with torch.random.fork_rng():
             torch.manual_seed(0)
             return -flow.log_prob(rows).mean().item() / flow.d / math.log(2)
 
-    refine(flow, bits, tolerance)
+    for _ in range(doublings(step)):
+        if refine(flow, bits, tolerance) is None:
+            return
 
 
 def timed(function: Callable[[], object], before: Callable[[], object] = lambda: None) -> float:

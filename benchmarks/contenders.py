@@ -34,7 +34,6 @@ from common import CLIP, DOPRI5, FINE, SIMPSON, refine_grid
 from rnode import Flow, Probes, Solver, State, log_normal, mlp, objective
 from rnode.matching import flow_matching
 from rnode.solver import error_norm
-from rnode.training.solving import doublings
 
 Sample = Callable[[], Tensor]
 Step = Callable[[float], None]  # its argument is the fraction of the time that has passed
@@ -123,8 +122,8 @@ def by_objective(
         if matching and fraction >= share:
             steps, matching = 0, False
             optimizer.state.clear()
-        for _ in range(0 if matching else doublings(steps)):
-            refine_grid(flow, rows, tolerance)
+        if not matching:
+            refine_grid(flow, rows, tolerance, steps)
         cosine = math.cos(math.pi * min(1.0, fraction))
         share_of_rate = min(1.0, (steps + 1) / (rise + 1)) * (1 + cosine) / 2
         optimizer.param_groups[0]["lr"], steps = rate * share_of_rate, steps + 1

@@ -35,7 +35,6 @@ from rnode.app.launch import prepare_process
 from rnode.data.images import digits, idx_images
 from rnode.evaluation import measure
 from rnode.loss import bits_per_dim, log_normal
-from rnode.training.solving import doublings
 from rnode.transforms import Batch, Transform
 
 BATCH, IMAGES, RATE, WARM_UP = 32, 360, 1e-2, 20
@@ -180,8 +179,7 @@ def train_rnode(options: argparse.Namespace, data: Data, pieces: int, goal: floa
 
     def loss(step: int) -> Tensor:
         flow.train()
-        for _ in range(doublings(step)):
-            refine_grid(flow, data.validation.y[:BATCH], TOLERANCE)
+        refine_grid(flow, data.validation.y[:BATCH], TOLERANCE, step)
         return objective(flow(data.sample().y), LAMBDA, LAMBDA)
 
     parameters = list(flow.parameters())
