@@ -74,8 +74,10 @@ class RecordedSolve:
         field = dynamics.field
         inputs = (z, dynamics.eps, *dynamics.c, *field.parameters())
         if self.method != method:
-            self.method, self.replay = method, None
-            gc.collect()  # the earlier record refers to itself, and holds memory of the device
+            if self.method is not None:
+                self.replay = None
+                gc.collect()  # the earlier record refers to itself, and holds memory of the device
+            self.method = method
             self.replay = self.record(field, inputs)
         dynamics.nfe += self.nfe
         return State(*self.replay(*inputs))
