@@ -97,6 +97,8 @@ def test_a_mistake_gets_one_line(tmp_path, capsys, overrides, words):
     assert all(part in line for part in words.split(" & "))
     assert code == (1 if re.search("error.log|Errno", line) else 2)
     assert not list(tmp_path.rglob("*.ckpt"))
+    run = tmp_path / "run"
+    assert not run.is_dir() or list(run.iterdir())
 
 
 @pytest.mark.parametrize(

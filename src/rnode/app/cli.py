@@ -125,8 +125,13 @@ def job(command: str, typed: list[str], errors: Callable) -> Any:
 
     def call(cfg: DictConfig) -> Any:
         sys.argv = typed  # Lightning starts other processes by it
+        folder = Path(HydraConfig.get().runtime.output_dir)
         with contextlib.nullcontext() if in_sweep() else errors():
-            return run_job(main, cfg, Path(HydraConfig.get().runtime.output_dir))
+            try:
+                return run_job(main, cfg, folder)
+            finally:
+                with contextlib.suppress(OSError):  # unless it is empty, as after a mistake
+                    folder.rmdir()
 
     return call
 
