@@ -1,17 +1,17 @@
 """Density models of this project and of other libraries, each as a training step and a likelihood.
 
-- rnode: the mlp flow and the settings of dataset=toy (simpson, λ = 0.01, half a cosine, the exact
+- RNODE: the mlp flow and the settings of dataset=toy (simpson, λ = 0.01, half a cosine, the exact
   divergence). For images it takes one probe, Radau's rule, half the rate, and flow matching for
   half of the time. Its likelihood is by dopri5 at 1e-5 with the exact divergence.
-- rnode_table: the mlp flow of dataset=table, with flow matching for 30 % of the time at first.
+- RNODE on tables: the mlp flow of dataset=table, with flow matching for 30 % of the time at first.
   Both refine their training grids as solver=auto does.
 - zuko's CNF: its own loss and adaptive solver, Adam at 1e-3, as in its guide.
 - zuko's NSF and MAF: three or five transforms, hidden layers of 128, Adam at 1e-3.
 - normflows' Glow, for images: two scales of five blocks; Adam at 1e-3.
 - torchcfm's OT-CFM: σ = 0.1, its own MLP, Adam at 1e-3, as in its tutorials. Its likelihood is that
-  of its field, computed as for rnode.
+  of its field, computed as for RNODE.
 
-The continuous flows have three hidden layers; rnode has two for images, as rnode_table has.
+The continuous flows have three hidden layers; RNODE has two for images and tables.
 """
 
 import math

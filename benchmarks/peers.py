@@ -5,7 +5,7 @@ python benchmarks/peers.py [--seconds 60] [--seeds 0 1 2] [--quick]
                            [--datasets eight_gaussians checkerboard pinwheel digits]
 
 benchmarks/contenders.py says what the contenders are. All networks are 64 wide, on digits 256
-(for Glow 64, which makes as many weights as rnode has). Batches are of 512 samples, or 256 images.
+(for Glow 64, which makes as many weights as RNODE has). Batches are of 512 samples, or 256 images.
 The clock counts training steps alone. Of each curve the table has the point of the lowest
 validation, with its nats on test data. The results are also written to
 outputs/benchmarks/peers.csv, peers_curves.csv and peers.png (validation against seconds, of the
@@ -31,13 +31,13 @@ from rnode.training.plots import save_figure, set_log_scale
 DATASETS = ["eight_gaussians", "checkerboard", "pinwheel", "digits"]
 ENTROPY = {"eight_gaussians": 0.985, "checkerboard": math.log(8)}
 CONTENDERS = {
-    "rnode": rnode_flow,
+    "RNODE": rnode_flow,
     "OT-CFM (torchcfm)": ot_cfm,
     "CNF (zuko)": zuko_cnf,
     "Glow (normflows)": glow,
 }
 OF_IMAGES = ("Glow (normflows)",)
-WIDTHS = {"rnode": 256, "OT-CFM (torchcfm)": 256, "CNF (zuko)": 256, "Glow (normflows)": 64}
+WIDTHS = {"RNODE": 256, "OT-CFM (torchcfm)": 256, "CNF (zuko)": 256, "Glow (normflows)": 64}
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ mean and with noise of one grey level. A permutation cuts 80 % for training, 10 
 10 % for the test; the columns are standardized by the training rows. The figures are mean negative
 log-likelihoods of the standardized columns in nats, of at most 2,000 test rows.
 
-benchmarks/contenders.py says what the contenders are. rnode has the settings of dataset=table:
+benchmarks/contenders.py says what the contenders are. RNODE has the settings of dataset=table:
 whitened columns, flow matching for 30 % of the time at first, and half a cosine over the time. The
 mixture is scikit-learn's, with full covariances: it fits 1, 3, 10, 33, … components as long as the
 time lasts and none collapses. The clock counts training alone, by batches of 512 rows. Of each
@@ -132,8 +132,8 @@ def mixture(rows: Tensor, validation: Tensor, test: Tensor, seconds: float) -> P
 
 
 CONTENDERS = {
-    "rnode": rnode,
-    "rnode, equation (17) alone": partial(rnode, share=0),
+    "RNODE": rnode,
+    "RNODE, equation (17) alone": partial(rnode, share=0),
     "NSF (zuko)": partial(by_steps, nsf),
     "MAF (zuko)": partial(by_steps, maf),
     "CNF (zuko)": partial(by_steps, zuko_cnf),

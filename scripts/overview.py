@@ -19,7 +19,7 @@ def main(run: Path, reproduction: Path) -> None:
     time = {(r.recipe, r.seed): r.seconds[-1] for r in runs}
     factors = [time["ffjord", s] / time["fast", s] for r, s in time if r == "fast"]
     figure, (left, right) = plt.subplots(
-        1, 2, figsize=(13, 4.2), width_ratios=(1.9, 1), layout="constrained"
+        1, 2, figsize=(12, 4.5), width_ratios=(1.75, 1), layout="constrained"
     )
     left.imshow(plt.imread(run / "samples.png"))
     left.axis("off")

@@ -283,3 +283,25 @@ def test_the_training_grid_is_refined_where_a_finer_one_gives_another_likelihood
     more = ["trainer.max_steps=5", "trainer.max_epochs=2", "ckpt_path=auto"]
     again = column(run(*few, *more, "refine=100"), "train/nfe_forward")
     assert again[-1] == always[-1]  # the checkpoint has the steps of the grid
+
+
+def test_a_refined_grid_that_needs_too_much_memory_is_solved_again_in_the_backward_pass(
+    run, monkeypatch, capsys
+):
+    """The gradient is that of backprop, and a run that resumes goes on so."""
+    monkeypatch.setattr(solving, "doublings", lambda step: int(step == 1))
+    few = [*QUICK, "model.pieces=1", "dataset.batch_size=32", "wandb.mode=disabled", "refine=0"]
+    few += ["trainer.log_every_n_steps=1", "trainer.limit_test_batches=1", "optimizer.lr=0.05"]
+    few += ["trainer.limit_val_batches=1", "dataset.eval_batch_size=4", "trainer.max_epochs=2"]
+    folders, folder = [], "kept"
+    for fits in (True, False):
+        monkeypatch.setattr(solving, "fits_twice", lambda device, fits=fits: fits)
+        for more in (["trainer.max_steps=3"], ["trainer.max_steps=5", "ckpt_path=auto"]):
+            folders.append(run(*few, *more, folder=folder))
+        folder = "recomputed"
+    assert "4 steps and solver.gradient=checkpoint" in capsys.readouterr().out
+    whole, recomputed = folders[::2]
+    assert column(whole, "train/nfe_backward") == [0] * 5
+    assert column(recomputed, "train/nfe_backward") == [0, *[48] * 4]
+    losses = [column(path, "train/loss") for path in (whole, recomputed)]
+    np.testing.assert_allclose(*losses, rtol=1e-5)

@@ -84,7 +84,8 @@ def plot_figure_1(runs: list[Run], path: Path) -> str:
         ax.plot(-0.5 * density, x, color="0.3")
         ax.plot(time[0] + 0.5 * normal, x, color="0.3")
         start = "f ≠ 0" if run.recipe == "ffjord" else "f = 0"
-        ax.set(xlabel="t", ylabel="z(t)", title=f"{LABELS[run.recipe]}, {start} at the start")
+        ax.set(xlabel="t", ylabel="z(t)", xticks=[0, time[0] / 2, time[0]])
+        ax.set_title(f"{LABELS[run.recipe]}, {start} at the start")
         for number, trajectory in enumerate(frames.T.tolist()):
             points = zip(time.tolist(), trajectory, strict=True)
             rows += [(run.recipe, number, *point) for point in points]

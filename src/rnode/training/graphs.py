@@ -5,6 +5,7 @@ launch them one by one.
 """
 
 import gc
+from collections.abc import Callable
 
 import torch
 from pytorch_lightning import Callback, Trainer
@@ -60,30 +61,34 @@ def record_solves(flow: Flow, size: int) -> None:
 class RecordedSolve:
     """`solve` on a fixed grid by backprop, as a CUDA graph for batches of `size` samples.
 
-    It records at the first call, and again when the method changes. Batches of another size and
-    calls without gradients are solved as usual.
+    It records at the first call, and again when the method changes. Batches of another size, calls
+    without gradients and other gradients than backprop are solved as usual.
     """
 
     def __init__(self, size: int):
         self.size = size
-        self.method: Method | None = None  # of the recorded solve
+        self.recorded: tuple[Method, str] | None = None  # method and gradient of the last record
+        self.replay: Callable[..., tuple[Tensor, ...]] | None = None
 
     def __call__(self, dynamics: Dynamics, z: Tensor, method: Method, gradient: str) -> State:
         if len(z) != self.size or not torch.is_grad_enabled():
             return solve(dynamics, z, method, gradient)
         field = dynamics.field
         inputs = (z, dynamics.eps, *dynamics.c, *field.parameters())
-        if self.method != method:
-            if self.method is not None:
+        if self.recorded != (method, gradient):
+            if self.replay is not None:
                 self.replay = None
                 gc.collect()  # the earlier record refers to itself, and holds memory of the device
-            self.method = method
-            self.replay = self.record(field, inputs)
+            self.recorded = method, gradient
+            if gradient == "backprop":
+                self.replay = self.record(field, inputs, method)
+        if self.replay is None:
+            return solve(dynamics, z, method, gradient)
         dynamics.nfe += self.nfe
         return State(*self.replay(*inputs))
 
-    def record(self, field: VectorField, inputs: tuple[Tensor, ...]):
-        piece = Solve(field, self.method)
+    def record(self, field: VectorField, inputs: tuple[Tensor, ...], method: Method) -> Callable:
+        piece = Solve(field, method)
         names = [f"field.{name}" for name, _ in field.named_parameters()]
         given = len(inputs) - len(names)
 

@@ -22,16 +22,18 @@ class RefineGrid(Callback):
 
     A network can learn to exploit the error of a coarse grid, and its training loss does not show
     it. So this measures a batch of validation images on both grids. (The paper chose its step by
-    hand, section 6.)
+    hand, section 6.) Twice the steps need twice the memory of backprop; where a device has less,
+    `checkpoint` computes the gradient from there on.
     """
 
     def __init__(self, tolerance: float):
         self.tolerance = tolerance
         self.steps: int | None = None  # of the refined grid
+        self.gradient: str | None = None  # that of the refined grid, unless it is the run's
 
     def on_fit_start(self, trainer: Trainer, module: RNODE) -> None:
         if self.steps is not None:  # from a checkpoint
-            module.flow.solver = with_steps(module.flow.solver, self.steps)
+            module.flow.solver = with_steps(module.flow.solver, self.steps, self.gradient)
 
     def on_train_batch_start(self, trainer: Trainer, module: RNODE, *_) -> None:
         since = trainer.global_step - module.start
@@ -42,7 +44,12 @@ class RefineGrid(Callback):
                 return
             self.steps = module.flow.solver.train.grid_steps
             grid = f"a finer grid changes bits/dim by {change:+.2g}"
-            trainer.print(f"step {trainer.global_step}: {grid}; from here on {self.steps} steps")
+            line = f"step {trainer.global_step}: {grid}; from here on {self.steps} steps"
+            if module.flow.solver.gradient == "backprop" and not fits_twice(module.device):
+                self.gradient = "checkpoint"
+                module.flow.solver = with_steps(module.flow.solver, self.steps, self.gradient)
+                line += " and solver.gradient=checkpoint, as backprop would need too much memory"
+            trainer.print(line)
 
     @torch.no_grad()
     def bits(self, data: DataModule, module: RNODE) -> float:
@@ -52,10 +59,10 @@ class RefineGrid(Callback):
         return float(measure(module.flow, batch, module.seed)[1].bits_per_dim.mean())
 
     def state_dict(self) -> dict:
-        return {"steps": self.steps}
+        return {"steps": self.steps, "gradient": self.gradient}
 
     def load_state_dict(self, state: dict) -> None:
-        self.steps = state["steps"]
+        self.steps, self.gradient = state["steps"], state.get("gradient")
 
 
 def doublings(step: int) -> int:
@@ -84,8 +91,19 @@ def refine(flow: Flow, bits: Callable[[], float], tolerance: float) -> float | N
     return change
 
 
-def with_steps(solver: Solver, steps: int) -> Solver:
-    return replace(solver, train=replace(solver.train, step_size=None, steps=steps))
+def with_steps(solver: Solver, steps: int, gradient: str | None = None) -> Solver:
+    """Return the solver with another number of training steps and, if given, another gradient."""
+    train = replace(solver.train, step_size=None, steps=steps)
+    return replace(solver, train=train, gradient=gradient or solver.gradient)
+
+
+def fits_twice(device: torch.device) -> bool:
+    """Whether a CUDA device has twice the memory that this process has needed so far."""
+    if device.type != "cuda":
+        return True
+    free, _ = torch.cuda.mem_get_info(device)
+    available = free + torch.cuda.memory_reserved(device)
+    return 2 * torch.cuda.max_memory_reserved(device) <= available
 
 
 class TF32(Callback):
