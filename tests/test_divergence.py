@@ -57,6 +57,14 @@ def test_a_run_that_diverges_says_when_and_what_to_try(capsys, tmp_path, overrid
     assert code == 1
 
 
+def test_a_validation_that_diverges_says_so(capsys, tmp_path):
+    options = [f"hydra.run.dir={tmp_path}", *TWO_STEPS, "solver.test.max_steps=1"]
+    line, code = refused(capsys, "train", *options)
+    assert "took more than max_steps" in line
+    assert "try a smaller optimizer.lr" in line
+    assert code == 1
+
+
 @pytest.mark.parametrize(
     ("times", "rewind"),
     [(1, False), (2, True), pytest.param(4, True, marks=pytest.mark.slow(reason="four runs"))],

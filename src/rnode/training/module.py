@@ -47,7 +47,8 @@ class RNODE(LightningModule):
         self.lambda_k, self.lambda_j = lambda_k, lambda_j
         self.warmup_steps, self.decay, self.seed = warmup_steps, decay, seed
         self.config, self.learning_rate_factor = config or {}, learning_rate_factor
-        self.evaluated = CatMetric()  # a row per sample: index, log_det, bits/dim, E/d, n/d
+        # A row per sample: index, log_det, bits/dim, E/d, n/d. NaN is kept, for a divergence.
+        self.evaluated = CatMetric(nan_strategy="disable")
         self.validation_bits = torch.zeros(0)  # bits/dim of the validation samples, ascending
         self.divergence = DivergenceWatch(flow)
         self.solution: Solution | None = None  # of the training step that runs
