@@ -59,7 +59,7 @@ class FFJORD(nn.Module):
         for layer in (layer for piece in flow.pieces for layer in piece.field.layers):
             layer.reset_parameters()
         self.flow = flow
-        self.nets = nn.ModuleList(PlainNet(piece.field) for piece in flow.pieces)
+        self.nets = nn.ModuleList(PlainNet(piece.field, centred=False) for piece in flow.pieces)
 
     def forward(self, batch: Batch) -> Tensor:
         """The mean bits/dim of a batch."""

@@ -16,17 +16,24 @@ from rnode.solver import error_norm
 
 
 class PlainNet(nn.Module):
-    """The network of a rnode.Field, with copies of its weights."""
+    """The network of a rnode.Field, with copies of its weights.
 
-    def __init__(self, field):
+    Its convolutions see softplus(a). Those of a Field see softplus(a) − log 2, and if `centred` the
+    bias makes up for that.
+    """
+
+    def __init__(self, field, centred=True):
         super().__init__()
         self.weights = nn.ParameterList(layer.weight.detach().clone() for layer in field.layers)
         self.biases = nn.ParameterList(layer.bias.detach().clone() for layer in field.layers)
+        self.centred = centred
 
     def forward(self, t, z):
         for i, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
             z = torch.cat([t.expand(len(z), 1, *z.shape[2:]), z], 1)  # time as the first channel
             image = z.dim() == 4
+            if self.centred and image and i > 0:
+                bias = bias - math.log(2) * weight[:, 1:].flatten(1).sum(1)
             z = F.conv2d(z, weight, bias, padding=1) if image else F.linear(z, weight, bias)
             if i < len(self.weights) - 1:
                 z = F.softplus(z)

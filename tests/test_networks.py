@@ -30,6 +30,17 @@ def test_the_inner_layers_keep_the_scale_of_a_signal():
         assert 0.35 < spread < 1.5
 
 
+def test_convolutions_start_with_units_around_zero_that_halve_a_signal():
+    """Softplus has the slope ½ at 0. Its mean would act as a random bias."""
+    field, t = Field(TimeConv2d, [16, 32, 32, 32, 16]), torch.tensor(0.0)
+    h, expected = torch.randn(100, 16, 12, 12), 1.0
+    for layer, weights in list(zip(field.layers, field.prepare(h), strict=True))[:-1]:
+        a = layer(weights, t, h)[..., 4:-4, 4:-4]  # the border sees zeros for softplus
+        assert a.mean((0, 2, 3)).abs().mean() < 0.3 * expected  # over samples and pixels
+        assert 0.8 * expected < a.std((0, 2, 3)).mean() < 1.2 * expected
+        h, expected = F.softplus(layer(weights, t, h)), expected / 2
+
+
 def test_softplus_in_float32_is_within_rounding():
     a = torch.linspace(-30, 30, 20001)
     softplus, _ = _SoftplusSigmoid.apply(a)

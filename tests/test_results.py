@@ -10,7 +10,7 @@ from rnode.training.results import TESTED
 
 def test_a_result_agrees_with_metrics_csv(tmp_path):
     epochs = ["trainer.max_steps=-1", "trainer.max_epochs=3", "trainer.limit_train_batches=2"]
-    call("train", *TWO_STEPS, *epochs, "optimizer.lr=0.3", f"hydra.run.dir={tmp_path}")
+    call("train", *TWO_STEPS, *epochs, "optimizer.lr=0.2", f"hydra.run.dir={tmp_path}")
     found = json.loads((tmp_path / "result.json").read_text())
     recorded = rows(tmp_path)
     validated = [row for row in recorded if "val/bits_per_dim" in row]

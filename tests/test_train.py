@@ -239,7 +239,7 @@ def test_missing_or_truncated_data_get_one_line(capsys, tmp_path, monkeypatch, d
 
 
 def test_last_ckpt_is_of_the_last_epoch_even_if_it_is_not_the_best(run):
-    folder = run(*EPOCHS, "trainer.max_epochs=4", "optimizer.lr=0.3")
+    folder = run(*EPOCHS, "trainer.max_epochs=4", "optimizer.lr=0.2")
     values = column(folder, "val/bits_per_dim")
     assert load(folder / "last.ckpt")["epoch"] == 3
     assert load(folder / "best.ckpt")["epoch"] == values.index(min(values)) < 3

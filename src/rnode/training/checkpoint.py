@@ -10,7 +10,7 @@ from torch import Tensor
 from rnode.errors import InputError, one_line, require
 from rnode.training.run_folder import whole_file
 
-FORMAT = 2  # of what a checkpoint holds; format 1 had other names of weights
+FORMAT = 3  # of what a checkpoint holds; format 2 had other biases of convolutions
 DATA = (  # keys of `dataset` that say which data it is
     *("source", "name", "shape", "levels", "alpha"),
     *("columns", "context", "integer", "log", "logit"),
