@@ -12,7 +12,7 @@ from rnode.training.results import read_metrics, read_result
 
 SMALL = [
     *("model.pieces=1", "model.hidden=16", "trainer.log_every_n_steps=1"),
-    "decay=false",  # a constant rate, as in the paper
+    *("decay=false", "warmup_steps=20"),  # then a constant rate, as in the paper
 ]
 FULL = ["optimizer.lr=1e-3", "warmup_steps=0", "decay=false"]  # section 6
 DATA = {  # overrides of `rnode train`; digits and fashion14 are sized for two CPU cores
