@@ -79,8 +79,12 @@ class FFJORD(nn.Module):
         """The flow with the weights that have been trained."""
         for piece, net in zip(self.flow.pieces, self.nets, strict=True):
             trained = zip(net.weights, net.biases, strict=True)
-            for layer, (weight, bias) in zip(piece.field.layers, trained, strict=True):
-                layer.weight.data, layer.bias.data = weight.data, bias.data
+            for i, (layer, (weight, bias)) in enumerate(
+                zip(piece.field.layers, trained, strict=True)
+            ):
+                # The layers of a Field see softplus − log 2.
+                shift = math.log(2) * weight.data[:, 1:].flatten(1).sum(1) if i > 0 else 0
+                layer.weight.data, layer.bias.data = weight.data, bias.data + shift
         return self.flow
 
 

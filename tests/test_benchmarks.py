@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 
+import ffjord
 import plain
 import rnode
 from helpers import DOPRI5, RK4, randomize
@@ -32,6 +33,15 @@ def test_the_plain_recipe_in_the_same_program_gives_the_same_state():
     assert ours.nfe_forward == theirs.nfe_forward == 16 * len(flow.pieces)
     theirs.state.z.sum().backward()
     assert theirs.nfe_backward > 0
+
+
+def test_the_flow_of_which_ffjords_likelihood_is_taken_is_the_one_that_trained():
+    flow = rnode.multiscale((1, 8, 8), Solver(RK4, DOPRI5), Probes(), hidden=5)
+    model = randomize(ffjord.FFJORD(flow)).double()
+    t = torch.tensor(0.3).double()
+    for piece, net in zip(model.weights().pieces, model.nets, strict=True):
+        z = torch.randn(3, piece.field.layers[0].in_channels - 1, 4, 4).double()
+        torch.testing.assert_close(piece.field(t, z), net(t, z), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.slow(reason="seven benchmarks")
