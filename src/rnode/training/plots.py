@@ -45,10 +45,10 @@ def save_figure(figure: plt.Figure, path: Path) -> None:
 
 
 def set_log_scale(ax: plt.Axes) -> None:
-    """Make the y-axis logarithmic, with plain numbers at 1, 1.5, 2, 3 and 5 of each decade."""
+    """Make the y-axis logarithmic, with plain numbers at 1, 1.5, 2, 3, 4, 5 and 7 of each decade."""
     ax.set_yscale("log")
     ticks = {"major_formatter": "{x:g}", "minor_formatter": "{x:g}"}
-    ax.yaxis.set(**ticks, minor_locator=LogLocator(subs=(1.5, 2, 3, 5)))
+    ax.yaxis.set(**ticks, minor_locator=LogLocator(subs=(1.5, 2, 3, 4, 5, 7)))
 
 
 def plot_pair(path: Path, panels: dict[str, Tensor]) -> None:
