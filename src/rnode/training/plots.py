@@ -45,7 +45,7 @@ def save_figure(figure: plt.Figure, path: Path) -> None:
 
 
 def set_log_scale(ax: plt.Axes) -> None:
-    """Make the y-axis logarithmic, with plain numbers at 1, 1.5, 2, 3, 4, 5 and 7 of each decade."""
+    """Make the y-axis logarithmic, with numbers at 1, 1.5, 2, 3, 4, 5 and 7 of each decade."""
     ax.set_yscale("log")
     ticks = {"major_formatter": "{x:g}", "minor_formatter": "{x:g}"}
     ax.yaxis.set(**ticks, minor_locator=LogLocator(subs=(1.5, 2, 3, 4, 5, 7)))
