@@ -29,7 +29,7 @@ from torch.nn.utils import clip_grad_norm_
 from torchdiffeq import odeint_adjoint
 
 from common import CLIP, COARSE, DOPRI5, LAMBDA, refine_grid, write_table
-from plain import PlainNet
+from plain import PlainNet, shift
 from rnode import Flow, Probes, Solver, multiscale, objective
 from rnode.app.launch import prepare_process
 from rnode.data.images import digits, idx_images
@@ -38,7 +38,7 @@ from rnode.loss import bits_per_dim, log_normal
 from rnode.transforms import Batch, Transform
 
 BATCH, IMAGES, WARM_UP = 32, 360, 20
-RATE = {"ffjord": 1e-2, "rnode": 5e-3}  # of the two, each does better with its own on digits
+FFJORD_RATE, RNODE_RATE = 1e-2, 5e-3  # of the two, each does better with its own on digits
 TOLERANCE = 2e-3  # of the refinement of solver=auto
 POINTS = 150
 
@@ -83,9 +83,8 @@ class FFJORD(nn.Module):
             for i, (layer, (weight, bias)) in enumerate(
                 zip(piece.field.layers, trained, strict=True)
             ):
-                # The layers of a Field see softplus − log 2.
-                shift = math.log(2) * weight.data[:, 1:].flatten(1).sum(1) if i > 0 else 0
-                layer.weight.data, layer.bias.data = weight.data, bias.data + shift
+                centre = shift(weight.data) if i > 0 else 0  # a Field's layers see softplus − log 2
+                layer.weight.data, layer.bias.data = weight.data, bias.data + centre
         return self.flow
 
 
@@ -178,8 +177,10 @@ def train(
 def train_ffjord(options: argparse.Namespace, data: Data) -> Point:
     model = FFJORD(make_flow(options, pieces=2))
     parameters = list(model.parameters())
-    limits = RATE["ffjord"], options.seconds
-    return train(parameters, lambda _: model(data.sample()), model.weights, data, *limits)
+    seconds = options.seconds
+    return train(
+        parameters, lambda _: model(data.sample()), model.weights, data, FFJORD_RATE, seconds
+    )
 
 
 def train_rnode(options: argparse.Namespace, data: Data, pieces: int, goal: float) -> Point:
@@ -191,8 +192,7 @@ def train_rnode(options: argparse.Namespace, data: Data, pieces: int, goal: floa
         return objective(flow(data.sample().y), LAMBDA, LAMBDA)
 
     parameters = list(flow.parameters())
-    limits = RATE["rnode"], options.seconds, goal, CLIP
-    return train(parameters, loss, lambda: flow, data, *limits)
+    return train(parameters, loss, lambda: flow, data, RNODE_RATE, options.seconds, goal, CLIP)
 
 
 def make_flow(options: argparse.Namespace, pieces: int) -> Flow:

@@ -33,11 +33,16 @@ class PlainNet(nn.Module):
             z = torch.cat([t.expand(len(z), 1, *z.shape[2:]), z], 1)  # time as the first channel
             image = z.dim() == 4
             if self.centred and image and i > 0:
-                bias = bias - math.log(2) * weight[:, 1:].flatten(1).sum(1)
+                bias = bias - shift(weight)
             z = F.conv2d(z, weight, bias, padding=1) if image else F.linear(z, weight, bias)
             if i < len(self.weights) - 1:
                 z = F.softplus(z)
         return z
+
+
+def shift(weight):
+    """What a layer computes from inputs of softplus(0) = log 2. Its first input is time."""
+    return math.log(2) * weight[:, 1:].flatten(1).sum(1)
 
 
 class PlainODE(nn.Module):

@@ -4,8 +4,8 @@ The layers have time as an extra input channel, and softplus between them. For a
 c, the numbers c are further inputs of every layer, as time is. The last layer starts at
 zero, so f = 0 and the flow starts as the identity (paper, section 6). The other layers start by
 He's initialization if they are dense. Convolutions see a softplus that is centred, and start with
-variance 1/fan_in. Of what was tried, each learns fastest so (docs/beyond.md); torch's default
-shrinks a signal to 0.3 of itself in each layer, and a young flow would stay nearly linear.
+variance 1/fan_in. Of the starts that were tried, these learn fastest (docs/beyond.md). Torch's
+default shrinks a signal to 0.3 of itself in each layer, and a young flow would stay nearly linear.
 
 The product is a chain of transposed layers. For f = W₃ s(W₂ s(W₁ z)), it is
 εᵀ∇f = ((εᵀW₃ · s'(a₂)) W₂ · s'(a₁)) W₁ with s' = sigmoid. Backpropagation through it costs one
@@ -80,8 +80,8 @@ class Weights(NamedTuple):
 def centred(weights: Weights) -> Weights:
     """Let a layer see h − log 2, with h = softplus(a): it is 0 at a = 0, and its mean is near 0.
 
-    The layer is that of h with the bias b − log 2 Σ w. Its function is the same for another b, but
-    the gradient of w is then that of inputs without a common mean, and training is faster.
+    This changes the bias b to b − log 2 Σ w, so the layer represents the same functions. But the
+    gradient for w is that of inputs whose mean is near 0, and training is faster.
     """
     shift = math.log(2) * weights.h.flatten(1).sum(1)
     return weights._replace(bias=weights.bias - shift.view_as(weights.bias))

@@ -130,8 +130,9 @@ def job(command: str, typed: list[str], errors: Callable) -> Any:
             try:
                 return run_job(main, cfg, folder)
             finally:
-                with contextlib.suppress(OSError):  # unless it is empty, as after a mistake
-                    folder.rmdir()
+                if folder.resolve() != Path.cwd():
+                    with contextlib.suppress(OSError):  # unless it is empty, as after a mistake
+                        folder.rmdir()
 
     return call
 

@@ -62,7 +62,7 @@ class RefineGrid(Callback):
         return {"steps": self.steps, "gradient": self.gradient}
 
     def load_state_dict(self, state: dict) -> None:
-        self.steps, self.gradient = state["steps"], state.get("gradient")
+        vars(self).update(state)
 
 
 def doublings(step: int) -> int:
