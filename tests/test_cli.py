@@ -84,7 +84,8 @@ MISTAKES = [
     # errors of the classes that Hydra builds
     ("+trainer.overfit_batches=1.5", "trainer: You have passed invalid value 1.5 for overfit"),
     ("optimizer._target_=torch.optim.Adan", "Error loading 'torch.optim.Adan'"),
-    ("+optimizer.momentum=1", "momentum"),
+    ("+optimizer.momentum=1", "there is no option optimizer.momentum: Adam has none"),
+    ("+model.width=8", "there is no option model.width: multiscale has none"),
     # files
     ("hydra.run.dir=/dev/null/run", "Not a directory: '/dev/null/run'"),
     ("ckpt_path=nowhere.ckpt", "ckpt_path=nowhere.ckpt: there is no such file"),

@@ -2,8 +2,9 @@
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from inspect import Parameter, signature
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ from rnode.app.schema import CONF, flatten
 from rnode.data.datamodule import DataModule
 from rnode.dequantization import Dequantization
 from rnode.dynamics import Probes
-from rnode.errors import require
+from rnode.errors import InputError, require
 from rnode.flow import Flow
 from rnode.training.checkpoint import flow_weights, load_checkpoint
 from rnode.transforms import Transform
@@ -41,7 +42,7 @@ def build(cfg: DictConfig, state: dict | None = None) -> tuple[DataModule, Flow]
     sizes = {"context": data.context.size} if data.context else {}
     sizes |= {} if cfg.dataset.shape else {"shape": data.shape}
     probes = Probes(cfg.divergence, cfg.probes)
-    flow = instantiate(cfg.model)(solver=solver, probes=probes, **sizes)
+    flow = make_partial(cfg, "model")(solver=solver, probes=probes, **sizes)
     if cfg.dequantization == "variational":
         images = isinstance(data.transform, Transform) and data.transform.levels is not None
         require(images, "dequantization=variational: must be uniform, as the data are no images")
@@ -50,6 +51,22 @@ def build(cfg: DictConfig, state: dict | None = None) -> tuple[DataModule, Flow]
     few = math.prod(data.shape) <= EXACT_UP_TO
     flow.test_probes = Probes("exact" if few else cfg.divergence, cfg.test_probes or cfg.probes)
     return data, flow
+
+
+def make_partial(cfg: DictConfig, section: str) -> partial:
+    """Instantiate a section as the function or class that it names, with its options."""
+    made = instantiate(cfg[section])
+    require_options(section, made.keywords, made.func)
+    return made
+
+
+def require_options(section: str, options: Iterable[str], target: Callable) -> None:
+    """Raise InputError unless the class or function of a section takes all of its options."""
+    known = signature(target).parameters
+    if Parameter.VAR_KEYWORD in (parameter.kind for parameter in known.values()):
+        return
+    for name in (name for name in options if name not in known):
+        raise InputError(f"there is no option {section}.{name}: {target.__name__} has none")
 
 
 def from_checkpoint(cfg: DictConfig) -> tuple[DataModule, Flow, Fabric]:

@@ -14,6 +14,7 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from rnode.app.banner import banner
+from rnode.app.build import make_partial
 from rnode.app.printing import print_table, quantities
 from rnode.app.sweep import in_sweep
 from rnode.app.train import trainer_options
@@ -52,7 +53,7 @@ def train(cfg: DictConfig, folder: Path) -> float:
     data, classes = load(cfg)
     model, splits = cfg.model, data.splits
     sizes = {"hidden": model.hidden, "layers": model.layers, "warmup_steps": cfg.warmup_steps}
-    solver, optimizer = instantiate(cfg.solver), instantiate(cfg.optimizer)
+    solver, optimizer = instantiate(cfg.solver), make_partial(cfg, "optimizer")
     module = Classifier(data.shape, classes, solver, optimizer, **cfg.reg, **sizes)
     with whole_file(folder / "config.yaml", "w") as file:
         OmegaConf.save(cfg, file, resolve=True)

@@ -4,7 +4,6 @@ import contextlib
 import sys
 import time
 from collections import Counter
-from inspect import signature
 from math import log, nan
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from rich.table import Table
 
 from rnode.app import sweep
 from rnode.app.banner import banner
-from rnode.app.build import build
+from rnode.app.build import build, make_partial, require_options
 from rnode.app.launch import cluster_plugins, is_first_process, match_processes
 from rnode.app.printing import print_table, quantities
 from rnode.app.quoting import quote, shell_quote
@@ -116,7 +115,7 @@ def fit(cfg: DictConfig, folder: Path, ckpt_path: str | None, halvings: Counter[
         report_resume(ckpt_path, checkpoint, config)
     schedule = {"warmup_steps": cfg.warmup_steps, "decay": cfg.decay}
     options = {"seed": cfg.seed, "config": config, "learning_rate_factor": factor}
-    module = RNODE(flow, instantiate(cfg.optimizer), **cfg.reg, **schedule, **options)
+    module = RNODE(flow, make_partial(cfg, "optimizer"), **cfg.reg, **schedule, **options)
     overrides = HydraConfig.get().overrides.task
     if is_first_process():
         (folder / RESULT).unlink(missing_ok=True)
@@ -191,8 +190,6 @@ def make_trainer(
     plugins = [AtomicCheckpointIO(), *cluster_plugins()]
     options = trainer_options(cfg)
     options["enable_progress_bar"] = bar  # else Lightning would add its own
-    for name in options.keys() - signature(pl.Trainer.__init__).parameters - {"_target_"}:
-        require(False, f"there is no option trainer.{name}: Lightning's Trainer does not have it")
     own = {"callbacks": used, "plugins": plugins, "logger": loggers}
     own = {name: ours + list(instantiate(options.pop(name, []))) for name, ours in own.items()}
     return instantiate(options, **own, default_root_dir=folder)
@@ -203,6 +200,7 @@ def trainer_options(cfg: DictConfig) -> dict:
     options = {name: value for name, value in cfg.trainer.items() if name != "on_divergence"}
     if (time := options["max_time"]) is not None and time.count(":") == 2:
         options["max_time"] = f"00:{time}"  # with the days
+    require_options("trainer", options.keys() - {"_target_"}, pl.Trainer)
     return options
 
 
