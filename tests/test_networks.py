@@ -30,13 +30,6 @@ def test_the_inner_layers_keep_the_scale_of_a_signal():
         assert 0.35 < spread < 1.5
 
 
-@pytest.mark.parametrize(("d", "gain"), [(2, 3), (16, 3), (17, 1)])
-def test_in_few_dimensions_the_first_dense_layer_sees_details(d, gain):
-    first, *_ = Field(TimeLinear, [d, 4096, 8, d]).layers
-    variance = first.weight.var()
-    assert 0.95 * gain**2 * 2 / (d + 1) < variance < 1.05 * gain**2 * 2 / (d + 1)
-
-
 def test_convolutions_start_with_units_around_zero_that_halve_a_signal():
     """Softplus has the slope ½ at 0. Its mean would act as a random bias."""
     field, t = Field(TimeConv2d, [16, 32, 32, 32, 16]), torch.tensor(0.0)

@@ -3,10 +3,9 @@
 The layers have time as an extra input channel, and softplus between them. For a density of x given
 c, the numbers c are further inputs of every layer, as time is. The last layer starts at
 zero, so f = 0 and the flow starts as the identity (paper, section 6). The other layers start by
-He's initialization if they are dense; in few dimensions the first one starts three times as large,
-for details. Convolutions see a softplus that is centred, and start with variance 1/fan_in. Of the
-starts that were tried, these learn fastest (docs/beyond.md). Torch's default shrinks a signal to
-0.3 of itself in each layer, and a young flow would stay nearly linear.
+He's initialization if they are dense. Convolutions see a softplus that is centred, and start with
+variance 1/fan_in. Of the starts that were tried, these learn fastest (docs/beyond.md). Torch's
+default shrinks a signal to 0.3 of itself in each layer, and a young flow would stay nearly linear.
 
 The product is a chain of transposed layers. For f = W₃ s(W₂ s(W₁ z)), it is
 εᵀ∇f = ((εᵀW₃ · s'(a₂)) W₂ · s'(a₁)) W₁ with s' = sigmoid. Backpropagation through it costs one
@@ -21,8 +20,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-FEW, GAIN = 16, 3  # in up to so many dimensions, the first dense layer starts so many times larger
 
 
 class _SoftplusSigmoid(torch.autograd.Function):
@@ -171,8 +168,6 @@ class Field(nn.Module):
         for inner in layers[:-1]:
             nn.init.kaiming_normal_(inner.weight, nonlinearity="linear" if self.centred else "relu")
             nn.init.zeros_(inner.bias)  # ty: ignore[invalid-argument-type]
-        if not self.centred and sizes[0] <= FEW:
-            layers[0].weight.data.mul_(GAIN)
         for parameter in layers[-1].parameters():
             nn.init.zeros_(parameter)
 
