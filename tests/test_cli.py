@@ -37,7 +37,7 @@ MISTAKES = [
     ("dataset=mnist dataset.rot=1", "no option dataset.rot; did you mean dataset.root?"),
     ("trainer.detect_anomaly=true", "+trainer.detect_anomaly=… passes it to Lightning"),
     ("+lamda_k=1", "no option lamda_k"),
-    ("+trainer.max_epoch=1", "no option trainer.max_epoch"),
+    ("+trainer.max_epoch=1", "trainer.max_epoch: Trainer has no such option"),
     ("+dataset.validaton=1", "validaton"),
     ("hydra.run.dirr=x", "hydra.run.dirr"),
     ("~reg.lambda_k", "reg.lambda_k=… is missing (λ_K, weight of the kinetic energy)"),
@@ -84,8 +84,8 @@ MISTAKES = [
     # errors of the classes that Hydra builds
     ("+trainer.overfit_batches=1.5", "trainer: You have passed invalid value 1.5 for overfit"),
     ("optimizer._target_=torch.optim.Adan", "Error loading 'torch.optim.Adan'"),
-    ("+optimizer.momentum=1", "there is no option optimizer.momentum: Adam has none"),
-    ("+model.width=8", "there is no option model.width: multiscale has none"),
+    ("+optimizer.momentum=1", "optimizer.momentum: Adam has no such option"),
+    ("+model.width=8", "model.width: multiscale has no such option"),
     # files
     ("hydra.run.dir=/dev/null/run", "Not a directory: '/dev/null/run'"),
     ("ckpt_path=nowhere.ckpt", "ckpt_path=nowhere.ckpt: there is no such file"),

@@ -66,7 +66,7 @@ def require_options(section: str, options: Iterable[str], target: Callable) -> N
     if Parameter.VAR_KEYWORD in (parameter.kind for parameter in known.values()):
         return
     for name in (name for name in options if name not in known):
-        raise InputError(f"there is no option {section}.{name}: {target.__name__} has none")
+        raise InputError(f"{section}.{name}: {target.__name__} has no such option")
 
 
 def from_checkpoint(cfg: DictConfig) -> tuple[DataModule, Flow, Fabric]:
