@@ -285,6 +285,14 @@ def test_the_training_grid_is_refined_where_a_finer_one_gives_another_likelihood
     assert again[-1] == always[-1]  # the checkpoint has the steps of the grid
 
 
+def test_a_run_whose_grid_would_be_refined_for_ever_has_diverged(run, monkeypatch, capsys):
+    monkeypatch.setattr(solving, "doublings", lambda step: 4)
+    monkeypatch.setattr(solving, "FINEST", 4)
+    with pytest.raises(SystemExit, match="1"):
+        run(*QUICK, "model.pieces=1", "refine=0", "optimizer.lr=0.05", "trainer.max_steps=5")
+    assert "and the grid has 8 steps already; try a smaller optimizer.lr" in capsys.readouterr().err
+
+
 def test_a_refined_grid_that_needs_too_much_memory_is_solved_again_in_the_backward_pass(
     run, monkeypatch, capsys
 ):

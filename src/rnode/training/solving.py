@@ -10,11 +10,13 @@ from pytorch_lightning import Callback, Trainer
 
 from rnode.choices import ONE_STEP
 from rnode.data.datamodule import DataModule
-from rnode.errors import require
+from rnode.errors import DivergenceError, require
 from rnode.evaluation import measure
 from rnode.flow import Flow
 from rnode.solver import Solver, solve
 from rnode.training.module import RNODE
+
+FINEST = 32  # times the steps of the first grid
 
 
 class RefineGrid(Callback):
@@ -23,7 +25,8 @@ class RefineGrid(Callback):
     A network can learn to exploit the error of a coarse grid, and its training loss does not show
     it. So this measures a batch of validation images on both grids. (The paper chose its step by
     hand, section 6.) Twice the steps need twice the memory of backprop; where a device has less,
-    `checkpoint` computes the gradient from there on.
+    `checkpoint` computes the gradient from there on. A flow that needs a grid FINEST times as fine
+    as the first is lost, and training it further would take hours: it has diverged.
     """
 
     def __init__(self, tolerance: float):
@@ -32,6 +35,7 @@ class RefineGrid(Callback):
         self.gradient: str | None = None  # that of the refined grid, unless it is the run's
 
     def on_fit_start(self, trainer: Trainer, module: RNODE) -> None:
+        self.most = FINEST * module.flow.solver.train.grid_steps
         if self.steps is not None:  # from a checkpoint
             module.flow.solver = with_steps(module.flow.solver, self.steps, self.gradient)
 
@@ -43,8 +47,13 @@ class RefineGrid(Callback):
             if change is None:
                 return
             self.steps = module.flow.solver.train.grid_steps
-            grid = f"a finer grid changes bits/dim by {change:+.2g}"
-            line = f"step {trainer.global_step}: {grid}; from here on {self.steps} steps"
+            finer = f"a finer grid changes bits/dim by {change:+.2g}"
+            if self.steps > self.most:
+                where = f"at training step {trainer.global_step}"
+                raise DivergenceError(
+                    f"{finer} {where}, and the grid has {self.most} steps already"
+                )
+            line = f"step {trainer.global_step}: {finer}; from here on {self.steps} steps"
             if module.flow.solver.gradient == "backprop" and not fits_twice(module.device):
                 self.gradient = "checkpoint"
                 module.flow.solver = with_steps(module.flow.solver, self.steps, self.gradient)
