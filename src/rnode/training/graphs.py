@@ -12,7 +12,7 @@ from pytorch_lightning import Callback, Trainer
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from rnode.choices import ONE_STEP
+from rnode.names import ONE_STEP
 from rnode.dynamics import Dynamics, State, VectorField
 from rnode.errors import require
 from rnode.flow import Flow

@@ -9,7 +9,7 @@ from torch import Tensor
 from torchmetrics import CatMetric
 
 from rnode.distributed import gather_lists
-from rnode.errors import DivergenceError
+from rnode.errors import Diverged
 from rnode.evaluation import measure, standard_error
 from rnode.flow import Flow, Solution
 from rnode.loss import bits_per_dim, log_normal, objective
@@ -67,7 +67,7 @@ class RNODE(LightningModule):
             return loss
         try:
             self.solution = self.flow.solve(batch.y, context=batch.context)
-        except DivergenceError as error:
+        except Diverged as error:
             self.divergence.gave_up(f"{error} at training step {self.global_step}")
             return nan_loss(self.parameters())
         state, d = self.solution.state, self.flow.d
@@ -90,7 +90,7 @@ class RNODE(LightningModule):
         try:
             with solver_errors():
                 loss.backward()
-        except DivergenceError as error:
+        except Diverged as error:
             # The backward pass visits the pieces from last to first; the one visited last failed.
             piece = 1 + [piece.nfe_backward > 0 for piece in self.solution.pieces].index(True)
             where = f"in the gradient of piece {piece} at training step {self.global_step}"
@@ -122,7 +122,7 @@ class RNODE(LightningModule):
         try:
             solution, measures = measure(self.flow, batch, self.seed)
             nfe = solution.nfe_forward
-        except DivergenceError as error:
+        except Diverged as error:
             self.divergence.gave_up(str(error))
             nfe, measures = 0, 3 * [torch.full_like(batch.log_det, math.nan)]
         self.evaluated.update(torch.stack([batch.index, batch.log_det, *measures], dim=1))
@@ -140,7 +140,7 @@ class RNODE(LightningModule):
         if not bits.isfinite():
             held = filter(None, gather_lists([self.divergence.message]))
             message = f"{stage} bits/dim is {bits:.3g} after training step {self.global_step}"
-            raise DivergenceError(next(held, message))
+            raise Diverged(next(held, message))
         self.log(f"{stage}/bits_per_dim", bits, sync_dist=True)
         self.log(f"{stage}/bits_per_dim_se", standard_error(rows[:, 1]), sync_dist=True)
         self.log(f"{stage}/log_det", log_det, sync_dist=True)

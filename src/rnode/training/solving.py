@@ -8,9 +8,9 @@ from functools import partial
 import torch
 from pytorch_lightning import Callback, Trainer
 
-from rnode.choices import ONE_STEP
+from rnode.names import ONE_STEP
 from rnode.data.datamodule import DataModule
-from rnode.errors import DivergenceError, require
+from rnode.errors import Diverged, require
 from rnode.evaluation import measure
 from rnode.flow import Flow
 from rnode.solver import Solver, solve
@@ -50,9 +50,7 @@ class RefineGrid(Callback):
             finer = f"a finer grid changes bits/dim by {change:+.2g}"
             if self.steps > self.most:
                 where = f"at training step {trainer.global_step}"
-                raise DivergenceError(
-                    f"{finer} {where}, and the grid has {self.most} steps already"
-                )
+                raise Diverged(f"{finer} {where}, and the grid has {self.most} steps already")
             line = f"step {trainer.global_step}: {finer}; from here on {self.steps} steps"
             if module.flow.solver.gradient == "backprop" and not fits_twice(module.device):
                 self.gradient = "checkpoint"
