@@ -82,7 +82,7 @@ class Piece(nn.Module):
     def inverse(
         self, z: Tensor, c: Tensor, method: Method, intervals: int = 1
     ) -> tuple[Tensor, int]:
-        """z (B, *shape) at time T, c (B, k) → z at `intervals` + 1 times from T to 0, and the NFE."""
+        """z (B, *shape) at T, c (B, k) → z at `intervals` + 1 times from T to 0, and the NFE."""
         dynamics = Dynamics(self.field, c)
         f = partial(dynamics.f, **dynamics.prepare(z))
         return integrate_back(f, z, method, intervals), dynamics.nfe
@@ -282,7 +282,7 @@ class Flow(nn.Module):
         return x.to(torch.promote_types(x.dtype, getattr(torch, self.solver.dtype)))
 
     def log_prob(self, x: Tensor, c: Tensor | None = None) -> Tensor:
-        """x (*batch, *shape), c (k,) or (*batch, k) → log p(x | c) in nats, equation (4), (*batch)."""
+        """x (*batch, *shape), c (k,) or (*batch, k) → log p(x | c) in nats, (4), (*batch)."""
         batch = x.shape[: x.dim() - len(self.shape)]
         state = self(x.reshape(-1, *x.shape[len(batch) :]), flatten_batch(c))
         return (log_normal(state.z) + state.l).reshape(batch)

@@ -56,5 +56,5 @@ def flow_matching(
 
 
 def one_sample(field: VectorField, t: Tensor, z: Tensor, c: Tensor) -> Tensor:
-    """f(z, t; c) of one sample: t (), z (*shape), c (k,) → (*shape). A field takes one t a batch."""
+    """f(z, t; c) of one sample, (*shape): a field takes one time for all samples of a batch."""
     return field(t, z[None], c[None])[0]

@@ -191,7 +191,7 @@ class Field(nn.Module):
     def vjp(
         self, t: Tensor, z: Tensor, eps: Tensor, c: Tensor, weights: list[Weights] | None = None
     ) -> tuple[Tensor, Tensor]:
-        """t (), z (B, *shape), eps (K, B, *shape), c (B, k) → f (B, *shape), εᵀ∇f (K, B, *shape)."""
+        """t (), z (B, *shape), eps (K, B, *shape), c (B, k) → f (B, *shape) and εᵀ∇f like eps."""
         *inner, (last, w_last) = zip(self.layers, weights or self.prepare(z), strict=True)
         h, c = z.to(w_last.h.dtype), c.to(w_last.h.dtype)
         slopes = []

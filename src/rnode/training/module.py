@@ -10,11 +10,12 @@ from torchmetrics import CatMetric
 
 from rnode.distributed import gather_lists
 from rnode.errors import Diverged
-from rnode.evaluation import measure, standard_error
+from rnode.evaluation import solve_and_measure, standard_error
 from rnode.flow import Flow, Solution
 from rnode.loss import bits_per_dim, log_normal, objective
 from rnode.matching import flow_matching
-from rnode.solver import solver_errors
+from rnode.seeding import PROBES, step_generator
+from rnode.solver import integrate, solver_errors
 from rnode.training.checkpoint import FORMAT
 from rnode.training.divergence import DivergenceWatch, nan_loss
 from rnode.training.limits import time_passed
@@ -52,6 +53,7 @@ class RNODE(LightningModule):
         self.validation_bits = torch.zeros(0)  # bits/dim of the validation samples, ascending
         self.divergence = DivergenceWatch(flow)
         self.solution: Solution | None = None  # of the training step that runs
+        self.integrate = integrate
         self.nfe = 0  # evaluations of f in the last training step
         self.logs = True  # whether metrics of this training step are read
         self.matching, self.start = False, 0  # the step at which equation (17) begins
@@ -61,12 +63,14 @@ class RNODE(LightningModule):
         last = self.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
         log_every = max(1, self.trainer.log_every_n_steps)
         self.logs = last or (self.global_step + 1) % log_every == 0
+        place = (self.seed, self.current_epoch, self.batches(), self.global_rank)
+        generator = step_generator(self.device, *place, PROBES)
         if self.matching:
-            loss = flow_matching(self.flow, batch.y, batch.context)
+            loss = flow_matching(self.flow, batch.y, batch.c, generator)
             self.log_step({"loss": loss})
             return loss
         try:
-            self.solution = self.flow.solve(batch.y, context=batch.context)
+            self.solution = self.flow.solve(batch.y, batch.c, generator, self.integrate)
         except Diverged as error:
             self.divergence.gave_up(f"{error} at training step {self.global_step}")
             return nan_loss(self.parameters())
@@ -77,6 +81,10 @@ class RNODE(LightningModule):
         self.log_step({"loss": loss, "kinetic": kinetic, "jacobian": jacobian})
         self.log_step({"bits_per_dim": bits, "nfe_forward": self.solution.nfe_forward})
         return loss
+
+    def batches(self) -> int:
+        """The number of this batch in its epoch."""
+        return self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
 
     def log_step(self, metrics: dict[str, Tensor | float]) -> None:
         """Log what a training step has measured, if it is a log step or the last of an epoch."""
@@ -120,7 +128,7 @@ class RNODE(LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         try:
-            solution, measures = measure(self.flow, batch, self.seed)
+            solution, measures = solve_and_measure(self.flow, batch, self.seed)
             nfe = solution.nfe_forward
         except Diverged as error:
             self.divergence.gave_up(str(error))
