@@ -18,7 +18,7 @@ from rnode.app.build import make_partial
 from rnode.app.printing import print_table, quantities
 from rnode.app.sweep import in_sweep
 from rnode.app.train import trainer_options
-from rnode.data.context import Label
+from rnode.data.conditions import Label
 from rnode.data.datamodule import DataModule
 from rnode.errors import require
 from rnode.training.classifier import MEASURES, Classifier, labelled, loaders
@@ -89,7 +89,7 @@ def load(cfg: DictConfig) -> tuple[DataModule, int]:
         cfg.dataset.context = "label"
     data = instantiate(cfg.dataset)
     data.setup()
-    columns = list(data.context.columns.values()) if data.context else []
+    columns = list(data.conditions.columns.values())
     whole = isinstance(data.splits.train, Tensor)
     require(whole, f"task=classify: dataset={name} does not fit into memory")
     one = len(columns) == 1 and isinstance(columns[0], Label)

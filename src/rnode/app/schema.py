@@ -61,30 +61,26 @@ def key(description: str, default: Any = ...) -> Any:
 
 
 class Dataset(OpenSection):
-    shape: list[Count] | None = key("shape of a sample: [channels, height, width] or [dimensions]")
     batch_size: Count = key("samples in a training step (section 6: 200)")
     eval_batch_size: Count = key("samples at a time in validation and test")
     seed: Whole = key("seed of data order and noise")
-    levels: Annotated[int, Field(ge=2, le=65536)] | None = key("number of grey levels", None)
     alpha: Annotated[float, Field(gt=0, lt=0.5)] | None = key("α of the logit transform", None)
     flip: bool = key("flip training images at random", False)
     name: str | None = key("which data set of this kind", None)
     root: str | None = key("folder of the data, which are downloaded there if missing", None)
     train: Count | None = key("points of an epoch, sampled afresh for every batch", None)
-    validation: Size | None = key("validation samples; of your own data, or a share", None)
-    test: Size | None = key("test samples; of your own data, or a share of all", None)
+    validation: Size | None = key("validation samples: a number, or a share", None)
+    test: Size | None = key("test samples: a number, or a share of all", None)
     resize: Count | None = key("side of the images; a smaller one averages pixels", None)
     size: Count | list[Count] | None = key("side of images or patches, or [height, width]", None)
     channels: Literal[1, 3] | None = key("1 for grey images, 3 for RGB", None)
     crop: Count | None = key("side of the centre that is cut out before scaling", None)
     bits: Annotated[int, Field(ge=1, le=8)] | None = key("bits that are kept of a pixel", None)
-    pad: Count | None = key("side to which images are padded with zeros", None)
     on_error: Literal["stop", "skip"] | None = key("stop at a broken file, or leave it out", None)
-    cache: str | None = key("folder of the decoded images", None)
     stride: Count | None = key("pixels from one patch to the next", None)
     path: str | None = key("file of a table: CSV, Parquet, Arrow, .npy or .npz", None)
     columns: list[str] | None = key("columns that are modelled; null: all numeric ones", None)
-    context: list[str] | Literal["label"] | None = key("columns, or label, that are given", None)
+    context: list[str] | Literal["label"] | None = key("conditions: columns, or label", None)
     integer: list[str] | None = key("columns of whole numbers, which are dequantized", None)
     log: list[str] | None = key("positive columns whose logarithm is modelled", None)
     logit: dict[str, Bounds] | None = key("{column: [low, high]} whose logit is modelled", None)
@@ -94,7 +90,6 @@ class Dataset(OpenSection):
 
 
 class Model(OpenSection):
-    shape: list[Count] | None = key("shape of a sample")
     hidden: Annotated[int, Field(ge=1, le=65536)] = key("channels, or units, of a hidden layer", 64)
     layers: Annotated[int, Field(ge=2, le=100)] = key("layers of a piece's network", 4)
     pieces: Annotated[int, Field(ge=1, le=100)] = key("pieces before and after each squeeze", 1)

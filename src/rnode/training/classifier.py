@@ -114,7 +114,7 @@ class Classifier(LightningModule):
 
 def labelled(splits: Splits, features: Callable[[Tensor], Tensor]) -> list[TensorDataset]:
     """Return (features(x), class) of training, validation and test; the labels are unit vectors."""
-    pairs = zip((splits.train, splits.val, splits.test), splits.contexts, strict=True)
+    pairs = zip((splits.train, splits.val, splits.test), splits.c.values(), strict=True)
     return [TensorDataset(features(x), label.argmax(1)) for x, label in pairs]
 
 
