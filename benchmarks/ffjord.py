@@ -32,10 +32,10 @@ from common import CLIP, COARSE, DOPRI5, LAMBDA, refine_grid, write_table
 from plain import PlainNet, shift
 from rnode import Flow, Probes, Solver, multiscale, objective
 from rnode.app.launch import prepare_process
-from rnode.data.images import digits, idx_images
+from rnode.data.images import digits, named_images
 from rnode.evaluation import measure
 from rnode.loss import bits_per_dim, log_normal
-from rnode.transforms import Batch, Transform
+from rnode.transforms import Batch
 
 BATCH, IMAGES, WARM_UP = 32, 360, 20
 FFJORD_RATE, RNODE_RATE = 1e-2, 5e-3  # of the two, each does better with its own on digits
@@ -108,10 +108,10 @@ class Data:
 
     def __init__(self, options: argparse.Namespace, seed: int):
         if options.dataset == "digits":
-            splits, self.transform = digits(), Transform(17, 1e-5)
+            splits = digits(alpha=1e-5)
         else:
-            splits = idx_images("FashionMNIST", options.root, 10000, 14)
-            self.transform = Transform(256, 1e-5)
+            splits = named_images("FashionMNIST", options.root, 14, validation=10000, alpha=1e-5)
+        self.transform = splits.transform
         self.images, index = splits.train, torch.arange(IMAGES)
         evaluation = (part[:IMAGES] for part in (splits.val, splits.test))
         self.validation, self.test = (

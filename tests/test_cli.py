@@ -48,7 +48,7 @@ MISTAKES = [
     ("reg.lambda_k=null", "reg.lambda_k=null: must be a number"),
     ("trainer.max_epochs=many", "trainer.max_epochs=many: must be a whole number"),
     ("decay=0.5", "decay=0.5: must be true or false"),
-    ("dataset.shape=188", "dataset.shape=188: must be a list [a, b]"),
+    ("dataset=toy dataset.train=many", "dataset.train=many: must be a whole number"),
     # a range
     ("optimizer.lr=-1", "optimizer.lr=-1: must be at least 0"),
     ("reg.lambda_j=nan", "reg.lambda_j=nan: must be a finite number"),
@@ -71,8 +71,8 @@ MISTAKES = [
     # values that do not go together
     ("solver.train.step_size=0.5", "step_size=0.5 and steps=2: give one of the two"),
     (
-        "dataset.shape=[1,9,9]",
-        "shape=[1, 9, 9]: the scales cannot halve 9×9; crop or pad the images, to 8×8",
+        "dataset=patches dataset.size=9",
+        "shape=[3, 9, 9]: the scales cannot halve 9×9; crop or pad the images, to 8×8",
     ),
     ("dataset=toy model=multiscale", "shape=[2]: must be [channels, height, width]"),
     ("dataset=toy dataset.name=moon", "name=moon: must be one of eight_gaussians, moons"),

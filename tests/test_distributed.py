@@ -14,6 +14,7 @@ from helpers import HANG, ROOT, column
 from rnode.app.launch import launched, run_name
 from rnode.data.datamodule import DataModule
 from rnode.data.splits import Splits
+from rnode.transforms import Column, TableTransform
 
 ONE = [sys.executable]
 TWO = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
@@ -119,7 +120,8 @@ def test_another_number_of_devices_than_torchrun_started_is_refused(tmp_path):
 
 def test_each_process_gets_its_share_of_a_split():
     rows = torch.arange(11, dtype=torch.float32)[:, None]
-    data = DataModule(lambda: Splits(rows, rows, rows), [1], 4, 3)
+    splits = Splits(rows, rows, rows, TableTransform([Column("x")]))
+    data = DataModule(lambda: splits, 4, 3)
     data.setup()
     batches = [batch for rank in range(3) for batch in data.eval_dataloader("test", rank, 3)]
     for x, index, _ in batches:

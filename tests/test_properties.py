@@ -30,7 +30,7 @@ LIMITS = {"memory": 6 * 2**30, "seconds": HANG, "network": False}
 TINY = [*TWO_STEPS, "model.pieces=1", "dataset.test=12", "dataset.validation=12"]
 TOY = ["dataset=toy", "dataset.train=40", "model.layers=2"]
 # By these keys a larger value asks for more work, or for other processes, as it should.
-WORK = {"samples", "n", "compile", "trainer.devices", "trainer.num_nodes", "trainer.fast_dev_run"}
+WORK = {"samples", "n", "trainer.devices", "trainer.num_nodes", "trainer.fast_dev_run"}
 WORK |= {"trainer.max_steps", "trainer.max_epochs"}
 WORK |= {f"trainer.limit_{stage}_batches" for stage in ("train", "val", "test")}
 FEW = st.sampled_from(["-1", "1", "0.5", "nan", "x", "null", "[]", "{}", "[1", "", "${seed}"])

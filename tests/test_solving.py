@@ -80,8 +80,7 @@ def test_a_training_step_on_a_fixed_grid_never_waits(train, gradient, monkeypatc
 def fit(solver, callbacks, **options):
     """Train a small flow on digits."""
     flow = multiscale((1, 8, 8), solver, Probes(), hidden=4, pieces=1)
-    sizes = {"shape": [1, 8, 8], "batch_size": 8, "eval_batch_size": 8}
-    data = datamodule.DataModule(digits, **sizes, levels=17, alpha=1e-5)
+    data = datamodule.DataModule(digits, batch_size=8, eval_batch_size=8, alpha=1e-5)
     # Adam keeps its count of steps on the host unless it is fused.
     adam = partial(torch.optim.Adam, lr=1e-3, fused=True)
     quiet = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}

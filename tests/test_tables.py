@@ -13,7 +13,6 @@ import rnode
 from helpers import call, refused
 from rnode import InputError
 from rnode.data.tables import READERS, fit_whitening, read_table, table
-from rnode.data.uci import uci
 from rnode.transforms import Column, TableTransform
 
 ROWS = 500
@@ -34,6 +33,10 @@ def frame():
     )
 
 
+def parts_of(splits):
+    return splits.train, splits.val, splits.test
+
+
 @pytest.mark.parametrize("ending", [".csv", ".tsv", ".parquet", ".arrow", ".feather"])
 def test_every_format_holds_the_same_columns(frame, tmp_path, ending):
     path = tmp_path / f"rows{ending}"
@@ -46,31 +49,50 @@ def test_every_format_holds_the_same_columns(frame, tmp_path, ending):
 def test_arrays_become_columns(tmp_path):
     np.save(tmp_path / "a.npy", np.arange(6.0).reshape(3, 2))
     np.savez(tmp_path / "b.npz", x=np.arange(3), y=np.ones((3, 2)))
-    assert read_table(tmp_path / "a.npy").to_dict(as_series=False) == {
-        "column_0": [0, 2, 4],
-        "column_1": [1, 3, 5],
-    }
+    columns = {"column_0": [0, 2, 4], "column_1": [1, 3, 5]}
+    assert read_table(tmp_path / "a.npy").to_dict(as_series=False) == columns
     assert read_table(tmp_path / "b.npz").columns == ["x", "y_0", "y_1"]
 
 
 def test_splits_are_disjoint_standardized_by_training_and_always_the_same(frame, tmp_path):
     frame.write_csv(path := tmp_path / "rows.csv")
-    splits = table(str(path), validation=0.1, test=60, whiten=False)
-    assert [len(part) for part in splits[:3]] == [390, 50, 60]
-    assert [column.name for column in splits.transform.columns] == frame.columns[:4]
-    whole = torch.cat(splits[:3])
-    assert len({tuple(row) for row in whole.tolist()}) == ROWS
-    y = splits.transform(splits.train, torch.arange(390)).y
+    splits = table(path=str(path), validation=0.1, test=60, whiten=False)
+    assert [len(part) for part in parts_of(splits)] == [390, 50, 60]
+    assert splits.transform.names == frame.columns[:4]
+    assert len({tuple(row) for row in torch.cat(parts_of(splits)).tolist()}) == ROWS
+    y, _ = splits.transform.forward(splits.train, torch.rand(390, 4))
     torch.testing.assert_close(y.mean(0), torch.zeros(4), atol=1e-5, rtol=0)
     torch.testing.assert_close(y.std(0, correction=0), torch.ones(4), atol=1e-5, rtol=0)
-    again = table(str(path), validation=0.1, test=60)
-    assert all(torch.equal(a, b) for a, b in zip(splits[:3], again[:3], strict=True))
+    again = table(path=str(path), validation=50, test=60)
+    assert all(map(torch.equal, parts_of(splits), parts_of(again)))
+    y, _ = again.transform.forward(again.train, torch.rand(390, 4))
+    torch.testing.assert_close(torch.cov(y.T), torch.eye(4), atol=1e-4, rtol=0)
+
+
+def test_columns_of_every_kind_are_standardized_after_their_transform(frame, tmp_path):
+    frame.write_csv(path := tmp_path / "rows.csv")
+    options = {"integer": ["cars"], "log": ["income"], "logit": {"share": [0, 1], "cars": [0, 20]}}
+    splits = table(path=str(path), context=["city"], whiten=False, **options)
+    kinds = {c.name: (c.integer, c.log, c.bounds) for c in splits.transform.columns}
+    assert kinds == {
+        "height": (False, False, None),
+        "income": (False, True, None),
+        "share": (False, False, (0.0, 1.0)),
+        "cars": (True, False, (0.0, 21.0)),  # 20 and its noise are below 21
+    }
+    y, _ = splits.transform.forward(splits.train, torch.full_like(splits.train, 0.5))
+    torch.testing.assert_close(y.mean(0), torch.zeros(4), atol=1e-5, rtol=0)
+    torch.testing.assert_close(y.std(0, correction=0), torch.ones(4), atol=1e-5, rtol=0)
+    cities = dict(zip(frame["height"], frame["city"], strict=True))
+    for name, part in zip(("train", "val", "test"), parts_of(splits), strict=True):
+        expected = [cities[height] == "Oslo" for height in part[:, 0].tolist()]
+        assert splits.c[name].argmax(1).bool().tolist() == expected
 
 
 def test_a_column_says_the_split(frame, tmp_path):
     words = np.array(["train", "Validation", "test"])[np.arange(ROWS) % 3]
     frame.with_columns(part=words).write_parquet(path := tmp_path / "rows.parquet")
-    splits = table(str(path), columns=["height"], split_column="part")
+    splits = table(path=str(path), columns=["height"], split_column="part")
     heights = torch.tensor(frame["height"].to_list(), dtype=torch.float64)
     assert torch.equal(splits.train[:, 0], heights[0::3])
     assert torch.equal(splits.test[:, 0], heights[2::3])
@@ -104,17 +126,18 @@ def test_whitening_makes_the_columns_uncorrelated_and_has_the_jacobians_determin
     rows = torch.from_numpy(rng.normal(size=(900, 3)) @ rng.normal(size=(3, 3)) + 5)
     plain = TableTransform([Column(name, mean=5.0, std=2.0) for name in "abc"])
     transform = TableTransform(plain.columns, fit_whitening(plain, rows))
-    batch = transform(rows, torch.arange(900))
-    torch.testing.assert_close(torch.cov(batch.y.T), torch.eye(3), atol=1e-4, rtol=0)
-    torch.testing.assert_close(transform.inverse(batch.y), rows, atol=1e-5, rtol=0)
-    jacobian = (transform.whitening / 2).T
-    expected = torch.linalg.slogdet(jacobian).logabsdet.float().expand(900)
-    torch.testing.assert_close(batch.log_det, expected)
-    kept = TableTransform.from_state(transform.state())
-    assert torch.equal(kept(rows, torch.arange(900)).y, batch.y)
-    dependent = torch.cat([rows, rows.sum(1, keepdim=True)], 1)  # no variance in one direction
-    plain = TableTransform([Column(name) for name in "abcd"])
-    assert fit_whitening(plain, dependent).isfinite().all()
+    y, log_det = transform.forward(rows, torch.rand(900, 3))
+    torch.testing.assert_close(torch.cov(y.T), torch.eye(3), atol=1e-4, rtol=0)
+    torch.testing.assert_close(transform.inverse(y), rows, atol=1e-5, rtol=0)
+    expected = torch.linalg.slogdet((transform.whitening / 2).T).logabsdet.float().expand(900)
+    torch.testing.assert_close(log_det, expected)
+    copy = TableTransform.from_state(transform.state())
+    assert torch.equal(copy.forward(rows, torch.rand(900, 3))[0], y)
+    # A direction without variance is scaled up a thousand times, not without bound.
+    dependent = torch.cat([rows, rows.sum(1, keepdim=True)], 1)
+    whitening = fit_whitening(TableTransform([Column(name) for name in "abcd"]), dependent)
+    norms = whitening.norm(dim=0)
+    torch.testing.assert_close(norms.max() / norms.min(), torch.tensor(1e3).double())
 
 
 def test_the_density_is_in_the_tables_own_units():
@@ -122,8 +145,8 @@ def test_the_density_is_in_the_tables_own_units():
     columns = [Column("a", log=True, mean=1.0, std=0.5), Column("b", bounds=(0.0, 2.0), std=1.5)]
     transform = TableTransform([*columns, Column("c", mean=-4.0, std=3.0)])
     x = torch.tensor([[2.0, 0.7, -3.0], [0.1, 1.9, 5.0]], dtype=torch.float64)
-    batch = transform(x, torch.arange(2))
-    found = rnode.log_normal(batch.y.double()) + batch.log_det
+    y, log_det = transform.forward(x, torch.zeros(2, 3))
+    found = rnode.log_normal(y.double()) + log_det
     a, b, c = x.numpy().T
     logit = np.log(b / (2 - b))
     expected = stats.lognorm.logpdf(a, 0.5, scale=math.e) + stats.norm.logpdf(c, -4, 3)
@@ -131,17 +154,21 @@ def test_the_density_is_in_the_tables_own_units():
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
-def test_warnings_name_columns_whose_density_is_not_what_it_seems(frame, tmp_path, capsys):
-    same = {"zero": pl.lit(0.5), "one": pl.lit(1)}
-    frame.with_columns(**same).write_csv(path := tmp_path / "rows.csv")
-    table(str(path))
+def test_warnings_name_columns_whose_likelihood_is_misleading(frame, tmp_path, capsys):
+    often = np.where(np.arange(ROWS) < 5, 2.5, np.arange(ROWS) + 0.25)  # 1 % of the rows
+    same = {"zero": pl.lit(0.5), "one": pl.lit(1), "few": often}
+    more = np.where(np.arange(ROWS) < 6, 7.5, often)
+    frame.with_columns(more=more, **same).write_csv(path := tmp_path / "rows.csv")
+    table(path=str(path))
     printed = capsys.readouterr().out
     assert "whole numbers in cars, whose density" in printed
     assert "dataset.integer=[cars] dequantizes them" in printed
     assert "zero is 0.5 in 500 of 500 rows" in printed
     assert "one is 1 in 500 of 500 rows" in printed
+    assert "more is 7.5 in 6 of 500 rows" in printed
+    assert "few" not in printed
     assert "height" not in printed
-    table(str(path), columns=["height", "cars"], integer=["cars"])
+    table(path=str(path), columns=["height", "cars"], integer=["cars"])
     assert capsys.readouterr().out == ""
 
 
@@ -150,10 +177,10 @@ def test_rows_with_missing_values(frame, tmp_path, capsys):
     height[3], height[9] = None, float("nan")
     frame.with_columns(height=pl.Series(height)).write_parquet(path := tmp_path / "rows.parquet")
     with pytest.raises(InputError, match=r"values are missing in height \(2\); missing=drop"):
-        table(str(path))
-    assert sum(map(len, table(str(path), missing="drop")[:3])) == ROWS - 2
+        table(path=str(path))
+    assert sum(map(len, parts_of(table(path=str(path), missing="drop")))) == ROWS - 2
     assert "2 of 500 rows are left out" in capsys.readouterr().out
-    table(str(path), columns=["income"])  # other columns may lack values
+    table(path=str(path), columns=["income"])  # other columns may lack values
 
 
 BAD = {
@@ -161,21 +188,22 @@ BAD = {
     "dataset.path=rows.txt": f"path=rows.txt: must end in one of {', '.join(READERS)}",
     "dataset.path=broken.parquet": "path=broken.parquet: cannot be read",
     "dataset.path=objects.npy": "path=objects.npy: cannot be read",
-    "dataset.path=cube.npy": "has the shape (2, 2, 2); a table needs (rows,) or (rows, columns)",
+    "dataset.path=cube.npy": "has the shape (2, 2, 2), not (N,) or (N, d)",
     "dataset.path=empty.csv": "path=empty.csv: cannot be read",
     "dataset.path=header.csv": "path=header.csv: holds no rows",
     "dataset.path=one.csv": "test=1: must be 1 to 0, out of 1 samples",
-    "dataset.path=twice.csv": "path=twice.csv: has several columns named a",
+    "dataset.path=twice.csv": "path=twice.csv: has several columns of one name",
     "dataset.columns=[hight]": "columns=hight: rows.csv has the columns height, income",
     "dataset.columns=[city]": "columns=city: must hold numbers; rows.csv has String there",
     "dataset.integer=[height]": "height=[1",
     "dataset.log=[cars]": "cars=0: must be positive",
     "dataset.log=[height] dataset.columns=[income]": "log=height: must be one of the modelled",
-    "dataset.logit={share:[0.2,0.3]}": "share: holds 0.",
+    "dataset.logit={share:[0.2,0.3]}": "share from 0.",
     "dataset.logit={share:[0.2]}": "dataset.logit.share=",
     "dataset.context=[town]": "context=town: rows.csv has the columns",
     "dataset.split_column=city": "split_column=city: holds ['bonn', 'oslo'], not train, val",
     "dataset.test=600": "test=600: must be 1 to 499, out of 500 samples",
+    "dataset.log=[share] dataset.logit={share:[0,1]}": "a column can be in one of the two",
     "dataset.missing=guess": "dataset.missing=guess: must be 'stop' or 'drop'",
 }
 
@@ -210,7 +238,7 @@ def test_a_known_density_is_recovered_in_its_own_units(tmp_path, capsys):
     options = [f"dataset.path={path}", "dataset.log=[b]", "dataset.integer=[count]"]
     folder = f"hydra.run.dir={tmp_path / 'run'}"
     call("train", "dataset=table", *options, "trainer.max_epochs=12", *QUIET, folder)
-    held_out = table(str(path), log=["b"], integer=["count"]).test.numpy()
+    held_out = table(path=str(path), log=["b"], integer=["count"]).test.numpy()
     a, b, k = held_out.T
     true = stats.multivariate_normal(mean, cov).logpdf(np.stack([a, np.log(b)], 1)) - np.log(b)
     true += np.log(stats.norm.cdf(k + 1, 3, 4) - stats.norm.cdf(k, 3, 4))
@@ -223,25 +251,3 @@ def test_a_known_density_is_recovered_in_its_own_units(tmp_path, capsys):
     # Row by row the model is close too, which the mean alone would not show.
     scores = rnode.load(tmp_path / "run" / "best.ckpt").log_prob(held_out)
     assert np.abs(scores - true).mean() < 0.1
-
-
-def test_the_uci_tables_have_the_splits_of_the_literature(tmp_path):
-    rng = np.random.default_rng(0)
-    for name in ("power", "miniboone", "hepmass"):
-        (tmp_path / name).mkdir()
-    boone = rng.normal(size=(100, 43))
-    np.save(tmp_path / "miniboone" / "data.npy", boone)
-    splits = uci("miniboone", str(tmp_path))
-    assert [len(part) for part in splits[:3]] == [81, 9, 10]
-    np.testing.assert_array_equal(torch.cat(splits[:3]), boone)
-    np.save(tmp_path / "power" / "data.npy", np.round(rng.normal(size=(200, 8)), 1))
-    assert [part.shape for part in uci("power", str(tmp_path))[:3]] == [(162, 6), (18, 6), (20, 6)]
-    for part, n in (("train", 60), ("test", 20)):
-        label, often = np.arange(n) % 2, np.arange(n) % 3
-        columns = {"# label": label.astype(float), "f0": rng.normal(size=n), "f1": often}
-        pl.DataFrame(columns | {"f2": rng.normal(size=n)}).write_csv(
-            tmp_path / "hepmass" / f"1000_{part}.csv"
-        )
-    assert [part.shape for part in uci("hepmass", str(tmp_path))[:3]] == [(27, 2), (3, 2), (10, 2)]
-    with pytest.raises(InputError, match="there is no folder bsds300"):
-        uci("bsds300", str(tmp_path))

@@ -8,17 +8,19 @@ import torch
 from scipy.stats import multivariate_normal
 
 from helpers import TWO_STEPS, column
-from rnode.data.context import Context
+from rnode.data.conditions import Conditions
 from rnode.data.datamodule import DataModule
 from rnode.data.images import digits
 from rnode.data.splits import Splits
 from rnode.training.yardstick import gaussian_bits
+from rnode.transforms import Column, TableTransform
 
 pytestmark = pytest.mark.usefixtures("blank_figures")
 
 
-def of_splits(*splits, **more):
-    data = DataModule(lambda: Splits(*splits, **more), None, 10, 10)
+def of_splits(splits, *more):
+    columns = [Column(f"x{i}") for i in range(splits[0].shape[1])]
+    data = DataModule(lambda: Splits(*splits, TableTransform(columns), *more), 10, 10)
     data.setup()
     return data
 
@@ -27,7 +29,7 @@ def test_it_is_the_gaussian_of_the_training_rows_on_the_validation_rows():
     train, val = (torch.randn(n, 3) @ torch.randn(3, 3) + 1 for n in (5000, 300))
     mean, covariance = train.numpy().mean(0), np.cov(train.numpy().T, bias=True)
     expected = -multivariate_normal(mean, covariance).logpdf(val.numpy()).mean()
-    bits = gaussian_bits(of_splits(train, val, val), seed=0)
+    bits = gaussian_bits(of_splits([train, val, val]), seed=0)
     assert bits == pytest.approx(expected / (3 * math.log(2)), rel=1e-5)
 
 
@@ -35,15 +37,15 @@ def test_its_mean_is_linear_in_what_is_given():
     """x = A c + noise of deviation 0.1 in two dimensions, c in two."""
     c = torch.randn(20_000, 2)
     x = c @ torch.tensor([[1.0, 2.0], [-3.0, 0.5]]) + 0.1 * torch.randn(20_000, 2)
-    context = Context.fit({"a": c[:, 0].numpy(), "b": c[:, 1].numpy()})
-    given = [c[:10_000], c[10_000:], c[10_000:]]
-    data = of_splits(x[:10_000], x[10_000:], x[10_000:], contexts=given, context=context)
+    values = [{"a": a, "b": b} for a, b in (c[:10_000].T.numpy(), *2 * [c[10_000:].T.numpy()])]
+    x = [x[:10_000], x[10_000:], x[10_000:]]
+    data = of_splits(x, Conditions.fit(values[0]), values)
     entropy = math.log(0.1) + 0.5 * math.log(2 * math.pi * math.e)  # a dimension
     assert gaussian_bits(data, seed=0) == pytest.approx(entropy / math.log(2), abs=0.02)
 
 
 def test_digits_have_2_33_bits_per_dim():
-    data = DataModule(digits, [1, 8, 8], 32, 180, levels=17, alpha=1e-5)
+    data = DataModule(digits, 32, 180, alpha=1e-5)
     data.setup()
     assert gaussian_bits(data, seed=0) == pytest.approx(2.328, abs=0.01)
 
@@ -51,7 +53,7 @@ def test_digits_have_2_33_bits_per_dim():
 @pytest.mark.parametrize("shape", [(3, 3), (10, 5000)])
 def test_too_few_rows_or_too_many_columns_have_none(shape):
     rows = torch.randn(shape)
-    assert gaussian_bits(of_splits(rows, rows, rows), seed=0) is None
+    assert gaussian_bits(of_splits([rows, rows, rows]), seed=0) is None
 
 
 def test_a_run_prints_it_and_logs_it_at_each_validation(run, capsys):

@@ -4,6 +4,7 @@ import csv
 import functools
 import itertools
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytorch_lightning as pl
@@ -11,8 +12,8 @@ import torch
 from rnode.paper.figures import COLOURS, make_panels, mean_and_extremes, save, verdict
 
 from rnode import Method, Solver
-from rnode.data.images import digits, idx_images
-from rnode.data.splits import Splits
+from rnode.data.images import digits, named_images
+from rnode.data.splits import SPLIT_NAMES, Splits
 from rnode.training.classifier import MEASURES, Classifier, labelled, loaders
 from rnode.training.plots import plot_band
 from rnode.training.run_folder import whole_file
@@ -49,10 +50,16 @@ def load_splits(data: str, root: str) -> tuple[Splits, int]:
     """Return images with labels, and the number of their grey levels."""
     if data == "digits":
         return digits(validation=180, test=360, context="label"), 17
-    splits = idx_images("FashionMNIST", root, 10000, 14, context="label")
-    cut = [part[:most] for part, most in zip(splits[:3], MOST, strict=True)]
-    contexts = tuple(c[:most] for c, most in zip(splits.contexts, MOST, strict=True))
-    return Splits(*cut, contexts=contexts, context=splits.context), 256
+    splits = named_images("FashionMNIST", root, 14, validation=10000, context="label")
+    cut(splits, MOST)
+    return splits, 256
+
+
+def cut(splits: Splits, counts: Sequence[int]) -> None:
+    """Keep the first so many images of each split."""
+    for name, count in zip(SPLIT_NAMES, counts, strict=True):
+        setattr(splits, name, getattr(splits, name)[:count])
+        splits.c[name] = splits.c[name][:count]
 
 
 def reproduce(path: Path, root: str) -> str:

@@ -19,7 +19,6 @@ DATA = {  # overrides of `rnode train`; digits and fashion14 are sized for two C
     "line": [
         "dataset=toy",
         "dataset.name=two_gaussians",
-        "dataset.shape=[1]",
         "trainer.max_epochs=10",
     ],
     "digits": ["dataset=digits", *SMALL, "optimizer.lr=4e-3", "trainer.max_epochs=8"],

@@ -52,15 +52,16 @@ def image_folder(
     """
     folder = Path(root).expanduser()
     divided = (folder / "train").is_dir()
-    paths: dict[str, list[Path]] = {}
-    for path in find_images(folder):
+    paths = find_images(folder)
+    indices: dict[str, list[int]] = {}
+    for i, path in enumerate(paths):
         split = SPLIT_WORDS.get(path.relative_to(folder).parts[0]) if divided else "train"
         if split is not None:
-            paths.setdefault(split, []).append(path)
-    files = {name: np.array(part) for name, part in paths.items()}
+            indices.setdefault(split, []).append(i)
+    tensors = {name: torch.tensor(part) for name, part in indices.items()}
     parts = {}
-    for name, part in hold_out(files, validation, test).items():
-        images, decoded = decode_all(part, Format(channels, size), on_error)
+    for name, part in hold_out(tensors, validation, test).items():
+        images, decoded = decode_all([paths[i] for i in part], Format(channels, size), on_error)
         folders = [(*path.relative_to(folder).parts[divided:-1], NO_LABEL) for path in decoded]
         parts[name] = Labelled(images, np.array([first for first, *_ in folders]))
     return image_splits(parts, **options)

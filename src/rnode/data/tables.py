@@ -78,6 +78,8 @@ class Table:
         for option in ("integer", "log", "logit"):
             for name in getattr(self, option) or ():
                 require(name in names, f"{option}={name}: must be one of the modelled columns")
+        both = {*(self.log or ())} & {*(self.logit or ())}
+        require(not both, "log and logit: a column can be in one of the two")
         for name in names:
             dtype = frame.schema[name]
             message = f"columns={name}: must hold numbers; {self.path} has {dtype} there"
@@ -150,8 +152,8 @@ def table(**options: Any) -> Splits:
 
 def fit_whitening(transform: TableTransform, train: Tensor) -> Tensor:
     """Return the matrix that makes the columns of the training split (N, d) uncorrelated."""
-    n, d = train.shape
-    y = transform(train, torch.arange(n), torch.empty(n, 0), torch.full((n, d), 0.5)).y.double()
+    d = train.shape[1]
+    y = transform.forward(train, torch.full_like(train, 0.5))[0].double()
     variances, directions = torch.linalg.eigh(torch.cov(y.T).reshape(d, d))
     return directions / variances.clamp(min=VARIANCE_FLOOR * variances.max()).sqrt()
 
