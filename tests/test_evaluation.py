@@ -73,7 +73,7 @@ def discrete_bits(x):
 
 def test_the_importance_weighted_bound_falls_to_the_exact_discrete_likelihood():
     x = torch.randint(LEVELS, (400, 1, 2, 2), dtype=torch.uint8)
-    summary, columns = evaluate(identity((1, 2, 2)), GREY, in_batches(x), noises=256, seed=0)
+    summary, columns = evaluate(identity((1, 2, 2)), GREY, in_batches(x, 400), noises=256, seed=0)
     exact, bounds = discrete_bits(x), columns["bounds"]
     means = bounds.mean(1)
     assert summary["bits_per_dim"] == pytest.approx(float(means[0]), abs=1e-6)

@@ -89,7 +89,8 @@ def test_forward_then_inverse_is_the_identity(shape):
 
 def test_log_prob_of_the_multiscale_flow_against_slogdet_of_its_full_jacobian():
     """The whole flow, two scales, squeeze and factoring out: change of variables by brute force."""
-    flow = make_flow((1, 8, 8), test=TIGHT, divergence="exact", pieces=1).eval()
+    method = Method("rk4", steps=12)
+    flow = make_flow((1, 8, 8), test=method, divergence="exact", pieces=1).eval()
     x = torch.randn(2, 1, 8, 8, dtype=torch.float64)
     log_prob = flow.log_prob(x)
     flow.test_probes = Probes()  # z does not depend on them
@@ -98,7 +99,7 @@ def test_log_prob_of_the_multiscale_flow_against_slogdet_of_its_full_jacobian():
     log_det = torch.linalg.slogdet(jacobian.flatten(2).transpose(0, 1)).logabsdet
     log_q = log_normal(flow(x).z)
     assert ((log_prob - log_q).abs() > 0.01).all()
-    torch.testing.assert_close(log_prob, log_q + log_det, rtol=1e-7, atol=1e-7)
+    torch.testing.assert_close(log_prob, log_q + log_det, rtol=1e-6, atol=1e-6)
 
 
 def test_the_gaussian_that_a_linear_flow_models():
