@@ -77,9 +77,10 @@ def test_missing_splits_are_cut_off_the_training_samples():
     assert torch.cat(list(parts.values())).sort().values.equal(rows)
     assert parts["test"].equal(hold_out({"train": rows}, 5, 0.2)["test"])
     assert not parts["test"].equal(rows[:20])
-    parts = hold_out({"train": rows, "test": rows[:7]}, 0.001, 0.5)
-    assert parts["test"].equal(rows[:7])
-    assert [len(parts[name]) for name in ("train", "val")] == [99, 1]
+    for one in (0.001, 1):  # a share is at least one sample; 1 is a number
+        parts = hold_out({"train": rows, "test": rows[:7]}, one, 0.5)
+        assert parts["test"].equal(rows[:7])
+        assert [len(parts[name]) for name in ("train", "val")] == [99, 1]
 
 
 def test_patches_come_from_disjoint_regions_of_the_photographs():

@@ -1,8 +1,5 @@
 """dataset=folder and celeba: image files as other programs write them."""
 
-import os
-from pathlib import Path
-
 import numpy as np
 import polars as pl
 import pytest
@@ -10,11 +7,10 @@ import torch
 from PIL import Image
 
 import rnode
-from data_files import celeba_files, image_files, write_idx
-from helpers import TWO_STEPS, call, column, refused
+from data_files import celeba_files, image_files
+from helpers import TWO_STEPS, call, refused
 from rnode import InputError
 from rnode.data.folder import Format, celeba, decode, image_folder
-from rnode.data.images import find_idx, read_idx
 
 RNG = np.random.default_rng(0)
 RGB = RNG.integers(256, size=(6, 8, 3), dtype=np.uint8)
@@ -159,57 +155,6 @@ def test_a_users_mistake_is_one_line(tmp_path, monkeypatch, capsys, options, mes
     assert message in line
     assert code == 2
     assert not list(tmp_path.rglob("*.ckpt"))
-
-
-@pytest.mark.slow  # decodes 2,000 files and trains twice
-def test_a_folder_trains_as_the_same_images_in_an_idx_file_do(tmp_path):
-    """FashionMNIST written out as PNG by class, or random images if it is not installed."""
-    source = "/usr/share/datasets/fashion-mnist"
-    if os.path.isdir(source):
-        all_images = [
-            read_idx(find_idx("FashionMNIST", Path(source), part)) for part in ("train", "test")
-        ]
-        train, test = all_images[0][:1600].numpy(), all_images[1][:400].numpy()
-    else:
-        train, test = RNG.integers(256, size=(2, 1600, 28, 28), dtype=np.uint8)
-        test = test[:400]
-    for name, stem, array in (("train", "train-images", train), ("test", "t10k-images", test)):
-        kind = np.arange(len(array)) * 10 // len(array)  # ten classes, in their order
-        for i, image in enumerate(array):
-            path = tmp_path / "png" / name / str(kind[i]) / f"{i:05}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(image).save(path)
-        (tmp_path / "idx").mkdir(exist_ok=True)
-        write_idx(tmp_path / "idx" / f"{stem}-idx3-ubyte", array)
-    common = [
-        "model.hidden=4",
-        "model.pieces=1",
-        "dataset.batch_size=50",
-        "seed=3",
-        "trainer.max_steps=8",
-        "trainer.limit_test_batches=2",
-        "wandb.mode=disabled",
-        "dataset.validation=100",
-        "dataset.eval_batch_size=50",
-        "dataset.alpha=1e-5",
-        "trainer.enable_progress_bar=false",
-        "trainer.log_every_n_steps=1",
-        "optimizer.lr=1e-3",  # a preset of grey levels has another rate than a folder
-        "warmup_steps=0",
-    ]
-    png = [
-        "dataset=folder",
-        f"dataset.root={tmp_path / 'png'}",
-        "dataset.channels=1",
-        "dataset.size=28",
-    ]
-    idx = ["dataset=fashion_mnist", f"dataset.root={tmp_path / 'idx'}"]
-    for name, data in (("png", png), ("idx", idx)):
-        call("train", *data, *common, f"hydra.run.dir={tmp_path / f'run-{name}'}")
-    for key in ("train/bits_per_dim", "val/bits_per_dim", "test/bits_per_dim"):
-        found = [column(tmp_path / f"run-{name}", key) for name in ("png", "idx")]
-        assert found[0] == found[1]
-        assert found[0]
 
 
 def test_the_command_scores_a_folder_given_the_class_that_each_image_lies_in(tmp_path):

@@ -170,6 +170,9 @@ def test_warnings_name_columns_whose_likelihood_is_misleading(frame, tmp_path, c
     assert "height" not in printed
     table(path=str(path), columns=["height", "cars"], integer=["cars"])
     assert capsys.readouterr().out == ""
+    pl.DataFrame({"flag": np.arange(50) % 2 == 0}).write_parquet(path := tmp_path / "flags.parquet")
+    table(path=str(path), columns=["flag"])
+    assert "whole numbers in flag" in capsys.readouterr().out
 
 
 def test_rows_with_missing_values(frame, tmp_path, capsys):

@@ -2,8 +2,6 @@
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
-from typing import Any
 
 import torch
 from pytorch_lightning import LightningDataModule, Trainer
@@ -18,12 +16,6 @@ from rnode.transforms import Batch, ImageTransform, TableTransform, Transform
 
 # x (B, *shape), the index of each sample in its split (B,), and what it is conditioned on, c (B, k)
 Rows = tuple[Tensor, Tensor, Tensor]
-
-
-def fetch(x: Any, c: Tensor, indices: list[int]) -> Rows:
-    """Fetch a whole batch at a time."""
-    index = torch.tensor(indices)
-    return x[index].contiguous(), index, c[index]
 
 
 def require_finite(rows: Tensor, where: str) -> None:
@@ -110,8 +102,15 @@ class DataModule(LightningDataModule):
         self.expected = names(state)
 
     def fetch_from(self, split: str) -> Callable[[list[int]], Rows]:
-        """Return the function that fetches the samples of a split by their indices."""
-        return partial(fetch, getattr(self.splits, split), self.splits.c[split])
+        """Return the function that fetches samples of a split, a batch at a time."""
+        x = getattr(self.splits, split)
+        c = self.splits.c[split]
+
+        def fetch(indices: list[int]) -> Rows:
+            index = torch.tensor(indices)
+            return x[index].contiguous(), index, c[index]
+
+        return fetch
 
     def evaluation_batch(self, split: str, index: Tensor, seed: int) -> Batch:
         """Return samples of a split, transformed with the noise that belongs to them and `seed`."""

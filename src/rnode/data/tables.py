@@ -131,9 +131,10 @@ class Table:
 
     def warn(self, frame: pl.DataFrame) -> None:
         """Print the columns whose likelihood is misleading: whole numbers and repeated values."""
-        integer = self.integer
-        if integer is None:
-            integer = [name for name in frame.columns if is_integer(frame[name])]
+        integer = self.integer or ()
+        if self.integer is None:
+            varying = (column for column in frame if column.n_unique() > 1)
+            integer = [c.name for c in varying if (c.cast(pl.Float64) % 1 == 0).all()]
         if integer and self.integer is None:
             listed = ",".join(integer)
             words = f"whole numbers in {listed}, whose density rises without bound"
@@ -156,12 +157,6 @@ def fit_whitening(transform: TableTransform, train: Tensor) -> Tensor:
     y = transform.forward(train, torch.full_like(train, 0.5))[0].double()
     variances, directions = torch.linalg.eigh(torch.cov(y.T).reshape(d, d))
     return directions / variances.clamp(min=VARIANCE_FLOOR * variances.max()).sqrt()
-
-
-def is_integer(column: pl.Series) -> bool:
-    """Whether a column that varies holds whole numbers alone."""
-    whole = column.dtype.is_integer() or bool((column == column.round(0)).all())
-    return whole and column.n_unique() > 1
 
 
 def read_table(path: Path) -> pl.DataFrame:
