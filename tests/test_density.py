@@ -105,7 +105,7 @@ def test_pixels_are_checked_and_score_as_the_evaluation_does(digits_run):
     density = rnode.load(digits_run / "best.ckpt")
     density.data.setup()
     test = density.data.splits.test[:20]
-    batch = density.data.transform.for_evaluation(test, torch.arange(20), 0)
+    batch = density.data.transform.for_evaluation(test, torch.arange(20), torch.empty(20, 0), 0)
     with torch.no_grad():
         first, second = (measure(density.flow, batch, s)[1].bits_per_dim for s in (0, 1))
     np.testing.assert_allclose(density.bits_per_dim(test), (first + second) / 2, rtol=1e-6)
@@ -186,9 +186,10 @@ def test_classes_of_the_users_own_package_are_called_when_named_again(
     (tmp_path / "mydata.py").write_text(
         "import torch\n"
         "from rnode.data.splits import Splits\n"
-        "from rnode import mlp\n"
+        "from rnode import Column, TableTransform, mlp\n"
         "def rows(n):\n"
-        "    return Splits(*torch.randn(n + 20, 3).split([n, 10, 10]))\n"
+        "    transform = TableTransform([Column(name) for name in 'abc'])\n"
+        "    return Splits(*torch.randn(n + 20, 3).split([n, 10, 10]), transform)\n"
         "def flow(**options):\n"
         "    return mlp(**options)\n"
     )
@@ -199,7 +200,7 @@ def test_classes_of_the_users_own_package_are_called_when_named_again(
         "defaults:\n  - override /model: mlp\n  - _self_\n"
         "dataset:\n  _target_: rnode.data.datamodule.DataModule\n"
         "  source:\n    _target_: mydata.rows\n    _partial_: true\n"
-        "  n: 40\n  shape: null\n  batch_size: 20\n  eval_batch_size: 10\n  seed: 0\n"
+        "  n: 40\n  batch_size: 20\n  eval_batch_size: 10\n  seed: 0\n"
         "model:\n  _target_: mydata.flow\n"
     )
     own = ["--config-dir", "own", "dataset=mine", "trainer.max_epochs=1", "hydra.run.dir=run"]
@@ -217,5 +218,5 @@ def test_classes_of_the_users_own_package_are_called_when_named_again(
     for name, extra in (("evaluate", []), ("sample", ["n=3"]), ("score", ["path=new.npy"])):
         call(name, path, "trust=[mydata]", *extra, f"hydra.run.dir={name}")
     assert len(pl.read_csv("score/scores.csv")) == 2
-    assert np.load("sample/samples.npy").shape == (3, 3)
+    assert pl.read_csv("sample/samples.csv").columns == ["a", "b", "c"]
     assert rnode.load(path, trust=["mydata"]).log_prob(np.zeros((2, 3))).shape == (2,)

@@ -70,6 +70,8 @@ def test_images_are_cropped_scaled_and_reduced(tmp_path):
     assert np.array_equal(pixels(tmp_path / "a.png", 1, (20, 8))[0], ramp[:, 16:24])
     assert np.array_equal(pixels(tmp_path / "a.png", 1, 8, crop=8)[0], ramp[6:14, 16:24])
     assert np.array_equal(pixels(tmp_path / "a.png", 1, (20, 40), bits=5)[0], ramp // 8)
+    Image.fromarray(GREY).save(tmp_path / "b.png")
+    assert np.array_equal(pixels(tmp_path / "b.png", 1, 4, crop=4)[0], GREY[1:5, 2:6])
 
 
 def load(folder, **options):

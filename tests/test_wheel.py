@@ -15,11 +15,12 @@ pytestmark = pytest.mark.slow(reason="builds and installs the package, and runs 
 
 OWN_DATA = """
 import torch
+from rnode import ImageTransform
 from rnode.data.splits import Splits
 
 def stripes(count):
     images = torch.arange(2).repeat(count, 1, 8, 4).byte()
-    return Splits(images, images[:8], images[:8])
+    return Splits(images, images[:8], images[:8], ImageTransform(levels=2, alpha=0.05))
 """
 OWN_CONFIG = """
 # @package _global_
@@ -28,9 +29,6 @@ dataset:
   _target_: rnode.data.datamodule.DataModule
   source: {_target_: own.stripes, _partial_: true}
   count: 40
-  shape: [1, 8, 8]
-  levels: 2
-  alpha: 0.05
   batch_size: 8
   eval_batch_size: 8
   seed: ${seed}
