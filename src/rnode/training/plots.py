@@ -30,6 +30,7 @@ plt.rcParams.update(
         "axes.titlesize": "medium",
         "font.size": 11,
         "legend.frameon": False,
+        "svg.fonttype": "none",
     }
 )
 
@@ -85,7 +86,8 @@ def plot_curves(metrics: Path, path: Path, title: str) -> None:
 
 def plot_band(ax: plt.Axes, curves: list[tuple[np.ndarray, np.ndarray]], **style: str) -> None:
     """Plot the mean of curves (x, y) where all have values, and a band from least to largest."""
-    x, y = curves[0]
+    curves = [curve for curve in curves if len(curve[0])]
+    x, y = curves[0] if curves else ([], [])
     if len(curves) > 1:
         x = np.linspace(max(x[0] for x, _ in curves), min(x[-1] for x, _ in curves), 200)
         values = np.stack([np.interp(x, *curve) for curve in curves])
