@@ -1,8 +1,4 @@
-"""Sweeps (`-m`): run their jobs, skip jobs that have finished, and record jobs that fail.
-
-The folder of a job says how the job ended (`rnode.training.results`), and so a sweep that is
-started again in the same folder goes on where it was.
-"""
+"""Sweeps (`-m`): run their jobs, skip jobs that have finished, and record jobs that fail."""
 
 import contextlib
 import ctypes
@@ -10,7 +6,6 @@ import math
 import os
 import signal
 import sys
-import traceback
 from collections.abc import Callable
 from multiprocessing import current_process
 from pathlib import Path
@@ -23,22 +18,22 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from rnode.app.launch import is_first_process
-from rnode.app.report_error import describe_error, one_line_errors, wants_traceback
+from rnode.app.report_error import describe_error, one_line_errors
 from rnode.app.schema import flatten
 from rnode.errors import Stopped, require, require_choice
 from rnode.training.results import CONFIG, DIVERGED, FAILED, OVERRIDES, RESULT, RESULTS, read_result
 
 SWEPT = "RNODE_SWEPT"  # environment variable, for jobs: the keys that the sweep varies
-LIMITS = {  # keys in which a job may differ from the run that it resumes
+LIMITS = [  # a job may differ in them from the run that it resumes
     f"trainer.{key}" for key in ("max_epochs", "max_steps", "max_time", "min_epochs", "min_steps")
-}
-DISPLAY = ("log_every_n_steps", "profiler", "enable_progress_bar", "enable_model_summary")
+]
 WITHOUT_EFFECT = (  # keys, and sections, that do not change the result of a run
     *("folder", "ckpt_path", "sweep_metrics", "logger", "callbacks.figures", "callbacks.save"),
-    *("save_every_n_steps", "compile", "cuda_graphs", "trainer.on_divergence"),
-    *("wandb", "pictures", "tensorboard", "mlflow"),
-    *("dataset.root", "trainer.accelerator", "trainer.strategy"),
-    *(f"trainer.{key}" for key in DISPLAY),
+    *("dataset.root", "trainer.accelerator", "trainer.strategy", "trainer.profiler"),
+    *("trainer.log_every_n_steps", "trainer.enable_progress_bar", "trainer.enable_model_summary"),
+    # until callbacks and loggers are groups:
+    *("wandb", "tensorboard", "mlflow", "pictures", "save_every_n_steps"),
+    *("compile", "cuda_graphs", "trainer.on_divergence"),
 )
 
 
@@ -68,16 +63,14 @@ def earlier_result(cfg: DictConfig, folder: Path) -> dict[str, float | None] | N
     """
     if not any((folder / name).exists() for name in ("last.ckpt", "best.ckpt", RESULT)):
         return None
-    theirs, ours = (
-        flatten(OmegaConf.to_container(config, resolve=True))
-        for config in (OmegaConf.load(folder / CONFIG), cfg)
-    )
-    keys = sorted(key for key in theirs.keys() | ours.keys() if not is_irrelevant(key))
-    changed = [key for key in keys if theirs.get(key) != ours.get(key)]
+    there = flatten(OmegaConf.to_container(OmegaConf.load(folder / CONFIG)))
+    here = flatten(OmegaConf.to_container(cfg, resolve=True))
+    keys = sorted(key for key in there.keys() | here.keys() if not is_irrelevant(key))
+    changed = [key for key in keys if there.get(key) != here.get(key)]
     other = [key for key in changed if key not in LIMITS]
-    words = [f"{key} is {theirs.get(key)} there and {ours.get(key)} here" for key in other]
+    words = [f"{key} is {there.get(key)} there and {here.get(key)} here" for key in other]
     differ = f"{folder}: holds a run of another configuration ({'; '.join(words)})"
-    require(not other, f"{differ}; use another folder")
+    require(not words, f"{differ}; use another folder")
     return None if changed else read_result(folder)
 
 
@@ -102,15 +95,14 @@ def run_job(function: Callable[[DictConfig], Any], cfg: DictConfig, folder: Path
 
     The other jobs then run, and the sweep ends with a report. A signal ends the whole sweep.
     """
+    for name in (DIVERGED, FAILED):  # of an earlier job in this folder
+        (folder / name).unlink(missing_ok=True)
     if not in_sweep():
-        value = function(cfg)
-        forget_failure(folder)
-        return value
+        return function(cfg)
     parallel = current_process().name != "MainProcess"
     if parallel and sys.platform == "linux":  # joblib's workers would finish their queue alone
         set_signal_of_parents_death = 1  # PR_SET_PDEATHSIG
         ctypes.CDLL(None).prctl(set_signal_of_parents_death, signal.SIGTERM)
-    forget_failure(folder)
     try:
         return function(cfg)
     except Stopped as stopped:
@@ -125,17 +117,9 @@ def run_job(function: Callable[[DictConfig], Any], cfg: DictConfig, folder: Path
         return None
 
 
-def forget_failure(folder: Path) -> None:
-    """Delete the error message of an earlier job in this folder."""
-    for name in (DIVERGED, FAILED):
-        (folder / name).unlink(missing_ok=True)
-
-
 def record_failure(error: Exception, folder: Path) -> None:
     """Print why a job failed, and write it into the folder of the job."""
     line, _ = describe_error(error)
-    if wants_traceback():
-        traceback.print_exception(error)
     if not is_first_process():
         return
     print(f"error: job {folder.name}: {line}", file=sys.stderr, flush=True)
