@@ -17,7 +17,7 @@ from rich.table import Table
 
 from rnode.app.figures import choose_colours, plot_penalties, plot_training
 from rnode.app.printing import print_table
-from rnode.app.runs import COLUMNS, LAMBDAS, Run, best, read_runs
+from rnode.app.runs import Run, best, read_runs, tabulate
 from rnode.errors import require
 from rnode.training.loggers import Label, finish_wandb, make_wandb
 from rnode.training.results import RESULTS
@@ -28,8 +28,8 @@ def main(cfg: DictConfig) -> None:
     """Write report.html about the runs and evaluations in and below the folders."""
     folders = [Path(folder).expanduser() for folder in cfg.folders]
     runs, problems = read_runs(folders)
-    none = f"folders={list(cfg.folders)}: must be or hold folders of training runs"
-    require(bool(runs), "; ".join(problems) or none)
+    none = [f"folders={cfg.folders}: must be or hold folders of training runs"]
+    require(bool(runs), "; ".join(problems or none))
     for problem in problems:
         print(f"left out: {problem}", file=sys.stderr)
     path = Path(HydraConfig.get().runtime.output_dir) / "report.html"
@@ -44,27 +44,20 @@ def report_sweep(folder: Path, wandb: DictConfig | None) -> None:
     """
     jobs, problems = read_runs([folder])
     if jobs:
-        print_table(make_table(jobs))
+        header, rows = tabulate(jobs)
+        table = Table(*header)
+        for job, row in zip(jobs, rows, strict=True):
+            table.add_row(*row, style="bold" if job is best(jobs) else None)
+        print_table(table)
         write_sweep(jobs, folder, wandb)
         write_report(jobs, folder / "report.html", problems)
         print(f"written to {folder / 'sweep.csv'} and report.html")
-    for job in jobs:
-        if job.status != "finished":
-            overrides = [f"{key}={value}" for key, value in job.swept.items()]
-            problems.append(f"{job.status}: {' '.join([job.name, *overrides])}: {job.reason}")
+    for job in [job for job in jobs if job.status != "finished"]:
+        overrides = [f"{key}={value}" for key, value in job.swept.items()]
+        problems.append(f"{job.status}: {' '.join([job.name, *overrides])}: {job.reason}")
     if problems:
         print(*problems, sep="\n", file=sys.stderr)
         sys.exit(1)
-
-
-def make_table(jobs: list[Run]) -> Table:
-    """Return a row per job; the one of the least validation bits/dim is bold."""
-    labels = [label for label, _ in COLUMNS.values()]
-    table = Table("job", *(LAMBDAS.get(key, key) for key in jobs[0].swept), "status", *labels)
-    for job in jobs:
-        cells = [job.name, *map(str, job.swept.values()), job.status, *job.cells()]
-        table.add_row(*cells, style="bold" if job is best(jobs) else None)
-    return table
 
 
 def write_sweep(jobs: list[Run], folder: Path, wandb: DictConfig | None) -> None:
@@ -96,16 +89,17 @@ def write_report(
     """Write a page about runs and their `read_evaluations`; `problems` says what it leaves out."""
     template = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
     colours = choose_colours(runs)
+    header, rows = tabulate(runs)
     count = max(2, 12 // len(runs))  # pictures of each run, which make up most of the page
     text = Template(template, autoescape=True).render(
-        title="/".join(runs[0].folder.parts[-2:]) if len(runs) == 1 else f"{len(runs)} runs",
-        swept=[LAMBDAS.get(key, key) for key in runs[0].swept],
-        columns=[label for label, _ in COLUMNS.values()],
+        title=path.absolute().parent.name,
+        header=header,
+        table=zip(runs, rows, strict=True),
         runs=runs,
         best=best(runs),
         colours=colours,
-        curves=map(as_svg, plot_training(runs, colours)),
-        penalties=map(as_svg, filter(None, [plot_penalties(runs)])),
+        curves=map(draw, plot_training(runs, colours)),
+        penalties=map(draw, filter(None, [plot_penalties(runs)])),
         samples={run.name: list(read_samples(run, count)) for run in runs},
         evaluations=evaluations,
         problems=problems,
@@ -114,23 +108,20 @@ def write_report(
         file.write(text)
 
 
-def as_svg(figure: plt.Figure) -> str:
-    """Return a figure as an element of a page."""
-    buffer = io.StringIO()
+def draw(figure: plt.Figure) -> str:
+    """Return a figure as an address that contains it."""
+    buffer = io.BytesIO()
     figure.savefig(buffer, format="svg")
     plt.close(figure)
-    svg = buffer.getvalue()
-    return svg[svg.index("<svg") :]
+    return embed(buffer.getvalue(), "svg+xml")
 
 
 def read_samples(run: Run, count: int) -> Iterator[tuple[str, str]]:
     """Yield names and addresses of at most `count` pictures of samples, the last among them."""
     paths = sorted((run.folder / "samples").glob("*.png"), reverse=True)
     for path in reversed(paths[:: max(1, math.ceil(len(paths) / count))]):
-        yield (
-            f"step {int(path.stem)}" if path.stem.isdigit() else f"{path.stem} weights",
-            embed(path),
-        )
+        name = f"step {int(path.stem)}" if path.stem.isdigit() else f"{path.stem} weights"
+        yield name, embed(path.read_bytes())
 
 
 def read_evaluations(folders: list[Path]) -> Iterator[tuple[str, str, str]]:
@@ -140,10 +131,9 @@ def read_evaluations(folders: list[Path]) -> Iterator[tuple[str, str, str]]:
         yield (
             json.loads(file.read_text(encoding="utf-8"))["ckpt_path"],
             file.with_name("evaluation.txt").read_text(encoding="utf-8"),
-            embed(picture) if picture.exists() else "",
+            embed(picture.read_bytes()) if picture.exists() else "",
         )
 
 
-def embed(picture: Path) -> str:
-    """Return a PNG as an address that contains it."""
-    return f"data:image/png;base64,{base64.b64encode(picture.read_bytes()).decode()}"
+def embed(picture: bytes, kind: str = "png") -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(picture).decode()}"

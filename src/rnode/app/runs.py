@@ -35,7 +35,7 @@ class Run:
         parsed = OverridesParser.create().parse_overrides(texts)
         self.overrides = {override.key_or_group: override.value() for override in parsed}
         config = load(folder / results.CONFIG)
-        self.started = bool(config)
+        self.started = bool(config)  # a run that failed before has overrides alone
         settings = self.overrides | flatten(config)
         self.settings = {
             k: v if isinstance(v, int | float) else str(v) for k, v in settings.items()
@@ -58,21 +58,13 @@ class Run:
         x, y = np.array(points).reshape(-1, 2).T
         return x, y
 
-    def cells(self) -> list[str]:
-        """Return the result as texts, one for each of COLUMNS."""
-        numbers = [(self.result.get(name), form) for name, (_, form) in COLUMNS.items()]
-        return ["" if number is None else form.format(number) for number, form in numbers]
-
 
 def load(path: Path) -> dict:
     return OmegaConf.to_container(OmegaConf.load(path)) if path.exists() else {}
 
 
 def read_runs(folders: Iterable[Path]) -> tuple[list[Run], list[str]]:
-    """Return the runs in and below the folders, in order of their names, 10 after 9.
-
-    The second result has a line for each folder without a run, and for each run that is damaged.
-    """
+    """Return the runs in and below folders, 10 after 9, and a line about each one left out."""
     paths, runs, problems = set(), [], []
     for folder in folders:
         inside = {file.parent.parent.resolve() for file in folder.rglob(results.OVERRIDES)}
@@ -83,11 +75,12 @@ def read_runs(folders: Iterable[Path]) -> tuple[list[Run], list[str]]:
             runs.append(Run(path))
         except Exception as error:  # whatever a damaged file raises
             problems.append(f"{path}: cannot be read ({one_line(error)})")
-    swept = []  # a run that failed before it started has overrides alone
-    for key in dict.fromkeys(key for run in runs for key in run.overrides):
-        values = {run.settings.get(key) for run in runs if run.started or key in run.settings}
-        if len(values) > 1:
-            swept.append(key)
+    keys = dict.fromkeys(key for run in runs for key in run.overrides)
+    swept = [
+        key
+        for key in keys
+        if len({run.settings.get(key) for run in runs if run.started or key in run.settings}) > 1
+    ]
     root = commonpath([run.folder.parent for run in runs]) if runs else ""
     for run in runs:
         run.name = str(run.folder.relative_to(root))
@@ -99,3 +92,14 @@ def best(runs: Iterable[Run]) -> Run | None:
     """Return the finished run of the least validation bits/dim."""
     measured = [run for run in runs if run.result.get(results.BITS) is not None]
     return min(measured, key=lambda run: run.result[results.BITS], default=None)
+
+
+def tabulate(runs: list[Run]) -> tuple[list[str], list[list[str]]]:
+    """Return a header, and a row of texts for each run."""
+    swept = [LAMBDAS.get(key, key) for key in runs[0].swept]
+    rows = []
+    for run in runs:
+        numbers = [(run.result.get(name), form) for name, (_, form) in COLUMNS.items()]
+        cells = ["" if number is None else form.format(number) for number, form in numbers]
+        rows.append([run.name, *map(str, run.swept.values()), run.status, *cells])
+    return ["run", *swept, "status", *(label for label, _ in COLUMNS.values())], rows
