@@ -90,3 +90,11 @@ def test_scattered_lambdas_make_points(tmp_path):
     assert points.get_array().filled(-1).tolist() == [*range(6), -1]
     assert points.get_offsets()[2].tolist() == pytest.approx([0.3, 0.2])
     assert points.get_offsets()[6].tolist() == pytest.approx([0.7, 0.6])
+
+
+def test_a_job_that_failed_early_differs_in_its_own_overrides_alone(tmp_path):
+    make_job(tmp_path / "0", {"reg.lambda_k": 0, "model.hidden": 4}, 3, 24, 1)
+    make_job(tmp_path / "1", {"reg.lambda_k": -1}, failed="must be at least 0")
+    jobs, problems = read_runs([tmp_path, tmp_path / "empty"])
+    assert [job.swept for job in jobs] == [{"reg.lambda_k": 0}, {"reg.lambda_k": -1}]
+    assert problems == [f"{tmp_path / 'empty'}: holds no run"]

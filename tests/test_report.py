@@ -30,7 +30,9 @@ def sweep(tmp_path_factory):
     (folder / "broken" / "metrics.csv").write_text("step,val/bits_per_dim\n1,<script>\n")
     (folder / "foreign").mkdir()
     (folder / "lost" / ".hydra").mkdir(parents=True)
-    (folder / "lost" / ".hydra" / "overrides.yaml").write_text(yaml.safe_dump(["seed='<b>'"]))
+    (folder / "lost" / ".hydra" / "overrides.yaml").write_text(
+        yaml.safe_dump(["reg.lambda_k='<b>'"])
+    )
     (folder / "lost" / "diverged.txt").write_text("z became NaN")
     names = ("sweep", "evaluation", "unfinished", "broken", "foreign", "lost")
     places = [str(folder / name) for name in names]
@@ -51,7 +53,7 @@ def test_a_report_compares_runs_wherever_they_lie(sweep):
         "val bits/dim",
     ]
     assert {row[0]: row[1:4] for row in cells[1:]} == {
-        "lost": ["", "&lt;b&gt;", "diverged"],
+        "lost": ["&lt;b&gt;", "", "diverged"],
         "sweep/0": ["0", "0", "finished"],
         "sweep/1": ["0", "1", "finished"],
         "sweep/2": ["0.1", "0", "finished"],

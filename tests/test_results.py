@@ -15,7 +15,7 @@ train/seconds_per_epoch,test/bits_per_dim
 4,,,26,38,,
 5,3.2,57,,,2.0,
 5,,,,,,3.25
-6,2.9"""  # a full disk cut the last line
+6,,,99"""  # a full disk cut the last line
 
 
 def test_a_result_agrees_with_metrics_csv(tmp_path):
@@ -35,6 +35,9 @@ def test_a_result_agrees_with_metrics_csv(tmp_path):
         "test/kinetic": 0.0,
         "test/jacobian": None,
     }
+    (tmp_path / "metrics.csv").unlink()
+    unknown = dict.fromkeys(result)
+    assert write_result(tmp_path, {}, best=3.0) == unknown | {"val/bits_per_dim": 3.0}
 
 
 @pytest.mark.parametrize(
