@@ -87,7 +87,7 @@ def test_failed_jobs_are_reported_and_do_not_stop_the_others(tmp_path, capsys, m
 def test_a_repeated_sweep_skips_resumes_or_refuses_its_jobs(tmp_path, capsys):
     arguments = ["-m", *TINY, f"hydra.sweep.dir={tmp_path}", "reg.lambda_k=0,0.1"]
     call("train", *arguments)
-    files = [path for path in tmp_path.glob("*/*.*") if path.suffix != ".log"]
+    files = [path for path in tmp_path.glob("*/*.*") if path.is_file() and path.suffix != ".log"]
     before = {path: path.read_bytes() for path in files}
     first = results(tmp_path)
     assert len(first) == 2
