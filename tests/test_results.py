@@ -4,27 +4,52 @@ import json
 
 import pytest
 
-from helpers import TWO_STEPS, call, rows
-from rnode.training.results import TESTED
+from rnode.training.results import read_status, write_result
+
+METRICS = """step,val/bits_per_dim,val/nfe_forward,train/nfe_forward,train/nfe_backward,\
+train/seconds_per_epoch,test/bits_per_dim
+0,,,20,30,,
+1,3.5,45,,,1.5,
+2,,,24,36,,
+3,3.0,51,,,2.5,
+4,,,26,38,,
+5,3.2,57,,,2.0,
+5,,,,,,3.25
+6,,,99"""  # a full disk cut the last line
 
 
 def test_a_result_agrees_with_metrics_csv(tmp_path):
-    epochs = ["trainer.max_steps=-1", "trainer.max_epochs=3", "trainer.limit_train_batches=2"]
-    call("train", *TWO_STEPS, *epochs, "optimizer.lr=0.2", f"hydra.run.dir={tmp_path}")
-    found = json.loads((tmp_path / "result.json").read_text())
-    recorded = rows(tmp_path)
-    validated = [row for row in recorded if "val/bits_per_dim" in row]
-    assert len(validated) == 3
-    best = min(validated, key=lambda row: float(row["val/bits_per_dim"]))
-    bits = float(best["val/bits_per_dim"])
-    assert found["val/bits_per_dim"] == pytest.approx(bits, rel=1e-6)
-    assert found["val/nfe_forward"] == float(best["val/nfe_forward"])
-    key = "train/seconds_per_epoch"
-    seconds = [float(row[key]) for row in recorded if key in row]
-    assert found["train/seconds"] == pytest.approx(sum(seconds))
-    assert len(seconds) == 3
-    tested = next(row for row in recorded if "test/bits_per_dim" in row)
-    for name in TESTED:
-        value = float(tested[f"test/{name}"])
-        assert found[f"test/{name}"] == pytest.approx(value, rel=1e-6), name
-    assert found["train/nfe_forward"] == 24
+    (tmp_path / "metrics.csv").write_text(METRICS)
+    tested = {"test/bits_per_dim": 3.25, "test/kinetic": 0.0, "test/jacobian": float("nan")}
+    result = write_result(tmp_path, tested, best=3.0)
+    assert result == json.loads((tmp_path / "result.json").read_text())
+    assert result == {
+        "val/bits_per_dim": 3.0,
+        "val/nfe_forward": 51,
+        "train/seconds": 6.0,
+        "train/nfe_forward": 26,
+        "train/nfe_backward": 38,
+        "test/bits_per_dim": 3.25,
+        "test/bits_per_dim_se": None,
+        "test/nfe_forward": None,
+        "test/kinetic": 0.0,
+        "test/jacobian": None,
+    }
+    (tmp_path / "metrics.csv").unlink()
+    unknown = dict.fromkeys(result)
+    assert write_result(tmp_path, {}, best=3.0) == unknown | {"val/bits_per_dim": 3.0}
+
+
+@pytest.mark.parametrize(
+    ("names", "status"),
+    [
+        ([], ("unfinished", "was interrupted, or is still running")),
+        (["result.json"], ("finished", "")),
+        (["result.json", "failed.txt"], ("failed", "of failed.txt")),
+        (["diverged.txt"], ("diverged", "of diverged.txt")),
+    ],
+)
+def test_the_files_of_a_run_say_how_it_ended(tmp_path, names, status):
+    for name in names:
+        (tmp_path / name).write_text(f"of {name}\n")
+    assert read_status(tmp_path) == status

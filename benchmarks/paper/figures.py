@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from matplotlib import pyplot as plt
-from rnode.paper.runs import BOTH_PENALTIES, LABELS, PUBLISHED, RATIO, Run, speed_ups
+from rnode.paper.runs import BOTH_PENALTIES, LABELS, PUBLISHED, RATIO, Job, speed_ups
 from scipy.stats import spearmanr
 
 from rnode.app.build import load_flow
@@ -48,7 +48,7 @@ def verdict(held: bool, what: str) -> str:
     return f"The paper's claim {'holds' if held else 'does not hold'} here: {what}"
 
 
-def load(run: Run) -> tuple[DataModule, Flow]:
+def load(run: Job) -> tuple[DataModule, Flow]:
     """Return the data of a finished run, and its flow on the accelerator if there is one."""
     torch.manual_seed(0)
     data, flow = load_flow(str(run.folder / "best.ckpt"), trust=["rnode"])  # our own run
@@ -57,7 +57,7 @@ def load(run: Run) -> tuple[DataModule, Flow]:
 
 
 @torch.no_grad()
-def plot_figure_1(runs: list[Run], path: Path) -> str:
+def plot_figure_1(runs: list[Job], path: Path) -> str:
     """Trajectories of flows on the line: a generic one, and one with penalties from f = 0 on.
 
     The trajectories are of the first seed, and the verdict is over all seeds.
@@ -113,7 +113,7 @@ def plot_figure_1(runs: list[Run], path: Path) -> str:
     return verdict(held, f"{what}{'; '.join(words)}.")
 
 
-def plot_figure_2(runs: list[Run], path: Path) -> str:
+def plot_figure_2(runs: list[Job], path: Path) -> str:
     """Validation bits/dim against training time; a band from the lowest to the highest seed."""
     names = list(dict.fromkeys(run.data for run in runs))
     figure, axes = make_panels(1, len(names), (6, 4.5))
@@ -122,7 +122,10 @@ def plot_figure_2(runs: list[Run], path: Path) -> str:
         members = [run for run in runs if run.data == data]
         for recipe in dict.fromkeys(run.recipe for run in members if run.finished):
             seeds = [run for run in members if run.recipe == recipe and run.finished]
-            for run, curve in zip(seeds, plot_seeds(ax, seeds), strict=True):
+            bits = [run.by_epoch("val/bits_per_dim")[: len(run.seconds)] for run in seeds]
+            curves = [(run.seconds, y) for run, y in zip(seeds, bits, strict=True)]
+            plot_band(ax, curves, label=LABELS[recipe], color=COLOURS[recipe])
+            for run, curve in zip(seeds, curves, strict=True):
                 points = enumerate(zip(*curve, strict=True))
                 rows += [(data, recipe, run.seed, epoch, *point) for epoch, point in points]
         ratios = speed_ups(members)
@@ -133,14 +136,6 @@ def plot_figure_2(runs: list[Run], path: Path) -> str:
         ax.legend(loc="upper right")  # curves fall
     save(figure, path, ("data", "recipe", "seed", "epoch", "seconds", "val bits/dim"), rows)
     return verdict(held, f"{'; '.join(words)}.")
-
-
-def plot_seeds(ax: plt.Axes, seeds: list[Run]) -> list[tuple[list[float], list[float]]]:
-    """Plot validation bits/dim of one recipe against time; return both for each run."""
-    recipe = seeds[0].recipe
-    curves = [(r.seconds, r.by_epoch("val/bits_per_dim")[: len(r.seconds)]) for r in seeds]
-    plot_band(ax, curves, label=LABELS[recipe], color=COLOURS[recipe])
-    return curves
 
 
 def spread(ratios: list[float]) -> str:
@@ -166,7 +161,7 @@ def sooner(ratios: list[float]) -> str:
     return f"reached FFJORD's bits/dim {spread(ratios)} times sooner than FFJORD"
 
 
-def plot_figure_3(runs: list[Run], path: Path) -> str:
+def plot_figure_3(runs: list[Job], path: Path) -> str:
     """NFE of the adaptive solver against the Jacobian norm while FFJORD trains."""
     run, keys = runs[0], ("step", "train/jacobian", "train/nfe_forward")
     logged = [row for row in run.rows if all(key in row for key in keys)]
@@ -183,7 +178,7 @@ def plot_figure_3(runs: list[Run], path: Path) -> str:
     return verdict(correlation > 0 and p < 0.01, what)
 
 
-def plot_figure_4(runs: list[Run], path: Path) -> str:
+def plot_figure_4(runs: list[Job], path: Path) -> str:
     """Jacobian norm and kinetic energy under each penalty; a run that diverged ends in a cross."""
     figure, (axes,) = make_panels(1, 2, (5.5, 4.5))
     rows, last = [], {}
@@ -214,7 +209,7 @@ def plot_figure_4(runs: list[Run], path: Path) -> str:
 
 
 @torch.no_grad()
-def plot_figure_5(runs: list[Run], path: Path) -> str:
+def plot_figure_5(runs: list[Job], path: Path) -> str:
     """Samples with and without the penalties, from the same z."""
     names = list(dict.fromkeys(run.data for run in runs))
     figure, axes = make_panels(len(names), 2, (5, 5.2))
@@ -235,8 +230,8 @@ def plot_figure_5(runs: list[Run], path: Path) -> str:
     return f"{claim}. {'; '.join(words)}."
 
 
-def plot_table_1(runs: list[Run], path: Path) -> str:
-    """bits/dim, training time, its ratio to FFJORD's and NFE; means and spread over the seeds."""
+def plot_table_1(runs: list[Job], path: Path) -> str:
+    """bits/dim, training time, its ratio to FFJORD's and NFE; means and extremes over the seeds."""
     header = ["data", "flow", "test bits/dim", "training seconds", "FFJORD's time / this"]
     header += ["to FFJORD's likelihood", "NFE training", "NFE test"]
     rows, words, held = [], [], True
@@ -271,7 +266,7 @@ def plot_table_1(runs: list[Run], path: Path) -> str:
     return verdict(held, f"{'; '.join(words)} (the paper reports {RATIO} times).")
 
 
-def table_row(recipe: str, runs: list[Run], ratios: dict[str, list[float]]) -> list[str]:
+def table_row(recipe: str, runs: list[Job], ratios: dict[str, list[float]]) -> list[str]:
     """Return the cells of a recipe; `runs` on a data set have the speed-ups `ratios`."""
     finished = [run for run in runs if run.recipe == recipe and run.finished]
     if not finished:
@@ -279,9 +274,8 @@ def table_row(recipe: str, runs: list[Run], ratios: dict[str, list[float]]) -> l
     ffjord = {run.seed: run.seconds[-1] for run in runs if run.recipe == "ffjord" and run.finished}
     times = [ffjord[run.seed] / run.seconds[-1] for run in finished if run.seed in ffjord]
     bits = [run.test("bits_per_dim") for run in finished]
-    deviation = f" ± {statistics.stdev(bits):.4f}" if len(bits) > 1 else ""
     return [
-        f"{statistics.fmean(bits):.4f}{deviation}",
+        mean_and_extremes(bits, ".4f"),
         f"{statistics.fmean(run.seconds[-1] for run in finished):.0f}",
         spread(times),
         "1" if recipe == "ffjord" else spread(ratios.get(recipe, [])),
@@ -290,7 +284,7 @@ def table_row(recipe: str, runs: list[Run], ratios: dict[str, list[float]]) -> l
     ]
 
 
-PLOTS: dict[str, Callable[[list[Run], Path], str]] = {
+PLOTS: dict[str, Callable[[list[Job], Path], str]] = {
     "figure1": plot_figure_1,
     "figure2": plot_figure_2,
     "figure3": plot_figure_3,

@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 from rich.table import Table
 from rnode.paper import discussion
 from rnode.paper.figures import PLOTS
-from rnode.paper.runs import DATA, DOWNLOADED, FIGURES, Run
+from rnode.paper.runs import DATA, DOWNLOADED, FIGURES, Job
 
 from rnode.app.printing import print_table
 from rnode.errors import require
@@ -56,9 +56,9 @@ def show(name: str, folder: Path, verdict: str) -> None:
     print(f"written to {folder / name}.png, .csv and .txt")
 
 
-def train(runs: list[Run], cfg: DictConfig) -> None:
+def train(runs: list[Job], cfg: DictConfig) -> None:
     """Start a sweep for each set of overrides: its jobs are the recipes of a seed, seed by seed."""
-    sweeps: dict[tuple[str, ...], list[Run]] = {}
+    sweeps: dict[tuple[str, ...], list[Job]] = {}
     for run in runs:
         sweeps.setdefault((run.data, *run.overrides), []).append(run)
     for (data, *overrides), members in sweeps.items():

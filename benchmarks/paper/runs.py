@@ -7,8 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
-from rnode.app.sweep import DIVERGED
-from rnode.training.results import read_metrics, read_result
+from rnode.training.results import METRICS, read_metrics, read_status
 
 SMALL = [
     *("model.pieces=1", "model.hidden=16", "trainer.log_every_n_steps=1"),
@@ -55,8 +54,8 @@ RATIO = 2.8  # training time of FFJORD over that of RNODE in the paper (section 
 
 
 @dataclass(frozen=True)
-class Run:
-    """A training run and what its folder holds."""
+class Job:
+    """A training run that a figure needs, and what its folder holds."""
 
     data: str
     recipe: str
@@ -66,15 +65,15 @@ class Run:
 
     @cached_property
     def rows(self) -> list[dict[str, str]]:
-        return read_metrics(self.folder / "metrics.csv")
+        return read_metrics(self.folder / METRICS)
 
     @property
     def finished(self) -> bool:
-        return read_result(self.folder) is not None
+        return read_status(self.folder)[0] == "finished"
 
     @property
     def diverged(self) -> bool:
-        return not self.finished and (self.folder / DIVERGED).exists()
+        return read_status(self.folder)[0] == "diverged"
 
     @property
     def ended(self) -> bool:
@@ -113,7 +112,7 @@ class Run:
         return None
 
 
-def speed_ups(runs: list[Run]) -> dict[str, list[float]]:
+def speed_ups(runs: list[Job]) -> dict[str, list[float]]:
     """Return how many times sooner than FFJORD a recipe reached FFJORD's likelihood, by seed.
 
     The likelihood is FFJORD's least validation bits/dim + 0.01. A run that never reached it has 0.
@@ -137,11 +136,11 @@ class Figure(NamedTuple):
     recipes: tuple[str, ...]
     seeds: int
 
-    def runs(self, scale: str, folder: Path) -> list[Run]:
+    def runs(self, scale: str, folder: Path) -> list[Job]:
         """Return the runs at a scale, whose folders lie in `folder`."""
         combinations = itertools.product(self.data[scale], range(self.seeds), self.recipes)
         return [
-            Run(
+            Job(
                 data,
                 recipe,
                 seed,

@@ -1,179 +1,139 @@
-"""`rnode report`: a page for the browser about runs and sweeps. It needs no network."""
+"""Reports: the page of `rnode report`, and what a sweep prints and writes at its end."""
 
 import base64
-import contextlib
 import io
 import json
+import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
 
-import numpy as np
+import polars as pl
 from hydra.core.hydra_config import HydraConfig
-from jinja2 import Environment
+from jinja2 import Template
 from matplotlib import pyplot as plt
-from matplotlib.colors import to_hex
-from matplotlib.ticker import MaxNLocator
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
+from rich.table import Table
 
-from rnode.app.maps import plot_maps
-from rnode.app.quoting import shell_quote
-from rnode.app.runs import CLOCK, COLUMNS, LAMBDAS, Run, best, read_runs
-from rnode.errors import InputError, require
-from rnode.training.checkpoint import load_checkpoint
-from rnode.training.environment import ENVIRONMENT
-from rnode.training.plots import COLOURS, plot_band
-from rnode.training.results import GAUSSIAN, MEASURES
+from rnode.app.figures import choose_colours, plot_penalties, plot_training
+from rnode.app.printing import print_table
+from rnode.app.runs import Run, best, read_runs, tabulate
+from rnode.errors import require
+from rnode.training.loggers import Label, finish_wandb, make_wandb
+from rnode.training.results import RESULTS
 from rnode.training.run_folder import whole_file
-
-INK = "#010203"  # stands in a figure for the colour of the page's text
-STYLE = {
-    **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor"), INK),
-    **dict.fromkeys(("xtick.color", "ytick.color"), INK),
-    "svg.fonttype": "none",
-    "savefig.transparent": True,
-}
-CURVES = {  # what is logged, and against what
-    "val/bits_per_dim": CLOCK,
-    **dict.fromkeys((f"train/{name}" for name in MEASURES), "step"),
-}
-STAGES = {"train": "training", "val": "validation"}
-AXES = {CLOCK: "seconds of training", "step": "training step"}
-PANEL = {"figsize": (5, 3.4), "layout": "constrained"}
-FRAMES = 60  # pictures of samples in a report, of all runs together
-FEWEST, MOST = 2, 12  # of a run
-
-
-class Evaluation(NamedTuple):
-    """What `rnode evaluate` has written about a run."""
-
-    run: str
-    table: str
-    picture: str  # of the most and least likely images, if any
 
 
 def main(cfg: DictConfig) -> None:
-    """Write report.html about the runs in and below the folders, and their evaluations there."""
+    """Write report.html about the runs and evaluations in and below the folders."""
     folders = [Path(folder).expanduser() for folder in cfg.folders]
     runs, problems = read_runs(folders)
-    none = f"folders={list(cfg.folders)}: must be or hold folders of training runs"
-    require(bool(runs), "; ".join(problems) or none)
+    none = [f"folders={cfg.folders}: must be or hold folders of training runs"]
+    require(bool(runs), "; ".join(problems or none))
     for problem in problems:
         print(f"left out: {problem}", file=sys.stderr)
     path = Path(HydraConfig.get().runtime.output_dir) / "report.html"
-    write_report(runs, path, problems, list(read_evaluations(runs, folders)))
+    write_report(runs, path, problems, read_evaluations(folders))
     print(f"{len(runs)} run(s); written to {path}")
+
+
+def report_sweep(folder: Path, wandb: DictConfig | None) -> None:
+    """Print a table of the jobs, write sweep.csv, sweep.png and report.html, and log them to W&B.
+
+    The program exits with 1 unless all jobs finished.
+    """
+    jobs, problems = read_runs([folder])
+    if jobs:
+        header, rows = tabulate(jobs)
+        table = Table(*header)
+        for job, row in zip(jobs, rows, strict=True):
+            table.add_row(*row, style="bold" if job is best(jobs) else None)
+        print_table(table)
+        write_sweep(jobs, folder, wandb)
+        write_report(jobs, folder / "report.html", problems)
+        print(f"written to {folder / 'sweep.csv'} and report.html")
+    for job in [job for job in jobs if job.status != "finished"]:
+        overrides = [f"{key}={value}" for key, value in job.swept.items()]
+        problems.append(f"{job.status}: {' '.join([job.name, *overrides])}: {job.reason}")
+    if problems:
+        print(*problems, sep="\n", file=sys.stderr)
+        sys.exit(1)
+
+
+def write_sweep(jobs: list[Run], folder: Path, wandb: DictConfig | None) -> None:
+    """Write the results and their map; log them as a W&B run in the group of the jobs."""
+    columns = ["job", *jobs[0].swept, "status", *RESULTS]
+    rows = [
+        [job.name, *map(str, job.swept.values()), job.status, *map(job.result.get, RESULTS)]
+        for job in jobs
+    ]
+    table = pl.DataFrame(rows, columns, orient="row", infer_schema_length=None)
+    table.write_csv(folder / "sweep.csv")
+    figure = plot_penalties(jobs)
+    if figure is not None:
+        figure.savefig(folder / "sweep.png", dpi=100)
+    if wandb is not None and wandb.mode != "disabled":
+        logger = make_wandb(wandb, folder, {}, Label("sweep", folder.name, []), resumes=False)
+        logger.log_table("sweep", columns, rows)
+        if figure is not None:
+            logger.log_image("sweep.png", [str(folder / "sweep.png")])
+        finish_wandb()
 
 
 def write_report(
     runs: list[Run],
     path: Path,
-    problems: Sequence[str] = (),
-    evaluations: Sequence[Evaluation] = (),
+    problems: Iterable[str] = (),
+    evaluations: Iterable[tuple[str, str, str]] = (),
 ) -> None:
-    """Write a page about runs and their evaluations; `problems` says what it leaves out."""
+    """Write a page about runs and their `read_evaluations`; `problems` says what it leaves out."""
     template = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
-    labels = list(dict.fromkeys(run.label for run in runs))
-    shades = COLOURS
-    if len(labels) > len(COLOURS):
-        shades = list(map(to_hex, plt.get_cmap("viridis")(np.linspace(0, 0.9, len(labels)))))
-    colours = dict(zip(labels, shades, strict=False))
-    frames = min(MOST, max(FEWEST, FRAMES // len(runs)))
-    with plt.rc_context(STYLE):
-        maps = plot_maps(runs)
-        page = {
-            "title": "/".join(runs[0].folder.parts[-2:]) if len(runs) == 1 else f"{len(runs)} runs",
-            "swept": [LAMBDAS.get(key, key) for key in runs[0].swept],
-            "columns": [label for label, _ in COLUMNS.values()],
-            "runs": runs,
-            "best": best(runs),
-            "colours": colours,
-            "panels": list(plot_panels(runs, colours)),
-            "maps": "" if maps is None else as_svg(maps),
-            "samples": {run.name: list(read_samples(run, frames)) for run in runs},
-            "evaluations": evaluations,
-            "commands": {run.name: command(run) for run in runs},
-            "environments": {run.name: read_environment(run) for run in runs},
-            "problems": problems,
-        }
-    text = Environment(autoescape=True).from_string(template).render(page)
+    colours = choose_colours(runs)
+    header, rows = tabulate(runs)
+    count = max(2, 12 // len(runs))  # pictures of each run, which make up most of the page
+    text = Template(template, autoescape=True).render(
+        title=path.absolute().parent.name,
+        header=header,
+        table=zip(runs, rows, strict=True),
+        runs=runs,
+        best=best(runs),
+        colours=colours,
+        curves=map(draw, plot_training(runs, colours)),
+        penalties=map(draw, filter(None, [plot_penalties(runs)])),
+        samples={run.name: list(read_samples(run, count)) for run in runs},
+        evaluations=evaluations,
+        problems=problems,
+    )
     with whole_file(path, "w") as file:
         file.write(text)
 
 
-def plot_panels(runs: list[Run], colours: dict[str, str]) -> Iterator[str]:
-    """Plot curves of the runs, with a band for runs that differ in their seed alone; NFE against
-    the Jacobian norm; and how likely the validation samples are."""
-    gaussians = {round(value, 2) for run in runs for value in run.curve(GAUSSIAN, "step")[1]}
-    for key, against in CURVES.items():
-        stage, name = key.split("/")
-        figure, ax = plt.subplots(**PANEL)
-        for label, colour in colours.items():
-            curves = [run.curve(key, against) for run in runs if run.label == label]
-            if curves := [curve for curve in curves if len(curve[0])]:
-                plot_band(ax, curves, color=colour)
-        for gaussian in gaussians if name == "bits_per_dim" else ():
-            ax.axhline(gaussian, color="0.5", linestyle="--", linewidth=1)
-            at_the_right = {"transform": ax.get_yaxis_transform(), "ha": "right", "va": "bottom"}
-            ax.text(1, gaussian, "Gaussian", **at_the_right)
-        ax.set(xlabel=AXES[against], ylabel=f"{STAGES[stage]} {MEASURES[name]}")
-        ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-        yield as_svg(figure)
-    figure, ax = plt.subplots(**PANEL)
-    for run in runs:
-        ax.scatter(*run.curve("train/nfe_forward", "train/jacobian"), s=12, c=colours[run.label])
-    ax.set(xlabel=MEASURES["jacobian"], ylabel=MEASURES["nfe_forward"])
-    yield as_svg(figure)
-    figure, ax = plt.subplots(**PANEL)
-    for run in runs:
-        with contextlib.suppress(InputError):  # there is no best.ckpt yet, or it is damaged
-            bits = load_checkpoint(run.folder / "best.ckpt")["validation_bits"]
-            ax.hist(bits, bins=40, density=True, histtype="step", color=colours[run.label])
-    ax.set(xlabel=f"{MEASURES['bits_per_dim']} of the validation samples", yticks=[])
-    yield as_svg(figure)
-
-
-def as_svg(figure: plt.Figure) -> str:
-    """Return a figure as an element of a page, in the colours of its text."""
-    buffer = io.StringIO()
+def draw(figure: plt.Figure) -> str:
+    """Return a figure as an address that contains it."""
+    buffer = io.BytesIO()
     figure.savefig(buffer, format="svg")
     plt.close(figure)
-    svg = buffer.getvalue()
-    return svg[svg.index("<svg") :].replace(INK, "currentColor")
+    return embed(buffer.getvalue(), "svg+xml")
 
 
 def read_samples(run: Run, count: int) -> Iterator[tuple[str, str]]:
-    """Yield `count` pictures of samples or fewer: what each shows, and the picture."""
-    pictures = sorted((run.folder / "samples").glob("*.png"))
-    count = min(count, len(pictures))
-    for k in np.linspace(0, len(pictures) - 1, count).round().astype(int):
-        name = pictures[k].stem
-        yield f"step {int(name)}" if name.isdigit() else f"{name} weights", embed(pictures[k])
+    """Yield names and addresses of at most `count` pictures of samples, the last among them."""
+    paths = sorted((run.folder / "samples").glob("*.png"), reverse=True)
+    for path in reversed(paths[:: max(1, math.ceil(len(paths) / count))]):
+        name = f"step {int(path.stem)}" if path.stem.isdigit() else f"{path.stem} weights"
+        yield name, embed(path.read_bytes())
 
 
-def embed(picture: Path) -> str:
-    """Return a PNG as an address that holds it."""
-    return f"data:image/png;base64,{base64.b64encode(picture.read_bytes()).decode()}"
+def read_evaluations(folders: list[Path]) -> Iterator[tuple[str, str, str]]:
+    """Yield checkpoint, table and picture (if any) of the evaluations below the folders."""
+    for file in sorted({file for folder in folders for file in folder.rglob("evaluation.json")}):
+        picture = file.with_name("extremes.png")
+        yield (
+            json.loads(file.read_text(encoding="utf-8"))["ckpt_path"],
+            file.with_name("evaluation.txt").read_text(encoding="utf-8"),
+            embed(picture.read_bytes()) if picture.exists() else "",
+        )
 
 
-def read_evaluations(runs: list[Run], folders: list[Path]) -> Iterator[Evaluation]:
-    """Yield the evaluations of the runs that lie below the folders."""
-    names = {run.folder: run.name for run in runs}
-    files = dict.fromkeys(file for folder in folders for file in folder.rglob("evaluation.json"))
-    for file in files:
-        checkpoint = Path(json.loads(file.read_text(encoding="utf-8"))["ckpt_path"])
-        name, picture = names.get(checkpoint.resolve().parent), file.with_name("extremes.png")
-        if name is not None:
-            table = file.with_name("evaluation.txt").read_text(encoding="utf-8")
-            yield Evaluation(name, table, embed(picture) if picture.exists() else "")
-
-
-def command(run: Run) -> str:
-    """Return the command that repeats a run."""
-    return " ".join(["rnode", "train", *map(shell_quote, run.overrides)])
-
-
-def read_environment(run: Run) -> dict[str, str]:
-    path = run.folder / ENVIRONMENT
-    return OmegaConf.to_container(OmegaConf.load(path)) if path.exists() else {}
+def embed(picture: bytes, kind: str = "png") -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(picture).decode()}"

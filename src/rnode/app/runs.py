@@ -1,19 +1,19 @@
-"""What the folders of runs contain: how runs differ, how they ended, and what they measured."""
+"""What run folders contain: how runs differ, how they ended, and what they measured."""
 
-import math
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
 from os.path import commonpath
 from pathlib import Path
 
 import numpy as np
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
+from rnode.app.quoting import shell_quote
 from rnode.app.schema import flatten
-from rnode.app.sweep import DIVERGED, FAILED, OVERRIDES
 from rnode.errors import one_line
-from rnode.training.results import read_metrics, read_result
+from rnode.training import results
+from rnode.training.environment import ENVIRONMENT
 
 COLUMNS = {
     "val/bits_per_dim": ("val bits/dim", "{:.4f}"),
@@ -23,130 +23,83 @@ COLUMNS = {
     "train/seconds": ("seconds", "{:.1f}"),
 }
 LAMBDAS = {"reg.lambda_k": "λ_K", "reg.lambda_j": "λ_J"}
-CLOCK = "val/seconds_total"  # seconds of training before a validation
 
 
-@dataclass(frozen=True)
 class Run:
-    """A run, read from its folder."""
+    """A training run, read from its folder."""
 
-    folder: Path
-    overrides: list[str]
-    used: dict[str, str]  # what the run used, by the keys of configuration and overrides
-    status: str  # finished, failed, diverged or unfinished
-    result: dict[str, float | None]  # of result.json; empty unless the run has finished
-    line: str  # why the run has not finished
-    rows: list[dict[str, float]]  # of metrics.csv
-    name: str  # of the folder, in the folder that holds all runs
-    swept: dict[str, str] = field(default_factory=dict)  # of `used`, the overrides that differ
+    def __init__(self, folder: Path):
+        self.folder, self.name = folder, folder.name
+        texts = [str(text) for text in OmegaConf.load(folder / results.OVERRIDES)]
+        self.command = " ".join(["rnode", "train", *map(shell_quote, texts)])
+        parsed = OverridesParser.create().parse_overrides(texts)
+        self.overrides = {override.key_or_group: override.value() for override in parsed}
+        config = load(folder / results.CONFIG)
+        self.started = bool(config)  # a run that failed before has overrides alone
+        settings = self.overrides | flatten(config)
+        self.settings = {
+            k: v if isinstance(v, int | float) else str(v) for k, v in settings.items()
+        }
+        self.swept: dict[str, object] = {}  # the settings in which runs that are compared differ
+        self.environment = load(folder / ENVIRONMENT)
+        self.status, self.reason = results.read_status(folder)
+        self.result = (results.read_result(folder) if self.status == "finished" else None) or {}
+        rows = results.read_metrics(folder / results.METRICS)
+        self.rows = [{key: float(cell) for key, cell in row.items()} for row in rows]
 
-    @property
-    def label(self) -> str:
-        """How the run differs from others, whatever its seed."""
-        return " ".join(f"{key}={value}" for key, value in self.swept.items() if key != "seed")
+    def label(self, *ignored: str) -> str:
+        """Return how the run differs from the others, apart from seed and `ignored` settings."""
+        keys = [key for key in self.swept if key not in ("seed", *ignored)]
+        return " ".join(f"{key}={self.swept[key]}" for key in keys if self.swept[key] != "")
 
     def curve(self, key: str, against: str) -> tuple[np.ndarray, np.ndarray]:
-        """Return the values of two columns of metrics.csv in the rows that have both."""
-        rows = [(row[against], row[key]) for row in self.rows if key in row and against in row]
-        x, y = np.array(rows).reshape(-1, 2).T
+        """Return x and y: the columns `against` and `key` of metrics.csv, in rows with both."""
+        points = [(row[against], row[key]) for row in self.rows if key in row and against in row]
+        x, y = np.array(points).reshape(-1, 2).T
         return x, y
 
-    def cells(self) -> list[str]:
-        """Return the texts of COLUMNS; of a run that has not finished, what it has measured."""
-        bits, seconds = (self.curve(key, "step")[1] for key in ("val/bits_per_dim", CLOCK))
-        so_far = {"val/bits_per_dim": bits.min()} if len(bits) else {}
-        so_far |= {"train/seconds": seconds[-1]} if len(seconds) else {}
-        numbers = [((self.result or so_far).get(name), form) for name, (_, form) in COLUMNS.items()]
-        return ["" if number is None else form.format(number) for number, form in numbers]
+
+def load(path: Path) -> dict:
+    return OmegaConf.to_container(OmegaConf.load(path)) if path.exists() else {}
 
 
 def read_runs(folders: Iterable[Path]) -> tuple[list[Run], list[str]]:
-    """Return the runs in and below the folders, in order of their names, 10 after 9.
-
-    The second result has a line for each folder that holds no run, and for each broken run.
-    """
-    runs: dict[Path, Run] = {}
-    problems = []
+    """Return the runs in and below folders, 10 after 9, and a line about each one left out."""
+    paths, runs, problems = set(), [], []
     for folder in folders:
-        found = [file.parent.parent.resolve() for file in sorted(folder.rglob(OVERRIDES))]
-        problems += [] if found else [f"{folder}: holds no run"]
-        for run in filter(is_run, found):
-            try:
-                runs[run] = read_run(run)
-            except Exception as error:  # whatever a foreign folder holds
-                problems.append(f"{run}: cannot be read ({one_line(error)})")
-    order = sorted(runs, key=lambda path: re.sub(r"\d+", lambda n: n[0].zfill(9), str(path)))
-    root = commonpath([folder.parent for folder in order]) if order else ""
-    keys = dict.fromkeys(key for run in runs.values() for key in parse(run.overrides))
-    keys = [key for key in keys if len(values(runs.values(), key)) > 1]
-    named = [
-        replace(
-            runs[folder],
-            name=str(folder.relative_to(root)),
-            swept={key: runs[folder].used.get(key, "") for key in keys},
-        )
-        for folder in order
+        inside = {file.parent.parent.resolve() for file in folder.rglob(results.OVERRIDES)}
+        problems += [] if inside else [f"{folder}: holds no run"]
+        paths |= set(filter(results.is_run, inside))
+    for path in sorted(paths, key=lambda path: re.sub(r"\d+", lambda n: n[0].zfill(9), str(path))):
+        try:
+            runs.append(Run(path))
+        except Exception as error:  # whatever a damaged file raises
+            problems.append(f"{path}: cannot be read ({one_line(error)})")
+    keys = dict.fromkeys(key for run in runs for key in run.overrides)
+    swept = [
+        key
+        for key in keys
+        if len({run.settings.get(key) for run in runs if run.started or key in run.settings}) > 1
     ]
-    return named, problems
+    root = commonpath([run.folder.parent for run in runs]) if runs else ""
+    for run in runs:
+        run.name = str(run.folder.relative_to(root))
+        run.swept = {key: run.settings.get(key, "") for key in swept}
+    return runs, problems
 
 
-def best(runs: Iterable[Run]) -> set[str]:
-    """Return the names of the runs, or the run, of the least validation bits/dim."""
-    bits = {run.name: run.result.get("val/bits_per_dim") for run in runs}
-    least = min((value for value in bits.values() if value is not None), default=None)
-    return {name for name, value in bits.items() if value is not None and value == least}
+def best(runs: Iterable[Run]) -> Run | None:
+    """Return the finished run of the least validation bits/dim."""
+    measured = [run for run in runs if run.result.get(results.BITS) is not None]
+    return min(measured, key=lambda run: run.result[results.BITS], default=None)
 
 
-def is_run(folder: Path) -> bool:
-    """Whether a folder is of a training run; Hydra leaves the same files in others."""
-    return any((folder / name).exists() for name in ("config.yaml", DIVERGED, FAILED))
-
-
-def values(runs: Iterable[Run], key: str) -> set[str | None]:
-    """Return the values that runs used; of one that failed early only its overrides are known."""
-    known = (run for run in runs if key in run.used or (run.folder / "config.yaml").exists())
-    return {run.used.get(key) for run in known}
-
-
-def read_run(folder: Path) -> Run:
-    """Read what a run has left in its folder."""
-    given = OmegaConf.to_container(OmegaConf.load(folder / OVERRIDES))
-    overrides, config = [str(text) for text in given], folder / "config.yaml"
-    used = parse(overrides)
-    if config.exists():
-        used |= flatten(OmegaConf.to_container(OmegaConf.load(config)))
-    used = {key: as_text(value) for key, value in used.items()}
-    texts = read_metrics(folder / "metrics.csv")
-    rows = [{key: float(cell) for key, cell in row.items()} for row in texts]
-    return Run(folder, overrides, used, *read_end(folder), rows, folder.name)
-
-
-def parse(overrides: list[str]) -> dict[str, str]:
-    return dict(text.lstrip("+").split("=", 1) for text in overrides if "=" in text)
-
-
-def as_text(value: object) -> str:
-    """Write equal numbers alike: 4e-3 of the command line is 0.004 of the configuration."""
-    if not is_number(value):
-        return str(value)
-    number = float(value)
-    return str(int(number)) if number.is_integer() and abs(number) < 1e6 else repr(number)
-
-
-def is_number(value: object) -> bool:
-    """Return whether a number, or a text, is a finite number."""
-    try:
-        return not isinstance(value, bool) and math.isfinite(float(value))
-    except (TypeError, ValueError):
-        return False
-
-
-def read_end(folder: Path) -> tuple[str, dict[str, float | None], str]:
-    """Return status, result and line of the run in `folder`."""
-    for status, file in (("failed", FAILED), ("diverged", DIVERGED)):
-        if (folder / file).exists():
-            return status, {}, (folder / file).read_text(encoding="utf-8").strip()
-    result = read_result(folder)
-    if result is None:
-        return "unfinished", {}, "was interrupted, or is still running"
-    return "finished", result, ""
+def tabulate(runs: list[Run]) -> tuple[list[str], list[list[str]]]:
+    """Return a header, and a row of texts for each run."""
+    swept = [LAMBDAS.get(key, key) for key in runs[0].swept]
+    rows = []
+    for run in runs:
+        numbers = [(run.result.get(name), form) for name, (_, form) in COLUMNS.items()]
+        cells = ["" if number is None else form.format(number) for number, form in numbers]
+        rows.append([run.name, *map(str, run.swept.values()), run.status, *cells])
+    return ["run", *swept, "status", *(label for label, _ in COLUMNS.values())], rows

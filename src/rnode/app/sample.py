@@ -16,7 +16,7 @@ from rnode.data.tables import read_table
 from rnode.distributed import gather_lists, rank_and_world_size
 from rnode.errors import require
 from rnode.flow import Flow
-from rnode.training.plots import plot_corner, plot_plane, plot_trajectory, plot_way, save_points
+from rnode.training.plots import plot_corner, plot_plane, plot_strip, plot_trajectory, save_points
 from rnode.transforms import ImageTransform
 
 MIDPOINT = 0.5  # of a grey level's bin
@@ -27,8 +27,7 @@ FRAMES = 36  # of an animation, about
 def main(cfg: DictConfig) -> None:
     """Write samples.png and samples.npy, or samples.csv for a table, and plane.png (2-D flows).
 
-    Where the configuration asks for them: strip.png, trajectory.gif (and .mp4) and
-    interpolation.png.
+    Where the configuration asks for them: strip.png, trajectory.gif and interpolation.png.
     """
     data, flow, fabric = from_checkpoint(cfg)
     transform, density = data.transform, Density(data, flow, torch.zeros(0))
@@ -70,7 +69,7 @@ def main(cfg: DictConfig) -> None:
     if cfg.interpolate is not None:
         between = interpolate(flow, data, cfg.interpolate).float().cpu()[:, None]
         shares, label = torch.linspace(0, 1, len(between)), "share of the way through z"
-        plot_way(between, shares, label, folder / "interpolation.png")
+        plot_strip(between, shares, label, folder / "interpolation.png")
 
     mean = sum(nfe) / len(nfe)
     print(f"{count} samples, NFE {mean:.1f} a batch by {flow.solver.test.method}")

@@ -197,7 +197,7 @@ class Train(Section):
     )
     save_every_n_steps: Count = key("training steps from one last.ckpt to the next within an epoch")
     ckpt_path: str | None = key("checkpoint to resume; auto: last.ckpt of the run folder, if any")
-    sweep_metric: Literal["bits_per_dim", "bits_per_dim_and_nfe"] = key("what a sweep minimizes")
+    sweep_metrics: list[str] = key("names of result.json that a guided sweep optimizes")
     dataset: Dataset = key("the data")
     model: Model = key("the flow")
     solver: Solver = key("the ODE methods")

@@ -1,9 +1,4 @@
-"""Sweeps (`-m`): run their jobs, skip jobs that have finished, and record jobs that fail.
-
-The folder of a job says how the job ended: result.json marks a finished run, diverged.txt or
-failed.txt holds the error message of the last job in this folder. Without any of these files the
-job was interrupted, or is still running.
-"""
+"""Sweeps (`-m`): run their jobs, skip jobs that have finished, and record jobs that fail."""
 
 import contextlib
 import ctypes
@@ -11,7 +6,6 @@ import math
 import os
 import signal
 import sys
-import traceback
 from collections.abc import Callable
 from multiprocessing import current_process
 from pathlib import Path
@@ -24,25 +18,22 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from rnode.app.launch import is_first_process
-from rnode.app.report_error import describe_error, one_line_errors, wants_traceback
+from rnode.app.report_error import describe_error, one_line_errors
 from rnode.app.schema import flatten
-from rnode.errors import Stopped, require
-from rnode.training.results import RESULT, read_result
+from rnode.errors import Stopped, require, require_choice
+from rnode.training.results import CONFIG, DIVERGED, FAILED, OVERRIDES, RESULT, RESULTS, read_result
 
-DIVERGED, FAILED, OVERRIDES = "diverged.txt", "failed.txt", ".hydra/overrides.yaml"
 SWEPT = "RNODE_SWEPT"  # environment variable, for jobs: the keys that the sweep varies
-SWEEP_METRICS = {
-    "bits_per_dim": ["val/bits_per_dim"],
-    "bits_per_dim_and_nfe": ["val/bits_per_dim", "val/nfe_forward"],
-}
-TIMES = ("max_epochs", "max_steps", "max_time", "min_epochs", "min_steps")
-LIMITS = {f"trainer.{key}" for key in TIMES}  # a job resumes a run that had other limits
-DISPLAY = ("log_every_n_steps", "profiler", "enable_progress_bar", "enable_model_summary")
-IRRELEVANT = (  # keys, and sections, that do not change the result of a run
-    *("ckpt_path", "sweep_metric", "save_every_n_steps", "cuda_graphs"),
-    *("wandb", "pictures", "tensorboard", "mlflow"),
-    *("dataset.root", "trainer.accelerator", "trainer.strategy", "trainer.on_divergence"),
-    *(f"trainer.{key}" for key in DISPLAY),
+LIMITS = [  # a job may differ in them from the run that it resumes
+    f"trainer.{key}" for key in ("max_epochs", "max_steps", "max_time", "min_epochs", "min_steps")
+]
+WITHOUT_EFFECT = (  # keys, and sections, that do not change the result of a run
+    *("folder", "ckpt_path", "sweep_metrics", "logger", "callbacks.figures", "callbacks.save"),
+    *("dataset.root", "trainer.accelerator", "trainer.strategy", "trainer.profiler"),
+    *("trainer.log_every_n_steps", "trainer.enable_progress_bar", "trainer.enable_model_summary"),
+    # until callbacks and loggers are groups:
+    *("wandb", "tensorboard", "mlflow", "pictures", "save_every_n_steps"),
+    *("cuda_graphs", "trainer.on_divergence"),
 )
 
 
@@ -58,10 +49,10 @@ def swept(overrides: list[str]) -> list[str]:
 
 
 def metric_values(cfg: DictConfig, result: dict) -> float | list[float]:
-    """Return what a guided sweep minimizes; NaN where the run did not measure it."""
-    found = [result.get(name) for name in SWEEP_METRICS[cfg.sweep_metric]]
-    values = [math.nan if value is None else value for value in found]
-    return values if len(values) > 1 else values[0]
+    """Return the results that a guided sweep optimizes; NaN for one that was not measured."""
+    measured = [result.get(name) for name in cfg.sweep_metrics]
+    values = [math.nan if value is None else value for value in measured]
+    return values[0] if len(values) == 1 else values
 
 
 def earlier_result(cfg: DictConfig, folder: Path) -> dict[str, float | None] | None:
@@ -72,22 +63,20 @@ def earlier_result(cfg: DictConfig, folder: Path) -> dict[str, float | None] | N
     """
     if not any((folder / name).exists() for name in ("last.ckpt", "best.ckpt", RESULT)):
         return None
-    configs = (OmegaConf.load(folder / "config.yaml"), cfg)
-    texts = (OmegaConf.to_yaml(config, resolve=True) for config in configs)
-    theirs, ours = (flatten(OmegaConf.to_container(OmegaConf.create(text))) for text in texts)
-    changed = {key for key in theirs.keys() | ours.keys() if theirs.get(key) != ours.get(key)}
-    changed = {key for key in changed if not is_irrelevant(key)}
-    other = sorted(changed - LIMITS)
-    words = [f"{key} is {theirs.get(key)} there and {ours.get(key)} here" for key in other[:3]]
-    words += [f"{len(other) - 3} more"] if len(other) > 3 else []
+    there = flatten(OmegaConf.to_container(OmegaConf.load(folder / CONFIG)))
+    here = flatten(OmegaConf.to_container(cfg, resolve=True))
+    keys = sorted(key for key in there.keys() | here.keys() if not is_irrelevant(key))
+    changed = [key for key in keys if there.get(key) != here.get(key)]
+    other = [key for key in changed if key not in LIMITS]
+    words = [f"{key} is {there.get(key)} there and {here.get(key)} here" for key in other]
     differ = f"{folder}: holds a run of another configuration ({'; '.join(words)})"
-    require(not other, f"{differ}; use another folder")
+    require(not words, f"{differ}; use another folder")
     return None if changed else read_result(folder)
 
 
 def is_irrelevant(key: str) -> bool:
     """Return whether a dotted key does not change the result of a run."""
-    return any(f"{key}.".startswith(f"{name}.") for name in IRRELEVANT)
+    return any(f"{key}.".startswith(f"{name}.") for name in WITHOUT_EFFECT)
 
 
 def refuse_own_processes(trainer: Any) -> None:
@@ -106,15 +95,14 @@ def run_job(function: Callable[[DictConfig], Any], cfg: DictConfig, folder: Path
 
     The other jobs then run, and the sweep ends with a report. A signal ends the whole sweep.
     """
+    for name in (DIVERGED, FAILED):  # of an earlier job in this folder
+        (folder / name).unlink(missing_ok=True)
     if not in_sweep():
-        value = function(cfg)
-        forget_failure(folder)
-        return value
+        return function(cfg)
     parallel = current_process().name != "MainProcess"
     if parallel and sys.platform == "linux":  # joblib's workers would finish their queue alone
         set_signal_of_parents_death = 1  # PR_SET_PDEATHSIG
         ctypes.CDLL(None).prctl(set_signal_of_parents_death, signal.SIGTERM)
-    forget_failure(folder)
     try:
         return function(cfg)
     except Stopped as stopped:
@@ -129,17 +117,9 @@ def run_job(function: Callable[[DictConfig], Any], cfg: DictConfig, folder: Path
         return None
 
 
-def forget_failure(folder: Path) -> None:
-    """Delete the error message of an earlier job in this folder."""
-    for name in (DIVERGED, FAILED):
-        (folder / name).unlink(missing_ok=True)
-
-
 def record_failure(error: Exception, folder: Path) -> None:
     """Print why a job failed, and write it into the folder of the job."""
     line, _ = describe_error(error)
-    if wants_traceback():
-        traceback.print_exception(error)
     if not is_first_process():
         return
     print(f"error: job {folder.name}: {line}", file=sys.stderr, flush=True)
@@ -159,10 +139,10 @@ class Sweep(Callback):
             prepare(config)
 
     def on_multirun_end(self, config: DictConfig, **kwargs: object) -> None:
-        from rnode.app.sweep_report import report  # imports matplotlib, which no job needs
+        from rnode.app.report import report_sweep  # imports torch, which takes seconds
 
         with one_line_errors():
-            report(Path(config.hydra.sweep.dir), config.get("wandb"))
+            report_sweep(Path(config.hydra.sweep.dir), config.get("wandb"))
 
 
 def prepare(config: DictConfig) -> None:
@@ -170,25 +150,14 @@ def prepare(config: DictConfig) -> None:
     typed = OverridesParser.create().parse_overrides(config.hydra.overrides.task)
     keys = [override.key_or_group for override in typed if override.is_sweep_override()]
     os.environ[SWEPT] = " ".join([*keys, *(config.hydra.sweeper.get("params") or ())])
-    metric, sweeper, launcher = config.sweep_metric, config.hydra.sweeper, config.hydra.launcher
-    known = " or ".join(SWEEP_METRICS)
-    require(metric in SWEEP_METRICS, f"sweep_metric={metric}: must be {known}")
-    if "max_failure_rate" in sweeper:  # Optuna's
-        given = {override.split("=")[0] for override in config.hydra.overrides.hydra}
-        for key, reason in (("direction", "sweep_metric"), ("max_failure_rate", "the sweep")):
-            name = f"hydra.sweeper.{key}"
-            wrong = f"{name}={sweeper[key]}: must be left out; {reason} sets it"
-            require(name not in given, wrong)
-        sweeper.direction = ["minimize"] * len(SWEEP_METRICS[metric])
-        sweeper.max_failure_rate = 1.0
+    for name in config.sweep_metrics:
+        require_choice("sweep_metrics", name, RESULTS)
+    sweeper = config.hydra.sweeper
+    if "direction" in sweeper:  # Optuna's
+        directions = sweeper.direction if OmegaConf.is_list(sweeper.direction) else ["…"]
+        wrong = f"sweep_metrics={config.sweep_metrics}: needs a hydra.sweeper.direction for each"
+        require(len(directions) == len(config.sweep_metrics), wrong)
         if "seed" in sweeper.sampler and sweeper.sampler.seed is None:
             sweeper.sampler.seed = config.seed  # started again, it suggests the same jobs
-    if launcher._target_.endswith("JoblibLauncher"):
-        import joblib  # installed with the launcher alone
-
-        jobs, cores = joblib.effective_n_jobs(launcher.n_jobs), joblib.cpu_count()
-        threads = int(os.environ.get("OMP_NUM_THREADS", 0)) or max(1, cores // jobs)
-        print(f"{cores} cores; jobs at a time (hydra.launcher.n_jobs): {jobs}, ", end="")
-        print(f"threads of each (OMP_NUM_THREADS): {threads}")
-    if not launcher._target_.endswith("BasicLauncher"):
+    if not config.hydra.launcher._target_.endswith("BasicLauncher"):
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C reaches the workers too

@@ -23,7 +23,7 @@ from rnode.app.launch import cluster_plugins, is_first_process, match_processes
 from rnode.app.printing import print_table, quantities
 from rnode.app.quoting import quote, shell_quote
 from rnode.app.report import write_report
-from rnode.app.runs import read_run
+from rnode.app.runs import Run
 from rnode.app.schema import flatten
 from rnode.errors import Diverged, Stopped
 from rnode.flow import Flow
@@ -158,7 +158,7 @@ def fit(cfg: DictConfig, folder: Path, ckpt_path: str | None, halvings: Counter[
     for logger in (logger for logger in loggers if isinstance(logger, WandbLogger)):
         columns = [list(column.cells) for column in table.columns]
         logger.log_table("result", ["quantity", "value"], list(zip(*columns, strict=True)))
-    write_report([read_run(folder.resolve())], folder / "report.html")
+    write_report([Run(folder.resolve())], folder / "report.html")
     print(f"run folder: {folder}")
     if runs := sorted(map(str, folder.glob("wandb/offline-run-*"))):
         print(f"W&B: wandb sync {' '.join(runs)}")

@@ -1,8 +1,6 @@
-"""Pictures as files: samples, curves of a run, the most and least likely data, trajectories."""
+"""Figures as files: samples, curves of a run, the most and least likely data, trajectories."""
 
 import math
-import shutil
-import subprocess
 from pathlib import Path
 
 import matplotlib
@@ -30,10 +28,10 @@ plt.rcParams.update(
         "axes.titlesize": "medium",
         "font.size": 11,
         "legend.frameon": False,
+        "svg.fonttype": "none",
     }
 )
 
-MOST = 10  # columns of a table in a corner plot
 PAIR = {"ncols": 2, "figsize": (10, 5.3), "layout": "constrained"}
 
 
@@ -63,21 +61,16 @@ def plot_pair(path: Path, panels: dict[str, Tensor]) -> None:
 
 def plot_curves(metrics: Path, path: Path, title: str) -> None:
     """Plot the columns MEASURES of a metrics.csv against the training step."""
-    rows = read_metrics(metrics)
+    rows = [{key: float(v) for key, v in row.items()} for row in read_metrics(metrics)]
     figure, axes = plt.subplots(2, 2, figsize=(10, 7), layout="constrained", sharex=True)
     for ax, (key, label) in zip(axes.flat, MEASURES.items(), strict=True):
         for stage, style in (("train", "-"), ("val", "o-"), ("test", "s")):
-            column = f"{stage}/{key}"
-            points = [(int(row["step"]), float(row[column])) for row in rows if column in row]
+            points = [(r["step"], r[f"{stage}/{key}"]) for r in rows if f"{stage}/{key}" in r]
             if points:
                 ax.plot(*zip(*points, strict=True), style, markersize=4, linewidth=1, label=stage)
-        gaussian = [float(row[GAUSSIAN]) for row in rows if GAUSSIAN in row]
-        if gaussian and key == "bits_per_dim":
-            ax.axhline(gaussian[-1], color="0.5", linestyle="--", linewidth=1, label="Gaussian")
-        ax.set_ylabel(label)
-        if key.startswith("nfe"):
-            ax.locator_params("y", integer=True)
-    plt.setp(axes[1], xlabel="training step")
+        ax.set(xlabel="training step", ylabel=label)
+    for bits in [row[GAUSSIAN] for row in rows if GAUSSIAN in row][-1:]:
+        axes[0, 0].axhline(bits, color="0.5", linestyle="--", linewidth=1, label="Gaussian")
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, title=title, loc="outside upper center", ncols=4)
     save_figure(figure, path)
@@ -85,7 +78,8 @@ def plot_curves(metrics: Path, path: Path, title: str) -> None:
 
 def plot_band(ax: plt.Axes, curves: list[tuple[np.ndarray, np.ndarray]], **style: str) -> None:
     """Plot the mean of curves (x, y) where all have values, and a band from least to largest."""
-    x, y = curves[0]
+    curves = [curve for curve in curves if len(curve[0])]
+    x, y = curves[0] if curves else ([], [])
     if len(curves) > 1:
         x = np.linspace(max(x[0] for x, _ in curves), min(x[-1] for x, _ in curves), 200)
         values = np.stack([np.interp(x, *curve) for curve in curves])
@@ -95,15 +89,15 @@ def plot_band(ax: plt.Axes, curves: list[tuple[np.ndarray, np.ndarray]], **style
     ax.plot(x, y, **style)
 
 
-def frame(points: Tensor) -> np.ndarray:
-    """Limits (2, d) of axes that show 99.8 % of the points (N, d) in each column."""
+def limits_of(points: Tensor) -> np.ndarray:
+    """Return limits (2, d) of axes that show 99.8 % of the points (N, d) in each column."""
     low, high = np.quantile(points.numpy(), [0.001, 0.999], axis=0)
     margin = 0.07 * (high - low) + 1e-12
     return np.stack([low - margin, high + margin])
 
 
 def plot_points(ax: plt.Axes, points: Tensor, like: Tensor | None = None) -> None:
-    """Plot images (N, C, H, W) in [0, 1] as a square grid, or vectors (N, d) as points.
+    """Plot images (N, C, H, W) in [0, 1] as a square grid, or vectors (N, 1 or 2) as points.
 
     The axes show the vectors `like`, by default the points themselves.
     """
@@ -111,17 +105,14 @@ def plot_points(ax: plt.Axes, points: Tensor, like: Tensor | None = None) -> Non
         ax.imshow(image_grid(points), interpolation="nearest")
         ax.axis("off")
         return
-    columns, points = points.shape[1], points[:, :2]
-    limits = frame(points if like is None else like[:, :2])
+    limits = limits_of(points if like is None else like)
     if points.shape[1] == 1:
         ax.hist(points[:, 0].numpy(), bins=80, range=tuple(limits[:, 0]), density=True)
-    else:
-        ax.scatter(*points.T.numpy(), s=2)
-        ax.set(xlim=limits[:, 0], ylim=limits[:, 1], aspect="equal")
-    outside = np.logical_or(points.numpy() < limits[0], points.numpy() > limits[1]).any(1).mean()
-    notes = [f"columns 1 and 2 of {columns}"] if columns > 2 else []
-    notes += [f"{outside:.1%} of the points lie outside"] if outside > 0 else []
-    ax.set_xlabel("; ".join(notes))
+        return
+    ax.scatter(points[:, 0], points[:, 1], s=2)
+    ax.set(xlim=limits[:, 0], ylim=limits[:, 1], aspect="equal")
+    outside = ((points.numpy() < limits[0]) | (points.numpy() > limits[1])).any(1).mean()
+    ax.set_xlabel(f"{outside:.1%} of the points lie outside" if outside > 0 else "")
 
 
 def image_grid(images: Tensor, columns: int | None = None, size: int = 0) -> np.ndarray:
@@ -132,14 +123,16 @@ def image_grid(images: Tensor, columns: int | None = None, size: int = 0) -> np.
     return grid.repeat(scale, 0).repeat(scale, 1)
 
 
-def plot_corner(path: Path, panels: dict[str, Tensor], names: list[str]) -> None:
+def plot_corner(
+    path: Path, panels: dict[str, Tensor], names: list[str], max_columns: int = 10
+) -> None:
     """Plot columns of one or two tables (N, d): histograms, and pairs on each side of them.
 
     `panels` holds the tables by their titles. The pairs of the first are below the diagonal, and
     the axes show it.
     """
-    count, (first, *_) = min(len(names), MOST), panels.values()
-    low, high = frame(first[:, :count])
+    count, (first, *_) = min(len(names), max_columns), panels.values()
+    low, high = limits_of(first[:, :count])
     side = max(4.0, 1.9 * count)
     figure, axes = plt.subplots(
         count, count, figsize=(side, side), layout="constrained", squeeze=False
@@ -151,17 +144,16 @@ def plot_corner(path: Path, panels: dict[str, Tensor], names: list[str]) -> None
                 bins = {"bins": 50, "range": (low[i], high[i]), "density": True}
                 ax.hist(points[:, i].numpy(), **bins, histtype="step", color=color, label=title)
             elif (i < j) == bool(k):
-                ax.scatter(points[:, j], points[:, i], s=1, color=color, rasterized=True)
+                ax.scatter(points[:, j], points[:, i], s=1, color=color)
                 ax.set_ylim(low[i], high[i])
             ax.set_xlim(low[j], high[j])
+            ax.tick_params(
+                labelsize=7, labelrotation=30, labelleft=j == 0, labelbottom=i == count - 1
+            )
     for i, name in enumerate(names[:count]):
         axes[-1, i].set_xlabel(name)
-        axes[i, 0].set_ylabel(name if i else "")
-    plt.setp(axes[:, 1:], yticklabels=[])
-    plt.setp(axes[:-1], xticklabels=[])
-    for ax in axes.flat:
-        ax.tick_params(labelsize=7, labelrotation=30)
-    axes[0, 0].set_yticks([])
+        axes[i, 0].set_ylabel(name)
+    axes[0, 0].set(ylabel="", yticks=[])
     if count < len(names):
         figure.suptitle(f"the first {count} of {len(names)} columns")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
@@ -183,51 +175,39 @@ def plot_extremes(rows: Tensor, bits: Tensor, transform: Transform, count: int, 
     order, panels = bits.argsort(), {}
     scale = transform.levels - 1 if isinstance(transform, ImageTransform) else 1
     for name, chosen in (("most", order[:count]), ("least", order.flip(0)[:count])):
-        least, most = bits[chosen].min(), bits[chosen].max()
-        panels[f"{name} likely: {least:.2f} to {most:.2f} bits/dim"] = rows[chosen] / scale
+        title = f"{name} likely: {bits[chosen].min():.2f} to {bits[chosen].max():.2f} bits/dim"
+        panels[title] = rows[chosen] / scale
     plot_pair(path, panels)
 
 
-def plot_way(frames: Tensor, shares: Tensor, label: str, path: Path) -> None:
+def plot_strip(frames: Tensor, shares: Tensor, label: str, path: Path) -> None:
     """Plot images (times, N, C, H, W) in [0, 1], a column for each time, which `shares` name."""
     columns, rows = frames.shape[:2]
     grid = image_grid(frames.transpose(0, 1).flatten(0, 1), columns)
-    size = (columns, rows + 0.7)
-    figure, ax = plt.subplots(figsize=size, layout="constrained")
+    figure, ax = plt.subplots(figsize=(columns, rows + 0.7), layout="constrained")
     ax.imshow(grid, interpolation="nearest")
-    width = grid.shape[1] / columns
-    middles = [width * (k + 0.5) for k in range(columns)]
+    middles = grid.shape[1] / columns * (np.arange(columns) + 0.5)
     ax.set_xticks(middles, [f"{float(share):.2f}" for share in shares])
     ax.set(yticks=[], xlabel=label)
     save_figure(figure, path)
 
 
 def plot_trajectory(frames: Tensor, folder: Path) -> None:
-    """Write frames (times, N, C, H, W) in [0, 1] as strip.png and trajectory.gif.
-
-    Where ffmpeg is installed, trajectory.mp4 is written too.
-    """
+    """Write frames (times, N, C, H, W) in [0, 1] as strip.png and trajectory.gif."""
     times = torch.linspace(0, len(frames) - 1, min(len(frames), 12)).round().long()
-    shares = times / (len(frames) - 1)
-    plot_way(
-        frames[times, :8], shares, "share of the way from noise to image", folder / "strip.png"
-    )
+    label = "share of the way from noise to image"
+    plot_strip(frames[times, :8], times / (len(frames) - 1), label, folder / "strip.png")
     grids = ((255 * image_grid(frame, size=400)).round().astype(np.uint8) for frame in frames)
     first, *others = map(Image.fromarray, grids)
     milliseconds = [80] * len(others) + [2000]
     options = {"append_images": others, "duration": milliseconds, "loop": 0}
     first.save(folder / "trajectory.gif", save_all=True, **options)
-    if shutil.which("ffmpeg"):
-        # Players need even sides, and the last frame is to rest here too.
-        filters = "pad=ceil(iw/2)*2:ceil(ih/2)*2,tpad=stop_mode=clone:stop_duration=2"
-        command = ["ffmpeg", "-v", "error", "-y", "-i", folder / "trajectory.gif", "-vf", filters]
-        subprocess.run([*command, "-pix_fmt", "yuv420p", folder / "trajectory.mp4"], check=True)
 
 
 @torch.no_grad()
 def plot_plane(flow: Flow, frames: Tensor, path: Path, side: int = 150) -> None:
     """Plot the density of a 2-D flow at `side`² points, and the paths `frames` (times, N, 2)."""
-    limits = frame(torch.cat([frames[0], frames[-1]]).cpu()).T  # of noise and samples
+    limits = limits_of(torch.cat([frames[0], frames[-1]]).cpu()).T  # of noise and samples
     across, up = (torch.linspace(*map(float, pair), side) for pair in limits)
     points = torch.cartesian_prod(across, up).to(frames)
     density = flow.log_prob(points).exp().view(side, side).T.float().cpu()

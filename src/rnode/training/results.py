@@ -1,4 +1,4 @@
-"""What a finished run has measured: metrics.csv, a row per logged step, and result.json."""
+"""The files of a run folder that say what was run, what was measured, and how the run ended."""
 
 import csv
 import json
@@ -7,7 +7,9 @@ from pathlib import Path
 
 from rnode.training.run_folder import whole_file
 
-RESULT = "result.json"
+CONFIG, OVERRIDES, METRICS = "config.yaml", ".hydra/overrides.yaml", "metrics.csv"
+RESULT, DIVERGED, FAILED = "result.json", "diverged.txt", "failed.txt"
+BITS = "val/bits_per_dim"
 GAUSSIAN = "val/bits_per_dim_gaussian"
 MEASURES = {  # of training, validation and test, as figures call them
     "bits_per_dim": "bits/dim",
@@ -15,8 +17,11 @@ MEASURES = {  # of training, validation and test, as figures call them
     "kinetic": "kinetic energy / d",
     "jacobian": "squared Jacobian norm / d",
 }
-TRAINED = ("train/nfe_forward", "train/nfe_backward")
-TESTED = ("bits_per_dim", "bits_per_dim_se", "nfe_forward", "kinetic", "jacobian")
+RESULTS = (  # the names in result.json
+    *(BITS, "val/nfe_forward", "train/seconds", "train/nfe_forward", "train/nfe_backward"),
+    *("test/bits_per_dim", "test/bits_per_dim_se", "test/nfe_forward"),
+    *("test/kinetic", "test/jacobian"),
+)
 
 
 def read_metrics(path: Path) -> list[dict[str, str]]:
@@ -31,19 +36,19 @@ def read_metrics(path: Path) -> list[dict[str, str]]:
 def write_result(folder: Path, tested: dict, best: float) -> dict[str, float | None]:
     """Write result.json, which marks the run as finished, and return what it holds.
 
-    val/… is of the tested weights, whose bits/dim are `best`; train/seconds is without validation;
-    train/nfe_… is of the last logged step. What was not measured is None.
+    val/… belongs to the tested weights, whose bits/dim are `best`; train/seconds excludes
+    validation; train/nfe_… belongs to the last logged step. What was not measured is None.
     """
-    rows = read_metrics(folder / "metrics.csv")
-    seconds = [float(row.get("train/seconds_per_epoch", 0)) for row in rows]
-    trained = [row for row in rows if "train/nfe_forward" in row] or [{}]
-    validated = [row for row in rows if "val/bits_per_dim" in row]
-    chosen = min(validated, key=lambda row: abs(float(row["val/bits_per_dim"]) - best), default={})
-    measured = {"val/bits_per_dim": best, "val/nfe_forward": chosen.get("val/nfe_forward")}
-    measured["train/seconds"] = sum(seconds) or None
-    measured |= {name: trained[-1].get(name) for name in TRAINED}
-    measured |= {f"test/{name}": tested.get(f"test/{name}") for name in TESTED}
-    numbers = {name: float("nan" if v is None else v) for name, v in measured.items()}
+    rows = read_metrics(folder / METRICS)
+    validated = [row for row in rows if BITS in row]
+    chosen = min(validated, key=lambda row: abs(float(row[BITS]) - best), default={})
+    last = {name: cell for row in rows for name, cell in row.items()}
+    measured = tested | last
+    measured[BITS] = best
+    measured["val/nfe_forward"] = chosen.get("val/nfe_forward", "nan")
+    seconds = sum(float(row.get("train/seconds_per_epoch", 0)) for row in rows)
+    measured["train/seconds"] = seconds or "nan"
+    numbers = {name: float(measured.get(name, "nan")) for name in RESULTS}
     result = {name: v if math.isfinite(v) else None for name, v in numbers.items()}
     with whole_file(folder / RESULT, "w") as file:
         json.dump(result, file, indent=2)
@@ -54,3 +59,18 @@ def read_result(folder: Path) -> dict[str, float | None] | None:
     """Return the result of a finished run; None if the run has not finished."""
     path = folder / RESULT
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def is_run(folder: Path) -> bool:
+    """Return whether a training run wrote the folder; `rnode evaluate` leaves overrides as well."""
+    return any((folder / name).exists() for name in (CONFIG, DIVERGED, FAILED))
+
+
+def read_status(folder: Path) -> tuple[str, str]:
+    """Return finished, failed, diverged or unfinished, and why the run has not finished."""
+    for status, name in (("failed", FAILED), ("diverged", DIVERGED)):
+        if (folder / name).exists():
+            return status, (folder / name).read_text(encoding="utf-8").strip()
+    if (folder / RESULT).exists():
+        return "finished", ""
+    return "unfinished", "was interrupted, or is still running"
