@@ -11,7 +11,7 @@ import torch
 from omegaconf import OmegaConf
 
 from helpers import TWO_STEPS, alive, call, refused, rows, same, wait_until
-from rnode.errors import DivergenceError
+from rnode.errors import Diverged
 from rnode.training.module import RNODE
 
 TINY = [*TWO_STEPS, "model.pieces=1"]
@@ -59,7 +59,7 @@ def break_where(monkeypatch, find_error):
 
 
 def test_failed_jobs_are_reported_and_do_not_stop_the_others(tmp_path, capsys, monkeypatch):
-    errors = {0.5: KeyError("broken"), 0.7: DivergenceError("the loss became NaN")}
+    errors = {0.5: KeyError("broken"), 0.7: Diverged("the loss became NaN")}
     break_where(monkeypatch, lambda module: errors.get(module.lambda_j))
     (tmp_path / "2").mkdir()
     (tmp_path / "2" / "failed.txt").write_text("of an earlier attempt")
