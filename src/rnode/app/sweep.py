@@ -11,7 +11,6 @@ import math
 import os
 import signal
 import sys
-import traceback
 from collections.abc import Callable
 from multiprocessing import current_process
 from pathlib import Path
@@ -23,8 +22,8 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from rnode.app.launch import is_first_process
-from rnode.app.report_error import describe_error, one_line_errors, wants_traceback
+from rnode.app.exits import describe_error, one_line_errors
+from rnode.app.processes import is_first_process
 from rnode.app.schema import flatten
 from rnode.errors import Stopped, require
 from rnode.training.results import RESULT, read_result
@@ -138,8 +137,6 @@ def forget_failure(folder: Path) -> None:
 def record_failure(error: Exception, folder: Path) -> None:
     """Print why a job failed, and write it into the folder of the job."""
     line, _ = describe_error(error)
-    if wants_traceback():
-        traceback.print_exception(error)
     if not is_first_process():
         return
     print(f"error: job {folder.name}: {line}", file=sys.stderr, flush=True)
