@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 HANG = 1800  # seconds after which a test that waits has hung; no test depends on a shorter time
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}  # more would wait for one another's cores
 
-RK4 = Method("rk4", step_size=0.25)
+RK4 = Method("rk4")
 DOPRI5 = Method("dopri5")
 
 RATE = ["optimizer.lr=4e-3", "warmup_steps=0", "decay=false"]

@@ -9,7 +9,7 @@ from torch import nn
 from helpers import RK4, Linear, close, make_flow
 from rnode import (
     Dequantize,
-    DivergenceError,
+    Diverged,
     Flow,
     Logit,
     Method,
@@ -229,5 +229,5 @@ def test_measure_gives_bits_and_the_integrals_per_dimension():
 def test_samples_that_are_not_finite_are_counted_in_the_error():
     x = torch.randn(8, 2)
     x[[1, 5, 6]] = float("inf")
-    with pytest.raises(DivergenceError, match="bits/dim of 3 of 8 samples are not finite"):
+    with pytest.raises(Diverged, match="bits/dim of 3 of 8 samples are not finite"):
         evaluate_vectors(identity((2,)), x)

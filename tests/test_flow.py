@@ -6,7 +6,7 @@ import torch
 from helpers import DOPRI5, RK4, Linear, close, make_flow
 from plain import PlainFlow
 from rnode import (
-    DivergenceError,
+    Diverged,
     Flow,
     InputError,
     Method,
@@ -215,7 +215,7 @@ def test_a_divergence_names_its_piece():
     flow = make_flow((1, 8, 8), train=Method("dopri5", max_steps=20))
     with torch.no_grad():
         flow.pieces[2].field.layers[-1].bias.fill_(float("nan"))
-    with pytest.raises(DivergenceError, match="in piece 3$"):
+    with pytest.raises(Diverged, match="in piece 3$"):
         flow(torch.randn(2, 1, 8, 8, dtype=torch.float64))
 
 

@@ -8,7 +8,7 @@ from torchdiffeq import odeint, odeint_adjoint
 
 from helpers import DOPRI5, RK4, Linear, close
 from rnode import Dynamics, InputError, Method, Piece, Probes, Solver, State
-from rnode.choices import ONE_STEP
+from rnode.names import ONE_STEP
 from rnode.runge_kutta import TABLEAUS
 from rnode.solver import ADAPTIVE, FIXED_GRID, error_norm, solve, solve_back
 

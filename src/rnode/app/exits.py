@@ -11,7 +11,7 @@ from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
 from rnode.app.processes import is_first_process, launched
-from rnode.errors import DivergenceError, InputError, Stopped, one_line
+from rnode.errors import Diverged, InputError, Stopped, one_line
 
 LONGEST_LINE = 1500  # characters; a value that a message repeats may be longer
 MEMORY = "try a smaller dataset.batch_size or model.hidden, or solver.gradient=checkpoint"
@@ -30,7 +30,7 @@ def describe_error(error: Exception) -> tuple[str, int]:
         return line, 128 + error.signal
     if isinstance(error, InputError | HydraException | OmegaConfBaseException):
         return line, 2
-    if isinstance(error, DivergenceError | OSError):
+    if isinstance(error, Diverged | OSError):
         return line, 1
     name = type(error).__name__
     if name == "MisconfigurationException":  # of Lightning, which may not be loaded

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from rnode.dequantization import Dequantization
 from scipy.optimize import minimize
 from scipy.special import expit, logit
 from scipy.stats import norm
@@ -12,7 +13,6 @@ from torch import nn
 
 from helpers import DOPRI5, RK4, TWO_STEPS, call, metrics, refused
 from rnode import Probes, Solver, Transform, log_normal, multiscale
-from rnode.dequantization import Dequantization
 
 pytestmark = pytest.mark.usefixtures("blank_figures")
 
