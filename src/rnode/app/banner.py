@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from omegaconf import DictConfig
 
 
-def banner(cfg: DictConfig, choices: Mapping[str, str], folder: str) -> str:
+def banner(cfg: DictConfig, choices: Mapping[str, str]) -> str:
     """Say what is trained on what, for how long, where, and how to stop it."""
     model, trainer = cfg.model, cfg.trainer
     sizes = " ".join(
@@ -17,5 +17,5 @@ def banner(cfg: DictConfig, choices: Mapping[str, str], folder: str) -> str:
         f"{choices['dataset']} by a {choices['model']} flow, {sizes}, solver={choices['solver']}\n"
         f"λ_K={cfg.reg.lambda_k:g} λ_J={cfg.reg.lambda_j:g} lr={cfg.optimizer.lr:g} "
         f"batch={cfg.dataset.batch_size} seed={cfg.seed}, until {', '.join(given) or 'Ctrl-C'}\n"
-        f"run folder: {folder} (Ctrl-C stops the run and says how to resume)"
+        f"run folder: {cfg.folder} (Ctrl-C stops the run and says how to resume)"
     )

@@ -45,9 +45,7 @@ def main(cfg: DictConfig) -> float:
     folder = Path(HydraConfig.get().runtime.output_dir)
     with (
         lock(folder, resumes=False),
-        transcript(
-            folder / "train.log", banner(cfg, HydraConfig.get().runtime.choices, str(folder))
-        ),
+        transcript(folder / "train.log", banner(cfg, HydraConfig.get().runtime.choices)),
     ):
         return train(cfg, folder)
 

@@ -20,22 +20,10 @@ from rnode.app.exits import one_line_errors
 from rnode.app.help import help_text
 from rnode.app.processes import is_first_process, prepare_process, run_name
 from rnode.app.quoting import quote
-from rnode.app.schema import CONF
+from rnode.app.schema import COMMANDS, CONF
 from rnode.app.sweep import in_sweep, run_job
 from rnode.app.validation import CommandLine, check, compose_config, validate
 from rnode.errors import InputError
-
-ABOUT = {
-    "train": "Train a continuous normalizing flow by maximum likelihood (RNODE).",
-    "evaluate": "Measure a trained flow on its data: rnode evaluate outputs/…/best.ckpt",
-    "sample": "Sample from a trained flow: rnode sample outputs/…/best.ckpt",
-    "score": "Score new data by a trained flow: rnode score outputs/…/best.ckpt path=FILE",
-    "report": "Compare runs in a browser: rnode report outputs/… outputs/…",
-    "dashboard": "Add the views of the paper's figures to a W&B project: wandb.entity=NAME",
-    "reproduce": "Reproduce a figure or the table of the paper: rnode reproduce figure=2",
-}
-MODULES = {command: f"rnode.app.{command}" for command in ABOUT}
-MODULES["reproduce"] = "rnode.paper.reproduce"  # in benchmarks/paper, installed as rnode.paper
 
 
 class Parser(argparse.ArgumentParser):
@@ -46,14 +34,15 @@ class Parser(argparse.ArgumentParser):
 def main() -> None:
     """The command `rnode`."""
     command = sys.argv[1] if len(sys.argv) > 1 else "--help"
-    if command in ABOUT:
+    if command in COMMANDS:
         run(command, sys.argv[2:])
         return
     if command == "--version":
         print(f"rnode {rnode.__version__}")
         return
     print("usage: rnode COMMAND [key=value …]; rnode COMMAND --help lists the keys\n")
-    print(*(f"  {name:<12}{about}" for name, about in ABOUT.items()), sep="\n")
+    for name, schema in COMMANDS.items():
+        print(f"  {name:<12}{schema.__doc__}")
     if command not in ("-h", "--help"):
         print(f"error: there is no command {command}", file=sys.stderr)
         sys.exit(2)
@@ -86,7 +75,7 @@ def run(
         if line.config_dir or any(text.startswith("trust=") for text in overrides):
             sys.path.append(os.getcwd())  # for classes of the user's
         if flags.help:
-            print_to_pipe(help_text(ABOUT[command], line))
+            print_to_pipe(help_text(line))
         elif flags.cfg:
             print_to_pipe(OmegaConf.to_yaml(compose_config(line), resolve=flags.resolve))
         else:
@@ -119,11 +108,11 @@ def run_command(command: str, cfg: DictConfig) -> Any:
     """Run `main(cfg)` of a command, after a check: a sampler may have chosen the values."""
     validate(command, cfg)
     if command == "train" and is_first_process():
-        runtime = HydraConfig.get().runtime
-        print(banner(cfg, runtime.choices, runtime.output_dir), flush=True)
+        print(banner(cfg, HydraConfig.get().runtime.choices), flush=True)
     prepare_process()
     # torch, Lightning and W&B are imported here: --help and mistakes do not wait for them.
-    module = "rnode.app.classify" if cfg.get("task") == "classify" else MODULES[command]
+    module = "rnode.app.classify" if cfg.get("task") == "classify" else f"rnode.app.{command}"
+    module = "rnode.paper.reproduce" if command == "reproduce" else module  # benchmarks/paper
     return importlib.import_module(module).main(cfg)
 
 

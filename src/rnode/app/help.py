@@ -10,12 +10,17 @@ from rnode.app.schema import COMMANDS, CONF
 from rnode.app.validation import CommandLine, compose_config
 
 
-def help_text(about: str, line: CommandLine) -> str:
+def help_text(line: CommandLine) -> str:
     """Describe a command, its groups, and its keys with the values that a command line gives."""
     config = OmegaConf.to_container(compose_config(line), resolve=True)
     usage = f"usage: rnode {line.command} [group=option …] [key=value …]"
     sweep = " [-m for a sweep over a=1,2 b=3,4]" if line.command == "train" else ""
-    lines = [about, "", f"{usage}{sweep}", f"       python src/{line.command}.py …"]
+    lines = [
+        COMMANDS[line.command].__doc__,
+        "",
+        f"{usage}{sweep}",
+        f"       python src/{line.command}.py …",
+    ]
     for group, choice in HydraConfig.get().runtime.choices.items():
         if "/" in group or "@" in group:
             continue

@@ -1,4 +1,4 @@
-"""The configuration: a type, a range and a sentence for each key. --help prints the sentences."""
+"""The configuration: a type, a range and a sentence for each key, which --help prints."""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -173,7 +173,10 @@ class MLflow(OpenSection):
 
 
 class Train(Section):
+    """Train a continuous normalizing flow by maximum likelihood (RNODE)."""
+
     seed: Whole = key("seed of weights, data order, noise and probes")
+    folder: str = key("the run folder, which hydra.run.dir=… sets")
     task: Literal["density", "classify"] = key("what is learned: a density, or classes")
     divergence: Literal[DIVERGENCES] = key("probes of div f and of the Jacobian norm")
     probes: Count = key("random probes of a sample")
@@ -223,11 +226,15 @@ class FromCheckpoint(Section):
 
 
 class Evaluate(FromCheckpoint):
+    """Measure a trained flow on its data: rnode evaluate outputs/…/best.ckpt"""
+
     split: Literal["test", "val", "train"] = key("the split that is evaluated")
     samples: Count = key("dequantizations of each image in the importance-weighted bound")
 
 
 class Sample(FromCheckpoint):
+    """Sample from a trained flow: rnode sample outputs/…/best.ckpt"""
+
     n: Count = key("number of samples")
     context: dict[str, Any] = key("what a conditional density is given, as context.COLUMN=VALUE")
     temperature: NonNegative = key("standard deviation of z")
@@ -238,12 +245,16 @@ class Sample(FromCheckpoint):
 
 
 class Score(FromCheckpoint):
+    """Score new data by a trained flow: rnode score outputs/…/best.ckpt path=FILE"""
+
     path: str = key("table or folder of new data")
     id: list[str] = key("columns of the table that are copied beside the scores")
     context: dict[str, Any] = key("what a conditional density is given, as context.COLUMN=VALUE")
 
 
 class Reproduce(Section):
+    """Reproduce a figure or the table of the paper: rnode reproduce figure=2"""
+
     figure: Annotated[int, Field(ge=1, le=5)] | None = key("figure of the paper, 1 to 5")
     table: Annotated[int, Field(ge=1, le=1)] | None = key("table of the paper, 1")
     discussion: Annotated[int, Field(ge=1, le=1)] | None = key("classifiers of section 9, 1")
@@ -254,6 +265,8 @@ class Reproduce(Section):
 
 
 class Report(Section):
+    """Compare runs in a browser: rnode report outputs/… outputs/…"""
+
     folders: list[str] = key("folders that are or hold runs, sweeps and evaluations")
 
 
@@ -263,6 +276,8 @@ class Project(Section):
 
 
 class Dashboard(Section):
+    """Add the views of the paper's figures to a W&B project: wandb.entity=NAME"""
+
     wandb: Project = key("where the runs are")
 
 

@@ -53,8 +53,7 @@ TABLE = {
 
 def main(cfg: DictConfig) -> float | list[float]:
     """Train one flow in the run folder, and return what a guided sweep minimizes."""
-    runtime = HydraConfig.get().runtime
-    folder = Path(runtime.output_dir)
+    folder = Path(cfg.folder)
     match_processes(cfg.trainer, HydraConfig.get().overrides.task)
     ckpt_path, last = cfg.ckpt_path, folder / "last.ckpt"
     if sweep.in_sweep():
@@ -70,7 +69,7 @@ def main(cfg: DictConfig) -> float | list[float]:
         with contextlib.ExitStack() as stack:
             if is_first_process():
                 stack.enter_context(lock(folder, resumes))
-                first_lines = banner(cfg, runtime.choices, runtime.output_dir)
+                first_lines = banner(cfg, HydraConfig.get().runtime.choices)
                 stack.enter_context(transcript(folder / "train.log", first_lines))
             return train(cfg, folder, ckpt_path)
     finally:
