@@ -61,7 +61,7 @@ MISTAKES = {
     f"{CONF}": f"{CONF}: must be KEY=VALUE; that folder holds no checkpoint of a run",
     "seed=1,2": "--multirun",
     "seed=${nothing.here}": "nothing.here",
-    "--config-dir nowhere": "--config-dir nowhere: there is no such folder",
+    "--config-dir nowhere": "nowhere: there is no such folder",
     "--multi": "unrecognized arguments: --multi",
     "ckpt_path=nowhere.ckpt": "ckpt_path=nowhere.ckpt: there is no such file",
     "hydra.run.dir=/dev/null/run": "Not a directory: '/dev/null/run'",
@@ -129,6 +129,7 @@ def test_the_configuration_of_a_command_line_is_printed_without_a_run(capsys, tm
         "# @package _global_\ndataset:\n  size: 16\n"
     )
     own = ["--config-dir", f"{tmp_path / 'own'}", "dataset=patches", "experiment=mine"]
+    assert "no option sed; did you mean seed?" in refused(capsys, "train", *own, "sed=3")[0]
     call("train", *own, "seed=3", "--cfg", "job", "--resolve")
     config = OmegaConf.create(capsys.readouterr().out)
     assert config.dataset.shape == [3, 16, 16]

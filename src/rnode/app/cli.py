@@ -23,7 +23,7 @@ from rnode.app.quoting import quote
 from rnode.app.schema import COMMANDS, CONF
 from rnode.app.sweep import in_sweep, run_job
 from rnode.app.validation import CommandLine, check, compose_config, validate
-from rnode.errors import InputError
+from rnode.errors import InputError, require
 
 
 class Parser(argparse.ArgumentParser):
@@ -71,9 +71,13 @@ def run(
     with errors():
         flags = parser.parse_intermixed_args(typed[1:] if arguments is None else arguments)
         overrides = expand(command, flags.overrides)
-        line = CommandLine(command, overrides, flags.config_dir, flags.multirun)
-        if line.config_dir or any(text.startswith("trust=") for text in overrides):
+        if flags.config_dir is not None:
+            folder = os.path.abspath(flags.config_dir)
+            require(os.path.isdir(folder), f"--config-dir {folder}: there is no such folder")
+            overrides = [f"hydra.searchpath=[{quote(f'file://{folder}')}]", *overrides]
+        if flags.config_dir or any(text.startswith("trust=") for text in overrides):
             sys.path.append(os.getcwd())  # for classes of the user's
+        line = CommandLine(command, overrides, flags.multirun)
         if flags.help:
             print_to_pipe(help_text(line))
         elif flags.cfg:
@@ -93,7 +97,6 @@ def start_hydra(line: CommandLine, typed: list[str], errors: Callable) -> None:
             return run_job(partial(run_command, line.command), cfg, folder)
 
     flags = ["--multirun"] if line.multirun else []
-    flags += ["--config-dir", line.config_dir] if line.config_dir else []
     # The first process writes what Hydra writes.
     flags += [] if is_first_process() else ["hydra.output_subdir=null"]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra would print its errors in several lines

@@ -40,11 +40,10 @@ WORDS = {  # where pydantic's are not plain
 
 @dataclass(frozen=True)
 class CommandLine:
-    """A command, the overrides of its configuration, and what its flags say."""
+    """A command, the overrides of its configuration, and whether it is a sweep."""
 
     command: str
     overrides: list[str]
-    config_dir: str | None = None  # folder of the user's own configuration files
     multirun: bool = False
 
 
@@ -88,15 +87,10 @@ def values(override: Override) -> list[str]:
 
 def compose_config(line: CommandLine) -> DictConfig:
     """Compose the configuration of a run, without Hydra's own section; HydraConfig has that."""
-    overrides = line.overrides
-    parse(overrides)
-    if line.config_dir is not None:
-        folder = os.path.abspath(line.config_dir)
-        require(os.path.isdir(folder), f"--config-dir {line.config_dir}: there is no such folder")
-        overrides = [f"hydra.searchpath=[{quote(f'file://{folder}')}]", *overrides]
+    parse(line.overrides)
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
-            config = compose(line.command, overrides, return_hydra_config=True)
+            config = compose(line.command, line.overrides, return_hydra_config=True)
     except MissingConfigException as error:
         file, options = error.missing_cfg_file or "", ", ".join(error.options or [])
         extra = "; pip install -e '.[sweep]' brings more" if file.startswith("hydra/") else ""
@@ -114,7 +108,8 @@ def compose_config(line: CommandLine) -> DictConfig:
 def no_such_option(key: str, line: CommandLine) -> str:
     """Say that a key does not exist, and suggest one that does."""
     groups = [path.name for path in CONF.iterdir() if path.is_dir()]
-    chosen = [text for text in line.overrides if text.partition("=")[0] in groups]
+    choices = {*groups, "hydra.searchpath"}
+    chosen = [text for text in line.overrides if text.partition("=")[0] in choices]
     config = OmegaConf.to_container(compose_config(replace(line, overrides=chosen)))
     known = [*known_keys(config), *groups]
     last = key.rpartition(".")[2]
