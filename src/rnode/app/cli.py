@@ -22,7 +22,7 @@ from rnode.app.processes import is_first_process, prepare_process, run_name
 from rnode.app.quoting import quote
 from rnode.app.schema import COMMANDS, CONF
 from rnode.app.sweep import in_sweep, run_job
-from rnode.app.validation import CommandLine, check, compose_config, validate
+from rnode.app.validation import check, compose_config, validate
 from rnode.errors import InputError, require
 
 
@@ -55,7 +55,6 @@ def run(
 
     `errors` makes the context in which the command runs: it prints an error in one line and exits.
     """
-    typed = list(sys.argv)
     with contextlib.suppress(AttributeError):  # a stream of a notebook
         for stream in (sys.stdout, sys.stderr):
             stream.reconfigure(errors="replace")  # letters that the terminal cannot show
@@ -69,7 +68,7 @@ def run(
     parser.add_argument("-c", "--cfg", choices=["job"])
     parser.add_argument("--resolve", action="store_true")
     with errors():
-        flags = parser.parse_intermixed_args(typed[1:] if arguments is None else arguments)
+        flags = parser.parse_intermixed_args(sys.argv[1:] if arguments is None else arguments)
         overrides = expand(command, flags.overrides)
         if flags.config_dir is not None:
             folder = os.path.abspath(flags.config_dir)
@@ -77,32 +76,33 @@ def run(
             overrides = [f"hydra.searchpath=[{quote(f'file://{folder}')}]", *overrides]
         if flags.config_dir or any(text.startswith("trust=") for text in overrides):
             sys.path.append(os.getcwd())  # for classes of the user's
-        line = CommandLine(command, overrides, flags.multirun)
         if flags.help:
-            print_to_pipe(help_text(line))
+            print_to_pipe(help_text(command, overrides))
         elif flags.cfg:
-            print_to_pipe(OmegaConf.to_yaml(compose_config(line), resolve=flags.resolve))
+            config = compose_config(command, overrides)
+            print_to_pipe(OmegaConf.to_yaml(config, resolve=flags.resolve))
         else:
-            check(line)
-            start_hydra(line, typed, errors)
+            check(command, overrides)
+            arguments = ["--multirun", *overrides] if flags.multirun else overrides
+            start_hydra(command, arguments, errors)
 
 
-def start_hydra(line: CommandLine, typed: list[str], errors: Callable) -> None:
+def start_hydra(command: str, arguments: list[str], errors: Callable) -> None:
     """Let Hydra run the command, once or for each job of a sweep."""
+    typed = sys.argv
 
     def job(cfg: DictConfig) -> Any:
         sys.argv = typed  # Lightning starts other processes by it
         folder = Path(HydraConfig.get().runtime.output_dir)
         with contextlib.nullcontext() if in_sweep() else errors():
-            return run_job(partial(run_command, line.command), cfg, folder)
+            return run_job(partial(run_command, command), cfg, folder)
 
-    flags = ["--multirun"] if line.multirun else []
-    # The first process writes what Hydra writes.
-    flags += [] if is_first_process() else ["hydra.output_subdir=null"]
+    if not is_first_process():  # the first process writes what Hydra writes
+        arguments = [*arguments, "hydra.output_subdir=null"]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra would print its errors in several lines
-    sys.argv = [typed[0], *flags, *line.overrides]
+    sys.argv = [typed[0], *arguments]
     try:
-        hydra.main(version_base="1.3", config_path=str(CONF), config_name=line.command)(job)()
+        hydra.main(version_base="1.3", config_path=str(CONF), config_name=command)(job)()
     finally:
         sys.argv = typed
 

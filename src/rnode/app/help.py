@@ -7,19 +7,19 @@ from omegaconf import OmegaConf
 from pydantic import BaseModel
 
 from rnode.app.schema import COMMANDS, CONF
-from rnode.app.validation import CommandLine, compose_config
+from rnode.app.validation import compose_config
 
 
-def help_text(line: CommandLine) -> str:
+def help_text(command: str, overrides: list[str]) -> str:
     """Describe a command, its groups, and its keys with the values that a command line gives."""
-    config = OmegaConf.to_container(compose_config(line), resolve=True)
-    usage = f"usage: rnode {line.command} [group=option …] [key=value …]"
-    sweep = " [-m for a sweep over a=1,2 b=3,4]" if line.command == "train" else ""
+    config = OmegaConf.to_container(compose_config(command, overrides), resolve=True)
+    usage = f"usage: rnode {command} [group=option …] [key=value …]"
+    sweep = " [-m for a sweep over a=1,2 b=3,4]" if command == "train" else ""
     lines = [
-        COMMANDS[line.command].__doc__,
+        COMMANDS[command].__doc__,
         "",
         f"{usage}{sweep}",
-        f"       python src/{line.command}.py …",
+        f"       python src/{command}.py …",
     ]
     for group, choice in HydraConfig.get().runtime.choices.items():
         if "/" in group or "@" in group:
@@ -30,7 +30,7 @@ def help_text(line: CommandLine) -> str:
             first = next(text for text in comments if "@package" not in text)
             lines.append(f"  {file.stem:<20}{first[2:]}")
     lines += ["", "keys, with their values in brackets:"]
-    lines += describe_keys(COMMANDS[line.command], config)
+    lines += describe_keys(COMMANDS[command], config)
     lines += ["", "--cfg job --resolve prints the configuration that a command line makes."]
     return "\n".join(lines)
 

@@ -15,6 +15,7 @@ MISLEADING_WARNINGS = (
     "your dataloader is not resumable",  # a run resumes at the batch at which it stopped
     "Using `DistributedSampler` with the dataloaders",  # no sample is evaluated twice
     "`isinstance\\(treespec, LeafSpec\\)` is deprecated",  # in code of Lightning
+    "The `srun` command is available",  # without it a run starts its processes itself
     "AccumulateGrad node's stream",  # CUDA graphs are recorded on a stream of their own
 )
 

@@ -4,7 +4,6 @@ import difflib
 import os
 import re
 from collections.abc import Collection
-from dataclasses import dataclass, replace
 from itertools import accumulate, islice
 from typing import Any
 
@@ -38,27 +37,18 @@ WORDS = {  # where pydantic's are not plain
 }
 
 
-@dataclass(frozen=True)
-class CommandLine:
-    """A command, the overrides of its configuration, and whether it is a sweep."""
-
-    command: str
-    overrides: list[str]
-    multirun: bool = False
-
-
-def check(line: CommandLine) -> None:
+def check(command: str, overrides: list[str]) -> None:
     """Raise InputError if the configuration of a run, or of the jobs of a sweep, is wrong.
 
     Every option of the groups that a sweep varies must exist. The values of other keys that it
     varies are left to its jobs: where one is wrong, the others still run.
     """
-    parsed = parse(line.overrides)
-    swept = [o.key_or_group for o in parsed if line.multirun and o.is_sweep_override()]
-    choices = [values(o) if o.key_or_group in swept else [o.input_line] for o in parsed]
+    parsed = parse(overrides)
+    swept = [override.key_or_group for override in parsed if override.is_sweep_override()]
+    choices = [values(override) for override in parsed]
     for k in range(max(map(len, choices), default=1)):
-        overrides = [options[k % len(options)] for options in choices]
-        validate(line.command, compose_config(replace(line, overrides=overrides)), swept)
+        job = [options[k % len(options)] for options in choices]
+        validate(command, compose_config(command, job), swept)
 
 
 def parse(overrides: list[str]) -> list[Override]:
@@ -79,25 +69,29 @@ def parse(overrides: list[str]) -> list[Override]:
 def values(override: Override) -> list[str]:
     """Return an override for each option of a swept group, or for one value of a swept key."""
     key, sweep = override.get_key_element(), override.value()
+    if not override.is_sweep_override():
+        return [override.input_line]
     if isinstance(sweep, IntervalSweep):
         return [f"{key}={sweep.start}"]
     count = None if (CONF / key).is_dir() else 1
     return [f"{key}={value}" for value in islice(override.sweep_string_iterator(), count)]
 
 
-def compose_config(line: CommandLine) -> DictConfig:
+def compose_config(command: str, overrides: list[str]) -> DictConfig:
     """Compose the configuration of a run, without Hydra's own section; HydraConfig has that."""
-    parse(line.overrides)
+    parse(overrides)
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
-            config = compose(line.command, line.overrides, return_hydra_config=True)
+            config = compose(command, overrides, return_hydra_config=True)
     except MissingConfigException as error:
         file, options = error.missing_cfg_file or "", ", ".join(error.options or [])
         extra = "; pip install -e '.[sweep]' brings more" if file.startswith("hydra/") else ""
         raise InputError(f"there is no {file}; the options are {options}{extra}") from error
     except ConfigCompositionException as error:
         key = re.match(r"Could not override '([\w.]+)'", str(error))
-        raise InputError(no_such_option(key[1], line) if key else one_line(error)) from error
+        raise InputError(
+            no_such_option(key[1], command, overrides) if key else one_line(error)
+        ) from error
     with open_dict(config), read_write(config.hydra):
         config.hydra.runtime.output_dir = "outputs"  # the run folder, once Hydra has started
         HydraConfig.instance().set_config(config)  # for interpolations ${hydra:…}
@@ -105,12 +99,12 @@ def compose_config(line: CommandLine) -> DictConfig:
     return config
 
 
-def no_such_option(key: str, line: CommandLine) -> str:
+def no_such_option(key: str, command: str, overrides: list[str]) -> str:
     """Say that a key does not exist, and suggest one that does."""
     groups = [path.name for path in CONF.iterdir() if path.is_dir()]
     choices = {*groups, "hydra.searchpath"}
-    chosen = [text for text in line.overrides if text.partition("=")[0] in choices]
-    config = OmegaConf.to_container(compose_config(replace(line, overrides=chosen)))
+    chosen = [text for text in overrides if text.partition("=")[0] in choices]
+    config = OmegaConf.to_container(compose_config(command, chosen))
     known = [*known_keys(config), *groups]
     last = key.rpartition(".")[2]
     same = [name for name in known if name == SYNONYMS.get(last) or name.endswith(f".{last}")]
@@ -118,7 +112,7 @@ def no_such_option(key: str, line: CommandLine) -> str:
     hint = f"did you mean {close[0]}? " if close else ""
     if key.partition(".")[0] in ("trainer", "wandb"):
         hint = f"{hint}+{key}=… passes it to Lightning; "
-    return f"there is no option {key}; {hint}rnode {line.command} --help lists them"
+    return f"there is no option {key}; {hint}rnode {command} --help lists them"
 
 
 def known_keys(config: dict) -> list[str]:
