@@ -67,11 +67,16 @@ class Linear(nn.Module):
         super().__init__()
         self.A = nn.Parameter(A)
 
-    def forward(self, t, z):
+    def forward(self, t, z, c):
         return z @ self.A.T
 
-    def vjp(self, t, z, eps):
-        return self(t, z), eps @ self.A
+    def vjp(self, t, z, eps, c):
+        return self(t, z, c), eps @ self.A
+
+
+def no_c(z):
+    """c of a batch z without conditions, (B, 0)."""
+    return z.new_empty(len(z), 0)
 
 
 def randomize(module, scale=1.0):
