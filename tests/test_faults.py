@@ -85,10 +85,8 @@ def test_an_interrupted_run_resumes_to_the_same_end(start, tmp_path, whole, step
 
 def wandb_steps(records):
     """The training steps whose loss W&B has."""
-    rows = [
-        {i.key or "/".join(i.nested_key): i.value_json for i in record.history.item}
-        for record in records
-    ]
+    items = [record.history.item for record in records]
+    rows = [{i.key or "/".join(i.nested_key): i.value_json for i in item} for item in items]
     return [int(row["trainer/global_step"]) for row in rows if "train/loss" in row]
 
 

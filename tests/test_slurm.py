@@ -54,10 +54,9 @@ class Job:
         assert "Traceback" not in self.log
 
     def stopped_by(self, name):
-        """The training step after which all processes were stopped by the signal of this name."""
+        """The training step after which the signal of this name stopped the run, the last time."""
         pattern = rf"^stopped: by {name} after (\d+) training steps"
-        (step,) = set(re.findall(pattern, self.log, re.MULTILINE))
-        return int(step)
+        return int(re.findall(pattern, self.log, re.MULTILINE)[-1])
 
 
 def slurm(*command):
@@ -108,11 +107,12 @@ def test_a_preempted_job_is_requeued_and_resumes_to_the_same_end(whole_job, tmp_
 def test_a_job_that_reaches_its_time_limit_is_requeued_and_resumes(whole_job, tmp_path):
     limit = ("--time=2", "--signal=SIGUSR1@60")  # SLURM sends it up to a minute too early
     job = Job(tmp_path, [*SMALL, "trainer.max_epochs=1000000"], *limit)
-    wait_until(lambda: job.show("Restarts") == "1" and job.show("JobState") == "RUNNING")
+    wait_until(lambda: job.show("Restarts") != "0" and job.show("JobState") == "RUNNING")
     job.wait_for_step(job.stopped_by("SIGUSR1") + 1)
+    restarts = job.show("Restarts")  # more than one where the start takes most of the time
     slurm("scancel", job.id)
     job.finish("CANCELLED")
-    assert job.show("Restarts") == "1"  # a cancelled job is not requeued
+    assert job.show("Restarts") == restarts  # a cancelled job is not requeued
 
 
 @pytest.mark.slurm
