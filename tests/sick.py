@@ -21,14 +21,16 @@ def sick(self, batch, batch_idx):
     if fault == "nan":
         batch = batch._replace(y=batch.y * float("nan"))
     if fault == "forward":
-        self.flow.pieces[0].register_forward_pre_hook(lambda *_: give_up(Diverged))
+        piece = self.flow.pieces[0]
+        handle = piece.register_forward_pre_hook(lambda *_: give_up(handle, Diverged))
     if fault == "backward":
         weight = next(self.flow.pieces[1].parameters())
-        weight.register_hook(lambda _: give_up(AssertionError))
+        handle = weight.register_hook(lambda _: give_up(handle, AssertionError))
     return healthy(self, batch, batch_idx)
 
 
-def give_up(error):
+def give_up(handle, error):
+    handle.remove()
     raise error("underflow in dt 0.0")  # the words of torchdiffeq
 
 

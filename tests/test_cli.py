@@ -29,7 +29,7 @@ MISTAKES = {
     "epochs=3": "no option epochs; did you mean trainer.max_epochs?",
     "data=mnist": "no option data; did you mean dataset?",
     "dataset=mnist dataset.rot=1": "no option dataset.rot; did you mean dataset.root?",
-    "-m seed=1,2 sed=3,4": "no option sed; did you mean seed?",
+    "-m dataset=glob(d*) sed=3,4": "no option sed; did you mean seed?",
     "trainer.detect_anomaly=true": "+trainer.detect_anomaly=… passes it to Lightning",
     "+lamda_k=1": "no option lamda_k",
     "+trainer.max_epoch=1": "trainer.max_epoch: Trainer has no such option",
@@ -40,6 +40,7 @@ MISTAKES = {
     "optimizer.lr=abc": "optimizer.lr=abc: must be a valid number",
     "reg.lambda_k=null": "reg.lambda_k=null: must be a valid number",
     "-m reg.lambda_k=-1,2 seed=x": "error: seed=x: must be a valid integer",
+    "-m reg.lambda_k=interval(0,1) seed=x": "error: seed=x: must be a valid integer",
     "dataset.shape=[1,a]": "dataset.shape=a: must be a valid integer",
     "solver.train=rk4": "solver.train=rk4: must be a section",
     # a range
@@ -47,6 +48,7 @@ MISTAKES = {
     "reg.lambda_j=nan": "reg.lambda_j=nan: must be a finite number",
     "seed=99999999999": "seed=99999999999: must be at most 4294967295",
     "trainer.limit_val_batches=1.5": "limit_val_batches=1.5: must be",
+    "trainer.limit_val_batches=-1": "limit_val_batches=-1: must be at least 0",
     "dataset.validation=1.0": "dataset.validation=1.0: must be a whole number from 1 on, or a",
     "dataset.validation=0": "dataset.validation=0: must be a whole number from 1 on, or a share",
     "trainer.max_time=5": "trainer.max_time=5: must be [DD:]HH:MM:SS",
@@ -98,6 +100,7 @@ def test_help_describes_every_group_option_and_key(capsys, arguments):
         config = OmegaConf.to_container(compose(command, overrides), throw_on_missing=False)
     keys = [key for key in known_keys(config) if not re.search(r"\._|\.source\b", key)]
     assert not [key for key in keys if len(described[key]) < 2]
+    assert not [key for key in described if re.search(r"\._|\.source$", key)]
     assert ("dataset.root" in keys) == (arguments in ("train dataset=mnist", "evaluate", "sample"))
     if command == "train":
         assert " ".join(described["optimizer.lr"]).startswith("learning rate [")
@@ -152,7 +155,9 @@ def test_the_command_lists_and_runs_its_commands(monkeypatch, capsys, tmp_path):
     assert capsys.readouterr().err == "error: there is no command trian\n"
     seeds = []
     monkeypatch.setattr(train, "main", lambda cfg: seeds.append(cfg.seed))
-    assert "digits by a multiscale flow" in rnode_command("train")
+    first, second, _ = rnode_command("train").splitlines()
+    assert first.startswith("digits by a multiscale flow, hidden=")
+    assert re.search(r"seed=0, until epochs=\d+$", second)
     rnode_command("train", "seed=3")
     assert seeds == [0, 3]
     assert sys.argv == ["rnode", "train", "seed=3"]
