@@ -20,7 +20,7 @@ import common
 from common import COARSE, DEVICE, FINE, LAMBDA, RADAU, RK4, SIMPSON, make_flow
 from plain import PlainFlow
 from rnode import Flow, objective
-from rnode.app.launch import prepare_process
+from rnode.app.processes import prepare_process
 from rnode.training.graphs import record_solves
 from rnode.training.solving import compile_solves
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from helpers import HANG, ROOT, column
-from rnode.app.launch import launched, run_name
+from rnode.app.processes import launched, run_name
 from rnode.data.datamodule import DataModule
 from rnode.data.splits import Splits
 from rnode.transforms import Column, TableTransform

@@ -23,7 +23,7 @@ from helpers import (
     call,
     refused,
 )
-from rnode.app.launch import cluster_plugins, launched
+from rnode.app.processes import cluster_plugins, launched
 from rnode.app.quoting import quote, shell_quote
 
 LEFTOVERS = {  # of SLURM, in the shell or notebook of a job

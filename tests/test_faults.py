@@ -21,7 +21,6 @@ from helpers import (
     alive,
     assert_same_run,
     curves,
-    metrics,
     refused,
     same,
     wait_until,
@@ -29,6 +28,8 @@ from helpers import (
 
 pytestmark = pytest.mark.slow(reason="runs in processes; test_resume.py stops runs in this one")
 DDP = [*SMALL, "trainer.devices=2", "trainer.strategy=ddp"]
+EVERY_7, EVERY_STEP = "save_every_n_steps=7", "save_every_n_steps=1"
+FIGURES, OFFLINE = "pictures.every_n_epochs=1", "wandb.mode=offline"
 
 
 def last_step(folder):
@@ -61,7 +62,7 @@ def copy(whole, tmp_path):
 )
 def test_an_interrupted_run_resumes_to_the_same_end(start, tmp_path, whole, step, number):
     folder = tmp_path / "run"
-    run = start(folder, "save_every_n_steps=7")
+    run = start(folder, EVERY_7, OFFLINE)
     run.wait_for_step(step)
     os.kill(run.pid, number)
     if number == signal.SIGKILL:
@@ -71,16 +72,30 @@ def test_an_interrupted_run_resumes_to_the_same_end(start, tmp_path, whole, step
         assert line.startswith(f"stopped: by {number.name} after ")
         assert f"{folder / 'last.ckpt'}; to resume: rnode train model.hidden=4 " in line
         assert last_step(folder) > step
-    start(folder, "save_every_n_steps=7", "ckpt_path=auto").finish()
+    stopped = last_step(folder)
+    start(folder, EVERY_7, OFFLINE, "ckpt_path=auto").finish()
     assert_same_run(folder, whole)
+    first, second = wandb_records(folder).values()
+    assert len({name.rsplit("-", 1)[1] for name in wandb_records(folder)}) == 1  # one W&B run
+    assert wandb_steps(second) == list(range(stopped, 90))
+    if number != signal.SIGKILL:
+        assert wandb_steps(first) == list(range(stopped))
+        assert any(record.HasField("exit") for record in first)
+
+
+def wandb_steps(records):
+    """The training steps whose loss W&B has."""
+    items = [record.history.item for record in records]
+    rows = [{i.key or "/".join(i.nested_key): i.value_json for i in item} for item in items]
+    return [int(row["trainer/global_step"]) for row in rows if "train/loss" in row]
 
 
 def test_kills_while_checkpoints_are_written_leave_whole_ones(start, tmp_path):
     folder, steps = tmp_path / "run", [0]
     epochs = "trainer.max_epochs=8"
-    for kill in range(15):
+    for kill in range(10):
         (folder / "last.ckpt.part").unlink(missing_ok=True)  # of the last kill
-        run = start(folder, epochs, "ckpt_path=auto", "save_every_n_steps=1")
+        run = start(folder, epochs, "ckpt_path=auto", EVERY_STEP)
         run.wait_until((folder / "last.ckpt.part").exists)
         time.sleep(kill % 3 * 0.2)
         run.wait_until((folder / "last.ckpt.part").exists)
@@ -88,7 +103,7 @@ def test_kills_while_checkpoints_are_written_leave_whole_ones(start, tmp_path):
         run.finish(code=-signal.SIGKILL)
         steps.append(last_step(folder) if (folder / "last.ckpt").exists() else 0)
     assert steps == sorted(steps)
-    assert steps[-1] > 10
+    assert steps[-1] > 5
     start(folder, epochs, "ckpt_path=auto").finish()
     start(tmp_path / "whole", epochs).finish()
     same(*(torch.load(f / "last.ckpt", weights_only=True) for f in (folder, tmp_path / "whole")))
@@ -100,7 +115,7 @@ def test_kills_while_checkpoints_are_written_leave_whole_ones(start, tmp_path):
 def test_a_full_disk_gets_one_line_and_leaves_the_earlier_file(start, copy, file):
     before = (copy / file).read_bytes()
     (copy / f"{file}.part").symlink_to("/dev/full")
-    more = ["ckpt_path=auto", "trainer.max_epochs=4", "pictures.every_n_epochs=1"]
+    more = ["ckpt_path=auto", "trainer.max_epochs=4", FIGURES]
     line = error(start(copy, *more))
     assert line.startswith(f"error: {copy / file} could not be written ([Errno 28] No space left")
     assert line.endswith("the earlier file is intact")
@@ -122,7 +137,7 @@ def test_a_run_whose_curves_cannot_grow_stops_and_resumes(start, copy, whole):
 
 def test_a_folder_that_becomes_read_only_gets_one_line(start, tmp_path):
     folder, epochs = tmp_path / "run", "trainer.max_epochs=100"
-    run = start(folder, epochs, "save_every_n_steps=7", unprivileged=True)
+    run = start(folder, epochs, EVERY_7, unprivileged=True)
     run.wait_for_step(31)
     folder.chmod(0o555)
     line = error(run)
@@ -135,26 +150,6 @@ def test_a_folder_that_becomes_read_only_gets_one_line(start, tmp_path):
     folder.chmod(0o755)
     start(*again, unprivileged=True).finish()
     assert last_step(folder) == step + 2
-
-
-def test_a_signal_closes_the_wandb_run_and_its_curves_continue(start, tmp_path):
-    folder = tmp_path / "run"
-    run = start(folder, "wandb.mode=offline")
-    run.wait_for_step(40)
-    os.kill(run.pid, signal.SIGTERM)
-    run.finish(code=128 + signal.SIGTERM)
-    stopped = last_step(folder)
-    start(folder, "wandb.mode=offline", "ckpt_path=auto").finish()
-    for records, expected in zip(
-        wandb_records(folder).values(), (range(stopped), range(stopped, 90)), strict=True
-    ):
-        rows = [
-            {i.key or "/".join(i.nested_key): i.value_json for i in r.history.item} for r in records
-        ]
-        steps = [int(row["trainer/global_step"]) for row in rows if "train/loss" in row]
-        assert steps == list(expected)
-        assert any(record.HasField("exit") for record in records)
-    assert len({name.rsplit("-", 1)[1] for name in wandb_records(folder)}) == 1
 
 
 def test_a_second_run_in_a_folder_is_refused_and_touches_nothing(start, tmp_path, whole):
@@ -195,8 +190,8 @@ def test_a_new_run_does_not_overwrite_the_checkpoints_of_an_earlier_one(capsys, 
 
 def test_memory_and_open_files_do_not_grow_over_500_steps(start, tmp_path):
     """With validation, checkpoints and pictures every 50 steps, and W&B."""
-    toy = ["dataset=toy", "model=mlp", "solver.gradient=adjoint", "wandb.mode=offline"]
-    often = ["trainer.limit_train_batches=50", "trainer.max_epochs=12", "pictures.every_n_epochs=1"]
+    toy = ["dataset=toy", "model=mlp", "solver.gradient=checkpoint", OFFLINE]
+    often = ["trainer.limit_train_batches=50", "trainer.max_epochs=12", FIGURES]
     run = start(tmp_path / "run", *toy, *often)
     resident, files = [], []
     for step in (52, 552):
@@ -211,47 +206,42 @@ def test_memory_and_open_files_do_not_grow_over_500_steps(start, tmp_path):
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_when_a_process_of_two_dies_the_other_stops(tmp_path, victim):
-    folder = tmp_path / "run"
-    train = [sys.executable, ROOT / "src" / "train.py", *DDP, f"hydra.run.dir={folder}"]
-    with open(tmp_path / "err", "w") as err:
-        long = ["trainer.max_epochs=1000", "save_every_n_steps=5"]
-        main = subprocess.Popen([*train, *long], stdout=err, stderr=err, env=ONE_THREAD)
-    going = {"running": lambda: main.poll() is None, "message": (tmp_path / "err").read_text}
-    wait_until((folder / "last.ckpt").exists, **going)
+    folder, printed = tmp_path / "run", tmp_path / "err"
+    long = ["trainer.max_epochs=1000", EVERY_7, f"hydra.run.dir={folder}"]
+    with open(printed, "w") as err:
+        train = [sys.executable, ROOT / "src" / "train.py", *DDP, *long]
+        main = subprocess.Popen(train, stdout=err, stderr=err, env=ONE_THREAD)
+    wait_until((folder / "last.ckpt").exists, lambda: main.poll() is None, printed.read_text)
     (child,) = map(int, Path(f"/proc/{main.pid}/task/{main.pid}/children").read_text().split())
     os.kill((main.pid, child)[victim], signal.SIGKILL)
     wait_until(lambda: main.poll() is not None and not alive(child))
-    printed = (tmp_path / "err").read_text()
-    assert "error: " in printed
-    assert "Traceback" not in printed
+    assert "error: " in printed.read_text()
+    assert "Traceback" not in printed.read_text()
     assert last_step(folder) > 0
 
 
-@pytest.mark.parametrize("faults", ["nan", "nan forward backward"])
-def test_a_divergence_in_one_process_stops_or_rewinds_both(tmp_path, faults):
-    """A NaN, a solver that gives up, and one that gives up in the backward pass, in turn."""
-    folder, rewind = tmp_path / "run", " " in faults
-    train = [sys.executable, Path(__file__).with_name("sick.py"), *DDP, f"hydra.run.dir={folder}"]
-    train += ["trainer.max_epochs=2", "trainer.limit_train_batches=10"]
-    train += ["optimizer.lr=0.008", "decay=false"]
-    train += ["solver.gradient=checkpoint", f"trainer.on_divergence={('stop', 'rewind')[rewind]}"]
-    options = {"capture_output": True, "text": True, "timeout": HANG}
-    done = subprocess.run(train, check=False, env=ONE_THREAD | {"SICK": faults}, **options)
-    assert done.returncode == (not rewind), done.stderr[-3000:]
-    lines = [line for line in done.stderr.splitlines() if "at training step 12" in line]
-    expected = [
-        r"z of piece 1 became NaN or infinite at training step 12; going back to step 10",
-        r"max_num_steps exceeded .*in piece 1 at training step 12; going back to step 10",
-        r"underflow .*in the gradient of piece 2 at training step 12; going back to step 10",
-    ]
-    if not rewind:
-        expected = [r"error: z of piece 1 became NaN .* last good checkpoint: .*last.ckpt"]
-    for line, words in zip(lines, expected, strict=True):
-        assert re.search(words, line)
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        ("nan", "z of piece 1 became NaN or infinite at training step 12;"),
+        ("forward", "underflow .*in piece 1 at training step 12;"),
+        ("backward", "underflow .*in the gradient of piece 2 at training step 12;"),
+    ],
+)
+def test_a_run_that_diverges_in_one_process_stops_both(tmp_path, fault, words):
+    folder = tmp_path / "run"
+    options = ["trainer.limit_train_batches=10", "optimizer.lr=0.008", "decay=false"]
+    options += ["solver.gradient=checkpoint", f"hydra.run.dir={folder}"]
+    done = subprocess.run(
+        [sys.executable, Path(__file__).with_name("sick.py"), *DDP, *options],
+        check=False,
+        env=ONE_THREAD | {"SICK": fault},
+        capture_output=True,
+        text=True,
+        timeout=HANG,
+    )
+    assert done.returncode == 1, done.stderr[-3000:]
+    (line,) = (line for line in done.stderr.splitlines() if "at training step 12" in line)
+    assert re.match(f"error: .*{words} .* last good checkpoint: {folder}/last.ckpt", line)
     assert "Traceback" not in done.stderr
-    assert last_step(folder) == (20 if rewind else 10)
-    if rewind:
-        end = torch.load(folder / "last.ckpt", weights_only=True)
-        assert end["optimizer_states"][0]["param_groups"][0]["lr"] == pytest.approx(0.001)
-        steps = [int(row["step"]) for row in metrics(folder) if row["train/loss"]]
-        assert steps == list(range(20))
+    assert last_step(folder) == 10

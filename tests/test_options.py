@@ -18,60 +18,56 @@ from rnode.app.schema import CONF
 from rnode.data.images import FILES
 
 pytestmark = pytest.mark.usefixtures("blank_figures")
+# Their files are read as those of another data set are.
+ALIKE = ("emnist", "kmnist", "qmnist", "fashion_mnist", "imagenet32", "imagenet64", "celeba")
 
 
-def data_of(choice, root, monkeypatch):
-    """Write the files that an option of a group reads, and return the overrides that name them."""
+def data_of(name, root, monkeypatch):
+    """Write the files that a data set or an experiment reads, and return the overrides."""
     root.mkdir()
     at = [f"dataset.root={root}", "model.pieces=1"]
-    if "mnist" in choice:
-        mnist_files(root, FILES.get(choice.removeprefix("dataset=").upper(), FILES["MNIST"]))
+    if "mnist" in name:
+        mnist_files(root, FILES.get(name.upper(), FILES["MNIST"]))
         return [*at, "dataset.validation=5"]
-    if "cifar10" in choice:
+    if "cifar10" in name:
         cifar10_files(root, monkeypatch)
         return [*at, "dataset.validation=5"]
-    if "svhn" in choice:
+    if name == "svhn":
         svhn_files(root, monkeypatch)
         return [*at, "dataset.validation=4"]
-    if size := re.search(r"imagenet(\d+)|arrays", choice):
+    if size := re.search(r"imagenet(\d+)|arrays", name):
         array_files(root, int(size[1] or 8))
         return at
-    if "patches" in choice:
-        return ["dataset.size=8"]
-    if "celeba" in choice:
+    if "celeba" in name:
         celeba_files(root)
         return [*at, "dataset.size=8"]
-    if "folder" in choice:
+    if name == "folder":
         image_files(root)
         return [*at, "dataset.size=8"]
-    if "dataset=table" in choice:
+    if name == "patches":
+        return ["dataset.size=8"]
+    if name == "table":
         np.save(root / "data.npy", np.random.default_rng(0).normal(size=(90, 8)))
         return [f"dataset.path={root / 'data.npy'}"]
     return []
 
 
 def options():
-    """Every option of every group, but loggers and tasks, which have tests of their own.
-
-    Those of other groups than data sets and models differ in numbers alone, and some data sets
-    are read as others are.
-    """
-    slow = pytest.mark.slow(reason="more than 40 runs of 2 seconds")
-    alike = ("emnist", "kmnist", "qmnist", "fashion_mnist")
-    alike += ("imagenet32", "imagenet64", "celeba")
-    for f in sorted(CONF.glob("*/*.yaml")):
-        if f.parent.name in ("logger", "task"):
-            continue
-        quick = f.parent.name in ("dataset", "model") and f.stem not in alike
-        marks = () if quick else slow
-        yield pytest.param(f"{f.parent.name}={f.stem}", marks=marks)
+    """Every option of every group, but loggers and tasks, which have tests of their own."""
+    slow = pytest.mark.slow(reason="more than 40 runs of 2 seconds, alike or different in numbers")
+    for file in sorted(CONF.glob("*/*.yaml")):
+        group = file.parent.name
+        if group not in ("logger", "task"):
+            quick = group in ("dataset", "model") and file.stem not in ALIKE
+            yield pytest.param(group, file.stem, marks=() if quick else slow)
 
 
-@pytest.mark.parametrize("choice", list(options()))
-def test_every_option_of_every_group_takes_two_steps(run, tmp_path, monkeypatch, choice):
-    data = data_of(choice, tmp_path / "data", monkeypatch)
-    one_path = ["model=mlp"] * (choice == "pretrain=flow_matching")
-    folder = run(choice, *TWO_STEPS, *data, *one_path)
+@pytest.mark.parametrize(("group", "name"), list(options()))
+def test_every_option_of_every_group_takes_two_steps(run, tmp_path, monkeypatch, group, name):
+    reads = group in ("dataset", "experiment")
+    data = data_of(name, tmp_path / "data", monkeypatch) if reads else []
+    data += ["model=mlp"] if group == "pretrain" else []  # a flow on one space
+    folder = run(f"{group}={name}", *TWO_STEPS, *data)
     losses = column(folder, "train/loss")
     assert len(losses) == 2
     assert np.isfinite(losses).all()
@@ -89,15 +85,13 @@ def another(overrides):
     "overrides",
     [
         "trainer.precision=bf16-mixed divergence=rademacher probes=2",
-        another(
-            "trainer.precision=64-true solver.train.method=midpoint solver.gradient=checkpoint"
-        ),
+        another("trainer.precision=64-true solver.train.method=midpoint"),
         "solver.dtype=float64 trainer.max_time=00:00:05:00 trainer.gradient_clip_val=1.0",
         "solver=dopri5 solver.train.method=bosh3 solver.gradient=adjoint solver.train.rtol=1e-3",
         "model=mlp divergence=exact +trainer.detect_anomaly=true",
         another("optimizer._target_=torch.optim.SGD +optimizer.momentum=0.9"),
         another("trainer.enable_checkpointing=false trainer.log_every_n_steps=0"),
-        "trainer.limit_val_batches=0",
+        "trainer.limit_val_batches=0 solver.gradient=checkpoint",
         "trainer.fast_dev_run=true",
     ],
 )

@@ -20,8 +20,8 @@ from omegaconf import OmegaConf
 from data_files import write_idx
 from helpers import HANG, TWO_STEPS, Run
 from rnode.app.build import load_flow
-from rnode.app.help import known_keys
 from rnode.app.schema import CONF
+from rnode.app.validation import known_keys
 from rnode.data.images import read_idx
 from rnode.errors import InputError
 
@@ -74,7 +74,7 @@ def overrides(draw, command, data):
     [
         pytest.param("train", TINY, 4, marks=pytest.mark.slow(reason="runs of convolutions")),
         ("train", [*TINY, *TOY], 3),
-        ("evaluate", ["samples=1", "pictures=2"], 3),
+        ("evaluate", ["samples=1"], 3),
         ("sample", ["n=2"], 3),
     ],
 )

@@ -1,11 +1,11 @@
 """The wheel, installed in a new environment and used in an empty folder."""
 
+import re
 import shutil
 import subprocess
 import sys
 import sysconfig
 import venv
-import zipfile
 
 import pytest
 
@@ -52,11 +52,7 @@ def rnode(tmp_path_factory):
         shutil.copy(ROOT / name, source)
     build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", folder]
     succeed(*build, cwd=source)
-    (wheel,) = folder.glob("*.whl")
-    with zipfile.ZipFile(wheel) as archive:
-        names = archive.namelist()
-    assert {f"rnode/{path.relative_to(ROOT)}" for path in ROOT.glob("conf/**/*.yaml")} <= {*names}
-    assert "rnode/py.typed" in names
+    (wheel,) = folder.glob("rnode_flows-*.whl")
     venv.create(folder / "env", with_pip=False)
     python = folder / "env" / "bin" / "python"
     install = ["-m", "pip", "--python", python, "install", "--quiet", "--no-deps", "--no-index"]
@@ -64,12 +60,16 @@ def rnode(tmp_path_factory):
     where = [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
     packages = folder / succeed(*where, cwd=folder).strip()
     (packages / "dependencies.pth").write_text(sysconfig.get_path("purelib"))
+    installed = {path.relative_to(packages / "rnode") for path in packages.rglob("conf/**/*.yaml")}
+    assert installed == {path.relative_to(ROOT) for path in ROOT.glob("conf/**/*.yaml")}
+    assert (packages / "rnode" / "py.typed").exists()
     found = succeed(python, "-c", "import rnode.app.schema as s; print(s.CONF)", cwd=folder)
     assert found.strip() == str(packages / "rnode" / "conf")
     return folder / "env" / "bin" / "rnode"
 
 
 def test_every_command_works_in_an_empty_folder(rnode, tmp_path):
+    assert re.fullmatch(r"rnode \d+\.\d+\.\d+\n", succeed(rnode, "--version", cwd=tmp_path))
     succeed(rnode, "train", *TWO_STEPS, "model.pieces=1", cwd=tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["outputs"]
     (checkpoint,) = tmp_path.glob("outputs/digits/*/last.ckpt")

@@ -14,7 +14,7 @@ from hydra.utils import instantiate
 from lightning_fabric import Fabric
 from omegaconf import DictConfig, OmegaConf
 
-from rnode.app.launch import cluster_plugins, match_processes
+from rnode.app.processes import cluster_plugins, match_processes
 from rnode.app.schema import CONF, flatten
 from rnode.data.datamodule import DataModule
 from rnode.dynamics import Probes

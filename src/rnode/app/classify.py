@@ -43,7 +43,10 @@ def main(cfg: DictConfig) -> float:
     devices = cfg.trainer.devices
     require(devices == 1, f"trainer.devices={devices}: task=classify needs 1")
     folder = Path(HydraConfig.get().runtime.output_dir)
-    with lock(folder, resumes=False), transcript(folder / "train.log", banner(cfg)):
+    with (
+        lock(folder, resumes=False),
+        transcript(folder / "train.log", banner(cfg, HydraConfig.get().runtime.choices)),
+    ):
         return train(cfg, folder)
 
 

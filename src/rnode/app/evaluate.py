@@ -19,6 +19,8 @@ from rnode.evaluation import evaluate
 from rnode.training.plots import plot_extremes
 from rnode.transforms import TableTransform
 
+EXTREMES = 32  # images in each half of extremes.png
+
 
 def main(cfg: DictConfig) -> float:
     """Write evaluation.json, evaluation.txt, samples.csv and extremes.png; return the bits/dim."""
@@ -51,7 +53,7 @@ def main(cfg: DictConfig) -> float:
         writer.writerows(zip(*(values.tolist() for values in columns.values()), strict=True))
     if not isinstance(data.transform, TableTransform):
         path, bits = folder / "extremes.png", columns["bits_per_dim"]
-        plot_extremes(rows, bits, data.transform, cfg.pictures, path)
+        plot_extremes(rows, bits, data.transform, EXTREMES, path)
     (folder / "evaluation.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     (folder / "evaluation.txt").write_text(print_table(make_table(summary)), encoding="utf-8")
     print(f"folder: {folder}")

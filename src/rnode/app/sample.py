@@ -12,7 +12,6 @@ from rich.progress import track
 from rnode.app.build import from_checkpoint
 from rnode.app.density import Density
 from rnode.data.datamodule import DataModule
-from rnode.data.tables import read_table
 from rnode.distributed import gather_lists, rank_and_world_size
 from rnode.errors import require
 from rnode.flow import Flow
@@ -31,7 +30,7 @@ def main(cfg: DictConfig) -> None:
     """
     data, flow, fabric = from_checkpoint(cfg)
     transform, density = data.transform, Density(data, flow, torch.zeros(0))
-    count, given = conditions(cfg, density)
+    count, given = cfg.n, OmegaConf.to_container(cfg.context)
     context = density.encode_context(given, count)
     if cfg.interpolate is not None:
         check_interpolation(cfg.interpolate, data)
@@ -74,17 +73,6 @@ def main(cfg: DictConfig) -> None:
     mean = sum(nfe) / len(nfe)
     print(f"{count} samples, NFE {mean:.1f} a batch by {flow.solver.test.method}")
     print(f"folder: {folder}")
-
-
-def conditions(cfg: DictConfig, density: Density) -> tuple[int, dict]:
-    """Return the number of samples and what they are given, by the names of columns."""
-    if cfg.context_file is None:
-        return cfg.n, OmegaConf.to_container(cfg.context)
-    frame, names = read_table(Path(cfg.context_file).expanduser()), density.data.conditions.columns
-    require(bool(names), "context_file: this density has no conditions")
-    missing = [name for name in names if name not in frame.columns]
-    require(not missing, f"context_file={cfg.context_file}: lacks {', '.join(missing)}")
-    return len(frame), {name: frame[name].to_numpy() for name in names}
 
 
 def check_interpolation(pair: list[int], data: DataModule) -> None:

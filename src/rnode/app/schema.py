@@ -1,11 +1,9 @@
-"""The configuration: a type, a range and a sentence for each key. --help prints the sentences."""
+"""The configuration: a type, a range and a sentence for each key, which --help prints."""
 
-import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
-from pydantic_core import PydanticCustomError
 
 from rnode.names import ADAPTIVE, DIVERGENCES, FIXED_GRID, GRADIENTS, INTEGRALS
 
@@ -21,26 +19,16 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Bounds = Annotated[list[float], Field(min_length=2, max_length=2)]
 
 
-def check_time(value: object) -> object:
-    if not re.fullmatch(r"(\d\d:)?\d\d:\d\d:\d\d", str(value)):
-        raise PydanticCustomError("time", "[DD:]HH:MM:SS")
-    return value
-
-
-def check_share(value: float) -> float:
-    if value < 0 or (isinstance(value, float) and not value <= 1):
-        raise PydanticCustomError("share", "a whole number or a share, at most 1.0")
-    return value
+Share = Whole | Annotated[float, Field(ge=0, le=1)]  # so many batches, or a share of them
+Time = Annotated[str, BeforeValidator(str), Field(pattern=r"^(\d\d:)?\d\d:\d\d:\d\d$")]
 
 
 def check_size(value: float) -> float:
-    if not (0 < value < 1 if isinstance(value, float) else value >= 1):
-        raise PydanticCustomError("size", "a whole number from 1 on, or a share between 0 and 1")
+    if value <= 0 or (isinstance(value, float) and value >= 1):
+        raise ValueError("a whole number from 1 on, or a share between 0 and 1")
     return value
 
 
-Time = Annotated[str, BeforeValidator(check_time)]
-Share = Annotated[int | float, AfterValidator(check_share)]
 Size = Annotated[int | float, AfterValidator(check_size)]
 
 
@@ -180,7 +168,10 @@ class MLflow(OpenSection):
 
 
 class Train(Section):
+    """Train a continuous normalizing flow by maximum likelihood (RNODE)."""
+
     seed: Whole = key("seed of weights, data order, noise and probes")
+    folder: str = key("the run folder, which hydra.run.dir=… sets")
     task: Literal["density", "classify"] = key("what is learned: a density, or classes")
     divergence: Literal[DIVERGENCES] = key("probes of div f and of the Jacobian norm")
     probes: Count = key("random probes of a sample")
@@ -230,15 +221,17 @@ class FromCheckpoint(Section):
 
 
 class Evaluate(FromCheckpoint):
+    """Measure a trained flow on its data: rnode evaluate outputs/…/best.ckpt"""
+
     split: Literal["test", "val", "train"] = key("the split that is evaluated")
     samples: Count = key("dequantizations of each image in the importance-weighted bound")
-    pictures: Count = key("images in each half of extremes.png")
 
 
 class Sample(FromCheckpoint):
+    """Sample from a trained flow: rnode sample outputs/…/best.ckpt"""
+
     n: Count = key("number of samples")
     context: dict[str, Any] = key("what a conditional density is given, as context.COLUMN=VALUE")
-    context_file: str | None = key("table whose rows condition a sample each, instead of context")
     temperature: NonNegative = key("standard deviation of z")
     trajectory: bool = key("save the way from noise to images, as a strip and an animation")
     interpolate: Annotated[list[Whole], Field(min_length=2, max_length=2)] | None = key(
@@ -247,13 +240,16 @@ class Sample(FromCheckpoint):
 
 
 class Score(FromCheckpoint):
+    """Score new data by a trained flow: rnode score outputs/…/best.ckpt path=FILE"""
+
     path: str = key("table or folder of new data")
     id: list[str] = key("columns of the table that are copied beside the scores")
     context: dict[str, Any] = key("what a conditional density is given, as context.COLUMN=VALUE")
-    format: Literal["csv", "parquet"] = key("of the file that is written")
 
 
 class Reproduce(Section):
+    """Reproduce a figure or the table of the paper: rnode reproduce figure=2"""
+
     figure: Annotated[int, Field(ge=1, le=5)] | None = key("figure of the paper, 1 to 5")
     table: Annotated[int, Field(ge=1, le=1)] | None = key("table of the paper, 1")
     discussion: Annotated[int, Field(ge=1, le=1)] | None = key("classifiers of section 9, 1")
@@ -264,6 +260,8 @@ class Reproduce(Section):
 
 
 class Report(Section):
+    """Compare runs in a browser: rnode report outputs/… outputs/…"""
+
     folders: list[str] = key("folders that are or hold runs, sweeps and evaluations")
 
 
@@ -273,12 +271,19 @@ class Project(Section):
 
 
 class Dashboard(Section):
+    """Add the views of the paper's figures to a W&B project: wandb.entity=NAME"""
+
     wandb: Project = key("where the runs are")
 
 
 COMMANDS = {
-    **{"train": Train, "evaluate": Evaluate, "sample": Sample, "score": Score},
-    **{"reproduce": Reproduce, "report": Report, "dashboard": Dashboard},
+    "train": Train,
+    "evaluate": Evaluate,
+    "sample": Sample,
+    "score": Score,
+    "report": Report,
+    "dashboard": Dashboard,
+    "reproduce": Reproduce,
 }
 
 

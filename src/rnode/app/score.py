@@ -20,7 +20,7 @@ from rnode.training.run_folder import whole_file
 
 
 def main(cfg: DictConfig) -> None:
-    """Write scores.csv or scores.parquet: a row for each row or image of `cfg.path`, in order."""
+    """Write scores.csv: a row for each row or image of `cfg.path`, in order."""
     data, flow, fabric = from_checkpoint(cfg)
     require(fabric.world_size == 1, "trainer.devices: must be 1; scores are computed on one device")
     bits = load_checkpoint(cfg.ckpt_path)["validation_bits"]
@@ -30,9 +30,9 @@ def main(cfg: DictConfig) -> None:
     scores = density.score(rows, given, lambda batches: track(batches, "scores"))
     frame = identity.with_columns(pl.DataFrame(scores))
     folder = Path(HydraConfig.get().runtime.output_dir)
-    path = folder / f"scores.{cfg.format}"
+    path = folder / "scores.csv"
     with whole_file(path) as file:
-        frame.write_csv(file) if cfg.format == "csv" else frame.write_parquet(file)
+        frame.write_csv(file)
     table = quantities(f"{cfg.path}, {len(frame)} samples")
     nats, rank = scores["log_prob"], scores["rank"]
     table.add_row("mean log-probability, nats", f"{nats.mean():.3f}")

@@ -17,8 +17,8 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from rnode.app.launch import is_first_process
-from rnode.app.report_error import describe_error, one_line_errors
+from rnode.app.exits import describe_error, one_line_errors
+from rnode.app.processes import is_first_process
 from rnode.app.schema import flatten
 from rnode.errors import Stopped, require, require_choice
 from rnode.training.results import CONFIG, DIVERGED, FAILED, OVERRIDES, RESULT, RESULTS, read_result

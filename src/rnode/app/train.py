@@ -19,8 +19,8 @@ from rich.table import Table
 from rnode.app import sweep
 from rnode.app.banner import banner
 from rnode.app.build import build, make_partial, require_options
-from rnode.app.launch import cluster_plugins, is_first_process, match_processes
 from rnode.app.printing import print_table, quantities
+from rnode.app.processes import cluster_plugins, is_first_process, match_processes
 from rnode.app.quoting import quote, shell_quote
 from rnode.app.report import write_report
 from rnode.app.runs import Run
@@ -53,7 +53,7 @@ TABLE = {
 
 def main(cfg: DictConfig) -> float | list[float]:
     """Train one flow in the run folder, and return what a guided sweep minimizes."""
-    folder = Path(HydraConfig.get().runtime.output_dir)
+    folder = Path(cfg.folder)
     match_processes(cfg.trainer, HydraConfig.get().overrides.task)
     ckpt_path, last = cfg.ckpt_path, folder / "last.ckpt"
     if sweep.in_sweep():
@@ -69,7 +69,8 @@ def main(cfg: DictConfig) -> float | list[float]:
         with contextlib.ExitStack() as stack:
             if is_first_process():
                 stack.enter_context(lock(folder, resumes))
-                stack.enter_context(transcript(folder / "train.log", banner(cfg)))
+                first_lines = banner(cfg, HydraConfig.get().runtime.choices)
+                stack.enter_context(transcript(folder / "train.log", first_lines))
             return train(cfg, folder, ckpt_path)
     finally:
         finish_wandb()

@@ -13,7 +13,7 @@ ENVIRONMENT = "environment.yaml"
 
 def environment() -> dict[str, str]:
     """Return the machine, the versions and, of a checkout, the commit."""
-    packages = ("rnode", "torch", "torchvision", "pytorch-lightning", "torchdiffeq", "numpy")
+    packages = ("rnode-flows", "torch", "torchvision", "pytorch-lightning", "torchdiffeq", "numpy")
     found = {"python": platform.python_version()} | {name: version(name) for name in packages}
     found |= {"system": platform.platform(), "threads": str(torch.get_num_threads())}
     if torch.cuda.is_available():
