@@ -241,7 +241,7 @@ def test_a_folder_trains_as_the_same_images_in_an_idx_file_do(tmp_path):
         "seed=3",
         "trainer.max_steps=8",
         "trainer.limit_test_batches=2",
-        "wandb.mode=disabled",
+        "logger.wandb.mode=disabled",
         "dataset.validation=100",
         "dataset.eval_batch_size=50",
         "dataset.alpha=1e-5",

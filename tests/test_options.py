@@ -107,12 +107,12 @@ def another(overrides):
         "solver=dopri5 solver.train.method=bosh3 solver.gradient=adjoint solver.train.rtol=1e-3",
         "model=mlp divergence=exact +trainer.detect_anomaly=true",
         another("optimizer._target_=torch.optim.SGD +optimizer.momentum=0.9"),
-        another("trainer.enable_checkpointing=false trainer.log_every_n_steps=0"),
+        another("callbacks.best=null callbacks.save=null trainer.log_every_n_steps=0"),
         "trainer.limit_val_batches=0",
-        "trainer.fast_dev_run=true",
+        "+trainer.fast_dev_run=true",
     ],
 )
 def test_options_pass_through(run, overrides):
     folder = run(*TWO_STEPS, *overrides.split())
-    without = re.search("checkpointing=false|fast_dev_run", overrides)
+    without = re.search("save=null|fast_dev_run", overrides)
     assert (folder / "last.ckpt").exists() == (without is None)

@@ -17,7 +17,11 @@ from rnode.data.uci import uci
 from rnode.transforms import Column, TableTransform
 
 ROWS = 500
-QUIET = ["trainer.enable_progress_bar=false", "wandb.mode=disabled", "trainer.accelerator=cpu"]
+QUIET = [
+    "trainer.enable_progress_bar=false",
+    "logger.wandb.mode=disabled",
+    "trainer.accelerator=cpu",
+]
 
 
 @pytest.fixture(scope="module")

@@ -8,20 +8,18 @@ def banner(cfg: DictConfig) -> str:
     """Say what is trained on what, for how long, where, and how to stop it."""
     hydra, model, trainer = HydraConfig.get(), cfg.model, cfg.trainer
     chosen = hydra.runtime.choices
-    keys = ("hidden", "layers", *["pieces"] * (cfg.task == "density"))
-    sizes = " ".join(f"{key}={model[key]}" for key in keys if key in model)
+    sizes = " ".join(
+        f"{key}={model[key]}" for key in ("hidden", "layers", "pieces") if key in model
+    )
     limits = {"epochs": trainer.max_epochs, "steps": trainer.max_steps, "time": trainer.max_time}
     until = ", ".join(
         f"{name}={limit}" for name, limit in limits.items() if limit not in (None, -1)
     )
-    flow = cfg.task == "density"
-    what = f"{chosen['model']} flow" if flow else "neural ODE classifier"
-    stop = " (Ctrl-C stops the run and says how to resume)" * flow
     return "\n".join(
         [
-            f"{chosen['dataset']} by a {what}, {sizes}, solver={chosen['solver']}",
+            f"{chosen['dataset']} by a {chosen['model']} flow, {sizes}, solver={chosen['solver']}",
             f"λ_K={cfg.reg.lambda_k:g} λ_J={cfg.reg.lambda_j:g} lr={cfg.optimizer.lr:g} "
             f"batch={cfg.dataset.batch_size} seed={cfg.seed}, until {until or 'Ctrl-C'}",
-            f"run folder: {hydra.runtime.output_dir}{stop}",
+            f"run folder: {cfg.folder} (Ctrl-C stops the run and says how to resume)",
         ]
     )

@@ -120,8 +120,7 @@ def job(command: str, typed: list[str], errors: Callable) -> Any:
             print(banner(cfg), flush=True)
         prepare_process()
         # torch, Lightning and W&B are imported here: --help and mistakes do not wait for them.
-        module = "rnode.app.classify" if cfg.get("task") == "classify" else MODULES[command]
-        return importlib.import_module(module).main(cfg)
+        return importlib.import_module(MODULES[command]).main(cfg)
 
     def call(cfg: DictConfig) -> Any:
         sys.argv = typed  # Lightning starts other processes by it

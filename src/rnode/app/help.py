@@ -27,6 +27,8 @@ def composed(command: str, overrides: list[str], config_dir: str | None) -> Dict
         config = compose(command, search + overrides, return_hydra_config=True)
     for key in (key for key in config if key != "hydra" and OmegaConf.is_missing(config, key)):
         config[key] = None
+    if "folder" in config:  # only a run has one
+        config.folder = ""
     return config
 
 
