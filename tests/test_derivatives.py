@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from helpers import DOPRI5, make_flow
+from helpers import make_flow
 from rnode import InputError, Method, log_normal
 
 TIGHT = Method("dopri5", rtol=1e-9, atol=1e-9)
@@ -32,29 +32,6 @@ def test_second_derivatives(method, gradient, training):
     torch.testing.assert_close(
         hessian, central_differences(lambda x: score(flow, x), x), rtol=1e-5, atol=1e-6
     )
-
-
-@pytest.mark.parametrize("gradient", ["backprop", "checkpoint"])
-def test_the_gradient_of_score_matching(gradient):
-    """∂/∂θ of ‖∇ₓ log p(x)‖², for the weight that changes it most and another."""
-    flow = make_flow((2,), gradient=gradient, divergence="exact")
-    x = torch.randn(3, 2, dtype=torch.float64, requires_grad=True)
-
-    def loss():
-        return torch.autograd.grad(flow.log_prob(x).sum(), x, create_graph=True)[0].square().sum()
-
-    loss().backward()
-    weight = flow.pieces[0].field.layers[1].weight
-    for place in (divmod(int(weight.grad.abs().argmax()), weight.shape[1]), (0, 0)):
-        with torch.no_grad():
-            weight[place] += 1e-5
-        above = loss().item()
-        with torch.no_grad():
-            weight[place] -= 2e-5
-        below = loss().item()
-        with torch.no_grad():
-            weight[place] += 1e-5
-        assert weight.grad[place].item() == pytest.approx((above - below) / 2e-5, rel=1e-5)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -90,12 +67,3 @@ def test_torch_func_transforms_a_dense_flow_with_a_fixed_grid(method):
         torch.testing.assert_close(gradients[name], parameter.grad, **same)
     z = torch.randn(4, 1, 3, dtype=torch.float64)
     torch.testing.assert_close(torch.func.vmap(flow.inverse)(z)[:, 0], flow.inverse(z[:, 0]))
-
-
-@pytest.mark.parametrize(
-    "changes", [{"gradient": "checkpoint"}, {"gradient": "adjoint"}, {"train": DOPRI5}]
-)
-def test_what_torch_func_cannot_transform_is_refused(changes):
-    flow = make_flow((3,), **changes)
-    with pytest.raises(InputError, match="torch.func needs gradient=backprop and a one-step"):
-        torch.func.grad(lambda x: flow.log_prob(x).sum())(torch.randn(4, 3, dtype=torch.float64))

@@ -50,14 +50,9 @@ class _SoftplusSigmoid(torch.autograd.Function):
         return grad if grad_softplus is None else grad.addcmul_(grad_softplus, sigmoid)
 
 
-def transforms_active() -> bool:
-    """Whether torch.func transforms the code that runs."""
-    return torch._C._are_functorch_transforms_active()
-
-
 def _softplus_sigmoid(a: Tensor) -> tuple[Tensor, Tensor]:
-    if transforms_active():  # they need operators that torch can transform
-        return F.softplus(a), a.sigmoid()
+    if torch._C._are_functorch_transforms_active():  # private: torch.func has no public test
+        return F.softplus(a), a.sigmoid()  # it transforms operators, not an autograd function
     return _SoftplusSigmoid.apply(a)
 
 
@@ -183,7 +178,8 @@ class Field(nn.Module):
     ) -> Tensor:
         """t (), z (B, *shape), c (B, k) → f(z, t; c) (B, *shape), in the dtype of z."""
         *inner, (last, w_last) = zip(self.layers, weights or self.prepare(z), strict=True)
-        h, c = z.to(w_last.h.dtype), c.to(w_last.h.dtype)
+        h = z.to(w_last.h.dtype)
+        c = c.to(w_last.h.dtype)
         for layer, w in inner:
             h = _softplus(layer(w, t, h, c))
         return last(w_last, t, h, c).to(z.dtype)
@@ -193,7 +189,8 @@ class Field(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """t (), z (B, *shape), eps (K, B, *shape), c (B, k) → f (B, *shape) and εᵀ∇f like eps."""
         *inner, (last, w_last) = zip(self.layers, weights or self.prepare(z), strict=True)
-        h, c = z.to(w_last.h.dtype), c.to(w_last.h.dtype)
+        h = z.to(w_last.h.dtype)
+        c = c.to(w_last.h.dtype)
         slopes = []
         for layer, w in inner:
             h, slope = _softplus_sigmoid(layer(w, t, h, c))

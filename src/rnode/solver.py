@@ -20,7 +20,6 @@ from torchdiffeq import odeint, odeint_adjoint
 from rnode.dynamics import Dynamics, State
 from rnode.errors import Diverged, one_line, require, require_choice
 from rnode.names import ADAPTIVE, FIXED_GRID, GRADIENTS, INTEGRALS, ONE_STEP
-from rnode.networks import transforms_active
 from rnode.quadrature import radau, simpson
 from rnode.runge_kutta import path, step, time
 
@@ -72,7 +71,8 @@ class Method:
     @cached_property
     def quadrature(self) -> tuple[list[float], list[float]]:
         """Nodes and weights on [0, T] of the rule for l, E and n; without weights, of the grid."""
-        nodes, weights = np.linspace(0, 1, self.steps + 1), np.empty(0)
+        nodes = np.linspace(0, 1, self.steps + 1)
+        weights = np.empty(0)
         if self.integrals != "system":
             nodes, weights = QUADRATURES[self.integrals](self.steps)
         return (T * nodes).tolist(), (T * weights).tolist()
@@ -148,15 +148,6 @@ def solver_errors() -> Generator[None]:
         raise
 
 
-def refuse_transforms(method: Method, gradient: str = "backprop") -> None:
-    """Raise InputError if torch.func transforms what it cannot."""
-    able = method.one_step and gradient == "backprop"
-    needs = "torch.func needs gradient=backprop and a one-step method on a fixed grid"
-    require(
-        able or not transforms_active(), f"method={method.method}, gradient={gradient}: {needs}"
-    )
-
-
 def precision_of(method: Method, device: torch.device) -> contextlib.AbstractContextManager:
     """Return the current autocast state, which the backward pass enters again.
 
@@ -171,7 +162,6 @@ def integrate(dynamics: Dynamics, z: Tensor, method: Method, gradient: str) -> S
 
     An adaptive method that cannot reach T raises Diverged.
     """
-    refuse_transforms(method, gradient)
     if z.numel() == 0:  # the error norm of nothing would be NaN
         return State.initial(z)
     with solver_errors():
@@ -207,7 +197,8 @@ def integrate_system(dynamics: Dynamics, z: Tensor, method: Method, gradient: st
 
 def integrate_by_quadrature(dynamics: Dynamics, z: Tensor, method: Method, gradient: str) -> State:
     """Integrate z from node to node, and l, E, n by quadrature of their rates at the nodes."""
-    precision, prepared = precision_of(method, z.device), dynamics.prepare(z)
+    precision = precision_of(method, z.device)
+    prepared = dynamics.prepare(z)
 
     def rates_at(t: float, z: Tensor) -> State:
         with precision:
@@ -260,7 +251,6 @@ def recompute_in_backward(function: Callable, *arguments: Any):
 
 def integrate_back(f: Callable, z: Tensor, method: Method, intervals: int = 1) -> Tensor:
     """Integrate dz/dt = f(t, z) back: z(T) → z at `intervals` + 1 times from T to 0."""
-    refuse_transforms(method)
     if z.numel() == 0:
         return z.expand(intervals + 1, *z.shape)
     with solver_errors(), precision_of(method, z.device):
