@@ -13,44 +13,26 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import Checkpoint, ProgressBar
 from pytorch_lightning.loggers import Logger, WandbLogger
-from rich.table import Table
 
 from rnode.app import sweep
 from rnode.app.banner import banner
 from rnode.app.build import build, make_partial, require_options
 from rnode.app.launch import cluster_plugins, is_first_process, launched, match_processes
 from rnode.app.printing import print_table
-from rnode.app.printing import quantities as empty_table
 from rnode.app.quoting import quote, shell_quote
 from rnode.app.report import write_report
 from rnode.app.runs import read_run
 from rnode.app.schema import flatten
+from rnode.app.summary import make_table
 from rnode.errors import Diverged, Stopped, require
-from rnode.flow import Flow
 from rnode.training.checkpoint import AtomicCheckpointIO, load_checkpoint, load_to_resume
 from rnode.training.loggers import MetricsCSV, finish_wandb
 from rnode.training.module import RNODE
 from rnode.training.pretraining import Pretraining
 from rnode.training.results import RESULT, write_result
 from rnode.training.run_folder import ENVIRONMENT, environment, lock, transcript, whole_file
-from rnode.transforms import TableTransform, Transform
 
 ADVICE = "try a smaller optimizer.lr, a larger reg.lambda_j or more steps of solver.train"
-TABLE = {  # quantities, and their texts from metrics; what was not measured is left out
-    "bits/dim (± standard error)": "{test/bits_per_dim:.4f} ± {test/bits_per_dim_se:.4f}",
-    "negative log-likelihood, nats": "{nats:.3f} ± {nats_se:.3f}",
-    "negative log-likelihood, nats (standardized columns)": "{standardized_nats:.3f}",
-    "bits/dim of a Gaussian, validation set": "{val/bits_per_dim_gaussian:.4f}",
-    "weights": "{weights:,}",
-    "divergence": "{divergence}",
-    "NFE forward per batch, training": "{train/nfe_forward:.0f}",
-    "NFE backward per batch, training": "{train/nfe_backward:.0f}",
-    "NFE forward per batch, test": "{test/nfe_forward:.0f}",
-    "kinetic energy / d": "{test/kinetic:.4f}",
-    "squared Jacobian norm / d": "{test/jacobian:.4f}",
-    "seconds per training step": "{train/seconds_per_step:.3g}",
-    "seconds: training, validation, whole run": "{train/seconds:.0f}, {val/seconds:.0f}, {all:.0f}",
-}
 
 
 def main(cfg: DictConfig) -> float | list[float]:
@@ -67,9 +49,11 @@ def main(cfg: DictConfig) -> float | list[float]:
             print(f"{folder} has finished and is skipped")
             return sweep.metric_values(cfg, result)
         cfg.ckpt_path = "auto" if last.exists() else cfg.ckpt_path
-    resumes = cfg.ckpt_path is not None and (
-        cfg.ckpt_path == "auto" or Path(cfg.ckpt_path).resolve().parent == folder.resolve()
-    )
+    resumes = cfg.ckpt_path == "auto"
+    if resumes:
+        cfg.ckpt_path = str(last) if last.exists() else None
+    elif cfg.ckpt_path is not None:
+        resumes = Path(cfg.ckpt_path).resolve().parent == folder.resolve()
     with contextlib.ExitStack() as stack:
         if is_first_process():
             stack.enter_context(lock(folder, resumes))
@@ -101,12 +85,10 @@ def fit(cfg: DictConfig, overrides: Sequence[str] = ()) -> dict[str, float | Non
     pl.seed_everything(cfg.seed, verbose=False)
     config = OmegaConf.to_container(cfg, resolve=True)
     data, flow = build(cfg)
-    path = cfg.ckpt_path
-    if path == "auto":
-        path = str(folder / "last.ckpt") if (folder / "last.ckpt").exists() else None
-    checkpoint = None if path is None else load_to_resume(path, config)
-    if checkpoint is not None:
-        report_resume(path, checkpoint, config)
+    checkpoint = None
+    if cfg.ckpt_path is not None:
+        checkpoint = load_to_resume(cfg.ckpt_path, config)
+        report_resume(cfg.ckpt_path, checkpoint, config)
     callbacks = instantiate_all(cfg.callbacks)
     module = RNODE(
         flow,
@@ -129,7 +111,7 @@ def fit(cfg: DictConfig, overrides: Sequence[str] = ()) -> dict[str, float | Non
         trainer = make_trainer(cfg, callbacks, loggers)
         for logger in loggers:
             logger.log_hyperparams(config)
-        trainer.fit(module, data, ckpt_path=path, weights_only=True)
+        trainer.fit(module, data, ckpt_path=cfg.ckpt_path, weights_only=True)
         best = trainer.checkpoint_callback
         tested = best.best_model_path if best else None
         if not tested:  # the run stopped before its first validation
@@ -199,36 +181,15 @@ def report_resume(path: str, checkpoint: dict, config: dict) -> None:
 
 def name_loggers(cfg: DictConfig, overrides: list[str]) -> None:
     """Name a run after its folder; in a sweep after the swept overrides, in the sweep's group."""
-    folder, chosen, wandb = (
-        Path(cfg.folder),
-        HydraConfig.get().runtime.choices,
-        cfg.logger.get("wandb"),
-    )
-    name, group = folder.name, None
+    name, group = Path(cfg.folder).name, None
     if sweep.in_sweep():
-        name, group = " ".join(sweep.swept(overrides)) or folder.name, folder.parent.name
-    if wandb:
+        name = " ".join(sweep.swept(overrides)) or name
+        group = Path(cfg.folder).parent.name
+    if wandb := cfg.logger.get("wandb"):
+        chosen = HydraConfig.get().runtime.choices
         groups = [key for key in ("dataset", "model", "solver", "experiment") if chosen[key]]
         wandb.tags = [*(f"{key}={chosen[key]}" for key in groups), *wandb.tags]
-        wandb.name, wandb.group = wandb.name or name, wandb.group or group
+        wandb.name = wandb.name or name
+        wandb.group = wandb.group or group
     if cfg.logger.get("mlflow"):
         OmegaConf.update(cfg, "logger.mlflow.run_name", name, force_add=True)
-
-
-def make_table(metrics: dict, flow: Flow, transform: Transform, title: str) -> Table:
-    """Return the table at the end of a run."""
-    nats = math.log(2) * flow.d
-    quantities = metrics | {
-        "nats": metrics["test/bits_per_dim"] * nats,
-        "nats_se": metrics["test/bits_per_dim_se"] * nats,
-        "weights": sum(parameter.numel() for parameter in flow.parameters()),
-        "divergence": flow.test_probes,
-    }
-    if isinstance(transform, TableTransform):
-        log_det = metrics["test/log_det"] - transform.log_det_whitening
-        quantities["standardized_nats"] = quantities["nats"] + log_det
-    table = empty_table(title)
-    for name, text in TABLE.items():
-        with contextlib.suppress(KeyError):
-            table.add_row(name, text.format_map(quantities))
-    return table

@@ -61,16 +61,6 @@ class RNODE(LightningModule):
         self.integrate = integrate  # or CUDA graphs of it
 
     @property
-    def matching(self) -> bool:
-        """Whether the loss is that of flow matching."""
-        return self.pretraining.matching
-
-    @property
-    def start(self) -> int:
-        """The first step of equation (17); 0 while the loss is that of flow matching."""
-        return self.pretraining.start or 0
-
-    @property
     def logs(self) -> bool:
         """Whether metrics of this training step are read: a call of `log` takes a millisecond."""
         last = self.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
@@ -98,7 +88,7 @@ class RNODE(LightningModule):
         self.step, self.solution = self.global_step, None
         place = (self.seed, self.current_epoch, batch_idx, self.global_rank)
         generator = step_generator(self.device, *place, PROBES)
-        if self.matching:
+        if self.pretraining.matching:
             loss = flow_matching(self.flow, batch.y, batch.c, generator)
             self.log_step({"loss": loss})
             return loss
@@ -140,9 +130,9 @@ class RNODE(LightningModule):
             self.loss = self.loss * math.nan
 
     def on_after_backward(self) -> None:
-        if self.solution is None:
-            forward, backward = len(self.flow.pieces) * self.matching, 0
-        else:
+        forward = len(self.flow.pieces) if self.pretraining.matching else 0
+        backward = 0
+        if self.solution is not None:
             forward, backward = self.solution.nfe_forward, self.solution.nfe_backward
         self.nfe = forward + backward
         norm = self.watch.check(self.step, self.solution, self.loss)
@@ -197,7 +187,7 @@ class RNODE(LightningModule):
         steps = self.decay_steps() if self.decay else math.inf
 
         def factor(step: int) -> float:
-            rise = min(1.0, (step - self.start + 1) / (self.warmup_steps + 1))
+            rise = min(1.0, (step - self.pretraining.start + 1) / (self.warmup_steps + 1))
             late = self.decay and step > 0  # the time before the first step does not count
             share = max(step / max(steps, 1), time_passed(self.trainer) if late else 0.0)
             return rise * (1 + math.cos(math.pi * min(share, 1.0))) / 2

@@ -19,32 +19,29 @@ class Pretraining(Callback):
 
     def __init__(self, share: float = 0.0):
         self.share = share
-        self.start: int | None = None if share > 0 else 0  # the first step of equation (17)
+        self.matching = share > 0  # whether the loss is that of flow matching
+        self.start = 0  # the first step of equation (17); 0 while `matching`
         self.resumed = False
-
-    @property
-    def matching(self) -> bool:
-        """Whether the loss is that of flow matching."""
-        return self.start is None
 
     def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
         if self.share == 0:
             return
         require_one_path(module.flow)
         if trainer.ckpt_path is not None and not self.resumed:
-            self.start = 0  # the run of the checkpoint had no flow matching
+            self.matching = False  # the run of the checkpoint had no flow matching
 
     def on_train_batch_start(self, trainer: Trainer, module: LightningModule, *_) -> None:
         if self.matching and passed(trainer) >= self.share:
+            self.matching = False
             self.start = trainer.global_step
             module.restart_optimizer()
             trainer.print(f"step {self.start}: flow matching ends, equation (17) begins")
 
     def state_dict(self) -> dict:
-        return {"start": self.start}
+        return {"matching": self.matching, "start": self.start}
 
     def load_state_dict(self, state: dict) -> None:
-        self.start, self.resumed = state["start"], True
+        vars(self).update(state, resumed=True)
 
 
 def timer_of(trainer: Trainer) -> Timer | None:

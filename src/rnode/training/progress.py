@@ -24,8 +24,6 @@ LIKELIHOOD = {"bits/dim": "train/bits_per_dim", "NFE": "train/nfe_forward"}
 MATCHING = {"loss of flow matching": "train/loss"}
 ESTIMATE_STEP = 3  # step after which the duration is estimated; the first step is not timed
 INTERVAL = 60.0  # seconds from one line to the next where there is no terminal
-DAY = 24 * 3600.0  # seconds of a run that is worth advice
-ADVICE = "; a smaller model.hidden, model.pieces or dataset.resize shortens it"
 
 
 class Progress(RichProgressBar):
@@ -63,8 +61,8 @@ class Progress(RichProgressBar):
 
     def on_train_batch_end(self, trainer: Trainer, module: RNODE, *batch: object) -> None:
         super().on_train_batch_end(trainer, module, *batch)
-        self.steps = self.steps + 1 if self.start == module.start else 1
-        self.start = module.start
+        self.steps = self.steps + 1 if self.start == module.pretraining.start else 1
+        self.start = module.pretraining.start
         if self.steps in (1, ESTIMATE_STEP) and torch.accelerator.is_available():
             torch.accelerator.synchronize()
         now = time.monotonic()
@@ -105,18 +103,21 @@ class Progress(RichProgressBar):
 
 
 def read_metrics(trainer: Trainer, module: RNODE) -> dict[str, str]:
-    names, metrics = MATCHING if module.matching else LIKELIHOOD, trainer.callback_metrics
+    names, metrics = (
+        MATCHING if module.pretraining.matching else LIKELIHOOD,
+        trainer.callback_metrics,
+    )
     return {k: f"{float(metrics[name]):.4g}" for k, name in names.items() if name in metrics}
 
 
 def estimate(trainer: Trainer, module: RNODE, seconds: float) -> str:
     """Say how long a step, an epoch and the run will take, if a batch takes so many seconds."""
-    left = seconds_left(trainer, seconds)
+    left = to_go(seconds_left(trainer, seconds))
     epoch = timedelta(seconds=round(seconds * trainer.num_training_batches))
-    line = f"takes {module.nfe} NFE and {seconds:.2g} s, an epoch {epoch}, {to_go(left)}"
-    if module.matching:
+    line = f"takes {module.nfe} NFE and {seconds:.2g} s, an epoch {epoch}, {left}"
+    if module.pretraining.matching:
         return f"a step of flow matching {line}; those of equation (17) will take longer"
-    return f"a step {line}{ADVICE if DAY < left < math.inf else ''}"
+    return f"a step {line}"
 
 
 def seconds_left(trainer: Trainer, seconds: float) -> float:

@@ -39,10 +39,10 @@ class RefineGrid(Callback):
             module.flow.solver = with_steps(module.flow.solver, self.steps, self.gradient)
 
     def on_train_batch_start(self, trainer: Trainer, module: RNODE, *_) -> None:
-        if module.matching or module.flow.solver.train.adaptive:
+        if module.pretraining.matching or module.flow.solver.train.adaptive:
             return
         bits = partial(self.bits, trainer.datamodule, module)
-        for _ in range(doublings(trainer.global_step - module.start)):
+        for _ in range(doublings(trainer.global_step - module.pretraining.start)):
             change = refine(module.flow, bits, self.tolerance)
             if change is None:
                 return

@@ -158,7 +158,7 @@ class EarlyStopping(callbacks.EarlyStopping):
 
     def on_validation_end(self, trainer: Trainer, module: RNODE) -> None:
         super().on_validation_end(trainer, module)
-        if module.matching:
+        if module.pretraining.matching:
             self.wait_count = 0
 
     def load_state_dict(self, state_dict: dict) -> None:
