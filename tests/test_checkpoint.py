@@ -194,7 +194,7 @@ def test_a_resumed_run_says_what_changes_and_changes_it(tiny_run, tmp_path, caps
     before = ["0.004", "0.0", "0.01", "0"]
     for change, value in zip(changes, before, strict=True):
         assert words.format(change, value) in printed
-    assert not [line for line in printed if "from the command line" in line and "pictures" in line]
+    assert not [line for line in printed if "from the command line" in line and "figures" in line]
     config = yaml.safe_load((tmp_path / "config.yaml").read_text())
     (group,) = load_checkpoint(tmp_path / "last.ckpt")["optimizer_states"][0]["param_groups"]
     assert config["optimizer"]["lr"] == group["lr"] == 0.001

@@ -36,7 +36,8 @@ LIMITS = {f"trainer.{key}" for key in TIMES}  # a job resumes a run that had oth
 DISPLAY = ("log_every_n_steps", "profiler", "enable_progress_bar", "enable_model_summary")
 IRRELEVANT = (  # keys, and sections, that do not change the result of a run
     *("ckpt_path", "sweep_metrics", "folder", "logger"),
-    *("callbacks.save", "callbacks.best.folder", "callbacks.figures"),
+    *("callbacks.best", "callbacks.cost", "callbacks.figures", "callbacks.gaussian"),
+    *("callbacks.progress", "callbacks.save"),
     *("dataset.root", "trainer.accelerator", "trainer.strategy"),
     *(f"trainer.{key}" for key in DISPLAY),
 )

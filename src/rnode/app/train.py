@@ -10,7 +10,7 @@ from pathlib import Path
 import pytorch_lightning as pl
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from pytorch_lightning.callbacks import Checkpoint, ProgressBar
 from pytorch_lightning.loggers import Logger, WandbLogger
 
@@ -42,8 +42,7 @@ def main(cfg: DictConfig) -> float | list[float]:
     match_processes(cfg.trainer, overrides)
     name_loggers(cfg, overrides)
     if sweep.in_sweep():
-        alone = launched() is not None or cfg.trainer.devices in (1, "1")
-        require(alone, f"trainer.devices={cfg.trainer.devices}: must be 1 in a sweep")
+        require_one_device(cfg.trainer.devices)
         result = sweep.earlier_result(cfg, folder)
         if result is not None:
             print(f"{folder} has finished and is skipped")
@@ -74,6 +73,16 @@ def main(cfg: DictConfig) -> float | list[float]:
                 resume = ["rnode", "train", *overrides, place, "ckpt_path=auto"]
                 kept = f"last checkpoint: {last}; to resume: {' '.join(map(shell_quote, resume))}"
             raise Stopped(f"{stopped}; {kept}", stopped.signal) from None
+
+
+def require_one_device(devices: int | str | ListConfig) -> None:
+    """Raise InputError if a job of a sweep would start processes: each would run the sweep."""
+    single = devices in (1, "1") or (isinstance(devices, ListConfig) and len(devices) == 1)
+    require(
+        single or launched() is not None,
+        f"trainer.devices={devices}: must be 1 in a sweep, unless a cluster starts the processes "
+        "(hydra.launcher.tasks_per_node=… of submitit_slurm)",
+    )
 
 
 def fit(cfg: DictConfig, overrides: Sequence[str] = ()) -> dict[str, float | None]:
