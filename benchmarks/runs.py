@@ -27,7 +27,7 @@ PLAIN = [
     "model._target_=plain.multiscale",
     "solver=rk4",
     "solver.test.first_step=0.01",
-    "trainer.inference_mode=false",
+    "+trainer.inference_mode=false",
 ]
 CONTENDERS = {"plain recipe": PLAIN, "default": [], "bf16": ["trainer.precision=bf16-mixed"]}
 QUICK = ["trainer.max_steps=4", "trainer.limit_val_batches=1", "trainer.limit_test_batches=1"]
@@ -79,7 +79,7 @@ def run(overrides: list[str]) -> dict[str, float]:
     """
     environment = os.environ | {"PYTHONPATH": str(ROOT / "benchmarks")}
     with tempfile.TemporaryDirectory() as folder:
-        quiet = ["wandb.mode=disabled", "trainer.enable_progress_bar=false"]
+        quiet = ["logger.wandb.mode=disabled", "trainer.enable_progress_bar=false"]
         command = [sys.executable, ROOT / "src/train.py", *quiet, f"hydra.run.dir={folder}"]
         start = time.perf_counter()
         subprocess.run(

@@ -17,12 +17,14 @@ from rnode.app.processes import launched
 from rnode.data.datamodule import DataModule
 from rnode.data.splits import Splits
 from rnode.training.module import RNODE
+from rnode.transforms import Column, TableTransform
 
 
 def source():
     generator = torch.Generator().manual_seed(1)
-    rows = torch.randn(64, 1, 8, 8, generator=generator, dtype=torch.float64)
-    return Splits(rows, rows, rows)
+    rows = torch.randn(64, 6, generator=generator, dtype=torch.float64)
+    columns = [Column(f"x{i}") for i in range(6)]
+    return Splits(rows, rows, rows, transform=TableTransform(columns))
 
 
 def sample(self, z, generators=None):
@@ -52,7 +54,7 @@ def main() -> None:
     started = launched()
     Probes.sample = sample
     torch.manual_seed(0)
-    flow = make_flow((1, 8, 8), gradient=gradient, pieces=1)
+    flow = make_flow((6,), gradient=gradient, pieces=2)
     module = RNODE(flow, torch.optim.Adam, lambda_k=0.01, lambda_j=0.01)
     trainer = Trainer(
         accelerator="cpu",
@@ -66,7 +68,7 @@ def main() -> None:
         enable_model_summary=False,
         callbacks=[Keep(path)],
     )
-    trainer.fit(module, DataModule(source, [1, 8, 8], int(batch), 10))
+    trainer.fit(module, DataModule(source, [6], int(batch), 10))
 
 
 if __name__ == "__main__":

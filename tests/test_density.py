@@ -12,7 +12,11 @@ from rnode.evaluation import measure
 
 pytestmark = pytest.mark.usefixtures("blank_figures")
 
-QUIET = ["trainer.enable_progress_bar=false", "wandb.mode=disabled", "trainer.accelerator=cpu"]
+QUIET = [
+    "trainer.enable_progress_bar=false",
+    "logger.wandb.mode=disabled",
+    "trainer.accelerator=cpu",
+]
 MEAN, SPREAD = {"low": -2.0, "high": 3.0}, {"low": 0.5, "high": 1.5}
 
 

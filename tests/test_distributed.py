@@ -58,7 +58,7 @@ def test_two_processes_have_the_gradient_of_one_with_twice_the_batch(tmp_path, g
 def folder(tmp_path_factory):
     """A run by torchrun, in its default folder."""
     cwd = tmp_path_factory.mktemp("torchrun")
-    options = ["model.hidden=4", "model.pieces=1", "dataset.batch_size=64", "pictures.samples=4"]
+    options = ["model.hidden=4", "model.pieces=1", "dataset.batch_size=64"]
     options += ["trainer.accelerator=cpu", "trainer.log_every_n_steps=1"]
     options += ["trainer.max_epochs=1", "trainer.limit_train_batches=3"]
     options += ["dataset.validation=31", "dataset.test=31", "dataset.eval_batch_size=10"]

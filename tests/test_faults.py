@@ -28,8 +28,8 @@ from helpers import (
 
 pytestmark = pytest.mark.slow(reason="runs in processes; test_resume.py stops runs in this one")
 DDP = [*SMALL, "trainer.devices=2", "trainer.strategy=ddp"]
-EVERY_7, EVERY_STEP = "save_every_n_steps=7", "save_every_n_steps=1"
-FIGURES, OFFLINE = "pictures.every_n_epochs=1", "wandb.mode=offline"
+EVERY_7, EVERY_STEP = "callbacks.save.every_n_steps=7", "callbacks.save.every_n_steps=1"
+FIGURES, OFFLINE = "callbacks.figures.every_n_epochs=1", "logger.wandb.mode=offline"
 
 
 def last_step(folder):
@@ -126,7 +126,12 @@ def test_a_full_disk_gets_one_line_and_leaves_the_earlier_file(start, copy, file
 
 def test_a_run_whose_curves_cannot_grow_stops_and_resumes(start, copy, whole):
     size = (copy / "metrics.csv").stat().st_size
-    more = ["trainer.enable_checkpointing=false", "trainer.limit_val_batches=0", "ckpt_path=auto"]
+    more = [
+        "callbacks.best=null",
+        "callbacks.save=null",
+        "trainer.limit_val_batches=0",
+        "ckpt_path=auto",
+    ]
     run = start(copy, *more, "trainer.max_epochs=4", largest_file=size + 500)
     line = error(run)
     assert line.startswith(f"error: {copy / 'metrics.csv'} could not be written ([Errno 27] File")

@@ -65,8 +65,8 @@ def test_a_run_resumes_and_is_evaluated_and_sampled(tmp_path):
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-@pytest.mark.parametrize("graphs", [False, True])
-def test_a_run_trains_in_each_precision(precision, graphs, tmp_path):
-    how = [f"trainer.precision={precision}", f"cuda_graphs={graphs}"]
+@pytest.mark.parametrize("gradient", ["backprop", "checkpoint"])  # as CUDA graphs, and without
+def test_a_run_trains_in_each_precision(precision, gradient, tmp_path):
+    how = [f"trainer.precision={precision}", f"solver.gradient={gradient}"]
     call("train", f"hydra.run.dir={tmp_path}", *TWO_STEPS, "trainer.accelerator=gpu", *how)
     assert (tmp_path / "result.json").exists()

@@ -90,9 +90,9 @@ def another(overrides):
         "solver=dopri5 solver.train.method=bosh3 solver.gradient=adjoint solver.train.rtol=1e-3",
         "model=mlp divergence=exact +trainer.detect_anomaly=true",
         another("optimizer._target_=torch.optim.SGD +optimizer.momentum=0.9"),
-        another("trainer.enable_checkpointing=false trainer.log_every_n_steps=0"),
+        another("callbacks.best=null callbacks.save=null trainer.log_every_n_steps=0"),
         "trainer.limit_val_batches=0 solver.gradient=checkpoint",
-        "trainer.fast_dev_run=true",
+        "+trainer.fast_dev_run=true",
     ],
 )
 def test_options_pass_through(run, overrides):

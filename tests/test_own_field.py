@@ -36,7 +36,3 @@ def test_a_field_of_the_users_own_trains_and_is_evaluated(folder, capsys):
     (row,) = (row for row in metrics(Path("run")) if row.get("test/bits_per_dim"))
     text = Path("evaluation/evaluation.txt").read_text(encoding="utf-8")
     assert f"{float(row['test/bits_per_dim']):.4f}" in text
-    compiled, _ = refused(
-        capsys, *shlex.split(train), *small, "compile=true", "hydra.run.dir=other"
-    )
-    assert "compile=true: must be left out" in compiled

@@ -12,19 +12,19 @@ import torch
 from pytorch_lightning.callbacks import timer
 
 from helpers import RATE, assert_same_run, call, column, curves, refused
-from rnode.training.callbacks import SaveAndStop
 from rnode.training.checkpoint import AtomicCheckpointIO, load_checkpoint
 from rnode.training.module import RNODE
+from rnode.training.resume import SaveAndStop
 
 pytestmark = pytest.mark.usefixtures("blank_figures")
 
 SHORT = [  # two epochs of six batches
     *RATE,
-    *("model.hidden=4", "model.pieces=1", "solver.train.steps=1", "refine=null"),
+    *("model.hidden=4", "model.pieces=1", "solver.train.steps=1", "callbacks.refine_grid=null"),
     *("trainer.limit_train_batches=6", "trainer.limit_val_batches=1", "trainer.max_epochs=2"),
     *("trainer.limit_test_batches=1", "dataset.batch_size=4", "dataset.eval_batch_size=4"),
     *("trainer.log_every_n_steps=1", "trainer.enable_progress_bar=false"),
-    *("pictures.samples=4", "pictures.every_n_epochs=9", "wandb.mode=disabled"),
+    *("callbacks.figures.every_n_epochs=9", "logger.wandb.mode=disabled"),
 ]
 
 
@@ -62,9 +62,15 @@ def at_batch(monkeypatch, number, function):
 
 
 ACCUMULATE = "trainer.accumulate_grad_batches=4"  # steps after batches 4 and 6 of an epoch
-OFTEN = "trainer.val_check_interval=2"
+OFTEN = "+trainer.val_check_interval=2"
 DECAY = ("warmup_steps=2", "decay=true")
-MATCHING = ("model=mlp", "pretrain=flow_matching", "pretrain.share=0.3", "decay=true")  # 4 steps
+MATCHING = (  # for four steps
+    "model=mlp",
+    "pretrain=flow_matching",
+    "callbacks.pretraining.share=0.3",
+    "decay=true",
+)
+SAVE = ("callbacks.save.every_n_steps=2",)
 
 
 def slow(*case):
@@ -75,22 +81,19 @@ def slow(*case):
     ("options", "limits"),
     [
         ((), (9,)),  # in the second epoch
-        slow((), (4, 9)),
+        slow((), (1, 6)),  # in the first, and at its end
         slow((ACCUMULATE,), (1, 3)),
-        slow((), (1,)),
-        slow((), (6,)),  # at the end of an epoch
-        slow((OFTEN,), (3, 8)),
-        slow((OFTEN,), (4,)),  # right after a validation
+        slow((OFTEN,), (3, 4, 8)),  # 4: right after a validation
         slow(DECAY, (4, 8)),
     ],
 )
 def test_max_steps(undisturbed, tmp_path, options, limits):
-    whole, folder = undisturbed(*options), f"hydra.run.dir={tmp_path}"
+    run = [*SHORT, *options, f"hydra.run.dir={tmp_path}", "ckpt_path=auto"]
     for limit in limits:
-        call("train", *SHORT, *options, folder, "ckpt_path=auto", f"trainer.max_steps={limit}")
+        call("train", *run, f"trainer.max_steps={limit}")
         assert load_checkpoint(tmp_path / "last.ckpt")["global_step"] == limit
-    call("train", *SHORT, *options, folder, "ckpt_path=auto")
-    assert_same_run(tmp_path, whole)
+    call("train", *run)
+    assert_same_run(tmp_path, undisturbed(*options))
 
 
 def test_max_time(undisturbed, tmp_path, monkeypatch):
@@ -111,41 +114,35 @@ def test_max_time(undisturbed, tmp_path, monkeypatch):
     assert [row for row in curves(tmp_path) if row != validation] == curves(undisturbed())
 
 
+def terminate():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def crash():
+    raise RuntimeError("a crash")
+
+
 @pytest.mark.parametrize(
-    ("options", "batch"),
+    ("options", "end", "batch"),
     [
-        ((), 5),
-        slow((ACCUMULATE,), 9),
-        slow(DECAY, 3),
-        (MATCHING, 2),
-        slow(MATCHING, 8),
-        *(slow((), batch) for batch in (3, 6, 11)),
-        *(slow((ACCUMULATE,), batch) for batch in (3, 5)),
-        *(slow((OFTEN,), batch) for batch in (3, 5, 9)),
-        *(slow(DECAY, batch) for batch in (6, 9)),
+        ((), terminate, 5),
+        (MATCHING, terminate, 2),
+        (SAVE, crash, 7),
+        slow(SAVE, crash, 5),
+        slow(MATCHING, terminate, 8),
+        *(slow((), terminate, batch) for batch in (3, 6, 11)),
+        *(slow((ACCUMULATE,), terminate, batch) for batch in (3, 5, 9)),
+        *(slow((OFTEN,), terminate, batch) for batch in (3, 5, 9)),
+        *(slow(DECAY, terminate, batch) for batch in (3, 6, 9)),
     ],
 )
-def test_a_signal_during_any_batch(undisturbed, tmp_path, monkeypatch, options, batch):
-    whole, run = undisturbed(*options), [*SHORT, *options, f"hydra.run.dir={tmp_path}"]
+def test_a_signal_or_a_crash_in_any_batch(undisturbed, tmp_path, monkeypatch, options, end, batch):
+    run = [*SHORT, *options, f"hydra.run.dir={tmp_path}"]
     with monkeypatch.context() as patch:
-        at_batch(patch, batch, lambda: os.kill(os.getpid(), signal.SIGTERM))
-        stopped(128 + signal.SIGTERM, *run)
+        at_batch(patch, batch, end)
+        stopped(1 if end is crash else 128 + signal.SIGTERM, *run)
     call("train", *run, "ckpt_path=auto")
-    assert_same_run(tmp_path, whole)
-
-
-@pytest.mark.parametrize("batch", [7, slow(5)])
-def test_a_crash_between_two_checkpoints(undisturbed, tmp_path, monkeypatch, batch):
-    whole, run = undisturbed(), [*SHORT, f"hydra.run.dir={tmp_path}", "save_every_n_steps=2"]
-
-    def crash():
-        raise RuntimeError("a crash")
-
-    with monkeypatch.context() as patch:
-        at_batch(patch, batch, crash)
-        stopped(1, *run)
-    call("train", *run, "ckpt_path=auto")
-    assert_same_run(tmp_path, whole)
+    assert_same_run(tmp_path, undisturbed(*(() if options is SAVE else options)))
 
 
 @pytest.mark.slow(reason="three runs")
@@ -225,7 +222,7 @@ def test_the_checkpoint_counts_only_batches_of_completed_steps(tmp_path, monkeyp
         counted.append((self.step, self.used))
 
     monkeypatch.setattr(SaveAndStop, "save", note)
-    every = [ACCUMULATE, "save_every_n_steps=1", f"hydra.run.dir={tmp_path}"]
+    every = [ACCUMULATE, "callbacks.save.every_n_steps=1", f"hydra.run.dir={tmp_path}"]
     call("train", *SHORT, *every)
     assert {(1, 4), (2, 6), (3, 4), (4, 6)} <= set(counted)
     assert not {used for _, used in counted} - {0, 4, 6}

@@ -22,7 +22,7 @@ from helpers import HANG, ROOT, SMALL, assert_same_run, logged_step, rows, wait_
 
 SBATCH = ROOT / "scripts" / "train.sbatch"
 SHORT = [*SMALL, "trainer.limit_train_batches=20"]  # 60 steps
-OFFLINE = "wandb.mode=offline"
+OFFLINE = "logger.wandb.mode=offline"
 PYTHON = Path(sys.executable).parent  # `python` in a job is that of these tests
 ENVIRONMENT = os.environ | {"PATH": f"{PYTHON}:{os.environ['PATH']}"}
 

@@ -91,7 +91,7 @@ def test_a_repeated_sweep_skips_resumes_or_refuses_its_jobs(tmp_path, capsys):
     before = {path: path.read_bytes() for path in files}
     first = results(tmp_path)
     assert len(first) == 2
-    call("train", *arguments, "wandb.project=other", "pictures.samples=9", "ckpt_path=auto")
+    call("train", *arguments, "logger.wandb.project=other", "ckpt_path=auto")
     assert capsys.readouterr().out.count("skipped") == 2
     printed = failing(capsys, f"hydra.sweep.dir={tmp_path}", "reg.lambda_k=0,0.2")
     reason = f"{tmp_path / '1'}: holds a run of another configuration "
@@ -112,7 +112,7 @@ def test_a_repeated_sweep_skips_resumes_or_refuses_its_jobs(tmp_path, capsys):
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_a_sweep_that_stops_in_its_second_job_resumes_to_the_same_end(start, tmp_path, number):
     folder = tmp_path / "sweep"
-    every = ["trainer.max_epochs=1", "save_every_n_steps=5"]
+    every = ["trainer.max_epochs=1", "callbacks.save.every_n_steps=5"]
     arguments = [*every, f"hydra.sweep.dir={folder}", "reg.lambda_k=0,0.1,0.2", "-m"]
     run = start(tmp_path / "first", *arguments)
     run.folder = folder / "1"
@@ -143,7 +143,7 @@ def test_joblib_runs_two_jobs_at_a_time_which_stop_with_the_sweep(start, tmp_pat
     folder = tmp_path / "sweep"
     arguments = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2", f"hydra.sweep.dir={folder}"]
     arguments += ["trainer.limit_train_batches=40", "dataset.batch_size=32", "trainer.max_epochs=1"]
-    arguments += ["save_every_n_steps=5", "reg.lambda_k=0,0.1,-1", "-m"]
+    arguments += ["callbacks.save.every_n_steps=5", "reg.lambda_k=0,0.1,-1", "-m"]
     run = start(tmp_path / "first", *arguments)
     run.wait_until(lambda: all((folder / name / "last.ckpt").exists() for name in "01"))
     children = descendants(run.pid)

@@ -4,17 +4,15 @@ import csv
 import functools
 import itertools
 import statistics
-from collections.abc import Sequence
 from pathlib import Path
 
-import pytorch_lightning as pl
 import torch
+from rnode.paper.classifier import MEASURES, Classifier, measure, train
 from rnode.paper.figures import COLOURS, make_panels, mean_and_extremes, save, verdict
 
 from rnode import Method, Solver
 from rnode.data.images import digits, named_images
 from rnode.data.splits import SPLIT_NAMES, Splits
-from rnode.training.classifier import MEASURES, Classifier, labelled, loaders
 from rnode.training.plots import plot_band
 from rnode.training.run_folder import whole_file
 
@@ -26,23 +24,22 @@ RECIPES = {  # how it trains, and λ_K = λ_J
 }
 EPOCHS = {"digits": 6, "fashion14": 4}
 SEEDS, WIDTH, LAYERS, BATCH = 3, 16, 3, 64
-MOST = 3200, 1000, 1000  # images of FashionMNIST for training, validation and test
+IMAGES = 3200, 1000, 1000  # of FashionMNIST for training, validation and test
 SAME = 0.01  # accuracy within which two classifiers count as equal
 
 
 def classify(splits: Splits, levels: int, recipe: str, seed: int, epochs: int) -> list[dict]:
     """Train a classifier; return its validation after each epoch, and the test as the last row."""
-    pl.seed_everything(seed, verbose=False)
-    train, val, test = loaders(labelled(splits, lambda x: x / (levels - 1)), BATCH, 500)
-    quiet = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
-    trainer = pl.Trainer(max_epochs=epochs, num_sanity_val_steps=0, **dict.fromkeys(quiet, False))
+    torch.manual_seed(seed)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    train_data, val, test = (
+        ((x / (levels - 1)).to(device), label.argmax(1).to(device))
+        for x, label in zip((splits.train, splits.val, splits.test), splits.contexts, strict=True)
+    )
     _, method, penalty = RECIPES[recipe]
-    solver, adam = Solver(method, DOPRI5), functools.partial(torch.optim.Adam, lr=3e-3)
-    shape = splits.train.shape[1:]
-    module = Classifier(shape, 10, solver, adam, penalty, penalty, WIDTH, LAYERS)
-    trainer.fit(module, train, val)
-    trainer.test(module, test, verbose=False)
-    return module.curve
+    model = Classifier(10, Solver(method, DOPRI5), WIDTH, LAYERS).to(device)
+    curve = train(model, train_data, val, penalty, epochs, BATCH)
+    return [*curve, measure(model, test, 500) | {"seconds": curve[-1]["seconds"]}]
 
 
 @functools.cache
@@ -51,15 +48,10 @@ def load_splits(data: str, root: str) -> tuple[Splits, int]:
     if data == "digits":
         return digits(validation=180, test=360, context="label"), 17
     splits = named_images("FashionMNIST", root, 14, validation=10000, context="label")
-    cut(splits, MOST)
-    return splits, 256
-
-
-def cut(splits: Splits, counts: Sequence[int]) -> None:
-    """Keep the first so many images of each split."""
-    for name, count in zip(SPLIT_NAMES, counts, strict=True):
+    for name, count in zip(SPLIT_NAMES, IMAGES, strict=True):
         setattr(splits, name, getattr(splits, name)[:count])
         splits.c[name] = splits.c[name][:count]
+    return splits, 256
 
 
 def reproduce(path: Path, root: str) -> str:

@@ -1,5 +1,6 @@
 """From a configuration to data and flow, and from a checkpoint to those of its run."""
 
+import difflib
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,11 +22,12 @@ from rnode.dynamics import Probes
 from rnode.errors import InputError, require
 from rnode.flow import Flow
 from rnode.training.checkpoint import flow_weights, load_checkpoint
-from rnode.transforms import ImageTransform
+from rnode.transforms import ImageTransform, TableTransform
 from rnode.variational import VariationalDequantization
 
 EXACT_UP_TO = 16  # dimensions: there div f by as many products as dimensions is cheap
-SECTIONS = ("dataset", "model", "solver", "dequantization", "divergence", "probes", "test_probes")
+TABLE_PROBES = 4  # of wider tables in evaluation: one probe makes their likelihood too noisy
+SECTIONS = ("dataset", "model", "solver", "dequantization", "divergence", "probes")
 
 
 def build(cfg: DictConfig, state: dict | None = None) -> tuple[DataModule, Flow]:
@@ -48,7 +50,9 @@ def build(cfg: DictConfig, state: dict | None = None) -> tuple[DataModule, Flow]
         levels, alpha = data.transform.levels, data.transform.logit.alpha
         flow.layers.insert(0, VariationalDequantization(data.shape[0], levels, alpha))
     few = math.prod(data.shape) <= EXACT_UP_TO
-    flow.test_probes = Probes("exact" if few else cfg.divergence, cfg.test_probes or cfg.probes)
+    count = TABLE_PROBES if isinstance(data.transform, TableTransform) else cfg.probes
+    count = cfg.get("test_probes") or count  # of the command line of an evaluation
+    flow.test_probes = Probes("exact" if few else cfg.divergence, count)
     return data, flow
 
 
@@ -65,7 +69,9 @@ def require_options(section: str, options: Iterable[str], target: Callable) -> N
     if Parameter.VAR_KEYWORD in (parameter.kind for parameter in known.values()):
         return
     for name in (name for name in options if name not in known):
-        raise InputError(f"{section}.{name}: {target.__name__} has no such option")
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise InputError(f"{section}.{name}: {target.__name__} has no such option{hint}")
 
 
 def from_checkpoint(cfg: DictConfig) -> tuple[DataModule, Flow, Fabric]:

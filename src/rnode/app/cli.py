@@ -59,7 +59,6 @@ def run(
         for stream in (sys.stdout, sys.stderr):
             stream.reconfigure(errors="replace")  # letters that the terminal cannot show
     OmegaConf.register_new_resolver("run_name", run_name, use_cache=True, replace=True)
-    OmegaConf.register_new_resolver("power_of_two", lambda n: 2**n, replace=True)
     parser = Parser(add_help=False, allow_abbrev=False)
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("-h", "--help", action="store_true")
@@ -114,9 +113,8 @@ def run_command(command: str, cfg: DictConfig) -> Any:
         print(banner(cfg, HydraConfig.get().runtime.choices), flush=True)
     prepare_process()
     # torch, Lightning and W&B are imported here: --help and mistakes do not wait for them.
-    module = "rnode.app.classify" if cfg.get("task") == "classify" else f"rnode.app.{command}"
-    module = "rnode.paper.reproduce" if command == "reproduce" else module  # benchmarks/paper
-    return importlib.import_module(module).main(cfg)
+    package = "rnode.paper" if command == "reproduce" else "rnode.app"  # benchmarks/paper
+    return importlib.import_module(f"{package}.{command}").main(cfg)
 
 
 def expand(command: str, overrides: list[str]) -> list[str]:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import polars as pl
 from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
 from jinja2 import Template
 from matplotlib import pyplot as plt
 from omegaconf import DictConfig
@@ -19,7 +20,7 @@ from rnode.app.figures import choose_colours, plot_penalties, plot_training
 from rnode.app.printing import print_table
 from rnode.app.runs import Run, best, read_runs, tabulate
 from rnode.errors import require
-from rnode.training.loggers import Label, finish_wandb, make_wandb
+from rnode.training.loggers import finish_wandb
 from rnode.training.results import RESULTS
 from rnode.training.run_folder import whole_file
 
@@ -72,8 +73,10 @@ def write_sweep(jobs: list[Run], folder: Path, wandb: DictConfig | None) -> None
     figure = plot_penalties(jobs)
     if figure is not None:
         figure.savefig(folder / "sweep.png", dpi=100)
-    if wandb is not None and wandb.mode != "disabled":
-        logger = make_wandb(wandb, folder, {}, Label("sweep", folder.name, []), resumes=False)
+    logger = (
+        instantiate(wandb, folder=str(folder), name="sweep", group=folder.name) if wandb else None
+    )
+    if logger is not None:
         logger.log_table("sweep", columns, rows)
         if figure is not None:
             logger.log_image("sweep.png", [str(folder / "sweep.png")])

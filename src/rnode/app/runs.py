@@ -13,7 +13,7 @@ from rnode.app.quoting import shell_quote
 from rnode.app.schema import flatten
 from rnode.errors import one_line
 from rnode.training import results
-from rnode.training.environment import ENVIRONMENT
+from rnode.training.run_folder import ENVIRONMENT
 
 COLUMNS = {
     "val/bits_per_dim": ("val bits/dim", "{:.4f}"),

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from rnode.names import ADAPTIVE, DIVERGENCES, FIXED_GRID, GRADIENTS, INTEGRALS
 
@@ -125,35 +125,66 @@ class Trainer(Devices, OpenSection):
     )
     gradient_clip_val: NonNegative | None = key("largest norm of the gradient; null: any")
     accumulate_grad_batches: Count = key("batches of a training step")
-    on_divergence: Literal["stop", "rewind"] = key("stop, or rewind to last.ckpt at half the rate")
     log_every_n_steps: Whole = key("training steps from one row of metrics.csv to the next")
-    check_val_every_n_epoch: Count | None = key("epochs from one validation to the next")
-    val_check_interval: Share | None = key("batches, or share of an epoch, between two validations")
     limit_train_batches: Share | None = key("number or share of the training batches of an epoch")
     limit_val_batches: Share | None = key("number or share of the validation batches")
     limit_test_batches: Share | None = key("number or share of the test batches")
     num_sanity_val_steps: Limit = key("validation batches before training")
-    enable_progress_bar: bool = key("show the progress bar")
-    enable_checkpointing: bool = key("write best.ckpt and last.ckpt")
+    enable_progress_bar: bool = key("print how far the run is")
     enable_model_summary: bool = key("print every layer")
-    inference_mode: bool = key("evaluate in torch's inference mode")
-    fast_dev_run: bool | Count = key("run one batch, or so many, of everything, to find mistakes")
 
 
-class Pretrain(Section):
-    share: Annotated[float, Field(ge=0, le=1)] = key("share of the run by flow matching")
+class Entry(OpenSection):
+    """A callback or a logger; without `_target_` it is not made."""
+
+    folder: str | None = key("the run folder", None)
 
 
-class EarlyStopping(Section):
-    patience: Count | None = key("stop after so many validations without a better one; null: never")
+class Save(Entry):
+    every_n_steps: Count = key("training steps from one last.ckpt to the next within an epoch")
 
 
-class Pictures(Section):
-    samples: Count = key("images, or points, in samples.png")
+class Figures(Entry):
     every_n_epochs: Count = key("epochs from one samples.png and curves.png to the next")
 
 
-class Wandb(OpenSection):
+class EarlyStopping(Entry):
+    patience: Count | None = key("validations without a better one that stop a run; null: never")
+
+
+class Pretraining(Entry):
+    share: Annotated[float, Field(ge=0, le=1)] = key("share of the run by flow matching")
+
+
+class RefineGrid(Entry):
+    tolerance: NonNegative = key("bits/dim from a finer grid at which the grid is refined")
+
+
+class Entries(OpenSection):
+    """Entries by their names; null leaves one out."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def without_null(cls, entries: Any) -> Any:
+        if not isinstance(entries, dict):
+            return entries
+        return {name: entry for name, entry in entries.items() if entry is not None}
+
+
+class Callbacks(Entries):
+    gaussian: Entry = key("the likelihood of a Gaussian, as a baseline", None)
+    cost: Entry = key("times and evaluations of f", None)
+    save: Save = key("last.ckpt, from which a stopped run resumes", None)
+    best: Entry = key("best.ckpt, of the least validation bits/dim", None)
+    figures: Figures = key("figures of the run", None)
+    early_stopping: EarlyStopping = key("when a run stops before its last epoch", None)
+    tf32: Entry = key("TF32 in the convolutions of training steps on a fixed grid", None)
+    progress: Entry = key("the progress bar and the lines of a run", None)
+    pretraining: Pretraining = key("flow matching before equation (17)", None)
+    refine_grid: RefineGrid = key("a finer grid where it changes the likelihood", None)
+
+
+class Wandb(Entry):
     mode: Literal["offline", "online", "disabled"] = key("offline, online or disabled")
     project: str | None = key("W&B project")
     name: str | None = key("name of the run; null: its folder, or how it differs in its sweep")
@@ -161,10 +192,15 @@ class Wandb(OpenSection):
     tags: list[str] = key("tags of the run, beside its choices of data set, model and solver")
 
 
-class MLflow(OpenSection):
+class MLflow(Entry):
     experiment_name: str = key("MLflow's name of the experiment")
-    run_name: str | None = key("MLflow's name of the run; null: its folder")
     tracking_uri: str = key("where MLflow writes: a server, or a file as sqlite:///FILE")
+
+
+class Loggers(Entries):
+    wandb: Wandb = key("+logger.wandb.OPTION=… sets any other option of WandbLogger", None)
+    tensorboard: Entry = key("options of Lightning's TensorBoardLogger", None)
+    mlflow: MLflow = key("options of Lightning's MLFlowLogger", None)
 
 
 class Train(Section):
@@ -172,35 +208,25 @@ class Train(Section):
 
     seed: Whole = key("seed of weights, data order, noise and probes")
     folder: str = key("the run folder, which hydra.run.dir=… sets")
-    task: Literal["density", "classify"] = key("what is learned: a density, or classes")
     divergence: Literal[DIVERGENCES] = key("probes of div f and of the Jacobian norm")
-    probes: Count = key("random probes of a sample")
-    test_probes: Count | None = key(
-        "the same in validation and test, which are exact up to 16 dimensions; null: as many"
-    )
+    probes: Count = key("random probes of a sample; up to 16 dimensions evaluation is exact")
     dequantization: Literal["uniform", "variational"] = key("noise of images: uniform, or learned")
     warmup_steps: Whole = key("steps over which the learning rate rises linearly")
     decay: bool = key("let the learning rate fall to 0 by max_epochs or max_time (half a cosine)")
-    refine: NonNegative | None = key("bits/dim from a finer grid at which the grid is refined")
-    tf32: bool = key("use TF32 on CUDA devices in evaluation, and for matrix products, too")
-    cuda_graphs: Literal["auto"] | bool = key(
-        "record the solves of training steps as CUDA graphs; auto: on one CUDA device"
-    )
-    save_every_n_steps: Count = key("training steps from one last.ckpt to the next within an epoch")
     ckpt_path: str | None = key("checkpoint to resume; auto: last.ckpt of the run folder, if any")
-    sweep_metrics: list[str] = key("names of result.json that a guided sweep optimizes")
+    sweep_metrics: Annotated[list[str], Field(min_length=1)] = key(
+        "names of result.json that a guided sweep optimizes"
+    )
     dataset: Dataset = key("the data")
     model: Model = key("the flow")
     solver: Solver = key("the ODE methods")
     reg: Regularizer = key("the penalties of equation (17)")
     optimizer: Optimizer = key("torch.optim.Adam, or another class by optimizer._target_")
-    pretrain: Pretrain = key("flow matching before equation (17); pretrain=none: without", None)
-    early_stopping: EarlyStopping = key("when a run stops before its last epoch")
     trainer: Trainer = key("Lightning's Trainer; +trainer.OPTION=… sets any other option of it")
-    pictures: Pictures = key("pictures of the run")
-    wandb: Wandb = key("+wandb.OPTION=… sets any other option of WandbLogger", None)
-    tensorboard: OpenSection = key("options of Lightning's TensorBoardLogger", None)
-    mlflow: MLflow = key("options of Lightning's MLFlowLogger", None)
+    callbacks: Callbacks = key("Lightning callbacks; +callbacks.NAME={_target_: …} adds one")
+    logger: Loggers = key(
+        "Lightning loggers beside metrics.csv; +logger.NAME={_target_: …} adds one"
+    )
 
 
 class CheckpointData(Section):

@@ -28,12 +28,10 @@ LIMITS = [  # a job may differ in them from the run that it resumes
     f"trainer.{key}" for key in ("max_epochs", "max_steps", "max_time", "min_epochs", "min_steps")
 ]
 WITHOUT_EFFECT = (  # keys, and sections, that do not change the result of a run
-    *("folder", "ckpt_path", "sweep_metrics", "logger", "callbacks.figures", "callbacks.save"),
+    *("folder", "ckpt_path", "sweep_metrics", "logger"),
+    *(f"callbacks.{name}" for name in ("best", "cost", "figures", "gaussian", "progress", "save")),
     *("dataset.root", "trainer.accelerator", "trainer.strategy", "trainer.profiler"),
     *("trainer.log_every_n_steps", "trainer.enable_progress_bar", "trainer.enable_model_summary"),
-    # until callbacks and loggers are groups:
-    *("wandb", "tensorboard", "mlflow", "pictures", "save_every_n_steps"),
-    *("cuda_graphs", "trainer.on_divergence"),
 )
 
 
@@ -77,17 +75,6 @@ def earlier_result(cfg: DictConfig, folder: Path) -> dict[str, float | None] | N
 def is_irrelevant(key: str) -> bool:
     """Return whether a dotted key does not change the result of a run."""
     return any(f"{key}.".startswith(f"{name}.") for name in WITHOUT_EFFECT)
-
-
-def refuse_own_processes(trainer: Any) -> None:
-    """Raise InputError if a job would start processes: each would run the command of the sweep."""
-    environment = getattr(trainer.strategy, "cluster_environment", None)
-    starts = environment is not None and not environment.creates_processes_externally
-    require(
-        not (in_sweep() and trainer.world_size > 1 and starts),
-        f"trainer.devices={trainer.num_devices}: must be 1 in a sweep, unless a cluster starts the "
-        "processes (hydra.launcher.tasks_per_node=… of submitit_slurm)",
-    )
 
 
 def run_job(function: Callable[[DictConfig], Any], cfg: DictConfig, folder: Path) -> Any:
@@ -142,7 +129,7 @@ class Sweep(Callback):
         from rnode.app.report import report_sweep  # imports torch, which takes seconds
 
         with one_line_errors():
-            report_sweep(Path(config.hydra.sweep.dir), config.get("wandb"))
+            report_sweep(Path(config.hydra.sweep.dir), config.logger.get("wandb"))
 
 
 def prepare(config: DictConfig) -> None:

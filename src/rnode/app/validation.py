@@ -110,7 +110,7 @@ def no_such_option(key: str, command: str, overrides: list[str]) -> str:
     same = [name for name in known if name == SYNONYMS.get(last) or name.endswith(f".{last}")]
     close = same or difflib.get_close_matches(key, known, n=1)
     hint = f"did you mean {close[0]}? " if close else ""
-    if key.partition(".")[0] in ("trainer", "wandb"):
+    if key.partition(".")[0] in ("trainer", "logger"):
         hint = f"{hint}+{key}=… passes it to Lightning; "
     return f"there is no option {key}; {hint}rnode {command} --help lists them"
 

@@ -12,7 +12,7 @@ from rnode.data.conditions import Conditions
 from rnode.data.datamodule import DataModule
 from rnode.data.images import digits
 from rnode.data.splits import Splits
-from rnode.training.yardstick import gaussian_bits
+from rnode.training.gaussian import gaussian_bits
 from rnode.transforms import Column, TableTransform
 
 pytestmark = pytest.mark.usefixtures("blank_figures")
