@@ -80,12 +80,14 @@ def test_figures_and_table_are_plotted_from_runs(tmp_path):
 
 
 def test_every_figure_names_runs_that_can_be_trained(tmp_path):
-    recipes = {file.stem for file in (ROOT / "conf" / "recipe").glob("*.yaml")}
     assert FIGURES.keys() == PLOTS.keys()
     for name, figure in FIGURES.items():
         for scale in ("small", "paper"):
             runs = figure.runs(scale, tmp_path)
-            assert {run.recipe for run in runs} <= recipes, name
+            for run in runs:
+                options = dict(text.split("=") for text in run.overrides)
+                for group in ("solver", "regularizer"):
+                    assert (ROOT / "conf" / group / f"{options[group]}.yaml").exists(), name
             assert {run.data for run in runs} <= paper.DATA.keys(), name
             assert len({run.folder for run in runs}) == len(runs), name
 
