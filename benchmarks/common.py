@@ -17,7 +17,7 @@ from rich.table import Table
 from rnode import Flow, Method, Probes, Solver, TimeConv2d, multiscale
 from rnode.app.printing import print_table
 from rnode.training.plots import save_figure
-from rnode.training.solving import doublings, refine
+from rnode.training.refine import doublings, refine
 
 SHAPES = {
     "digits": (1, 8, 8),

@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 import common
 from common import COARSE, LAMBDA, make_flow
 from rnode import Flow, objective
-from rnode.app.launch import prepare_process
+from rnode.app.processes import prepare_process
 from step import adam_step
 
 

@@ -30,7 +30,7 @@ from common import (
 )
 from plain import PlainFlow
 from rnode import Method, Solution, Solver, log_normal
-from rnode.app.launch import prepare_process
+from rnode.app.processes import prepare_process
 from rnode.solver import error_norm
 
 

@@ -31,7 +31,7 @@ from torchdiffeq import odeint_adjoint
 from common import CLIP, COARSE, DOPRI5, LAMBDA, refine_grid, write_table
 from plain import PlainNet, shift
 from rnode import Flow, Probes, Solver, multiscale, objective
-from rnode.app.launch import prepare_process
+from rnode.app.processes import prepare_process
 from rnode.data.images import digits, idx_images
 from rnode.evaluation import measure
 from rnode.loss import bits_per_dim, log_normal

@@ -27,7 +27,7 @@ from common import (
     write_table,
 )
 from rnode import Method, Probes, Solver, multiscale, objective
-from rnode.app.launch import prepare_process
+from rnode.app.processes import prepare_process
 from rnode.training.plots import save_figure, set_log_scale
 
 START = {"batch": 8, "side": 16, "pieces": 2, "channels": 32, "steps": 3}

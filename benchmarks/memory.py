@@ -29,7 +29,7 @@ from common import (
 )
 from plain import PlainFlow
 from rnode import objective
-from rnode.app.launch import prepare_process
+from rnode.app.processes import prepare_process
 
 METHODS = {"radau": RADAU, "radau 1/2": COARSE, "radau 1/4": FINE, "rk4": RK4}
 CONTENDERS = {

@@ -24,7 +24,7 @@ from torch import Tensor
 from common import folder, mean_and_spread, write_csv, write_table
 from contenders import Sample, best, glow, ot_cfm, rnode_flow, train, zuko_cnf
 from rnode import Transform
-from rnode.app.launch import prepare_process
+from rnode.app.processes import prepare_process
 from rnode.data.densities import DENSITIES
 from rnode.training.plots import save_figure, set_log_scale
 

@@ -29,7 +29,7 @@ from common import (
 )
 from plain import PlainFlow, PlainNet, PlainODE, unsqueeze
 from rnode import Flow, Method, Solver, Squeeze
-from rnode.app.launch import prepare_process
+from rnode.app.processes import prepare_process
 from rnode.solver import error_norm
 
 

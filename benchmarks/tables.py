@@ -30,7 +30,7 @@ from torch import Tensor
 
 from common import mean_and_spread, write_csv, write_table
 from contenders import Point, best, maf, nsf, ot_cfm, rnode_table, train, zuko_cnf
-from rnode.app.launch import prepare_process
+from rnode.app.processes import prepare_process
 from rnode.data.tables import fit_whitening
 from rnode.transforms import Column, TableTransform
 

@@ -103,7 +103,11 @@ def digits_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("digits")
     sizes = ["model.hidden=8", "model.pieces=1", "dataset.batch_size=128"]
     splits = ["dataset.test=40", "dataset.validation=40"]
-    once = ["trainer.max_epochs=1", "trainer.enable_progress_bar=false", "wandb.mode=disabled"]
+    once = [
+        "trainer.max_epochs=1",
+        "trainer.enable_progress_bar=false",
+        "logger.wandb.mode=disabled",
+    ]
     call("train", *sizes, *splits, *once, f"hydra.run.dir={folder}")
     return folder
 
@@ -113,7 +117,11 @@ def toy_run(tmp_path_factory):
     """The folder of a run on a density in the plane. Tests must not change it."""
     folder = tmp_path_factory.mktemp("toy")
     data = ["dataset=toy", "dataset.name=moons", "dataset.test=500", "dataset.validation=200"]
-    short = ["trainer.max_epochs=4", "trainer.enable_progress_bar=false", "wandb.mode=disabled"]
+    short = [
+        "trainer.max_epochs=4",
+        "trainer.enable_progress_bar=false",
+        "logger.wandb.mode=disabled",
+    ]
     short += ["dataset.train=10000", "model.hidden=32"]
-    call("train", *data, *short, "pictures.samples=100", f"hydra.run.dir={folder}")
+    call("train", *data, *short, f"hydra.run.dir={folder}")
     return folder

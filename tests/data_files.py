@@ -6,29 +6,34 @@ import pickle
 import struct
 
 import numpy as np
+from PIL import Image
 
 
-def write_idx(path, images):
-    """Write images (N, H, W) in the format of MNIST, gzipped if the name ends in .gz."""
-    header = bytes([0, 0, 8, 3]) + np.array(images.shape, ">u4").tobytes()
-    content = header + images.astype(np.uint8).tobytes()
+def write_idx(path, array):
+    """Write images (N, H, W) or labels (N,) as MNIST's files, gzipped if the name ends in .gz."""
+    header = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes()
+    content = header + array.astype(np.uint8).tobytes()
     path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
 
 
-def mnist_files(folder, names=("train-images", "t10k-images")):
+def mnist_files(folder, names=("train-images-idx3-ubyte", "t10k-images-idx3-ubyte")):
     """Write MNIST's files with 30 training and 8 test images."""
     images = np.random.default_rng(0).integers(256, size=(30, 28, 28))
-    write_idx(folder / f"{names[0]}-idx3-ubyte.gz", images)
-    write_idx(folder / f"{names[1]}-idx3-ubyte", images[:8])
+    write_idx(folder / f"{names[0]}.gz", images)
+    write_idx(folder / names[1], images[:8])
 
 
 def cifar10_files(folder, monkeypatch):
-    """Write CIFAR10's files with 8 images each, and patch their checksums into torchvision."""
+    """Write CIFAR10's files with 8 images each, and patch their checksums into torchvision.
+
+    Like `svhn_files`, return the test images (N, 32, 32, 3) and the names of their classes.
+    """
     from torchvision.datasets import CIFAR10
 
     base = folder / CIFAR10.base_folder
     base.mkdir()
     rng = np.random.default_rng(0)
+    batches = []
 
     def write(name, content):
         data = pickle.dumps(content)
@@ -37,12 +42,14 @@ def cifar10_files(folder, monkeypatch):
 
     def batch(name):
         images = rng.integers(256, size=(8, 3072), dtype=np.uint8)
-        return write(name, {"data": images, "labels": [0] * 8})
+        batches.append(images.reshape(8, 3, 32, 32).transpose(0, 2, 3, 1))
+        return write(name, {"data": images, "labels": [0, 1] * 4})
 
     monkeypatch.setattr(CIFAR10, "train_list", [batch(name) for name, _ in CIFAR10.train_list])
     monkeypatch.setattr(CIFAR10, "test_list", [batch(name) for name, _ in CIFAR10.test_list])
-    filename, md5 = write(CIFAR10.meta["filename"], {"label_names": ["x"]})
+    filename, md5 = write(CIFAR10.meta["filename"], {"label_names": ["cat", "dog"]})
     monkeypatch.setattr(CIFAR10, "meta", CIFAR10.meta | {"filename": filename, "md5": md5})
+    return batches[-1], ["cat", "dog"] * 4
 
 
 def svhn_files(folder, monkeypatch):
@@ -57,28 +64,42 @@ def svhn_files(folder, monkeypatch):
         savemat(path, {"X": pixels, "y": np.arange(1, 10)[:, None]})
         listed[split] = ["", path.name, hashlib.md5(path.read_bytes()).hexdigest()]
     monkeypatch.setattr(SVHN, "split_list", listed)
+    return pixels.transpose(3, 0, 1, 2), list("123456789")
 
 
-def imagenet_files(folder, size):
-    """Write two training batches and a test batch of ImageNet as they are distributed."""
-    rng, batches = np.random.default_rng(0), {}
-    for name, count in (("train_data_batch_1", 9), ("train_data_batch_2", 6), ("val_data", 4)):
-        data = rng.integers(256, size=(count, 3 * size * size), dtype=np.uint8)
-        labels = rng.integers(1, 1001, size=count)
-        np.savez(folder / f"{name}.npz", data=data, labels=labels, mean=np.zeros(3 * size * size))
-        batches[name] = data.reshape(-1, 3, size, size), labels
-    return batches
-
-
-def image_files(folder, count=40):
-    """Write `count` small PNG files in two folders, of two classes."""
-    from PIL import Image
-
+def array_files(folder, size, channels=3):
+    """Write 12 training, 5 validation and 4 test images with labels as .npy; return them."""
     rng = np.random.default_rng(0)
-    for i in range(count):
+    arrays = {}
+    for name, count in (("train", 12), ("val", 5), ("test", 4)):
+        arrays[f"{name}_images"] = rng.integers(256, size=(count, size, size, channels)).astype(
+            "u1"
+        )
+        arrays[f"{name}_labels"] = np.arange(count)[:, None] % 4
+    for name, array in arrays.items():
+        np.save(folder / f"{name}.npy", array)
+    return arrays
+
+
+def image_files(folder, count=40, shape=(8, 8, 3)):
+    """Write `count` PNG files in two folders, of two classes; return the images."""
+    images = np.random.default_rng(0).integers(256, size=(count, *shape), dtype=np.uint8)
+    for i, image in enumerate(images):
         path = folder / str(i % 2) / f"{i:03}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(rng.integers(256, size=(8, 8, 3), dtype=np.uint8)).save(path)
+        Image.fromarray(image).save(path)
+    return images
+
+
+def celeba_files(folder, count=40):
+    """Write CelebA's files: image i is `i` grey; 6 in 10 train, 2 validate, 2 test."""
+    (folder / "img_align_celeba").mkdir(parents=True)
+    lines = []
+    for i in range(count):
+        image = Image.fromarray(np.full((218, 178, 3), i, np.uint8))
+        image.save(folder / "img_align_celeba" / f"{i:06}.png")
+        lines.append(f"{i:06}.png {[0, 0, 0, 0, 0, 0, 1, 1, 2, 2][i % 10]}")
+    (folder / "list_eval_partition.txt").write_text("\n".join(lines) + "\n")
 
 
 def wandb_records(folder):

@@ -13,7 +13,7 @@ from pytorch_lightning import Callback, Trainer
 
 from helpers import make_flow
 from rnode import Probes
-from rnode.app.launch import launched
+from rnode.app.processes import launched
 from rnode.data.datamodule import DataModule
 from rnode.data.splits import Splits
 from rnode.training.module import RNODE

@@ -34,8 +34,7 @@ TWO_STEPS = [
     "trainer.log_every_n_steps=1",
     "dataset.batch_size=4",
     "dataset.eval_batch_size=4",
-    "pictures.samples=4",
-    "wandb.mode=disabled",
+    "logger.wandb.mode=disabled",
 ]
 EPOCHS = [*TWO_STEPS, "trainer.max_steps=-1", "trainer.limit_train_batches=2"]  # of two steps
 SMALL = [  # 90 steps in three epochs
@@ -52,8 +51,7 @@ SMALL = [  # 90 steps in three epochs
     "trainer.accelerator=cpu",
     "trainer.enable_progress_bar=false",
     "warmup_steps=5",
-    "pictures.samples=4",
-    "wandb.mode=disabled",
+    "logger.wandb.mode=disabled",
 ]
 
 

@@ -12,94 +12,74 @@ from omegaconf import OmegaConf
 import rnode
 from helpers import HANG, ROOT, TWO_STEPS, call, refused
 from rnode.app import cli, evaluate, train
-from rnode.app.help import known_keys
-from rnode.app.report_error import describe_error
+from rnode.app.exits import describe_error
 from rnode.app.schema import CONF
+from rnode.app.validation import known_keys
 from rnode.errors import Diverged, InputError, Stopped, WriteError
 
-MISTAKES = [
+MISTAKES = {
     # a group has no such option
-    (
-        "dataset=cifar11",
-        "there is no dataset/cifar11; the options are celeba, cifar10, digits, emnist",
-    ),
-    ("hydra/launcher=pbs", "there is no hydra/launcher/pbs; pip install 'rnode[sweep]'"),
+    "dataset=cifar11": "there is no dataset/cifar11; the options are celeba, cifar10, digits",
+    "hydra/launcher=pbs": "there is no hydra/launcher/pbs; & pip install -e '.[sweep]' brings",
+    "-m dataset=digits,toy,cifar11": "there is no dataset/cifar11; the options are",
     # there is no such key
-    ("trainer.max_epoch=3", "no option trainer.max_epoch; did you mean trainer.max_epochs?"),
-    ("lamda_j=1", "no option lamda_j; did you mean reg.lambda_j?"),
-    ("lr=1", "no option lr; did you mean optimizer.lr?"),
-    ("epochs=3", "no option epochs; did you mean trainer.max_epochs?"),
-    ("batch_size=3", "no option batch_size; did you mean dataset.batch_size?"),
-    ("data=mnist", "no option data; did you mean dataset?"),
-    ("channels=3", "no option channels; did you mean model.hidden?"),
-    ("gpus=2", "no option gpus; did you mean trainer.devices?"),
-    ("resume=run/last.ckpt", "no option resume; did you mean ckpt_path?"),
-    ("dataset=mnist dataset.rot=1", "no option dataset.rot; did you mean dataset.root?"),
-    ("trainer.detect_anomaly=true", "+trainer.detect_anomaly=… passes it to Lightning"),
-    ("+lamda_k=1", "no option lamda_k"),
-    ("+trainer.max_epoch=1", "trainer.max_epoch: Trainer has no such option"),
-    ("+dataset.validaton=1", "validaton"),
-    ("hydra.run.dirr=x", "hydra.run.dirr"),
-    ("~reg.lambda_k", "reg.lambda_k=… is missing (λ_K, weight of the kinetic energy)"),
-    ("dataset=table", "dataset.path=… is missing (file of a table: CSV"),
-    (str(CONF), f"{CONF}: must be KEY=VALUE; that folder holds no checkpoint of a run"),
+    "trainer.max_epoch=3": "no option trainer.max_epoch; did you mean trainer.max_epochs?",
+    "lamda_j=1": "no option lamda_j; did you mean reg.lambda_j?",
+    "lr=1": "no option lr; did you mean optimizer.lr?",
+    "epochs=3": "no option epochs; did you mean trainer.max_epochs?",
+    "data=mnist": "no option data; did you mean dataset?",
+    "dataset=mnist dataset.rot=1": "no option dataset.rot; did you mean dataset.root?",
+    "-m seed=1,2 sed=3,4": "no option sed; did you mean seed?",
+    "trainer.detect_anomaly=true": "+trainer.detect_anomaly=… passes it to Lightning",
+    "+lamda_k=1": "no option lamda_k",
+    "+trainer.max_epoch=1": "trainer.max_epoch: Trainer has no such option",
+    "hydra.run.dirr=x": "no option hydra.run.dirr",
+    "~reg.lambda_k": "reg.lambda_k=… is missing (λ_K, weight of the kinetic energy)",
+    "dataset=table": "dataset.path=… is missing (file of a table: CSV",
     # a type
-    ("optimizer.lr=abc", "optimizer.lr=abc: must be a number"),
-    ("reg.lambda_k=null", "reg.lambda_k=null: must be a number"),
-    ("trainer.max_epochs=many", "trainer.max_epochs=many: must be a whole number"),
-    ("decay=0.5", "decay=0.5: must be true or false"),
-    ("dataset.shape=188", "dataset.shape=188: must be a list [a, b]"),
+    "optimizer.lr=abc": "optimizer.lr=abc: must be a valid number",
+    "reg.lambda_k=null": "reg.lambda_k=null: must be a valid number",
+    "-m reg.lambda_k=-1,2 seed=x": "error: seed=x: must be a valid integer",
+    "dataset.shape=[1,a]": "dataset.shape=a: must be a valid integer",
+    "solver.train=rk4": "solver.train=rk4: must be a section",
     # a range
-    ("optimizer.lr=-1", "optimizer.lr=-1: must be at least 0"),
-    ("reg.lambda_j=nan", "reg.lambda_j=nan: must be a finite number"),
-    ("seed=99999999999", "seed=99999999999: must be at most 4294967295"),
-    ("dataset.alpha=0.5", "dataset.alpha=0.5: must be less than 0.5"),
-    ("solver.test.rtol=0", "solver.test.rtol=0: must be greater than 0"),
-    ("trainer.devices=0", "trainer.devices=0: must be at least 1, text or a list"),
-    ("trainer.limit_val_batches=1.5", "1.5: must be a whole number or a share, at most 1.0"),
-    ("dataset.validation=1.0", "dataset.validation=1.0: must be a whole number from 1 on, or a"),
-    ("dataset.validation=0", "dataset.validation=0: must be a whole number from 1 on, or a share"),
-    ("trainer.max_time=5", "trainer.max_time=5: must be [DD:]HH:MM:SS"),
+    "optimizer.lr=-1": "optimizer.lr=-1: must be at least 0",
+    "reg.lambda_j=nan": "reg.lambda_j=nan: must be a finite number",
+    "seed=99999999999": "seed=99999999999: must be at most 4294967295",
+    "trainer.limit_val_batches=1.5": "limit_val_batches=1.5: must be",
+    "dataset.validation=1.0": "dataset.validation=1.0: must be a whole number from 1 on, or a",
+    "dataset.validation=0": "dataset.validation=0: must be a whole number from 1 on, or a share",
+    "trainer.max_time=5": "trainer.max_time=5: must be [DD:]HH:MM:SS",
     # a choice
-    ("trainer.precision=16-true", "trainer.precision=16-true: must be '32-true', 'bf16-mixed' or"),
-    ("solver.train.method=rk5", "solver.train.method=rk5: must be 'euler' & 'rk4'"),
-    ("divergence=hutchinson", "divergence=hutchinson: must be 'gaussian', 'rademacher' or"),
-    ("trainer.on_divergence=go", "trainer.on_divergence=go: must be 'stop' or 'rewind'"),
-    # a section
-    ("pictures=null", "pictures= & : must be a section, whose keys are set as pictures.KEY=…"),
-    ("solver.train=rk4", "solver.train=rk4: must be a section"),
+    "solver.train.method=rk5": "solver.train.method=rk5: must be 'euler' & 'rk4'",
     # values that do not go together
-    ("solver.train.step_size=0.5", "step_size=0.5 and steps=2: give one of the two"),
-    (
-        "dataset.shape=[1,9,9]",
-        "shape=[1, 9, 9]: the scales cannot halve 9×9; crop or pad the images, to 8×8",
-    ),
-    ("dataset=toy model=multiscale", "shape=[2]: must be [channels, height, width]"),
-    ("dataset=toy dataset.name=moon", "name=moon: must be one of eight_gaussians, moons"),
-    ("dataset=patches dataset.size=128", "size=128: must be at most 96"),
-    # Hydra's grammar, and paths
-    ("reg.lambda_j=[1", "[1"),
-    ("seed=1,2", "--multirun"),
-    ("seed=${nothing.here}", "nothing.here"),
+    "dataset.shape=[1,9,9]": "the scales cannot halve 9×9; crop or pad the images, to 8×8",
+    "dataset=toy model=multiscale": "shape=[2]: must be [channels, height, width]",
+    # Hydra's grammar, flags and paths
+    "reg.lambda_j=[1": "reg.lambda_j=[1: & write \"reg.lambda_j='[1'\"",
+    "seed": "error: seed: must be KEY=VALUE",
+    f"{CONF}": f"{CONF}: must be KEY=VALUE; that folder holds no checkpoint of a run",
+    "seed=1,2": "--multirun",
+    "seed=${nothing.here}": "nothing.here",
+    "--config-dir nowhere": "--config-dir nowhere: there is no such folder",
+    "--multi": "unrecognized arguments: --multi",
+    "ckpt_path=nowhere.ckpt": "ckpt_path=nowhere.ckpt: there is no such file",
+    "hydra.run.dir=/dev/null/run": "Not a directory: '/dev/null/run'",
     # errors of the classes that Hydra builds
-    ("+trainer.overfit_batches=1.5", "trainer: You have passed invalid value 1.5 for overfit"),
-    ("optimizer._target_=torch.optim.Adan", "Error loading 'torch.optim.Adan'"),
-    ("+optimizer.momentum=1", "optimizer.momentum: Adam has no such option"),
-    ("+model.width=8", "model.width: multiscale has no such option"),
-    # files
-    ("hydra.run.dir=/dev/null/run", "Not a directory: '/dev/null/run'"),
-    ("ckpt_path=nowhere.ckpt", "ckpt_path=nowhere.ckpt: there is no such file"),
-]
+    "+trainer.overfit_batches=1.5": "trainer: You have passed invalid value 1.5 for overfit",
+    "optimizer._target_=torch.optim.Adan": "Error loading 'torch.optim.Adan'",
+    "+optimizer.momentum=1": "optimizer.momentum: Adam has no such option",
+}
 
 
-@pytest.mark.parametrize(("overrides", "words"), MISTAKES, ids=[text for text, _ in MISTAKES])
-def test_a_mistake_gets_one_line(tmp_path, capsys, overrides, words):
-    line, code = refused(capsys, "train", f"hydra.run.dir={tmp_path / 'run'}", *overrides.split())
-    assert all(part in line for part in words.split(" & "))
-    assert code == (1 if re.search("error.log|Errno", line) else 2)
-    assert not list(tmp_path.rglob("*.ckpt"))
+@pytest.mark.parametrize(("arguments", "words"), MISTAKES.items(), ids=MISTAKES)
+def test_a_mistake_gets_one_line(tmp_path, capsys, arguments, words):
     run = tmp_path / "run"
-    assert not run.is_dir() or list(run.iterdir())
+    line, code = refused(capsys, "train", f"hydra.run.dir={run}", *arguments.split())
+    assert all(part in line for part in words.split(" & "))
+    assert code == (1 if "Errno" in line else 2)
+    assert not list(tmp_path.rglob("*.ckpt"))
+    assert not run.exists() or list(run.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -119,7 +99,7 @@ def test_help_describes_every_group_option_and_key(capsys, arguments):
     keys = [key for key in known_keys(config) if not re.search(r"\._|\.source\b", key)]
     assert not [key for key in keys if len(described[key]) < 2]
     assert ("dataset.root" in keys) == (arguments in ("train dataset=mnist", "evaluate", "sample"))
-    assert ("pretrain.share" in keys) == ("pretrain" in arguments)
+    assert ("callbacks.pretraining.share" in keys) == ("pretrain" in arguments)
     if command == "train":
         assert " ".join(described["optimizer.lr"]).startswith("learning rate [")
         assert f"[{config['trainer']['max_epochs']}]" in described["trainer.max_epochs"]
@@ -140,48 +120,70 @@ def test_help_and_mistakes_import_no_torch_and_survive_a_closed_pipe(tmp_path, a
     imported = {line.split("|")[-1].strip() for line in times}
     assert "rnode.app.cli" in imported
     assert not imported & {"torch", "numpy", "pytorch_lightning", "matplotlib", "wandb"}
-    others = [line for line in printed.splitlines() if line not in times]
-    assert len(others) == (code != 0)
+    assert len(printed.splitlines()) == len(times) + (code != 0)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_configuration_of_a_command_line_is_printed_without_a_run(capsys, tmp_path):
+    (tmp_path / "own" / "experiment").mkdir(parents=True)
+    (tmp_path / "own" / "experiment" / "mine.yaml").write_text(
+        "# @package _global_\ndataset:\n  size: 16\n"
+    )
+    own = ["--config-dir", f"{tmp_path / 'own'}", "dataset=patches", "experiment=mine"]
+    call("train", *own, "seed=3", "--cfg", "job", "--resolve")
+    config = OmegaConf.create(capsys.readouterr().out)
+    assert config.dataset.shape == [3, 16, 16]
+    assert config.dataset.seed == 3
+    assert "hydra" not in config
+    assert [path.name for path in tmp_path.iterdir()] == ["own"]
 
 
 def test_the_command_lists_and_runs_its_commands(monkeypatch, capsys, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    for arguments in ([], ["--help"]):
+    def rnode_command(*arguments):
         monkeypatch.setattr(sys, "argv", ["rnode", *arguments])
         cli.main()
-        assert re.findall(r"^  (\w+) ", capsys.readouterr().out, re.MULTILINE) == list(cli.ABOUT)
-    monkeypatch.setattr(sys, "argv", ["rnode", "--version"])
-    cli.main()
-    assert capsys.readouterr().out == f"rnode {rnode.__version__}\n"
-    monkeypatch.setattr(sys, "argv", ["rnode", "trian"])
+        return capsys.readouterr().out
+
+    for arguments in ([], ["--help"]):
+        assert re.findall(r"^  (\w+) ", rnode_command(*arguments), re.MULTILINE) == list(cli.ABOUT)
+    assert rnode_command("--version") == f"rnode {rnode.__version__}\n"
     with pytest.raises(SystemExit, match="2"):
-        cli.main()
+        rnode_command("trian")
     assert capsys.readouterr().err == "error: there is no command trian\n"
     seeds = []
     monkeypatch.setattr(train, "main", lambda cfg: seeds.append(cfg.seed))
-    for arguments in ([], ["seed=3"]):
-        monkeypatch.setattr(sys, "argv", ["rnode", "train", *arguments])
-        cli.main()
+    assert "digits by a multiscale flow" in rnode_command("train")
+    rnode_command("train", "seed=3")
     assert seeds == [0, 3]
+    assert sys.argv == ["rnode", "train", "seed=3"]
 
 
-@pytest.mark.parametrize("path", ["best.ckpt", "a run/lr=0.1,λ='1'/best.ckpt"])
-def test_the_bare_path_of_a_checkpoint_or_its_folder_stands_for_ckpt_path(
-    tmp_path, monkeypatch, path
-):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
-    (tmp_path / path).touch()
-    given = []
-    monkeypatch.setattr(evaluate, "main", lambda cfg: given.append((cfg.ckpt_path, cfg.seed)))
-    call("evaluate", path, "seed=3")
-    call("evaluate", "seed=3", f"{tmp_path / path}")
-    call("evaluate", f"{(tmp_path / path).parent}", "seed=3")
-    assert given == [(path, 3), *[(f"{tmp_path / path}", 3)] * 2]
-    (tmp_path / path).with_name("last.ckpt").touch()
-    monkeypatch.setattr(train, "main", lambda cfg: given.append(cfg.ckpt_path))
-    call("train", f"{(tmp_path / path).parent}")
-    assert given[-1] == f"{(tmp_path / path).with_name('last.ckpt')}"
+def test_bare_paths_stand_for_keys(tmp_path):
+    def expand(command, *overrides):
+        return cli.expand(command, list(map(str, overrides)))
+
+    folder = tmp_path / "lr=0.1,λ='1'"
+    folder.mkdir()
+    (folder / "last.ckpt").touch()
+    quoted = str(folder).replace("'", "\\'")
+    assert expand("train", folder, "seed=3") == [f"ckpt_path='{quoted}/last.ckpt'", "seed=3"]
+    assert expand("evaluate", folder) == [str(folder)]  # which is then refused
+    (folder / "best.ckpt").touch()
+    assert expand("evaluate", folder) == [f"ckpt_path='{quoted}/best.ckpt'"]
+    assert expand("sample", "a/b.ckpt", "context.a=1") == ["ckpt_path=a/b.ckpt", "++context.a=1"]
+    assert expand("score", "ckpt_path=a.ckpt", "~id") == ["ckpt_path=a.ckpt", "~id"]
+    assert expand("report", "a", folder, "b") == [f"folders=[a,'{quoted}',b]"]
+    assert expand("report", "folders=[a]") == ["folders=[a]"]
+
+
+def test_the_folder_of_a_run_is_evaluated(tmp_path, monkeypatch):
+    folder = tmp_path / "a run/λ=(1)"
+    folder.mkdir(parents=True)
+    (folder / "best.ckpt").touch()
+    paths = []
+    monkeypatch.setattr(evaluate, "main", lambda cfg: paths.append(cfg.ckpt_path))
+    call("evaluate", str(folder), "seed=3")
+    assert paths == [f"{folder / 'best.ckpt'}"]
 
 
 def test_a_bug_gets_one_line_and_its_traceback_is_saved(tmp_path, capsys, monkeypatch):
@@ -196,20 +198,18 @@ def test_a_bug_gets_one_line_and_its_traceback_is_saved(tmp_path, capsys, monkey
     assert code == 1
     assert "Traceback" in log.read_text()
     assert "in build" in log.read_text()
-    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
-    with pytest.raises(KeyError):
-        call("train", f"hydra.run.dir={tmp_path}", *TWO_STEPS)
 
 
 @pytest.mark.parametrize(
     ("error", "line", "code"),
     [
-        (InputError("levels=1:\n must be 2"), "levels=1: must be 2", 2),
-        (Diverged("z became NaN"), "z became NaN", 1),
-        (WriteError("x could not be written"), "x could not be written", 1),
-        (FileNotFoundError(2, "No such file or directory", "x"), "No such file.*'x'", 1),
-        (Stopped("by SIGTERM", signal.SIGTERM), "by SIGTERM", 143),
+        (InputError("levels=1:\n must be 2"), "levels=1: must be 2$", 2),
+        (InputError("x" * 9999), "x{1500}$", 2),
+        (Diverged("z became NaN"), "z became NaN$", 1),
+        (WriteError("x could not be written"), "x could not be written$", 1),
+        (Stopped("by SIGTERM", signal.SIGTERM), "by SIGTERM$", 143),
         (MemoryError("4 GB"), "not enough memory; try a smaller dataset.batch_size .*error.log", 1),
+        (RuntimeError("CUDA out of memory"), "not enough memory; .*error.log", 1),
         (ZeroDivisionError("x" * 9999), "ZeroDivisionError: x{500}; the traceback is in", 1),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
@@ -217,6 +217,6 @@ def test_a_bug_gets_one_line_and_its_traceback_is_saved(tmp_path, capsys, monkey
 def test_exit_codes(tmp_path, monkeypatch, error, line, code):
     monkeypatch.chdir(tmp_path)  # error.log of an error outside a run is in outputs/
     described, exit_code = describe_error(error)
-    assert re.search(line, described)
+    assert re.match(line, described)
     assert exit_code == code
     assert (tmp_path / "outputs" / "error.log").exists() == ("error.log" in described)

@@ -21,7 +21,7 @@ from rnode import (
     mlp,
     multiscale,
 )
-from rnode.data.context import Context, Label, Numeric
+from rnode.data.conditions import Conditions, Label, Numeric
 
 TIGHT = Method("dopri5", rtol=1e-9, atol=1e-9)
 GRID = Method("rk4", step_size=0.01)
@@ -130,21 +130,31 @@ def test_a_missing_or_misshapen_c_is_refused():
 
 def test_numbers_are_standardized_and_labels_become_unit_vectors():
     years, makers = np.array([1990.5, 2000.25, 2010.0]), np.array(["b", "a", "b"])
-    context = Context.fit({"year": years, "maker": makers, "size": np.array([10, 2, 10])})
-    kinds = {name: type(column) for name, column in context.columns.items()}
-    assert kinds == {"year": Numeric, "maker": Label, "size": Label}
-    assert context.columns["size"].classes == ("2", "10")
-    c = context.encode({"year": years, "maker": makers, "size": [2, 2, 10]})
-    assert c.shape == (3, context.size) == (3, 5)
+    fit_to = {"year": years, "maker": makers, "size": np.array([10, 2, 10])}
+    conditions = Conditions.fit(fit_to | {"number": np.arange(300)})
+    kinds = {name: type(column) for name, column in conditions.columns.items()}
+    assert kinds == {"year": Numeric, "maker": Label, "size": Label, "number": Numeric}
+    conditions = Conditions.fit(fit_to)
+    assert conditions.columns["size"].classes == ("2", "10")
+    c = conditions.encode({"year": years, "maker": makers, "size": [2, 2, 10]}, 3)
+    assert c.shape == (3, conditions.size) == (3, 5)
     torch.testing.assert_close(c[:, 0].mean(), torch.tensor(0.0), atol=1e-6, rtol=0)
     torch.testing.assert_close(c[:, 0].std(correction=0), torch.tensor(1.0))
+    assert c[:, 0].diff().gt(0).all()
     assert c[:, 1:].tolist() == [[0, 1, 1, 0], [1, 0, 1, 0], [0, 1, 0, 1]]
-    assert torch.equal(
-        Context.from_state(context.state()).encode(
-            {"year": years, "maker": makers, "size": [2, 2, 10]}
-        ),
-        c,
-    )
+    copy = Conditions.from_state(conditions.state())
+    one = copy.encode({"year": 1990.5, "maker": "b", "size": 2}, 4)  # one value for all samples
+    assert torch.equal(one, c[:1].expand(4, 5))
+    assert Conditions({}).encode({}, 3).shape == (3, 0)
+
+
+def test_columns_that_no_encoder_fits():
+    with pytest.raises(InputError, match="name: has more than 100 different labels"):
+        Conditions.fit({"name": np.arange(101).astype(str)})
+    assert Conditions.fit({"name": np.arange(100).astype(str)}).size == 100
+    assert Conditions.fit({"name": np.arange(100)}).size == 100
+    with pytest.raises(InputError, match="x: is constant in the training split"):
+        Conditions.fit({"x": np.full(3, 0.5)})
 
 
 @pytest.mark.parametrize(
@@ -154,9 +164,11 @@ def test_numbers_are_standardized_and_labels_become_unit_vectors():
         ({"year": ["x"], "maker": ["a"]}, "context.year=x: must be a number"),
         ({"year": [np.nan], "maker": ["a"]}, "context.year: must be finite"),
         ({"year": [1.0]}, "context.maker: must be given"),
+        ({"year": 1.0, "maker": "a", "town": 3}, "context.town: the conditions are year, maker"),
+        ({"year": 1.0, "maker": ["a", "b"]}, "context.maker: has 2 values for 1 samples"),
     ],
 )
 def test_values_that_a_condition_cannot_have(values, message):
-    context = Context({"year": Numeric(0.0, 1.0), "maker": Label(("a", "b"))})
+    conditions = Conditions({"year": Numeric(0.0, 1.0), "maker": Label(("a", "b"))})
     with pytest.raises(InputError, match=message):
-        context.encode(values)
+        conditions.encode(values, 1)

@@ -1,3 +1,5 @@
+"""Splits that never change, densities, and the batches of the DataModule."""
+
 import hashlib
 import math
 from types import SimpleNamespace
@@ -8,10 +10,11 @@ import torch
 from sklearn.datasets import load_digits, load_sample_images
 
 from rnode import InputError
-from rnode.data.datamodule import DataModule, EpochOrder, fetch
-from rnode.data.densities import DENSITIES, FreshSamples, toy
-from rnode.data.images import digits, idx_images, patches, reduce_images
-from rnode.data.splits import Splits
+from rnode.data.datamodule import DataModule, EpochOrder
+from rnode.data.densities import DENSITIES, toy
+from rnode.data.images import digits, named_images, patches, reduce_images
+from rnode.data.splits import Splits, hold_out
+from rnode.transforms import Column, TableTransform
 
 # Fixed values, here and below, hold that the same seed gives the same data in every version.
 # These are the last rows of the validation set, of the test set and of a training batch.
@@ -27,22 +30,13 @@ POINTS = {
 }
 
 
-def module(**changes):
-    arguments = {
-        "source": digits,
-        "shape": [1, 8, 8],
-        "batch_size": 32,
-        "eval_batch_size": 100,
-        "levels": 17,
-        "alpha": 1e-5,
-    }
-    return DataModule(**(arguments | changes))
+def module(source=digits, **options):
+    return DataModule(source, **{"batch_size": 32, "eval_batch_size": 100} | options)
 
 
 def trainer(training, epoch=0, step=0, rank=0, processes=1, done=0):
     """What a DataModule reads of a Lightning Trainer."""
-    current = SimpleNamespace(ready=step, processed=done)
-    progress = SimpleNamespace(current=current, is_last_batch=False)
+    progress = SimpleNamespace(current=SimpleNamespace(ready=step, processed=done))
     return SimpleNamespace(
         training=training,
         current_epoch=epoch,
@@ -56,28 +50,45 @@ def transfer(data, batch):
     return data.on_after_batch_transfer(data.on_before_batch_transfer(batch, 0), 0)
 
 
+def parts_of(splits):
+    return splits.train, splits.val, splits.test
+
+
 # Splits
 
 
 def test_digits_are_all_of_scikit_learns_in_splits_that_never_change():
-    splits = digits()
-    assert [len(part) for part in splits[:3]] == [1257, 180, 360]
-    pixels = torch.cat(splits[:3]).numpy()
-    expected = load_digits().images.astype(np.uint8).reshape(1797, 64)
-    assert sorted(map(bytes, pixels.reshape(1797, 64))) == sorted(map(bytes, expected))
+    splits = digits(context="label")
+    assert [len(part) for part in parts_of(splits)] == [1257, 180, 360]
+    pixels = torch.cat(parts_of(splits)).numpy()
+    known = load_digits()
+    label_of = dict(zip(map(bytes, known.images.astype(np.uint8)), known.target, strict=True))
+    c = torch.cat([splits.c[name] for name in ("train", "val", "test")])
+    assert c.shape == (1797, 10)
+    assert c.argmax(1).tolist() == [label_of[image.tobytes()] for image in pixels]
     assert hashlib.sha256(pixels.tobytes()).hexdigest().startswith("89fb075c4295214c55350029312c65")
-    assert torch.equal(digits(validation=100).test, splits.test)
+    assert digits().c["val"].shape == (180, 0)
+
+
+def test_missing_splits_are_cut_off_the_training_samples():
+    rows = torch.arange(100)
+    parts = hold_out({"train": rows}, 0.25, 20)
+    assert [len(parts[name]) for name in ("train", "val", "test")] == [60, 20, 20]
+    assert torch.cat(list(parts.values())).sort().values.equal(rows)
+    assert parts["test"].equal(hold_out({"train": rows}, 5, 0.2)["test"])
+    assert not parts["test"].equal(rows[:20])
+    parts = hold_out({"train": rows, "test": rows[:7]}, 0.001, 0.5)
+    assert parts["test"].equal(rows[:7])
+    assert [len(parts[name]) for name in ("train", "val")] == [99, 1]
 
 
 def test_patches_come_from_disjoint_regions_of_the_photographs():
-    splits = patches(size=32, stride=8)
     photo = torch.tensor(load_sample_images().images[0]).permute(2, 0, 1)
-    edges = [0, int(0.70 * 640), int(0.85 * 640), 640]
-    for part, left, right in zip(splits[:3], edges[:-1], edges[1:], strict=True):
+    regions = ((0, 448), (448, 544), (544, 640))
+    for part, (left, right) in zip(parts_of(patches(size=32, stride=8)), regions, strict=True):
         columns = (right - left - 32) // 8 + 1
         assert part.shape == (2 * ((427 - 32) // 8 + 1) * columns, 3, 32, 32)
         last = left + 8 * (columns - 1)
-        assert last + 32 <= right
         assert torch.equal(part[0], photo[:, :32, left : left + 32])
         assert torch.equal(part[columns - 1], photo[:, :32, last : last + 32])
 
@@ -85,12 +96,15 @@ def test_patches_come_from_disjoint_regions_of_the_photographs():
 @pytest.mark.parametrize("name", DENSITIES)
 def test_densities_are_sampled_afresh_for_every_batch_and_stay_in_view(name):
     splits = toy(name, train=1000, validation=100, test=200)
-    assert [len(part) for part in splits[:3]] == [1000, 100, 200]
-    batches = [splits.train.__getitems__(order)[0] for order in ([2, 0, 1], [2, 0, 1], [0, 1, 2])]
+    assert [len(part) for part in parts_of(splits)] == [1000, 100, 200]
+    assert splits.c["train"].shape == (1000, 0)
+    batches = [splits.train[torch.tensor(order)] for order in ([2, 0, 1], [2, 0, 1], [0, 1, 2])]
     assert torch.equal(batches[0], batches[1])
     assert not torch.equal(batches[0], batches[2])
     found = torch.stack([splits.val[-1], splits.test[-1], batches[0][-1]])
     torch.testing.assert_close(found, torch.tensor(POINTS[name]), rtol=0, atol=1e-4)
+    assert splits.transform.names == ["x1", "x2"][: found.shape[1]]
+    assert torch.equal(splits.transform(found, torch.arange(3), torch.empty(3, 0)).y, found)
     points = torch.from_numpy(DENSITIES[name](20000, np.random.default_rng(0)))
     assert points.abs().max() < 4
     assert points.std(0).min() > 0.5
@@ -120,35 +134,44 @@ def test_densities_have_their_known_entropy_and_moments():
 
 def test_training_batches_have_not_changed():
     """Order, flips and noise of a resumed run in the second of two processes."""
-    data = module(flip=True, seed=5)
+    data = module(flip=True, seed=5, alpha=1e-5, context="label")
     data.setup()
     data.trainer = trainer(True, epoch=1, step=3, rank=1, processes=2, done=3)
     loader = data.train_dataloader()
     loader.sampler.set_epoch(1)
-    x, index, _ = next(iter(loader))
+    torch.manual_seed(0)
+    x, index, c = next(iter(loader))
     assert index[:8].tolist() == [159, 1016, 888, 850, 364, 1028, 1240, 996]
-    y, log_det, *_ = transfer(data, (x, index, None))
-    levels = data.transform.dequantize.inverse(data.transform.inverse(y.double()))
-    flipped = torch.tensor([0, 1, 1, 0, 0, 1, 1, 0]).bool()[:, None, None, None]
-    assert torch.equal(levels[:8], torch.where(flipped, x[:8].flip(-1), x[:8]))
-    close = {"rtol": 1e-4, "atol": 1e-3}
-    expected = torch.tensor([-4.34446, -6.36591, -1.16659, 1.10608])
-    torch.testing.assert_close(y[0, 0, 3, :4], expected, **close)
-    torch.testing.assert_close(log_det[:2], torch.tensor([-3.61627, -6.69835]), **close)
+    assert torch.equal(c, data.splits.c["train"][index])
+    torch.manual_seed(0)  # of the order alone, which the loader samples
+    batch = transfer(data, (x, index, c))
+    assert torch.equal(torch.rand(1), torch.rand(1, generator=torch.Generator().manual_seed(0)))
+    assert torch.equal(batch.c, c)
+    levels = data.transform.dequantize.inverse(data.transform.inverse(batch.y.double()))
+    flipped = (levels != x).flatten(1).any(1)
+    assert flipped[:8].tolist() == [True, True, False, False, True, True, True, False]
+    assert torch.equal(levels, torch.where(flipped[:, None, None, None], x.flip(-1), x))
+    expected = torch.tensor([-3.9571, -0.0945, 1.4329, 0.2230])
+    torch.testing.assert_close(batch.y[0, 0, 3, :4], expected, rtol=1e-4, atol=1e-3)
+    data.trainer = trainer(True, epoch=1, step=4, rank=1)
+    assert not torch.equal(transfer(data, (x, index, c)).y, batch.y)
 
 
 def test_evaluation_batches_have_not_changed_and_are_not_flipped():
-    data = module(flip=True, seed=5)
+    data = module(flip=True, seed=5, alpha=1e-5)
     data.setup()
     data.trainer = trainer(False)
     torch.manual_seed(0)
-    x, index, _ = next(iter(data.val_dataloader()))
+    x, index, c = next(iter(data.val_dataloader()))
     assert torch.equal(x, data.splits.val[:100])
-    y, _, index, _ = transfer(data, (x, index, None))
     assert torch.equal(index, torch.arange(100))
-    assert torch.equal(data.transform.dequantize.inverse(data.transform.inverse(y.double())), x)
+    assert c.shape == (100, 0)
+    batch = transfer(data, (x, index, c))
+    assert torch.equal(data.transform.dequantize.inverse(data.transform.inverse(batch.y)), x)
     expected = torch.tensor([-3.50291, -2.83699, 1.11643, 1.42571])
-    torch.testing.assert_close(y[7, 0, 3, :4], expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(batch.y[7, 0, 3, :4], expected, rtol=1e-4, atol=1e-4)
+    later = data.evaluation_batch("val", torch.tensor([9, 7]), seed=5)
+    assert torch.equal(later.y[1], batch.y[7])
     after = torch.rand(1)  # training's random stream has not moved
     assert torch.equal(after, torch.rand(1, generator=torch.Generator().manual_seed(0)))
 
@@ -156,32 +179,42 @@ def test_evaluation_batches_have_not_changed_and_are_not_flipped():
 def test_processes_share_an_evaluation():
     data = module()
     rows = torch.arange(250)[:, None]
-    data.splits = Splits(rows, rows, rows)
+    data.splits = Splits(rows, rows, rows, TableTransform([Column("x")]))
     shares = [list(data.eval_dataloader("test", rank, processes=3)) for rank in range(3)]
     assert [[len(x) for x, *_ in share] for share in shares] == [[84], [83], [83]]
     assert [index[:2].tolist() for ((_, index, _),) in shares] == [[0, 3], [1, 4], [2, 5]]
 
 
 def test_the_order_follows_from_the_seed_and_the_epoch_and_is_shared_out():
-    def orders(seed, epoch, world_size=1, used=0):
-        loop = SimpleNamespace(
-            batch_progress=SimpleNamespace(current=SimpleNamespace(processed=used))
-        )
-        trainer = SimpleNamespace(world_size=world_size, fit_loop=SimpleNamespace(epoch_loop=loop))
-        samplers = []
-        for trainer.global_rank in range(world_size):
-            samplers.append(EpochOrder(range(10), 2, trainer, seed))
-        for sampler in samplers:
-            sampler.set_epoch(epoch)
-        return [list(sampler) for sampler in samplers]
+    def orders(seed, epoch, processes=1, done=0):
+        found = []
+        for rank in range(processes):
+            place = trainer(True, rank=rank, processes=processes, done=done)
+            found.append(EpochOrder(range(10), 2, place, seed))
+            found[-1].set_epoch(epoch)
+        return [list(sampler) for sampler in found]
 
     (first,) = orders(0, 0)
     assert sorted(first) == list(range(10))
     assert [first] == orders(0, 0) != orders(1, 0)
     assert [first] != orders(0, 1)
-    assert orders(0, 0, used=2) == [first[4:]]
-    first, second = orders(0, 0, world_size=2)
-    assert sorted(first + second) == list(range(10))
+    assert orders(0, 0, done=2) == [first[4:]]
+    assert sorted(sum(orders(0, 0, processes=2), [])) == list(range(10))
+
+
+def test_a_checkpoint_holds_what_a_flow_needs_of_its_data():
+    data = module(context="label", alpha=0.01)
+    data.setup()
+    other = module(context="label", alpha=0.3)
+    other.load_state_dict(data.state_dict())
+    assert other.shape == (1, 8, 8)
+    assert (other.transform.levels, other.transform.logit.alpha) == (17, 0.01)
+    assert other.conditions.size == 10
+    other.setup()
+    moons = module(toy, name="moons")
+    moons.load_state_dict(data.state_dict())
+    with pytest.raises(InputError, match=r"the data have .*x2.* the checkpoint .*label"):
+        moons.setup()
 
 
 # Errors
@@ -192,35 +225,19 @@ def test_data_that_are_not_finite_are_named(split, words):
     def source():
         parts = [torch.zeros(9, 3) for _ in range(3)]
         parts[split][5, 1] = math.nan
-        return Splits(*parts)
+        return Splits(*parts, TableTransform([Column(name) for name in "abc"]))
 
-    data = DataModule(source, [3], batch_size=4, eval_batch_size=4)
     line = f"row 5 of the {words} data is not finite: column 1 is nan"
     with pytest.raises(InputError, match=line):
-        data.setup()
-
-
-def test_samples_that_are_not_finite_are_named():
-    def broken(n, rng):
-        return np.full((n, 2), np.inf)
-
-    with pytest.raises(InputError, match="row 0 of a batch of training data is not finite"):
-        fetch(FreshSamples(broken, 9), None, [0, 1])
+        module(source).setup()
 
 
 @pytest.mark.parametrize(
     ("load", "message"),
     [
-        (lambda: module(validaton=10), "arguments of the data source: .*'validaton'"),
-        (lambda: module(source=idx_images, name="MNIST"), "arguments of the data source: .*'root'"),
-        (lambda: module(levels=16).setup(), "levels=16: the train split has the grey level 16"),
-        (lambda: module(shape=[1, 8, 9]).setup(), r"shape=\[1, 8, 9\]: .* shape \[1, 8, 8\]"),
-        (lambda: module(source=toy, name="rings", train=0).setup(), "the train split is empty"),
+        (lambda: module(toy, name="rings", train=0).setup(), "the train split is empty"),
         (lambda: toy("moon"), "name=moon: must be one of eight_gaussians, moons"),
-        (
-            lambda: idx_images("SVHN", ".", 1),
-            "name=SVHN: must be one of MNIST, FashionMNIST, KMNIST",
-        ),
+        (lambda: named_images("SVNH", ".", 32), "name=SVNH: must be one of MNIST, FashionMNIST"),
         (lambda: digits(test=1797), "test=1797: must be 1 to 1796, out of 1797 samples"),
         (lambda: digits(validation=1437), "validation=1437: must be 1 to 1436, out of 1437"),
         (lambda: patches(size=97), "size=97: must be at most 96"),
@@ -230,3 +247,10 @@ def test_samples_that_are_not_finite_are_named():
 def test_arguments_that_do_not_fit_the_data_are_refused(load, message):
     with pytest.raises(InputError, match=f"^{message}"):
         load()
+
+
+def test_splits_of_different_shapes_are_refused():
+    x = torch.zeros(9, 3)
+    source = Splits(x, x, x[:, :2], TableTransform([Column(name) for name in "abc"]))
+    with pytest.raises(InputError, match=r"the test split has samples of shape \[2\], val \[3\]"):
+        module(lambda: source).setup()

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from helpers import HANG, ROOT, column
-from rnode.app.launch import launched, run_name
+from rnode.app.processes import launched, run_name
 from rnode.data.datamodule import DataModule
 from rnode.data.splits import Splits
 
@@ -57,7 +57,7 @@ def test_two_processes_have_the_gradient_of_one_with_twice_the_batch(tmp_path, g
 def folder(tmp_path_factory):
     """A run by torchrun, in its default folder."""
     cwd = tmp_path_factory.mktemp("torchrun")
-    options = ["model.hidden=4", "model.pieces=1", "dataset.batch_size=64", "pictures.samples=4"]
+    options = ["model.hidden=4", "model.pieces=1", "dataset.batch_size=64"]
     options += ["trainer.accelerator=cpu", "trainer.log_every_n_steps=1"]
     options += ["trainer.max_epochs=1", "trainer.limit_train_batches=3"]
     options += ["dataset.validation=31", "dataset.test=31", "dataset.eval_batch_size=10"]

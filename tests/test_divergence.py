@@ -6,98 +6,119 @@ import re
 import pytest
 import torch
 
-from helpers import DOPRI5, EPOCHS, TWO_STEPS, Linear, call, refused
-from rnode import Diverged, Method, Piece, Probes
+from helpers import DOPRI5, EPOCHS, TWO_STEPS, Linear, make_flow, refused
+from rnode import Diverged, Piece, Probes, solver
 from rnode.training.checkpoint import load_checkpoint
 from rnode.training.module import RNODE
+from rnode.training.watch import Watch
 
 pytestmark = pytest.mark.usefixtures("blank_figures")
+ADVICE = "; try a smaller optimizer.lr"
 
 
 class Explodes(Linear):
-    def vjp(self, t, z, eps):
+    def vjp(self, t, z, eps, c):
         return z**3, eps
 
 
 class Broken(Linear):
-    def vjp(self, t, z, eps):
+    def vjp(self, t, z, eps, c):
         raise AssertionError("a bug")
 
 
 @pytest.mark.parametrize(
-    ("field", "method", "error", "message"),
+    ("field", "most", "error", "message"),
     [
-        (Explodes, DOPRI5, Diverged, "the step size of the adaptive solver underflowed"),
-        (Linear, Method("dopri5", max_steps=1), Diverged, "took more than max_steps"),
-        (Broken, DOPRI5, AssertionError, "^a bug$"),
+        (Explodes, 10_000, Diverged, "the step size of the adaptive solver underflowed"),
+        (Linear, 1, Diverged, "took more than 1 steps"),
+        (Broken, 10_000, AssertionError, "^a bug$"),
     ],
 )
-def test_only_the_assertions_of_a_diverging_solver_are_divergence_errors(
-    field, method, error, message
+def test_only_the_assertions_of_a_diverging_solver_become_diverged(
+    field, most, error, message, monkeypatch
 ):
+    monkeypatch.setattr(solver, "MAX_STEPS", most)
     z = 10 * torch.ones(2, 3, dtype=torch.float64)
+    c = z.new_empty(2, 0)
     with pytest.raises(error, match=message):
-        Piece(field(torch.eye(3).double()))(z, Probes().sample(z), method, "backprop")
+        Piece(field(torch.eye(3).double()))(z, c, Probes().sample(z), DOPRI5, "backprop")
+
+
+@pytest.mark.parametrize("quantity", ["z", "l", "E", "n", "loss", "gradient", "nothing"])
+def test_the_watch_names_what_became_infinite_first(quantity):
+    flow = make_flow((1, 4, 4))  # of two pieces
+    solution = flow.solve(torch.randn(3, 1, 4, 4, dtype=torch.float64))
+    solution.state.z.sum().backward()
+    watch, loss = Watch(flow), torch.tensor(1.0)
+    expected = sum(p.grad.square().sum() for p in flow.parameters()).sqrt()
+    torch.testing.assert_close(watch.check(6, solution, loss), expected)
+    watch.raise_if_diverged()
+    name = f"{quantity} of piece 2"
+    if quantity in "zlEn":
+        getattr(solution.pieces[1].state, quantity).data[0] = math.nan
+    elif quantity == "loss":
+        loss, name = loss * math.inf, "the loss"
+    elif quantity == "gradient":
+        next(flow.pieces[1].parameters()).grad[0] = math.inf
+        name = "the gradient of piece 2"
+    watch.check(7, solution, loss)
+    watch.check(8, None, torch.tensor(math.nan))  # later
+    step, name = (8, "the loss") if quantity == "nothing" else (7, name)
+    with pytest.raises(Diverged, match=f"^{name} became NaN or infinite at training step {step}$"):
+        watch.raise_if_diverged()
+    watch.gave_up("the first reason")
+    watch.gave_up("a later one")
+    with pytest.raises(Diverged, match="^the first reason$"):
+        watch.raise_if_diverged()
 
 
 @pytest.mark.parametrize(
-    ("overrides", "words"),
+    ("overrides", "most", "words"),
     [
-        ("optimizer.lr=1e15", "piece 1 became NaN or infinite at training step 1"),
-        ("optimizer.lr=1e15 solver=dopri5 solver.gradient=adjoint", "underflow"),
-        ("solver=dopri5 solver.train.max_steps=1", "max_num_steps exceeded"),
+        ("optimizer.lr=1e15", 10_000, "piece 1 became NaN or infinite at training step 1"),
+        ("optimizer.lr=1e15 solver=dopri5 solver.gradient=adjoint", 10_000, "underflow"),
+        ("solver=dopri5", 1, "took more than 1 steps"),
     ],
 )
-def test_a_run_that_diverges_says_when_and_what_to_try(capsys, tmp_path, overrides, words):
+def test_a_run_that_diverges_says_when_and_what_to_try(
+    capsys, tmp_path, overrides, most, words, monkeypatch
+):
+    monkeypatch.setattr(solver, "MAX_STEPS", most)
     options = [*TWO_STEPS, "trainer.max_steps=20", *overrides.split()]
     line, code = refused(capsys, "train", f"hydra.run.dir={tmp_path}", *options)
     assert words in line
-    assert re.search(r"piece \d+ .*at training step \d+; try a smaller optimizer.lr", line)
+    assert re.search(rf"piece \d+ .*at training step \d+{ADVICE}", line)
     assert line.endswith("last good checkpoint: none yet")
     assert code == 1
+    assert (tmp_path / "diverged.txt").read_text().strip() in line
 
 
-def test_a_validation_that_diverges_says_so(capsys, tmp_path):
-    options = [f"hydra.run.dir={tmp_path}", *TWO_STEPS, "solver.test.max_steps=1"]
-    line, code = refused(capsys, "train", *options)
-    assert "took more than max_steps" in line
-    assert "try a smaller optimizer.lr" in line
+def test_a_validation_that_diverges_says_so(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(solver, "MAX_STEPS", 1)  # adaptive methods validate alone
+    line, code = refused(capsys, "train", f"hydra.run.dir={tmp_path}", *TWO_STEPS)
+    assert "took more than 1 steps" in line
+    assert ADVICE in line
     assert code == 1
 
 
-@pytest.mark.parametrize(
-    ("times", "rewind"),
-    [(1, False), (2, True), pytest.param(4, True, marks=pytest.mark.slow(reason="four runs"))],
-)
-def test_a_divergence_stops_the_run_or_rewinds_it(tmp_path, capsys, monkeypatch, times, rewind):
-    """The batch of step 3, in the second epoch, is NaN the first `times` that it comes."""
-    healthy, left = RNODE.training_step, iter(range(times))
+def test_a_run_that_diverges_stops_and_leaves_its_last_good_checkpoint(
+    tmp_path, capsys, monkeypatch
+):
+    """The batch of step 3, in the second epoch, is NaN."""
+    healthy = RNODE.training_step
 
     def sick(self, batch, batch_idx):
-        if self.global_step == 3 and next(left, None) is not None:
+        if self.global_step == 3:
             batch = batch._replace(y=batch.y * math.nan)
         return healthy(self, batch, batch_idx)
 
     monkeypatch.setattr(RNODE, "training_step", sick)
-    options = ["trainer.max_epochs=3", "trainer.log_every_n_steps=50", "optimizer.lr=0.01"]
-    options += ["trainer.on_divergence=rewind"] if rewind else []
-    train = ["train", *EPOCHS, *options, f"hydra.run.dir={tmp_path}"]
-    if times == 2:
-        call(*train)
-    else:
-        with pytest.raises(SystemExit, match="1"):
-            call(*train)
-    lines = capsys.readouterr().err.strip().splitlines()
-    diverged = "z of piece 1 became NaN or infinite at training step 3; "
-    if times != 2:
-        advice = lines.pop()
-        assert advice.startswith(f"error: {diverged}try a smaller optimizer.lr")
-        assert advice.endswith(f"last good checkpoint: {tmp_path / 'last.ckpt'}")
-    back = f"{diverged}going back to step 2 with half the learning rate"
-    assert lines == [back] * {1: 0, 2: 2, 4: 3}[times]  # a run goes back three times at most
-    last, best = (load_checkpoint(tmp_path / name) for name in ("last.ckpt", "best.ckpt"))
-    assert last["global_step"] == (6 if times == 2 else 2)
-    for checkpoint in (last, best):
+    options = ["trainer.max_epochs=3", "trainer.log_every_n_steps=50", f"hydra.run.dir={tmp_path}"]
+    line, code = refused(capsys, "train", *EPOCHS, *options)
+    assert code == 1
+    assert line.startswith(f"error: z of piece 1 became NaN or infinite at training step 3{ADVICE}")
+    assert line.endswith(f"last good checkpoint: {tmp_path / 'last.ckpt'}")
+    for name in ("last.ckpt", "best.ckpt"):
+        checkpoint = load_checkpoint(tmp_path / name)
+        assert checkpoint["global_step"] == 2
         assert all(weight.isfinite().all() for weight in checkpoint["state_dict"].values())
-    lr = last["optimizer_states"][0]["param_groups"][0]["lr"]
-    assert lr == pytest.approx(0.01 / 4 if times == 2 else 0.01)

@@ -23,7 +23,7 @@ from helpers import (
     call,
     refused,
 )
-from rnode.app.launch import cluster_plugins, launched
+from rnode.app.processes import cluster_plugins, launched
 from rnode.app.quoting import quote, shell_quote
 
 LEFTOVERS = {  # of SLURM, in the shell or notebook of a job
@@ -56,7 +56,7 @@ NAME = "λ é=[x] (1) ~"  # of a folder
 def test_a_run_needs_nothing_of_its_surroundings(tmp_path, variables):
     environment = {k: v for k, v in (ONE_THREAD | variables).items() if v is not None}
     folder = tmp_path / ("run" if "LC_ALL" in variables else NAME)
-    arguments = [*TWO_STEPS, f"hydra.run.dir={quote(str(folder))}", "wandb.mode=offline"]
+    arguments = [*TWO_STEPS, f"hydra.run.dir={quote(str(folder))}", "logger.wandb.mode=offline"]
     train = [sys.executable, ROOT / "src" / "train.py", *arguments]
     options = {"capture_output": True, "timeout": HANG, "check": False, "cwd": tmp_path}
     done = subprocess.run(train, env=environment, **options)
@@ -71,7 +71,12 @@ def test_a_run_needs_nothing_of_its_surroundings(tmp_path, variables):
 
 @pytest.mark.slow(reason="a process on a terminal")
 def test_a_terminal_shows_a_bar_and_the_log_holds_its_lines_alone(tmp_path):
-    options = [*SMALL, "trainer.max_epochs=1", "refine=null", "trainer.enable_progress_bar=true"]
+    options = [
+        *SMALL,
+        "trainer.max_epochs=1",
+        "callbacks.refine_grid=null",
+        "trainer.enable_progress_bar=true",
+    ]
     screen, terminal = pty.openpty()
     run = [sys.executable, ROOT / "src" / "train.py", *options, f"hydra.run.dir={tmp_path}"]
     columns = ONE_THREAD | {"COLUMNS": "80", "TERM": "xterm"}
@@ -166,7 +171,7 @@ def test_wandb_takes_its_variables_where_the_command_line_says_nothing(tmp_path,
     assert not (tmp_path / "a" / "wandb").exists()
     monkeypatch.setenv("WANDB_DIR", str(tmp_path / "elsewhere"))
     monkeypatch.setenv("WANDB_PROJECT", "mine")
-    call("train", *options, "wandb.mode=offline", f"hydra.run.dir={tmp_path / 'b'}")
+    call("train", *options, "logger.wandb.mode=offline", f"hydra.run.dir={tmp_path / 'b'}")
     assert "project: mine" in (tmp_path / "b" / "config.yaml").read_text()
     assert list(tmp_path.glob("elsewhere/wandb/offline-run-*"))
     assert not (tmp_path / "b" / "wandb").exists()

@@ -90,7 +90,7 @@ def test_a_multiscale_flow_is_refused():
 
 def test_both_parts_stand_on_one_curve(tmp_path, capsys):
     more = ["trainer.enable_progress_bar=true", "trainer.limit_train_batches=10"]
-    call("train", *TABLE, "pretrain.share=0.5", *more, f"hydra.run.dir={tmp_path}")
+    call("train", *TABLE, "callbacks.pretraining.share=0.5", *more, f"hydra.run.dir={tmp_path}")
     rows = metrics(tmp_path)
     losses = [int(row["step"]) for row in rows if row.get("train/loss")]
     likely = [int(row["step"]) for row in rows if row.get("train/bits_per_dim")]
@@ -107,7 +107,13 @@ def test_both_parts_stand_on_one_curve(tmp_path, capsys):
 
 
 def test_a_run_by_flow_matching_alone(tmp_path):
-    call("train", *TABLE, "pretrain.share=1", "trainer.max_epochs=1", f"hydra.run.dir={tmp_path}")
+    call(
+        "train",
+        *TABLE,
+        "callbacks.pretraining.share=1",
+        "trainer.max_epochs=1",
+        f"hydra.run.dir={tmp_path}",
+    )
     rows = metrics(tmp_path)
     assert not [row for row in rows if row.get("train/bits_per_dim")]
     assert [row for row in rows if row.get("test/bits_per_dim")]
@@ -120,12 +126,12 @@ def test_mistakes_are_one_line(tmp_path, capsys):
     assert "FactorOut and Squeeze, so no straight line" in message
     endless = ["trainer.max_epochs=-1"]
     message, _ = refused(capsys, "train", *TABLE, *endless, at + "2")
-    assert "pretrain.share: the run has no end" in message
+    assert "pretrain=flow_matching: the run has no end" in message
 
 
 def test_a_run_without_flow_matching_resumes_without_it(tmp_path):
     short = [*TABLE, "trainer.limit_train_batches=4", f"hydra.run.dir={tmp_path}"]
-    call("train", *short, "pretrain=none", "trainer.max_epochs=1")
+    call("train", *short, "callbacks.pretraining=null", "trainer.max_epochs=1")
     call("train", *short, "trainer.max_epochs=2", "ckpt_path=auto")
     losses, bits = (column(tmp_path, f"train/{key}") for key in ("loss", "bits_per_dim"))
     assert len(losses) == len(bits) == 8

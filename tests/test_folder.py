@@ -1,7 +1,7 @@
-"""dataset=folder and its kin: image files as other programs write them."""
+"""dataset=folder and celeba: image files as other programs write them."""
 
-import itertools
 import os
+from pathlib import Path
 
 import numpy as np
 import polars as pl
@@ -10,12 +10,11 @@ import torch
 from PIL import Image
 
 import rnode
-from data_files import write_idx
+from data_files import celeba_files, image_files, write_idx
 from helpers import TWO_STEPS, call, column, refused
 from rnode import InputError
-from rnode.data import folder as folders
-from rnode.data.decoding import Format, decode
-from rnode.data.folder import image_folder
+from rnode.data.folder import Format, celeba, decode, image_folder
+from rnode.data.images import find_idx, read_idx
 
 RNG = np.random.default_rng(0)
 RGB = RNG.integers(256, size=(6, 8, 3), dtype=np.uint8)
@@ -23,9 +22,7 @@ GREY = RNG.integers(256, size=(6, 8), dtype=np.uint8)
 
 
 def pixels(path, channels, size=(6, 8), **options):
-    result = decode(path, Format(channels, size, **options))
-    assert not isinstance(result, InputError), result
-    return result[0]
+    return decode(path, Format(channels, size, **options))
 
 
 @pytest.mark.parametrize("ending", ["png", "bmp", "tiff", "webp"])
@@ -68,117 +65,75 @@ def test_every_kind_of_image_becomes_eight_bits_of_grey_or_rgb(tmp_path):
     assert np.array_equal(found, GREY // 128 * 255)
 
 
-def test_images_are_cropped_scaled_padded_and_reduced(tmp_path):
+def test_images_are_cropped_scaled_and_reduced(tmp_path):
     ramp = np.tile(np.arange(0, 240, 6, dtype=np.uint8), (20, 1))  # 20×40
     Image.fromarray(ramp).save(tmp_path / "a.png")
     half = pixels(tmp_path / "a.png", 1, 10)[0]
     expected = ramp[::2, 10:30:2] + 3.0  # the middle square, each pixel the mean of four
     assert np.abs(half - expected).max() <= 2
+    assert np.array_equal(pixels(tmp_path / "a.png", 1, (20, 8))[0], ramp[:, 16:24])
     assert np.array_equal(pixels(tmp_path / "a.png", 1, 8, crop=8)[0], ramp[6:14, 16:24])
-    padded = pixels(tmp_path / "a.png", 1, (20, 40), pad=44)[0]
-    assert padded.shape == (44, 44)
-    assert np.array_equal(padded[12:32, 2:42], ramp)
-    assert padded.sum() == ramp.sum(dtype=int)
-    five = pixels(tmp_path / "a.png", 1, (20, 40), bits=5)[0]
-    assert np.array_equal(five, ramp // 8)
-
-
-@pytest.fixture
-def images(tmp_path):
-    """100 images in two classes, and the file of each by its pixels."""
-    by_pixels = {}
-    for i in range(100):
-        array = RNG.integers(256, size=(4, 4), dtype=np.uint8)
-        path = tmp_path / "data" / ("even" if i % 2 == 0 else "odd") / f"{i:03}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(array).save(path)
-        by_pixels[array.tobytes()] = path
-    return tmp_path / "data", by_pixels
+    assert np.array_equal(pixels(tmp_path / "a.png", 1, (20, 40), bits=5)[0], ramp // 8)
 
 
 def load(folder, **options):
-    small = {"channels": 1, "size": 4, "cache": str(folder.parent / "cache")}
-    return image_folder(str(folder), **small | options)
+    return image_folder(str(folder), **{"channels": 1, "size": 4} | options)
 
 
-def test_each_image_is_in_one_split_whose_cut_never_changes(images):
-    folder, by_pixels = images
-    splits = load(folder, validation=0.2, test=10, context="label")
-    assert [len(part) for part in splits[:3]] == [72, 18, 10]
-    found = [row.numpy().tobytes() for part in splits[:3] for row in part]
-    assert sorted(found) == sorted(by_pixels)
-    labels = torch.cat(splits.contexts).argmax(1)
-    assert [by_pixels[row].parent.name for row in found] == [("even", "odd")[k] for k in labels]
-    again = load(folder, validation=0.2, test=10, cache=str(folder.parent / "other"))
-    assert all(torch.equal(a, b) for a, b in zip(splits[:3], again[:3], strict=True))
+def parts_of(splits):
+    return splits.train, splits.val, splits.test
+
+
+def test_each_image_is_in_one_split_whose_cut_never_changes(tmp_path):
+    images = image_files(tmp_path, 100, (4, 4))
+    splits = load(tmp_path, validation=0.2, test=10, context="label", alpha=0.01)
+    assert [len(part) for part in parts_of(splits)] == [72, 18, 10]
+    number = {image.tobytes(): i for i, image in enumerate(images)}
+    found = [number[row.numpy().tobytes()] for part in parts_of(splits) for row in part]
+    assert sorted(found) == list(range(100))
+    labels = torch.cat([splits.c[name] for name in ("train", "val", "test")]).argmax(1)
+    assert labels.tolist() == [i % 2 for i in found]
+    assert (splits.transform.levels, splits.transform.logit.alpha) == (256, 0.01)
+    again = load(tmp_path, validation=18, test=0.1)
+    assert all(map(torch.equal, parts_of(splits), parts_of(again)))
+    assert again.c["val"].shape == (18, 0)
+    # A run of an earlier version has the same split.
+    assert found[-3:] == LAST
 
 
 def test_folders_named_as_splits_are_the_splits(tmp_path):
-    for part, count in (("train", 20), ("test", 5)):
-        for i in range(count):
-            (tmp_path / "d" / part / "c").mkdir(parents=True, exist_ok=True)
-            array = RNG.integers(256, size=(4, 4), dtype=np.uint8)
-            Image.fromarray(array).save(tmp_path / "d" / part / "c" / f"{i}.png")
-    splits = load(tmp_path / "d", validation=3, context="label")
-    assert [len(part) for part in splits[:3]] == [17, 3, 5]
-    assert splits.context.columns["label"].classes == ("c",)
+    images = image_files(tmp_path / "train", 20, (4, 4))
+    image_files(tmp_path / "test" / "deep", 5, (4, 4))
+    image_files(tmp_path / "elsewhere", 5, (4, 4))
+    splits = load(tmp_path, validation=3, context="label")
+    assert [len(part) for part in parts_of(splits)] == [17, 3, 5]
+    assert splits.conditions.columns["label"].classes == ("0", "1", "deep")
+    assert np.array_equal(splits.test[:, 0], images[[0, 2, 4, 1, 3]])
+    (tmp_path / "test").rename(tmp_path / "valid")
+    assert [len(part) for part in parts_of(load(tmp_path, test=0.2))] == [16, 5, 4]
 
 
-def test_copies_are_told_and_kept_once_in_the_split_held_out(images, capsys):
-    folder, _ = images
-    for part in ("train", "test"):
-        (folder / "d" / part).mkdir(parents=True)
-    for i, path in enumerate(sorted(folder.glob("even/*"))[:20]):
-        path.rename(folder / "d" / "train" / f"{i}.png")
-    first = folder / "d" / "train" / "0.png"
-    (folder / "d" / "test" / "x.png").write_bytes(first.read_bytes())
-    splits = load(folder / "d", validation=2)
-    assert [len(part) for part in splits[:3]] == [17, 2, 1]
-    printed = capsys.readouterr().out
-    assert "copies of other files left out: 1, such as train/0.png, equal to test/x.png" in printed
-
-
-def test_the_cache_is_used_again_until_a_file_changes(images, monkeypatch):
-    folder, _ = images
-    before = load(folder)
-    (rows,) = (folder.parent / "cache").glob("*.npy")
-    stamp = rows.stat().st_mtime_ns
-    monkeypatch.setattr(folders, "decode_all", None)  # nothing is decoded again
-    assert torch.equal(load(folder).test, before.test)
-    assert rows.stat().st_mtime_ns == stamp
-    monkeypatch.undo()
-    changed = sorted(folder.glob("*/*"))[0]
-    Image.fromarray(np.full((4, 4), 3, np.uint8)).save(changed)
-    os.utime(changed, (1, 1))
-    after = load(folder)
-    assert len(list((folder.parent / "cache").glob("*.npy"))) == 2
-    assert any((row == 3).all() for part in after[:3] for row in part)
-
-
-def test_interrupted_decoding_leaves_nothing_that_a_later_run_takes_for_whole(images, monkeypatch):
-    folder, _ = images
-
-    def interrupted(*args):
-        yield decode(next(folder.glob("*/*")), Format(1, 4))
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(folders, "decode_all", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        load(folder)
-    left = {path.suffix for path in (folder.parent / "cache").iterdir()}
-    assert left <= {".lock"}
-    monkeypatch.undo()
-    assert sum(map(len, load(folder)[:3])) == 100
-
-
-def test_a_broken_file_is_named_or_left_out(images, capsys):
-    folder, _ = images
-    path = folder / "odd" / "001.png"
+def test_a_broken_file_is_named_or_left_out(tmp_path, capsys):
+    image_files(tmp_path, 100, (4, 4))
+    path = tmp_path / "1" / "001.png"
     path.write_bytes(path.read_bytes()[:40])
     with pytest.raises(InputError, match=r"001.png: is not a whole image .*; on_error=skip"):
-        load(folder)
-    assert sum(map(len, load(folder, on_error="skip")[:3])) == 99
-    assert "broken files left out: 1, such as odd/001.png" in capsys.readouterr().out
+        load(tmp_path, context="label")
+    splits = load(tmp_path, on_error="skip", context="label")
+    assert sum(map(len, parts_of(splits))) == 99
+    assert sum(int(c[:, 1].sum()) for c in splits.c.values()) == 49
+    assert "broken files left out: 1, such as" in capsys.readouterr().out
+
+
+def test_celeba_is_split_as_its_list_says(tmp_path):
+    celeba_files(tmp_path)
+    splits = celeba(str(tmp_path), size=16, bits=5)
+    assert [tuple(part.shape) for part in parts_of(splits)] == [(n, 3, 16, 16) for n in (24, 8, 8)]
+    assert splits.val[:, 0, 8, 8].tolist() == [i // 8 for i in range(40) if i % 10 in (6, 7)]
+    assert splits.transform.levels == 32
+    (tmp_path / "list_eval_partition.txt").unlink()
+    with pytest.raises(InputError, match="there is no list_eval_partition.txt"):
+        celeba(str(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -188,25 +143,23 @@ def test_a_broken_file_is_named_or_left_out(images, capsys):
         ("root=empty", "root=empty: holds no image"),
         ("root=one", "test=1: must be 1 to 0, out of 1 samples"),
         ("channels=2", "dataset.channels=2: must be 1 or 3"),
-        ("context=label root=one", "context=label: one/a.png lies in no folder of a class"),
+        ("context=label root=flat", "context=label: there are images without a label"),
         ("context=class", "dataset.context=class: must be"),
-        ("pad=2", "pad=2: must be at least 4, the size"),
         ("validation=500", "validation=500: must be 1 to 89, out of 90 samples"),
-        ("bits=9", "dataset.bits=9: must be"),
     ],
 )
-def test_a_users_mistake_is_one_line(images, monkeypatch, capsys, options, message):
-    folder, _ = images
-    monkeypatch.chdir(folder.parent)
-    for name in ("empty", "one"):
-        (folder.parent / name).mkdir()
-    Image.fromarray(GREY).save(folder.parent / "one" / "a.png")
-    given = ["root=data", "size=4", "channels=1", "cache=cache", *options.split()]
+def test_a_users_mistake_is_one_line(tmp_path, monkeypatch, capsys, options, message):
+    monkeypatch.chdir(tmp_path)
+    image_files(tmp_path / "data", 100, (4, 4))
+    for name, count in (("empty", 0), ("one", 1), ("flat", 9)):
+        (tmp_path / name).mkdir()
+        for i in range(count):
+            Image.fromarray(GREY).save(tmp_path / name / f"{i}.png")
+    given = ["root=data", "size=4", "channels=1", *options.split()]
     line, code = refused(capsys, "train", "dataset=folder", *(f"dataset.{o}" for o in given))
     assert message in line
     assert code == 2
-    assert not list(folder.parent.rglob("*.npy"))
-    assert not list(folder.parent.rglob("*.ckpt"))
+    assert not list(tmp_path.rglob("*.ckpt"))
 
 
 @pytest.mark.slow  # decodes 2,000 files and trains twice
@@ -214,13 +167,8 @@ def test_a_folder_trains_as_the_same_images_in_an_idx_file_do(tmp_path):
     """FashionMNIST written out as PNG by class, or random images if it is not installed."""
     source = "/usr/share/datasets/fashion-mnist"
     if os.path.isdir(source):
-        from pathlib import Path
-
-        from rnode.data.images import find_idx, read_idx
-
         all_images = [
-            read_idx(find_idx("FashionMNIST", stem, Path(source)))
-            for stem in ("train-images", "t10k-images")
+            read_idx(find_idx("FashionMNIST", Path(source), part)) for part in ("train", "test")
         ]
         train, test = all_images[0][:1600].numpy(), all_images[1][:400].numpy()
     else:
@@ -241,7 +189,7 @@ def test_a_folder_trains_as_the_same_images_in_an_idx_file_do(tmp_path):
         "seed=3",
         "trainer.max_steps=8",
         "trainer.limit_test_batches=2",
-        "wandb.mode=disabled",
+        "logger.wandb.mode=disabled",
         "dataset.validation=100",
         "dataset.eval_batch_size=50",
         "dataset.alpha=1e-5",
@@ -255,7 +203,6 @@ def test_a_folder_trains_as_the_same_images_in_an_idx_file_do(tmp_path):
         f"dataset.root={tmp_path / 'png'}",
         "dataset.channels=1",
         "dataset.size=28",
-        f"dataset.cache={tmp_path / 'cache'}",
     ]
     idx = ["dataset=fashion_mnist", f"dataset.root={tmp_path / 'idx'}"]
     for name, data in (("png", png), ("idx", idx)):
@@ -267,18 +214,14 @@ def test_a_folder_trains_as_the_same_images_in_an_idx_file_do(tmp_path):
 
 
 def test_the_command_scores_a_folder_given_the_class_that_each_image_lies_in(tmp_path):
-    for kind, name in itertools.product(("a", "b"), range(20)):
-        (tmp_path / "images" / kind).mkdir(parents=True, exist_ok=True)
-        pixels = RNG.integers(256, size=(8, 8), dtype=np.uint8)
-        Image.fromarray(pixels).save(tmp_path / "images" / kind / f"{name:02}.png")
+    images = image_files(tmp_path / "images", 40, (8, 8))
     data = ["dataset=folder", f"dataset.root={tmp_path / 'images'}", "dataset.size=8"]
-    data += ["dataset.channels=1", "dataset.context=label", f"dataset.cache={tmp_path / 'cache'}"]
-    data += [*TWO_STEPS, "dataset.eval_batch_size=40"]
-    call("train", *data, f"hydra.run.dir={tmp_path / 'run'}")
+    data += ["dataset.channels=1", "dataset.context=label", *TWO_STEPS]
+    call("train", *data, "dataset.eval_batch_size=40", f"hydra.run.dir={tmp_path / 'run'}")
     best, to = tmp_path / "run" / "last.ckpt", f"hydra.run.dir={tmp_path / 'scores'}"
     call("score", f"ckpt_path={best}", f"path={tmp_path / 'images'}", to)
     scores = pl.read_csv(tmp_path / "scores" / "scores.csv")
-    assert scores["file"].to_list() == [f"{k}/{n:02}.png" for k in "ab" for n in range(20)]
-    images = [np.array(Image.open(tmp_path / "images" / file)) for file in scores["file"]]
-    expected = rnode.load(best).log_prob(np.stack(images), {"label": 20 * ["a"] + 20 * ["b"]})
+    order = [*range(0, 40, 2), *range(1, 40, 2)]
+    assert scores["file"].to_list() == [f"{i % 2}/{i:03}.png" for i in order]
+    expected = rnode.load(best).log_prob(images[order], {"label": [str(i % 2) for i in order]})
     np.testing.assert_allclose(scores["log_prob"], expected, atol=1e-4)

@@ -1,26 +1,22 @@
 """CUDA graphs of solves. Without a CUDA device, plain calls on fixed tensors stand in for them."""
 
-import copy
+import gc
+import weakref
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from helpers import make_flow, refused
+from helpers import make_flow
 from rnode import Method, objective
-from rnode.training.graphs import CUDAGraphs, record_solves
-from rnode.training.solving import with_steps
+from rnode.solver import integrate
+from rnode.training.graphs import RecordedSolves
+from rnode.training.module import RNODE
+from rnode.training.refine import with_steps
 
-DEVICES = [
-    "cpu",
-    pytest.param(
-        "cuda",
-        marks=[
-            pytest.mark.gpu,
-            pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-        ],
-    ),
-]
+RADAU = Method("rk4", "radau", steps=2)
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs_cuda])]
 
 
 def fixed_calls(function, samples, allow_unused_input):
@@ -29,17 +25,17 @@ def fixed_calls(function, samples, allow_unused_input):
     class Replay(torch.autograd.Function):
         @staticmethod
         def forward(ctx, *inputs):
-            for sample, given in zip(samples, inputs, strict=True):
-                if sample.data_ptr() != given.data_ptr():
-                    sample.data.copy_(given)
+            for sample, value in zip(samples, inputs, strict=True):
+                if sample.data_ptr() != value.data_ptr():
+                    sample.data.copy_(value)
             with torch.enable_grad():
                 ctx.outputs = function(*samples)
             return tuple(part.detach() for part in ctx.outputs)
 
         @staticmethod
         def backward(ctx, *gradients):
-            wanted = [sample for sample in samples if sample.requires_grad]
-            found = iter(torch.autograd.grad(ctx.outputs, wanted, gradients, allow_unused=True))
+            leaves = [sample for sample in samples if sample.requires_grad]
+            found = iter(torch.autograd.grad(ctx.outputs, leaves, gradients, allow_unused=True))
             return tuple(next(found) if sample.requires_grad else None for sample in samples)
 
     function(*samples)
@@ -47,66 +43,101 @@ def fixed_calls(function, samples, allow_unused_input):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize(("context", "bf16"), [(0, False), (2, False), (0, True)])
-def test_recorded_solves_train_as_solves_do(device, context, bf16, monkeypatch):
+@pytest.mark.parametrize(("k", "bf16"), [(0, False), (2, False), (0, True)])
+def test_recorded_solves_train_as_solves_do(device, k, bf16, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     if device == "cpu":
         monkeypatch.setattr(torch.cuda, "make_graphed_callables", fixed_calls)
-    radau = Method("rk4", "radau", steps=2)
-    flow = make_flow((1, 4, 4), train=radau, context=context).float().to(device)
-    recorded = copy.deepcopy(flow)
-    record_solves(recorded, 8)
+    start = make_flow((1, 4, 4), train=RADAU, k=k).float().to(device)
+    weights = {name: weight.clone() for name, weight in start.state_dict().items()}
+    recorded = RecordedSolves(8)
 
-    def train_steps(flow):
+    def train_steps(flow, solve):
+        flow.load_state_dict(weights)
         optimizer, results = torch.optim.SGD(flow.parameters(), 1e-2), []
         grids = [2, 2, 2, 4, 4, 8]  # refined after a short batch
         for steps, size in zip(grids, [8, 8, 5, 8, 8, 8], strict=True):
-            gradient = "checkpoint" if steps == 8 else "backprop"  # for want of memory
+            gradient = "checkpoint" if steps == 8 else "backprop"
             flow.solver = with_steps(flow.solver, steps, gradient)
             torch.manual_seed(len(results))
-            x = torch.randn(size, 1, 4, 4).to(device)
-            c = torch.randn(size, context).to(device) if context else None
+            x, c = torch.randn(size, 1, 4, 4).to(device), torch.randn(size, k).to(device)
             optimizer.zero_grad()
             with torch.autocast(device, torch.bfloat16, enabled=bf16):
-                solution = flow.solve(x, context=c)
+                solution = flow.solve(x, c, integrate=solve)
             objective(solution.state, 0.01, 0.01).backward()
             gradient = torch.cat([p.grad.flatten() for p in flow.parameters()])
             results.append((solution.nfe_forward, solution.nfe_backward, gradient))
             optimizer.step()
+            if size == 8:
+                assert len(recorded.graphs) == (0 if steps == 8 or solve is integrate else 2)
+        recorded.graphs = {}
         return zip(*results, strict=True)
 
-    (*nfe, gradients), (*expected_nfe, expected) = train_steps(recorded), train_steps(flow)
+    (*expected_nfe, expected) = train_steps(start, integrate)
+    (*nfe, gradients) = train_steps(start, recorded)
     assert nfe == expected_nfe
-    assert all(piece.solve.replay is None for piece in recorded.pieces)
     for ours, theirs in zip(gradients, expected, strict=True):
         assert (ours - theirs).norm() < (0.05 if bf16 else 1e-4) * theirs.norm()
 
 
 @pytest.mark.parametrize(
-    ("gradient", "device", "devices", "window", "foreign", "records"),
+    ("case", "records"),
     [
-        ("backprop", "cuda", 1, 1, False, True),
-        ("adjoint", "cuda", 1, 1, False, False),
-        ("backprop", "cpu", 1, 1, False, False),
-        ("backprop", "cuda", 2, 1, False, False),
-        ("backprop", "cuda", 1, 2, False, False),
-        ("backprop", "cuda", 1, 1, True, False),
+        ({}, True),
+        ({"gradient": "checkpoint"}, False),
+        ({"train": Method("dopri5")}, False),
+        ({"device": "cpu"}, False),
+        ({"world_size": 2}, False),
+        ({"accumulate_grad_batches": 2}, False),
+        ({"field": torch.nn.Identity()}, False),
     ],
+    ids=str,
 )
-def test_auto_records_solves_where_it_can(gradient, device, devices, window, foreign, records):
-    flow = make_flow((1, 4, 4), train=Method("rk4", "radau", steps=2), gradient=gradient)
-    if foreign:
-        flow.pieces[-1].field = torch.nn.Identity()
-    data = SimpleNamespace(batch_size=8, splits=SimpleNamespace(train=torch.zeros(100)))
-    options = {"world_size": devices, "accumulate_grad_batches": window, "print": print}
-    module = SimpleNamespace(flow=flow, device=torch.device(device))
-    CUDAGraphs(required=False).on_fit_start(SimpleNamespace(datamodule=data, **options), module)
-    assert ["solve" in vars(piece) for piece in flow.pieces] == [records] * len(flow.pieces)
+def test_a_run_records_solves_where_it_can(case, records, monkeypatch):
+    options = {"gradient": "backprop", "train": RADAU, "device": "cuda", "world_size": 1}
+    options |= {"accumulate_grad_batches": 1, "field": None} | case
+    flow = make_flow((1, 4, 4), train=options["train"], gradient=options["gradient"])
+    flow.pieces[-1].field = options["field"] or flow.pieces[-1].field
+    module = RNODE(flow, torch.optim.Adam, 0.01, 0.01)
+    data = SimpleNamespace(batch_size=8, splits=SimpleNamespace(train=torch.zeros(5)))
+    trainer = SimpleNamespace(datamodule=data, print=print)
+    trainer.world_size = options["world_size"]
+    trainer.accumulate_grad_batches = options["accumulate_grad_batches"]
+    monkeypatch.setattr(RNODE, "trainer", trainer)
+    monkeypatch.setattr(RNODE, "device", torch.device(options["device"]))
+    module.on_fit_start()
+    assert isinstance(module.integrate, RecordedSolves) == records
+    assert not records or module.integrate.size == 5
+    module.on_fit_end()
+    assert module.integrate is integrate
 
 
-def test_graphs_need_a_device_and_uncompiled_solves(capsys, tmp_path):
-    run = [f"hydra.run.dir={tmp_path}", "wandb.mode=disabled", "trainer.accelerator=cpu"]
-    line, _ = refused(capsys, "train", *run, "cuda_graphs=true")
-    assert "cuda_graphs=true: needs a CUDA device" in line
-    line, _ = refused(capsys, "train", *run, "cuda_graphs=true", "compile=true")
-    assert "compile and cuda_graphs: only one can be true" in line
+def test_the_graphs_of_a_grid_are_freed_before_a_finer_one_is_recorded(monkeypatch):
+    """A CUDA graph holds the memory of its solve. A finer grid may need all there is."""
+    graphs = []
+
+    def record(function, samples, allow_unused_input):
+        assert sum(graph() is not None for graph in graphs) < 2  # those of this grid
+
+        class Graph:  # refers to itself, as the class that torch makes of a graph does
+            @staticmethod
+            def replay(*inputs):
+                outputs = function(*inputs)
+                outputs[0].register_hook(lambda gradient: Graph and None)
+                return outputs
+
+        function(*samples)
+        graphs.append(weakref.ref(Graph))
+        return Graph.replay
+
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", record)
+    flow, recorded = make_flow((1, 4, 4), train=RADAU), RecordedSolves(8)
+    gc.disable()  # it might free them by chance
+    try:
+        for steps in (1, 2, 3):
+            flow.solver = with_steps(flow.solver, steps)
+            x = torch.randn(8, 1, 4, 4, dtype=torch.float64)
+            objective(flow.solve(x, integrate=recorded).state, 0.01, 0.01).backward()
+    finally:
+        gc.enable()
+    assert len(graphs) == 3 * len(flow.pieces) == 6

@@ -1,22 +1,19 @@
-"""Image files in their true formats."""
+"""Data sets of images in their true formats: IDX, torchvision's, arrays of NumPy."""
 
 import re
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torchvision import datasets
 from torchvision.datasets.mnist import read_image_file
 
-from data_files import cifar10_files, imagenet_files, mnist_files, write_idx
+from data_files import array_files, cifar10_files, mnist_files, svhn_files, write_idx
 from rnode import InputError
-from rnode.data.folder import celeba
-from rnode.data.imagenet import imagenet
-from rnode.data.images import cifar10, idx_images, read_idx, reduce_images
+from rnode.data.images import arrays, named_images, read_idx, reduce_images
 from rnode.data.splits import hold_out
 
-RNG = np.random.default_rng(0)
+MNIST = {"name": "MNIST", "resize": 28, "validation": 10}
 
 
 @pytest.fixture
@@ -26,16 +23,20 @@ def images():
 
 @pytest.mark.parametrize("ending", ["-idx3-ubyte", ".idx3-ubyte", "-idx3-ubyte.gz"])
 @pytest.mark.parametrize("folder", ["", "MNIST/raw", "archive"])
-def test_idx_files_are_found_in_their_usual_clothes(tmp_path, images, folder, ending):
+def test_idx_files_are_found_in_their_usual_places_and_spellings(tmp_path, images, folder, ending):
     (tmp_path / folder).mkdir(parents=True, exist_ok=True)
-    write_idx(tmp_path / folder / f"train-images{ending}", images)
-    write_idx(tmp_path / folder / f"t10k-images{ending}", images[:7])
-    splits = idx_images("MNIST", str(tmp_path), validation=10)
-    assert [len(part) for part in splits[:3]] == [40, 10, 7]
-    held_in, held_out = hold_out(torch.from_numpy(images)[:, None], 10, "validation")
-    assert torch.equal(splits.train, held_in)
-    assert torch.equal(splits.val, held_out)
-    assert torch.equal(splits.test[:, 0], torch.from_numpy(images[:7]))
+    for stem, count in (("train", 50), ("t10k", 7)):
+        write_idx(tmp_path / folder / f"{stem}-images{ending}", images[:count])
+        labels = ending.replace("idx3", "idx1")
+        write_idx(tmp_path / folder / f"{stem}-labels{labels}", images[:count, 0, 0] % 5)
+    splits = named_images(root=str(tmp_path), context="label", **MNIST)
+    parts = hold_out(
+        {"train": torch.from_numpy(images), "test": torch.from_numpy(images[:7])}, 10, 0
+    )
+    for name, part in parts.items():
+        assert torch.equal(getattr(splits, name), part[:, None])
+        assert torch.equal(splits.c[name].argmax(1), part[:, 0, 0].long() % 5)
+    assert (splits.transform.levels, splits.transform.logit.alpha) == (256, 0.05)
 
 
 def test_the_content_says_whether_a_file_is_gzipped(tmp_path, images):
@@ -43,6 +44,7 @@ def test_the_content_says_whether_a_file_is_gzipped(tmp_path, images):
         write_idx(tmp_path / name, images)
         (tmp_path / name).rename(tmp_path / other)
         assert torch.equal(read_idx(tmp_path / other), torch.from_numpy(images))
+    assert torch.equal(read_image_file(str(tmp_path / "named.gz")), torch.from_numpy(images))
 
 
 @pytest.mark.parametrize("name", ["KMNIST", "QMNIST", "EMNIST"])
@@ -54,48 +56,33 @@ def test_relatives_of_mnist_are_read_from_their_own_files(tmp_path, images, name
     }
     for stem in stems[name]:
         write_idx(tmp_path / f"{stem}-images-idx3-ubyte.gz", images)
-    test = idx_images(name, str(tmp_path), validation=10).test[:, 0]
+    test = named_images(name, str(tmp_path), 28, validation=10).test[:, 0]
     expected = torch.from_numpy(images)
     assert torch.equal(test, expected.mT if name == "EMNIST" else expected)
+    with pytest.raises(InputError, match="context=label: there are images without a label"):
+        named_images(name, str(tmp_path), 28, validation=10, context="label")
 
 
 def test_two_folders_of_files_are_not_guessed_between(tmp_path, images):
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
         write_idx(tmp_path / folder / "train-images-idx3-ubyte", images)
-    with pytest.raises(InputError, match="a and .*b hold train-images each; give one as root"):
-        idx_images("MNIST", str(tmp_path), validation=10)
-
-
-def test_nothing_is_downloaded_beside_other_data(tmp_path):
-    (tmp_path / "holiday.jpg").touch()
-    for load, name in (
-        (lambda: idx_images("MNIST", str(tmp_path), 10), "MNIST"),
-        (lambda: cifar10(str(tmp_path), 10), "CIFAR10"),
-    ):
-        with pytest.raises(InputError, match=rf"does not hold {name} but other data \(holiday.jpg"):
-            load()
-    assert [path.name for path in tmp_path.iterdir()] == ["holiday.jpg"]
-
-
-def test_torchvision_reads_what_the_tests_write(tmp_path, images):
-    write_idx(tmp_path / "images", images)
-    assert torch.equal(read_image_file(str(tmp_path / "images")), read_idx(tmp_path / "images"))
+    with pytest.raises(InputError, match="a and .*b hold train-images-idx3-ubyte each; name one"):
+        named_images(root=str(tmp_path), **MNIST)
 
 
 @pytest.mark.parametrize(
     ("suffix", "damage", "message"),
     [
-        ("", lambda content: b"", "starts with nothing"),
-        ("", lambda content: content[:9], "starts with 00000803"),
-        ("", lambda content: content[:-1], "holds 39199 pixels, but its header says (50, 28, 28)"),
-        ("", lambda content: content + b"x", "holds 39201 pixels"),
-        ("", lambda content: content[:4] + b"\xff" * 12 + content[16:], "holds 39200 pixels"),
+        ("", lambda content: b"", "starts with , not 00000803"),
+        ("", lambda content: content[:9], "is not a whole IDX file"),
+        ("", lambda content: content[:-1], "cannot reshape array of size 39199"),
+        ("", lambda content: content + b"x", "cannot reshape array of size 39201"),
+        ("", lambda content: content[:4] + b"\xff" * 12 + content[16:], "is not a whole IDX file"),
         ("", lambda content: bytes([0, 0, 8, 1]) + content[4:], "starts with 00000801"),
-        (".gz", lambda content: b"", "starts with nothing"),
-        (".gz", lambda content: content[:5], "cannot be read"),
-        (".gz", lambda content: content[:1000], "cannot be read"),
-        (".gz", lambda content: content[:1000] + b"\xff" * 99 + content[1099:], "cannot be read"),
+        (".gz", lambda content: content[:5], "is not a whole IDX file"),
+        (".gz", lambda content: content[:1000], "is not a whole IDX file"),
+        (".gz", lambda content: content[:1000] + b"\xff" * 99 + content[1099:], "is not a whole"),
         (".gz", lambda content: b"\x89PNG" + content, "starts with 89504e47"),
     ],
 )
@@ -107,65 +94,90 @@ def test_damaged_idx_files_are_refused(tmp_path, images, suffix, damage, message
         read_idx(path)
 
 
-def test_missing_files_are_named(tmp_path, images, monkeypatch):
-    write_idx(tmp_path / "train-images-idx3-ubyte.gz", images)
-    missing = "there is no t10k-images-idx3-ubyte, t10k-images.idx3-ubyte or either with .gz"
-    with pytest.raises(InputError, match=re.escape(f"{tmp_path}: {missing}, which MNIST needs")):
-        idx_images("MNIST", str(tmp_path), validation=10)
-
+@pytest.mark.parametrize(
+    ("name", "files"),
+    [
+        ("FashionMNIST", "train-images-idx3-ubyte and t10k-images-idx3-ubyte"),
+        ("CIFAR10", "cifar-10-batches-py/data_batch_1"),
+        ("SVHN", "train_32x32.mat and test_32x32.mat"),
+    ],
+)
+def test_files_that_are_missing_and_cannot_be_downloaded_are_named(
+    tmp_path, monkeypatch, name, files
+):
     class Offline:
-        base_folder, filename = datasets.CIFAR10.base_folder, datasets.CIFAR10.filename
-
-        def __init__(self, root, train=True, download=False):
+        def __init__(self, root, download=False, **options):
             raise OSError("no network\nat all") if download else RuntimeError("not found")
 
-    for name in ("FashionMNIST", "CIFAR10"):
-        monkeypatch.setattr(datasets, name, Offline)
-    failed = r"downloading it failed \(no network at all\); put the files there: "
-    empty = tmp_path / "empty"
-    with pytest.raises(InputError, match=f"FashionMNIST is missing.*{failed}train-images-idx3-"):
-        idx_images("FashionMNIST", str(empty), validation=10)
-    with pytest.raises(InputError, match=f"CIFAR10 is missing.*{failed}cifar-10-batches-py"):
-        cifar10(str(empty), validation=10)
+    monkeypatch.setattr(datasets, name, Offline)
+    failed = f"{name} is missing or damaged, and downloading it failed (no network at all); put the"
+    with pytest.raises(InputError, match=f"{re.escape(failed)} files there: {files}"):
+        named_images(name, str(tmp_path / "empty"), 28, validation=10)
 
 
-def test_images_are_reduced_to_the_means_of_their_blocks(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("name", "write"), [("CIFAR10", cifar10_files), ("SVHN", svhn_files)])
+def test_colour_images_are_read_as_torchvision_stores_them(tmp_path, monkeypatch, name, write):
+    pixels, labels = write(tmp_path, monkeypatch)
+    splits = named_images(name, str(tmp_path), 32, validation=3, context="label")
+    assert np.array_equal(splits.test.permute(0, 2, 3, 1), pixels)
+    classes = splits.conditions.columns["label"].classes
+    assert [classes[i] for i in splits.c["test"].argmax(1)] == labels
+    small = named_images(name, str(tmp_path), 16, validation=3)
+    assert torch.equal(small.test, reduce_images(splits.test, 16))
+    assert len(small.val) == 3
+
+
+def test_images_are_reduced_to_the_means_of_their_blocks(tmp_path):
     images = torch.randint(256, (5, 3, 28, 28), dtype=torch.uint8)
     blocks = images.double().unfold(2, 2, 2).unfold(3, 2, 2).mean((-2, -1))
     smaller = reduce_images(images, 14)
     assert smaller.dtype == torch.uint8
     assert (smaller.double() - blocks).abs().max() <= 0.5
     assert reduce_images(images, 28) is images
-
     mnist_files(tmp_path)
-    small = idx_images("MNIST", str(tmp_path), validation=2, resize=14)
+    small = named_images("MNIST", str(tmp_path), 14, validation=2, alpha=1e-5)
     assert small.train.shape == (28, 1, 14, 14)
-    cifar10_files(tmp_path, monkeypatch)
-    small = cifar10(str(tmp_path), validation=10, resize=16)
-    assert [part.shape for part in small[:3]] == [(n, 3, 16, 16) for n in (30, 10, 8)]
+    assert small.transform.logit.alpha == 1e-5
 
 
-def test_celeba_is_split_as_its_list_says(tmp_path):
-    (tmp_path / "img_align_celeba").mkdir()
-    lines = []
-    for i in range(12):
-        array = RNG.integers(256, size=(218, 178, 3), dtype=np.uint8)
-        Image.fromarray(array).save(tmp_path / "img_align_celeba" / f"{i:06}.jpg")
-        lines.append(f"{i:06}.jpg {0 if i < 7 else 1 if i < 9 else 2}")
-    (tmp_path / "list_eval_partition.txt").write_text("\n".join(lines) + "\n")
-    splits = celeba(str(tmp_path), size=16, crop=148, cache=str(tmp_path / "cache"))
-    assert [tuple(part.shape) for part in splits[:3]] == [(n, 3, 16, 16) for n in (7, 2, 3)]
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("packed", [False, True])
+def test_arrays_are_read_and_conditioned_on_their_labels(tmp_path, channels, packed):
+    known = array_files(tmp_path, 6, channels)
+    if channels == 1:
+        known |= {k: known[k][..., 0] for k in known if k.endswith("images")}
+        for name in known:
+            np.save(tmp_path / f"{name}.npy", known[name])
+    np.savez_compressed(tmp_path / "all.npz", **known)
+    splits = arrays(str(tmp_path / "all.npz" if packed else tmp_path), context="label")
+    for name, count in (("train", 12), ("val", 5), ("test", 4)):
+        x = getattr(splits, name).permute(0, 2, 3, 1)
+        assert np.array_equal(x, known[f"{name}_images"].reshape(count, 6, 6, channels))
+        assert splits.c[name].argmax(1).tolist() == known[f"{name}_labels"].ravel().tolist()
+    for name in ("val", "test"):
+        (tmp_path / f"{name}_images.npy").unlink()
+    splits = arrays(str(tmp_path), validation=3, test=0.25)
+    assert [len(x) for x in (splits.train, splits.val, splits.test)] == [6, 3, 3]
+    assert splits.c["val"].shape == (3, 0)
 
 
-def test_imagenet_is_read_from_its_batches(tmp_path):
-    first, second, test = imagenet_files(tmp_path, 8).values()
-    options = {"size": 8, "validation": 3, "context": "label", "cache": str(tmp_path / "c")}
-    splits = imagenet(str(tmp_path), **options)
-    assert np.array_equal(splits.val, first[0][:3])
-    assert np.array_equal(splits.train, np.concatenate([first[0][3:], second[0]]))
-    assert np.array_equal(splits.test, test[0])
-    classes = splits.context.columns["label"].classes
-    assert [int(classes[i]) for i in splits.contexts[2].argmax(1)] == test[1].tolist()
-    np.savez(tmp_path / "val_data.npz", data=np.zeros((4, 5), np.uint8), labels=np.ones(4))
-    with pytest.raises(InputError, match=r"val_data.npz: data cannot be read \(cannot reshape"):
-        imagenet(str(tmp_path), **options)
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        ({}, "holds no train_images"),
+        ({"train_images": np.zeros((9, 8, 8))}, r"\(9, 8, 8\) and type float64: must be uint8"),
+        ({"train_images": np.zeros((9, 8), "u1")}, r"\(9, 8\) and type uint8: must be uint8, \(N"),
+        (
+            {"train_images": np.zeros((9, 8, 8), "u1"), "train_labels": np.zeros(8)},
+            "train_labels must hold one label for each image",
+        ),
+        ({"train_images": np.array([{}])}, "cannot be read"),
+    ],
+)
+def test_arrays_that_are_no_images_are_refused(tmp_path, array, message):
+    for name, values in array.items():
+        np.save(tmp_path / f"{name}.npy", values)
+    with pytest.raises(InputError, match=f"^root={tmp_path}: .*{message}"):
+        arrays(str(tmp_path))
+    with pytest.raises(InputError, match="none.npz: cannot be read"):
+        arrays(str(tmp_path / "none.npz"))

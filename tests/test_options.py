@@ -5,10 +5,17 @@ import re
 import numpy as np
 import pytest
 
-from data_files import cifar10_files, image_files, imagenet_files, mnist_files, svhn_files
+from data_files import (
+    array_files,
+    celeba_files,
+    cifar10_files,
+    image_files,
+    mnist_files,
+    svhn_files,
+)
 from helpers import TWO_STEPS, column
 from rnode.app.schema import CONF
-from rnode.data.images import IDX_IMAGES
+from rnode.data.images import FILES
 
 pytestmark = pytest.mark.usefixtures("blank_figures")
 
@@ -17,10 +24,8 @@ def data_of(choice, root, monkeypatch):
     """Write the files that an option of a group reads, and return the overrides that name them."""
     root.mkdir()
     at = [f"dataset.root={root}", "model.pieces=1"]
-    cache = [f"dataset.cache={root / 'cache'}"]
     if "mnist" in choice:
-        named = IDX_IMAGES.get(choice.removeprefix("dataset=").upper(), IDX_IMAGES["MNIST"])
-        mnist_files(root, named)
+        mnist_files(root, FILES.get(choice.removeprefix("dataset=").upper(), FILES["MNIST"]))
         return [*at, "dataset.validation=5"]
     if "cifar10" in choice:
         cifar10_files(root, monkeypatch)
@@ -28,37 +33,21 @@ def data_of(choice, root, monkeypatch):
     if "svhn" in choice:
         svhn_files(root, monkeypatch)
         return [*at, "dataset.validation=4"]
-    if size := re.search(r"imagenet(\d+)", choice):
-        imagenet_files(root, int(size[1]))
-        return [*at, *cache, "dataset.validation=4"]
+    if size := re.search(r"imagenet(\d+)|arrays", choice):
+        array_files(root, int(size[1] or 8))
+        return at
     if "patches" in choice:
         return ["dataset.size=8"]
-    if "celeba" in choice or "folder" in choice:
-        image_files(root / "img_align_celeba" if "celeba" in choice else root)
-        return [*at, *cache, "dataset.size=8"]
-    if re.search("dataset=(table|uci)|power|hepmass|miniboone|bsds300", choice):
-        name = {"dataset=uci": "miniboone"}.get(choice, choice.split("=")[1])
-        return uci_files(root, name)
+    if "celeba" in choice:
+        celeba_files(root)
+        return [*at, "dataset.size=8"]
+    if "folder" in choice:
+        image_files(root)
+        return [*at, "dataset.size=8"]
+    if "dataset=table" in choice:
+        np.save(root / "data.npy", np.random.default_rng(0).normal(size=(90, 8)))
+        return [f"dataset.path={root / 'data.npy'}"]
     return []
-
-
-def uci_files(root, name):
-    (root / name).mkdir()
-    rows = np.random.default_rng(0).normal(size=(90, 8))
-    np.save(root / name / "data.npy", rows)
-    if name == "table":
-        return [f"dataset.path={root / name / 'data.npy'}"]
-    if name == "bsds300":
-        h5py = pytest.importorskip("h5py")
-        with h5py.File(root / name / "BSDS300.hdf5", "w") as file:
-            for part in ("train", "validation", "test"):
-                file[part] = rows
-    for part in ("train", "test") if name == "hepmass" else ():
-        header = ",".join(["# label", *(f"f{i}" for i in range(7))])
-        rows[:, 0] = np.arange(90) % 2
-        path = root / name / f"1000_{part}.csv"
-        np.savetxt(path, rows, delimiter=",", header=header, comments="")
-    return [f"dataset.root={root}"]
 
 
 def options():
@@ -69,7 +58,7 @@ def options():
     """
     slow = pytest.mark.slow(reason="more than 40 runs of 2 seconds")
     alike = ("emnist", "kmnist", "qmnist", "fashion_mnist")
-    alike += ("imagenet32", "imagenet64", "celeba", "uci")
+    alike += ("imagenet32", "imagenet64", "celeba")
     for f in sorted(CONF.glob("*/*.yaml")):
         if f.parent.name in ("logger", "task"):
             continue
@@ -107,12 +96,12 @@ def another(overrides):
         "solver=dopri5 solver.train.method=bosh3 solver.gradient=adjoint solver.train.rtol=1e-3",
         "model=mlp divergence=exact +trainer.detect_anomaly=true",
         another("optimizer._target_=torch.optim.SGD +optimizer.momentum=0.9"),
-        another("trainer.enable_checkpointing=false trainer.log_every_n_steps=0"),
+        another("callbacks.best=null callbacks.save=null trainer.log_every_n_steps=0"),
         "trainer.limit_val_batches=0",
-        "trainer.fast_dev_run=true",
+        "+trainer.fast_dev_run=true",
     ],
 )
 def test_options_pass_through(run, overrides):
     folder = run(*TWO_STEPS, *overrides.split())
-    without = re.search("checkpointing=false|fast_dev_run", overrides)
+    without = re.search("save=null|fast_dev_run", overrides)
     assert (folder / "last.ckpt").exists() == (without is None)

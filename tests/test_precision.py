@@ -9,15 +9,14 @@ from helpers import DOPRI5, RK4, close, make_flow
 from rnode import Method, Piece, Probes, objective
 
 
-def test_bfloat16_stays_inside_f_and_out_of_adaptive_methods(field_and_z):
-    field, z = field_and_z
-    field, z = field.float(), z.float()
+def test_bfloat16_stays_inside_f_and_out_of_adaptive_methods(field_z_c):
+    field, z, c = (part.float() for part in field_z_c)
     eps = Probes().sample(z)
     results = {}
     for method in (RK4, DOPRI5):
         for autocast in (False, True):
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-                state = Piece(field)(z, eps, method, "backprop").state
+                state = Piece(field)(z, c, eps, method, "backprop").state
             assert all(part.dtype == torch.float32 for part in state)
             results[method.method, autocast] = state.z
     assert close(results["rk4", True], results["rk4", False], 2e-2)
@@ -25,9 +24,8 @@ def test_bfloat16_stays_inside_f_and_out_of_adaptive_methods(field_and_z):
     assert torch.equal(results["dopri5", True], results["dopri5", False])
 
 
-def test_the_backward_pass_of_adjoint_and_checkpoint_enters_autocast_again(field_and_z):
-    field, z = field_and_z
-    field, z = field.float(), z.float()
+def test_the_backward_pass_of_adjoint_and_checkpoint_enters_autocast_again(field_z_c):
+    field, z, c = (part.float() for part in field_z_c)
     enabled = []
 
     def note(*_):
@@ -36,7 +34,7 @@ def test_the_backward_pass_of_adjoint_and_checkpoint_enters_autocast_again(field
     field.layers[0].register_forward_hook(note)
     for gradient in ("adjoint", "checkpoint"):
         with torch.autocast("cpu", torch.bfloat16):
-            state = Piece(field)(z, Probes().sample(z), RK4, gradient).state
+            state = Piece(field)(z, c, Probes().sample(z), RK4, gradient).state
         enabled.clear()
         state.z.sum().backward()
         assert enabled, gradient

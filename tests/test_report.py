@@ -21,7 +21,7 @@ def sweep(tmp_path_factory):
     """A sweep of two λ_K and two seeds, an evaluation of one job, and folders of other kinds."""
     folder = tmp_path_factory.mktemp("report")
     swept = ["reg.lambda_k=0,0.1", "seed=0,1", f"hydra.sweep.dir={folder / 'sweep'}"]
-    call("train", "-m", *TWO_STEPS, *SEEN, "pictures.every_n_epochs=1", *swept)
+    call("train", "-m", *TWO_STEPS, *SEEN, "callbacks.figures.every_n_epochs=1", *swept)
     trained = str(folder / "sweep" / "0" / "best.ckpt")
     call("evaluate", trained, "samples=1", f"hydra.run.dir={folder / 'evaluation'}")
     shutil.copytree(folder / "sweep" / "0", folder / "going")  # as far as a run that still goes on

@@ -12,19 +12,19 @@ import torch
 from pytorch_lightning.callbacks import timer
 
 from helpers import RATE, assert_same_run, call, column, curves, refused
-from rnode.training.callbacks import SaveAndStop
 from rnode.training.checkpoint import AtomicCheckpointIO, load_checkpoint
 from rnode.training.module import RNODE
+from rnode.training.resume import SaveAndStop
 
 pytestmark = pytest.mark.usefixtures("blank_figures")
 
 SHORT = [  # two epochs of six batches
     *RATE,
-    *("model.hidden=4", "model.pieces=1", "solver.train.steps=1", "refine=null"),
+    *("model.hidden=4", "model.pieces=1", "solver.train.steps=1", "callbacks.refine_grid=null"),
     *("trainer.limit_train_batches=6", "trainer.limit_val_batches=1", "trainer.max_epochs=2"),
     *("trainer.limit_test_batches=1", "dataset.batch_size=4", "dataset.eval_batch_size=4"),
     *("trainer.log_every_n_steps=1", "trainer.enable_progress_bar=false"),
-    *("pictures.samples=4", "pictures.every_n_epochs=9", "wandb.mode=disabled"),
+    *("callbacks.figures.every_n_epochs=9", "logger.wandb.mode=disabled"),
 ]
 
 
@@ -62,9 +62,14 @@ def at_batch(monkeypatch, number, function):
 
 
 ACCUMULATE = "trainer.accumulate_grad_batches=4"  # steps after batches 4 and 6 of an epoch
-OFTEN = "trainer.val_check_interval=2"
+OFTEN = "+trainer.val_check_interval=2"
 DECAY = ("warmup_steps=2", "decay=true")
-MATCHING = ("model=mlp", "pretrain=flow_matching", "pretrain.share=0.3", "decay=true")  # 4 steps
+MATCHING = (
+    "model=mlp",
+    "pretrain=flow_matching",
+    "callbacks.pretraining.share=0.3",
+    "decay=true",
+)  # 4 steps
 
 
 def slow(*case):
@@ -136,7 +141,10 @@ def test_a_signal_during_any_batch(undisturbed, tmp_path, monkeypatch, options, 
 
 @pytest.mark.parametrize("batch", [7, slow(5)])
 def test_a_crash_between_two_checkpoints(undisturbed, tmp_path, monkeypatch, batch):
-    whole, run = undisturbed(), [*SHORT, f"hydra.run.dir={tmp_path}", "save_every_n_steps=2"]
+    whole, run = (
+        undisturbed(),
+        [*SHORT, f"hydra.run.dir={tmp_path}", "callbacks.save.every_n_steps=2"],
+    )
 
     def crash():
         raise RuntimeError("a crash")
@@ -225,7 +233,7 @@ def test_the_checkpoint_counts_only_batches_of_completed_steps(tmp_path, monkeyp
         counted.append((self.step, self.used))
 
     monkeypatch.setattr(SaveAndStop, "save", note)
-    every = [ACCUMULATE, "save_every_n_steps=1", f"hydra.run.dir={tmp_path}"]
+    every = [ACCUMULATE, "callbacks.save.every_n_steps=1", f"hydra.run.dir={tmp_path}"]
     call("train", *SHORT, *every)
     assert {(1, 4), (2, 6), (3, 4), (4, 6)} <= set(counted)
     assert not {used for _, used in counted} - {0, 4, 6}

@@ -79,7 +79,7 @@ def cluster():
 @pytest.fixture(scope="module")
 def whole_job(cluster, tmp_path_factory):
     """A job of two processes that nothing disturbed."""
-    job = Job(tmp_path_factory.mktemp("whole"), [*SHORT, "wandb.mode=offline"])
+    job = Job(tmp_path_factory.mktemp("whole"), [*SHORT, "logger.wandb.mode=offline"])
     job.finish()
     return job
 

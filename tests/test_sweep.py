@@ -97,7 +97,7 @@ def test_a_repeated_sweep_skips_finished_jobs_and_resumes_to_new_limits(tmp_path
     first = results(tmp_path)
     assert len(first) == 2
     capsys.readouterr()
-    call("train", *arguments, "wandb.project=other", "pictures.samples=9", "ckpt_path=auto")
+    call("train", *arguments, "logger.wandb.project=other", "ckpt_path=auto")
     printed = capsys.readouterr()
     assert printed.out.count("skipped") == 2
     assert "val bits/dim" in printed.out
@@ -132,7 +132,7 @@ def test_a_folder_with_a_run_of_another_configuration_is_refused(tmp_path, capsy
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_a_sweep_that_stops_in_its_second_job_resumes_to_the_same_end(start, tmp_path, number):
     folder = tmp_path / "sweep"
-    every = ["trainer.max_epochs=1", "save_every_n_steps=5"]
+    every = ["trainer.max_epochs=1", "callbacks.save.every_n_steps=5"]
     arguments = [*every, f"hydra.sweep.dir={folder}", "reg.lambda_k=0,0.1,0.2", "-m"]
     run = start(tmp_path / "first", *arguments)
     run.folder = folder / "1"
@@ -163,7 +163,7 @@ def test_joblib_runs_two_jobs_at_a_time_which_stop_with_the_sweep(start, tmp_pat
     folder = tmp_path / "sweep"
     arguments = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2", f"hydra.sweep.dir={folder}"]
     arguments += ["trainer.limit_train_batches=40", "dataset.batch_size=32", "trainer.max_epochs=1"]
-    arguments += ["save_every_n_steps=5", "reg.lambda_k=0,0.1,-1", "-m"]
+    arguments += ["callbacks.save.every_n_steps=5", "reg.lambda_k=0,0.1,-1", "-m"]
     run = start(tmp_path / "first", *arguments)
     run.wait_until(lambda: all((folder / name / "last.ckpt").exists() for name in "01"))
     children = descendants(run.pid)

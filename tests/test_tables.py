@@ -7,17 +7,21 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
+from rnode.data.uci import uci
 from scipy import stats
 
 import rnode
 from helpers import call, refused
 from rnode import InputError
 from rnode.data.tables import READERS, fit_whitening, read_table, table
-from rnode.data.uci import uci
 from rnode.transforms import Column, TableTransform
 
 ROWS = 500
-QUIET = ["trainer.enable_progress_bar=false", "wandb.mode=disabled", "trainer.accelerator=cpu"]
+QUIET = [
+    "trainer.enable_progress_bar=false",
+    "logger.wandb.mode=disabled",
+    "trainer.accelerator=cpu",
+]
 
 
 @pytest.fixture(scope="module")

@@ -6,14 +6,13 @@ import itertools
 import statistics
 from pathlib import Path
 
-import pytorch_lightning as pl
 import torch
+from rnode.paper.classifier import MEASURES, Classifier, measure, train
 from rnode.paper.figures import COLOURS, make_panels, mean_and_extremes, save, verdict
 
 from rnode import Method, Solver
 from rnode.data.images import digits, idx_images
 from rnode.data.splits import Splits
-from rnode.training.classifier import MEASURES, Classifier, labelled, loaders
 from rnode.training.plots import plot_band
 from rnode.training.run_folder import whole_file
 
@@ -25,23 +24,22 @@ RECIPES = {  # how it trains, and λ_K = λ_J
 }
 EPOCHS = {"digits": 6, "fashion14": 4}
 SEEDS, WIDTH, LAYERS, BATCH = 3, 16, 3, 64
-MOST = 3200, 1000, 1000  # images of FashionMNIST for training, validation and test
+IMAGES = 3200, 1000, 1000  # of FashionMNIST for training, validation and test
 SAME = 0.01  # accuracy within which two classifiers count as equal
 
 
 def classify(splits: Splits, levels: int, recipe: str, seed: int, epochs: int) -> list[dict]:
     """Train a classifier; return its validation after each epoch, and the test as the last row."""
-    pl.seed_everything(seed, verbose=False)
-    train, val, test = loaders(labelled(splits, lambda x: x / (levels - 1)), BATCH, 500)
-    quiet = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
-    trainer = pl.Trainer(max_epochs=epochs, num_sanity_val_steps=0, **dict.fromkeys(quiet, False))
+    torch.manual_seed(seed)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    train_data, val, test = (
+        ((x / (levels - 1)).to(device), label.argmax(1).to(device))
+        for x, label in zip((splits.train, splits.val, splits.test), splits.contexts, strict=True)
+    )
     _, method, penalty = RECIPES[recipe]
-    solver, adam = Solver(method, DOPRI5), functools.partial(torch.optim.Adam, lr=3e-3)
-    shape = splits.train.shape[1:]
-    module = Classifier(shape, 10, solver, adam, penalty, penalty, WIDTH, LAYERS)
-    trainer.fit(module, train, val)
-    trainer.test(module, test, verbose=False)
-    return module.curve
+    model = Classifier(10, Solver(method, DOPRI5), WIDTH, LAYERS).to(device)
+    curve = train(model, train_data, val, penalty, epochs, BATCH)
+    return [*curve, measure(model, test, 500) | {"seconds": curve[-1]["seconds"]}]
 
 
 @functools.cache
@@ -50,8 +48,8 @@ def load_splits(data: str, root: str) -> tuple[Splits, int]:
     if data == "digits":
         return digits(validation=180, test=360, context="label"), 17
     splits = idx_images("FashionMNIST", root, 10000, 14, context="label")
-    cut = [part[:most] for part, most in zip(splits[:3], MOST, strict=True)]
-    contexts = tuple(c[:most] for c, most in zip(splits.contexts, MOST, strict=True))
+    cut = [part[:count] for part, count in zip(splits[:3], IMAGES, strict=True)]
+    contexts = tuple(c[:count] for c, count in zip(splits.contexts, IMAGES, strict=True))
     return Splits(*cut, contexts=contexts, context=splits.context), 256
 
 

@@ -57,19 +57,18 @@ def show(name: str, folder: Path, verdict: str) -> None:
 
 
 def train(runs: list[Run], cfg: DictConfig) -> None:
-    """Start a sweep for each set of overrides: its jobs are the recipes of a seed, seed by seed."""
-    sweeps: dict[tuple[str, ...], list[Run]] = {}
+    """Start a sweep over seeds for each data set and recipe."""
+    sweeps: dict[tuple[str, str], list[Run]] = {}
     for run in runs:
-        sweeps.setdefault((run.data, *run.overrides), []).append(run)
-    for (data, *overrides), members in sweeps.items():
+        sweeps.setdefault((run.data, run.recipe), []).append(run)
+    for (data, recipe), members in sweeps.items():
         root = [f"dataset.root={cfg.root}"] if data in DOWNLOADED else []
         command = [
             *(sys.executable, "-m", "rnode", "train", "-m"),
             f"hydra.sweep.dir={members[0].folder.parent}",
-            f"hydra.sweep.subdir={data}_${{hydra:runtime.choices.recipe}}_${{seed}}",
+            f"hydra.sweep.subdir={data}_{recipe}_${{seed}}",
             f"hydra/launcher={cfg.launcher}",
-            "seed=" + ",".join(dict.fromkeys(str(run.seed) for run in members)),
-            "recipe=" + ",".join(dict.fromkeys(run.recipe for run in members)),
-            *(*DATA[data], *root, *overrides, "ckpt_path=auto", "wandb.mode=disabled"),
+            f"seed={','.join(str(run.seed) for run in members)}",
+            *(*DATA[data], *root, *members[0].overrides, "ckpt_path=auto", "logger=csv"),
         ]
         subprocess.run(command, check=False)  # a run that diverges is part of a figure

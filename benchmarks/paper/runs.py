@@ -38,6 +38,15 @@ DATA = {  # overrides of `rnode train`; digits and fashion14 are sized for two C
     "cifar10": ["dataset=cifar10", *FULL],
 }
 DOWNLOADED = ("fashion14", "mnist", "cifar10")
+RECIPES = {  # their overrides of `rnode train`
+    "ffjord": ("solver=dopri5", "regularizer=none"),
+    "rnode_adaptive": ("solver=dopri5", "regularizer=rnode"),
+    "rnode": ("solver=rk4", "regularizer=rnode"),
+    "kinetic": ("solver=rk4", "regularizer=kinetic"),
+    "jacobian": ("solver=rk4", "regularizer=jacobian"),
+    "unregularized": ("solver=rk4", "regularizer=none"),
+    "fast": ("solver=auto", "regularizer=rnode"),
+}
 LABELS = {
     "ffjord": "FFJORD (dopri5)",
     "rnode_adaptive": "RNODE (dopri5)",
@@ -154,8 +163,8 @@ class Figure(NamedTuple):
 
 
 def overrides(scale: str, data: str, recipe: str) -> tuple[str, ...]:
-    """Return the overrides of a recipe that depend on the data or the scale."""
-    found = []
+    """Return the overrides of a recipe for the data and the scale."""
+    found = list(RECIPES[recipe])
     if data == "line" and recipe == "ffjord":
         found.append("model._target_=rnode.paper.generic.mlp")
     if data == "cifar10" and recipe in ("rnode", "rnode_adaptive", "jacobian", "fast"):

@@ -34,7 +34,7 @@ __all__ = sorted(_MODULE_OF)
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
-        return importlib.import_module("importlib.metadata").version("rnode")
+        return importlib.import_module("importlib.metadata").version("rnode-flows")
     if name not in _MODULE_OF:
         raise AttributeError(f"module 'rnode' has no attribute '{name}'")
     return getattr(importlib.import_module(f"rnode.{_MODULE_OF[name]}"), name)

@@ -131,7 +131,12 @@ class ImageTransform(Transform):
         return self.logit.inverse(y).clamp(0, 1)
 
     def state(self) -> dict[str, Any]:
-        return {}
+        """The arguments of this transform."""
+        return {"levels": self.levels, "alpha": self.logit.alpha}
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> "ImageTransform":
+        return cls(**state)
 
 
 class Column(NamedTuple):

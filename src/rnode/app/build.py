@@ -31,16 +31,15 @@ SECTIONS = ("dataset", "model", "solver", "dequantization", "divergence", "probe
 def build(cfg: DictConfig, state: dict | None = None) -> tuple[DataModule, Flow]:
     """Build what dataset, model and solver describe.
 
-    `state` is the state of the data in a checkpoint. Without it the data are read here if the size
-    of the flow depends on them.
+    `state` is the state of the data in a checkpoint. Without it the data are read here, since the
+    size of the flow depends on them.
     """
     data, solver = instantiate(cfg.dataset), instantiate(cfg.solver)
     if state:
         data.load_state_dict(state)
-    elif cfg.dataset.shape is None or cfg.dataset.get("context"):
+    else:
         data.setup()
-    sizes = {"k": data.context.size} if data.context else {}
-    sizes |= {} if cfg.dataset.shape else {"shape": data.shape}
+    sizes = {"shape": data.shape, "k": data.conditions.size}
     probes = Probes(cfg.divergence, cfg.probes)
     flow = make_partial(cfg, "model")(solver=solver, probes=probes, **sizes)
     if cfg.dequantization == "variational":
@@ -102,9 +101,6 @@ def load_flow(
         refused = foreign or "${" in f"{key}{value}"
         require(not refused, f"ckpt_path={path}: its configuration would {what}")
     config, state = OmegaConf.create(sections), checkpoint.get("DataModule")
-    if config.dataset.shape is None:
-        config.dataset.shape = state["shape"]
-    config.model.shape = config.model.get("shape") or config.dataset.shape
     change(config)
     (data, flow), weights = build(config, state), flow_weights(checkpoint)
     flow.load_state_dict(weights, assign=True)

@@ -1,34 +1,29 @@
 """The commands, from the command line to `main(cfg)` of each."""
 
+import argparse
 import contextlib
 import importlib
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import hydra
-from hydra._internal import hydra as hydra_commands
-from hydra._internal import utils as hydra_utils
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import (
-    ConfigCompositionException,
-    MissingConfigException,
-    OverrideParseException,
-)
 from omegaconf import DictConfig, OmegaConf
 
 import rnode
 from rnode.app.banner import banner
-from rnode.app.help import help_text, unknown_key
-from rnode.app.launch import is_first_process, prepare_process, run_name
-from rnode.app.quoting import quote, shell_quote
-from rnode.app.report_error import one_line_errors
+from rnode.app.exits import one_line_errors
+from rnode.app.help import help_text
+from rnode.app.processes import is_first_process, prepare_process, run_name
+from rnode.app.quoting import quote
 from rnode.app.schema import CONF
 from rnode.app.sweep import in_sweep, run_job
-from rnode.app.validation import validate
-from rnode.errors import InputError, one_line, require
+from rnode.app.validation import CommandLine, check, compose_config, validate
+from rnode.errors import InputError
 
 ABOUT = {
     "train": "Train a continuous normalizing flow by maximum likelihood (RNODE).",
@@ -41,6 +36,11 @@ ABOUT = {
 }
 MODULES = {command: f"rnode.app.{command}" for command in ABOUT}
 MODULES["reproduce"] = "rnode.paper.reproduce"  # in benchmarks/paper, installed as rnode.paper
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise InputError(message)
 
 
 def main() -> None:
@@ -70,91 +70,82 @@ def run(
     with contextlib.suppress(AttributeError):  # a stream of a notebook
         for stream in (sys.stdout, sys.stderr):
             stream.reconfigure(errors="replace")  # letters that the terminal cannot show
-    arguments = typed[1:] if arguments is None else arguments
-    if command == "report":
-        arguments = gather(arguments)
-    else:
-        arguments = [expand(command, argument) for argument in arguments]
-    parsed = hydra_utils.get_args_parser().parse_args(arguments)
-    own = parsed.config_dir or any(text.startswith("trust=") for text in parsed.overrides)
-    sys.path += [os.getcwd()] if own else []  # for classes of the user's
-    asked = (parsed.overrides, parsed.config_dir)
     OmegaConf.register_new_resolver("run_name", run_name, use_cache=True, replace=True)
     OmegaConf.register_new_resolver("power_of_two", lambda n: 2**n, replace=True)
+    parser = Parser(add_help=False, allow_abbrev=False)
+    parser.add_argument("overrides", nargs="*")
+    parser.add_argument("-h", "--help", action="store_true")
+    parser.add_argument("-m", "--multirun", action="store_true")
+    parser.add_argument("-cd", "--config-dir")
+    parser.add_argument("-c", "--cfg", choices=["job"])
+    parser.add_argument("--resolve", action="store_true")
     with errors():
-        try:
-            if parsed.help:
-                print_to_pipe(help_text(command, ABOUT[command], *asked))
-                return
-            if not is_first_process():  # the first process writes what Hydra writes
-                arguments += ["hydra.output_subdir=null"]
-            sys.argv = [typed[0], *arguments]
-            # Hydra itself prints an error in several lines and exits.
-            hydra_commands.run_and_report = hydra_utils.run_and_report = lambda call: call()
-            entry = hydra.main(version_base="1.3", config_path=str(CONF), config_name=command)
-            entry(job(command, typed, errors))()
-        except MissingConfigException as error:
-            where, options = error.missing_cfg_file or "", ", ".join(error.options or [])
-            extra = "pip install 'rnode[sweep]' brings more; " * where.startswith("hydra/")
-            raise InputError(f"there is no {where}; {extra}the options are {options}") from error
-        except OverrideParseException as error:
-            key, equals, value = error.override.partition("=")
-            folder = "; that folder holds no checkpoint of a run" * os.path.isdir(key)
-            require(equals == "=", f"{error.override}: must be KEY=VALUE{folder}")
-            quoted = shell_quote(f"{key}={quote(value)}")
-            reason = "= ~ [ ] ( ) and letters like λ need quotes"
-            raise InputError(f"{error.override}: {reason}; write {quoted}") from error
-        except ConfigCompositionException as error:
-            message = unknown_key(command, *asked) or one_line(error)
-            raise InputError(message) from error
-        finally:
-            sys.argv = typed
+        flags = parser.parse_intermixed_args(typed[1:] if arguments is None else arguments)
+        overrides = expand(command, flags.overrides)
+        line = CommandLine(command, overrides, flags.config_dir, flags.multirun)
+        if line.config_dir or any(text.startswith("trust=") for text in overrides):
+            sys.path.append(os.getcwd())  # for classes of the user's
+        if flags.help:
+            print_to_pipe(help_text(ABOUT[command], line))
+        elif flags.cfg:
+            print_to_pipe(OmegaConf.to_yaml(compose_config(line), resolve=flags.resolve))
+        else:
+            check(line)
+            start_hydra(line, typed, errors)
 
 
-def job(command: str, typed: list[str], errors: Callable) -> Any:
-    """Return the function that Hydra calls with the configuration of each run."""
+def start_hydra(line: CommandLine, typed: list[str], errors: Callable) -> None:
+    """Let Hydra run the command, once or for each job of a sweep."""
 
-    def main(cfg: DictConfig) -> Any:
-        validate(command, cfg)
-        if command == "train" and is_first_process():
-            print(banner(cfg), flush=True)
-        prepare_process()
-        # torch, Lightning and W&B are imported here: --help and mistakes do not wait for them.
-        module = "rnode.app.classify" if cfg.get("task") == "classify" else MODULES[command]
-        return importlib.import_module(module).main(cfg)
-
-    def call(cfg: DictConfig) -> Any:
+    def job(cfg: DictConfig) -> Any:
         sys.argv = typed  # Lightning starts other processes by it
         folder = Path(HydraConfig.get().runtime.output_dir)
         with contextlib.nullcontext() if in_sweep() else errors():
-            try:
-                return run_job(main, cfg, folder)
-            finally:
-                if folder.resolve() != Path.cwd():
-                    with contextlib.suppress(OSError):  # unless it is empty, as after a mistake
-                        folder.rmdir()
+            return run_job(partial(run_command, line.command), cfg, folder)
 
-    return call
-
-
-def expand(command: str, argument: str) -> str:
-    """Let the bare path of a checkpoint, or of the folder of a run, stand for ckpt_path=PATH;
-    `context` takes any key."""
-    if argument.startswith("context."):
-        return f"++{argument}"
-    path = "=" not in argument or os.path.exists(argument)  # and not the value of a key
-    held = os.path.join(argument, "last.ckpt" if command == "train" else "best.ckpt")
-    argument = held if path and os.path.isfile(held) else argument
-    bare = path and argument.endswith(".ckpt") and argument[0] not in "-+~"
-    return f"ckpt_path={quote(argument)}" if bare else argument
+    flags = ["--multirun"] if line.multirun else []
+    flags += ["--config-dir", line.config_dir] if line.config_dir else []
+    # The first process writes what Hydra writes.
+    flags += [] if is_first_process() else ["hydra.output_subdir=null"]
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra would print its errors in several lines
+    sys.argv = [typed[0], *flags, *line.overrides]
+    try:
+        hydra.main(version_base="1.3", config_path=str(CONF), config_name=line.command)(job)()
+    finally:
+        sys.argv = typed
 
 
-def gather(arguments: list[str]) -> list[str]:
-    """Let bare paths of folders stand for folders=[PATHS]."""
-    given = hydra_utils.get_args_parser().parse_args(arguments).overrides
-    folders = [text for text in given if "=" not in text or os.path.isdir(text)]
-    options = [text for text in arguments if text not in folders]
-    return [*options, f"folders=[{','.join(map(quote, folders))}]"] if folders else options
+def run_command(command: str, cfg: DictConfig) -> Any:
+    """Run `main(cfg)` of a command, after a check: a sampler may have chosen the values."""
+    validate(command, cfg)
+    if command == "train" and is_first_process():
+        runtime = HydraConfig.get().runtime
+        print(banner(cfg, runtime.choices, runtime.output_dir), flush=True)
+    prepare_process()
+    # torch, Lightning and W&B are imported here: --help and mistakes do not wait for them.
+    module = MODULES[command]
+    return importlib.import_module(module).main(cfg)
+
+
+def expand(command: str, overrides: list[str]) -> list[str]:
+    """Write bare paths as keys: folders=[PATHS] of `report`, ckpt_path=PATH of other commands.
+
+    The folder of a run stands for its best.ckpt, or where training goes on for its last.ckpt.
+    """
+    expanded, folders = [], []
+    for text in overrides:
+        checkpoint = os.path.join(text, "last.ckpt" if command == "train" else "best.ckpt")
+        if text.startswith("context."):
+            expanded.append(f"++{text}")  # conditions have names of the user's
+        elif "=" in text and not os.path.exists(text):
+            expanded.append(text)
+        elif command == "report":
+            folders.append(quote(text))
+        elif os.path.isfile(checkpoint):
+            expanded.append(f"ckpt_path={quote(checkpoint)}")
+        else:
+            expanded.append(f"ckpt_path={quote(text)}" if text.endswith(".ckpt") else text)
+    return [*expanded, f"folders=[{','.join(folders)}]"] if folders else expanded
 
 
 def print_to_pipe(text: str) -> None:

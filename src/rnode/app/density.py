@@ -141,8 +141,8 @@ class Density:
             x = frame.select(pl.col(names).cast(pl.Float64)).to_torch()
             require_finite(x, "the rows (NaN is a missing value)")
             self.data.transform.require_inside(x)
-            if context is None and self.data.context is not None:
-                given = [name for name in self.data.context.columns if name in frame.columns]
+            if context is None:
+                given = [name for name in self.data.conditions.columns if name in frame.columns]
                 context = {name: frame[name].to_numpy() for name in given}
         else:
             x = self.as_samples(rows)
@@ -162,20 +162,9 @@ class Density:
         require(inside, f"rows from {x.min()} to {x.max()}: must be from 0 to {levels - 1}")
         return x
 
-    def encode_context(self, context: Given, n: int) -> Tensor | None:
+    def encode_context(self, context: Given, n: int) -> Tensor:
         """Return what `n` samples are given, (n, k): each column has one value or `n`."""
-        if self.data.context is None:
-            require(not context, "context: must be left out; this density has no conditions")
-            return torch.empty(n, 0)
-        names = list(self.data.context.columns)
-        other = [name for name in context or {} if name not in names]
-        require(not other, f"context.{', context.'.join(other)}: the conditions are {names}")
-        values = {name: np.atleast_1d(np.asarray(v)) for name, v in (context or {}).items()}
-        for name, given in values.items():
-            require(
-                len(given) in (1, n), f"context.{name}: has {len(given)} values for {n} samples"
-            )
-        return self.data.context.encode({k: np.broadcast_to(v, n) for k, v in values.items()})
+        return self.data.conditions.encode(context or {}, n)
 
 
 def fit(

@@ -22,10 +22,9 @@ from rnode.app.quoting import shell_quote
 from rnode.app.runs import CLOCK, COLUMNS, LAMBDAS, Run, best, read_runs
 from rnode.errors import InputError, require
 from rnode.training.checkpoint import load_checkpoint
-from rnode.training.environment import ENVIRONMENT
 from rnode.training.plots import COLOURS, plot_band
 from rnode.training.results import GAUSSIAN, MEASURES
-from rnode.training.run_folder import whole_file
+from rnode.training.run_folder import ENVIRONMENT, whole_file
 
 INK = "#010203"  # stands in a figure for the colour of the page's text
 STYLE = {

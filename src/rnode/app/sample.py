@@ -81,8 +81,8 @@ def conditions(cfg: DictConfig, density: Density) -> tuple[int, dict]:
     """Return the number of samples and what they are given, by the names of columns."""
     if cfg.context_file is None:
         return cfg.n, OmegaConf.to_container(cfg.context)
-    require(density.data.context is not None, "context_file: this density has no conditions")
-    frame, names = read_table(Path(cfg.context_file).expanduser()), density.data.context.columns
+    frame, names = read_table(Path(cfg.context_file).expanduser()), density.data.conditions.columns
+    require(bool(names), "context_file: this density has no conditions")
     missing = [name for name in names if name not in frame.columns]
     require(not missing, f"context_file={cfg.context_file}: lacks {', '.join(missing)}")
     return len(frame), {name: frame[name].to_numpy() for name in names}

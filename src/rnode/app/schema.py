@@ -1,11 +1,9 @@
 """The configuration: a type, a range and a sentence for each key. --help prints the sentences."""
 
-import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
-from pydantic_core import PydanticCustomError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from rnode.names import ADAPTIVE, DIVERGENCES, FIXED_GRID, GRADIENTS, INTEGRALS
 
@@ -21,26 +19,16 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Bounds = Annotated[list[float], Field(min_length=2, max_length=2)]
 
 
-def check_time(value: object) -> object:
-    if not re.fullmatch(r"(\d\d:)?\d\d:\d\d:\d\d", str(value)):
-        raise PydanticCustomError("time", "[DD:]HH:MM:SS")
-    return value
-
-
-def check_share(value: float) -> float:
-    if value < 0 or (isinstance(value, float) and not value <= 1):
-        raise PydanticCustomError("share", "a whole number or a share, at most 1.0")
-    return value
+Share = Whole | Annotated[float, Field(ge=0, le=1)]  # so many batches, or a share of them
+Time = Annotated[str, BeforeValidator(str), Field(pattern=r"^(\d\d:)?\d\d:\d\d:\d\d$")]
 
 
 def check_size(value: float) -> float:
-    if not (0 < value < 1 if isinstance(value, float) else value >= 1):
-        raise PydanticCustomError("size", "a whole number from 1 on, or a share between 0 and 1")
+    if value <= 0 or (isinstance(value, float) and value >= 1):
+        raise ValueError("a whole number from 1 on, or a share between 0 and 1")
     return value
 
 
-Time = Annotated[str, BeforeValidator(check_time)]
-Share = Annotated[int | float, AfterValidator(check_share)]
 Size = Annotated[int | float, AfterValidator(check_size)]
 
 
@@ -61,30 +49,26 @@ def key(description: str, default: Any = ...) -> Any:
 
 
 class Dataset(OpenSection):
-    shape: list[Count] | None = key("shape of a sample: [channels, height, width] or [dimensions]")
     batch_size: Count = key("samples in a training step (section 6: 200)")
     eval_batch_size: Count = key("samples at a time in validation and test")
     seed: Whole = key("seed of data order and noise")
-    levels: Annotated[int, Field(ge=2, le=65536)] | None = key("number of grey levels", None)
     alpha: Annotated[float, Field(gt=0, lt=0.5)] | None = key("α of the logit transform", None)
     flip: bool = key("flip training images at random", False)
     name: str | None = key("which data set of this kind", None)
     root: str | None = key("folder of the data, which are downloaded there if missing", None)
     train: Count | None = key("points of an epoch, sampled afresh for every batch", None)
-    validation: Size | None = key("validation samples; of your own data, or a share", None)
-    test: Size | None = key("test samples; of your own data, or a share of all", None)
+    validation: Size | None = key("validation samples: a number, or a share", None)
+    test: Size | None = key("test samples: a number, or a share of all", None)
     resize: Count | None = key("side of the images; a smaller one averages pixels", None)
     size: Count | list[Count] | None = key("side of images or patches, or [height, width]", None)
     channels: Literal[1, 3] | None = key("1 for grey images, 3 for RGB", None)
     crop: Count | None = key("side of the centre that is cut out before scaling", None)
     bits: Annotated[int, Field(ge=1, le=8)] | None = key("bits that are kept of a pixel", None)
-    pad: Count | None = key("side to which images are padded with zeros", None)
     on_error: Literal["stop", "skip"] | None = key("stop at a broken file, or leave it out", None)
-    cache: str | None = key("folder of the decoded images", None)
     stride: Count | None = key("pixels from one patch to the next", None)
     path: str | None = key("file of a table: CSV, Parquet, Arrow, .npy or .npz", None)
     columns: list[str] | None = key("columns that are modelled; null: all numeric ones", None)
-    context: list[str] | Literal["label"] | None = key("columns, or label, that are given", None)
+    context: list[str] | Literal["label"] | None = key("conditions: columns, or label", None)
     integer: list[str] | None = key("columns of whole numbers, which are dequantized", None)
     log: list[str] | None = key("positive columns whose logarithm is modelled", None)
     logit: dict[str, Bounds] | None = key("{column: [low, high]} whose logit is modelled", None)
@@ -94,7 +78,6 @@ class Dataset(OpenSection):
 
 
 class Model(OpenSection):
-    shape: list[Count] | None = key("shape of a sample")
     hidden: Annotated[int, Field(ge=1, le=65536)] = key("channels, or units, of a hidden layer", 64)
     layers: Annotated[int, Field(ge=2, le=100)] = key("layers of a piece's network", 4)
     pieces: Annotated[int, Field(ge=1, le=100)] = key("pieces before and after each squeeze", 1)
@@ -142,35 +125,67 @@ class Trainer(Devices, OpenSection):
     )
     gradient_clip_val: NonNegative | None = key("largest norm of the gradient; null: any")
     accumulate_grad_batches: Count = key("batches of a training step")
-    on_divergence: Literal["stop", "rewind"] = key("stop, or rewind to last.ckpt at half the rate")
     log_every_n_steps: Whole = key("training steps from one row of metrics.csv to the next")
-    check_val_every_n_epoch: Count | None = key("epochs from one validation to the next")
-    val_check_interval: Share | None = key("batches, or share of an epoch, between two validations")
     limit_train_batches: Share | None = key("number or share of the training batches of an epoch")
     limit_val_batches: Share | None = key("number or share of the validation batches")
     limit_test_batches: Share | None = key("number or share of the test batches")
     num_sanity_val_steps: Limit = key("validation batches before training")
-    enable_progress_bar: bool = key("show the progress bar")
-    enable_checkpointing: bool = key("write best.ckpt and last.ckpt")
+    enable_progress_bar: bool = key("print how far the run is")
     enable_model_summary: bool = key("print every layer")
     inference_mode: bool = key("evaluate in torch's inference mode")
-    fast_dev_run: bool | Count = key("run one batch, or so many, of everything, to find mistakes")
 
 
-class Pretrain(Section):
-    share: Annotated[float, Field(ge=0, le=1)] = key("share of the run by flow matching")
+class Entry(OpenSection):
+    """A callback or a logger; without `_target_` it is not made."""
+
+    folder: str | None = key("the run folder", None)
 
 
-class EarlyStopping(Section):
-    patience: Count | None = key("stop after so many validations without a better one; null: never")
+class Save(Entry):
+    every_n_steps: Count = key("training steps from one last.ckpt to the next within an epoch")
 
 
-class Pictures(Section):
-    samples: Count = key("images, or points, in samples.png")
+class Figures(Entry):
     every_n_epochs: Count = key("epochs from one samples.png and curves.png to the next")
 
 
-class Wandb(OpenSection):
+class EarlyStopping(Entry):
+    patience: Count | None = key("validations without a better one that stop a run; null: never")
+
+
+class Pretraining(Entry):
+    share: Annotated[float, Field(ge=0, le=1)] = key("share of the run by flow matching")
+
+
+class RefineGrid(Entry):
+    tolerance: NonNegative = key("bits/dim from a finer grid at which the grid is refined")
+
+
+class Entries(OpenSection):
+    """Entries by their names; null leaves one out."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def without_null(cls, entries: Any) -> Any:
+        if not isinstance(entries, dict):
+            return entries
+        return {name: entry for name, entry in entries.items() if entry is not None}
+
+
+class Callbacks(Entries):
+    gaussian: Entry = key("the likelihood of a Gaussian, as a baseline", None)
+    cost: Entry = key("times and evaluations of f", None)
+    save: Save = key("last.ckpt, from which a stopped run resumes", None)
+    best: Entry = key("best.ckpt, of the least validation bits/dim", None)
+    figures: Figures = key("figures of the run", None)
+    early_stopping: EarlyStopping = key("when a run stops before its last epoch", None)
+    tf32: Entry = key("TF32 in the convolutions of training steps on a fixed grid", None)
+    progress: Entry = key("the progress bar and the lines of a run", None)
+    pretraining: Pretraining = key("flow matching before equation (17)", None)
+    refine_grid: RefineGrid = key("a finer grid where it changes the likelihood", None)
+
+
+class Wandb(Entry):
     mode: Literal["offline", "online", "disabled"] = key("offline, online or disabled")
     project: str | None = key("W&B project")
     name: str | None = key("name of the run; null: its folder, or how it differs in its sweep")
@@ -178,43 +193,39 @@ class Wandb(OpenSection):
     tags: list[str] = key("tags of the run, beside its choices of data set, model and solver")
 
 
-class MLflow(OpenSection):
+class MLflow(Entry):
     experiment_name: str = key("MLflow's name of the experiment")
-    run_name: str | None = key("MLflow's name of the run; null: its folder")
     tracking_uri: str = key("where MLflow writes: a server, or a file as sqlite:///FILE")
+
+
+class Loggers(Entries):
+    wandb: Wandb = key("+logger.wandb.OPTION=… sets any other option of WandbLogger", None)
+    tensorboard: Entry = key("options of Lightning's TensorBoardLogger", None)
+    mlflow: MLflow = key("options of Lightning's MLFlowLogger", None)
 
 
 class Train(Section):
     seed: Whole = key("seed of weights, data order, noise and probes")
-    task: Literal["density", "classify"] = key("what is learned: a density, or classes")
+    folder: str = key("the run folder; set it by hydra.run.dir=…")
     divergence: Literal[DIVERGENCES] = key("probes of div f and of the Jacobian norm")
-    probes: Count = key("random probes of a sample")
-    test_probes: Count | None = key(
-        "the same in validation and test, which are exact up to 16 dimensions; null: as many"
-    )
+    probes: Count = key("random probes of a sample; up to 16 dimensions evaluation is exact")
     dequantization: Literal["uniform", "variational"] = key("noise of images: uniform, or learned")
     warmup_steps: Whole = key("steps over which the learning rate rises linearly")
     decay: bool = key("let the learning rate fall to 0 by max_epochs or max_time (half a cosine)")
-    refine: NonNegative | None = key("bits/dim from a finer grid at which the grid is refined")
-    tf32: bool = key("use TF32 on CUDA devices in evaluation, and for matrix products, too")
-    cuda_graphs: Literal["auto"] | bool = key(
-        "record the solves of training steps as CUDA graphs; auto: on one CUDA device"
-    )
-    save_every_n_steps: Count = key("training steps from one last.ckpt to the next within an epoch")
     ckpt_path: str | None = key("checkpoint to resume; auto: last.ckpt of the run folder, if any")
-    sweep_metric: Literal["bits_per_dim", "bits_per_dim_and_nfe"] = key("what a sweep minimizes")
+    sweep_metrics: Annotated[list[str], Field(min_length=1)] = key(
+        "names in result.json of what a sweep minimizes"
+    )
     dataset: Dataset = key("the data")
     model: Model = key("the flow")
     solver: Solver = key("the ODE methods")
     reg: Regularizer = key("the penalties of equation (17)")
     optimizer: Optimizer = key("torch.optim.Adam, or another class by optimizer._target_")
-    pretrain: Pretrain = key("flow matching before equation (17); pretrain=none: without", None)
-    early_stopping: EarlyStopping = key("when a run stops before its last epoch")
     trainer: Trainer = key("Lightning's Trainer; +trainer.OPTION=… sets any other option of it")
-    pictures: Pictures = key("pictures of the run")
-    wandb: Wandb = key("+wandb.OPTION=… sets any other option of WandbLogger", None)
-    tensorboard: OpenSection = key("options of Lightning's TensorBoardLogger", None)
-    mlflow: MLflow = key("options of Lightning's MLFlowLogger", None)
+    callbacks: Callbacks = key("Lightning callbacks; +callbacks.NAME={_target_: …} adds one")
+    logger: Loggers = key(
+        "Lightning loggers beside metrics.csv; +logger.NAME={_target_: …} adds one"
+    )
 
 
 class CheckpointData(Section):
@@ -224,11 +235,12 @@ class CheckpointData(Section):
 
 
 class FromCheckpoint(Section):
+    folder: str = key("where files are written, which hydra.run.dir=… sets")
     ckpt_path: str = key("checkpoint of a run, such as outputs/…/best.ckpt")
     seed: Whole = key("seed of noise, probes and samples")
     trust: list[str] = key("your own packages, whose classes the checkpoint may name: [mydata]")
     divergence: Literal[DIVERGENCES] | None = key("null: exact up to 16 dimensions, else the run's")
-    probes: Count | None = key("random probes of a sample; null: the run's own")
+    probes: Count | None = key("random probes of a sample, 4 or more of a table; null: the run's")
     solver: Solver = key("solver=… and solver.test.…=… replace the run's own; nothing trains")
     trainer: Devices = key("the devices")
     dataset: CheckpointData = key("the data")
@@ -237,13 +249,11 @@ class FromCheckpoint(Section):
 class Evaluate(FromCheckpoint):
     split: Literal["test", "val", "train"] = key("the split that is evaluated")
     samples: Count = key("dequantizations of each image in the importance-weighted bound")
-    pictures: Count = key("images in each half of extremes.png")
 
 
 class Sample(FromCheckpoint):
     n: Count = key("number of samples")
     context: dict[str, Any] = key("what a conditional density is given, as context.COLUMN=VALUE")
-    context_file: str | None = key("table whose rows condition a sample each, instead of context")
     temperature: NonNegative = key("standard deviation of z")
     trajectory: bool = key("save the way from noise to images, as a strip and an animation")
     interpolate: Annotated[list[Whole], Field(min_length=2, max_length=2)] | None = key(
@@ -255,7 +265,6 @@ class Score(FromCheckpoint):
     path: str = key("table or folder of new data")
     id: list[str] = key("columns of the table that are copied beside the scores")
     context: dict[str, Any] = key("what a conditional density is given, as context.COLUMN=VALUE")
-    format: Literal["csv", "parquet"] = key("of the file that is written")
 
 
 class Reproduce(Section):
@@ -282,8 +291,13 @@ class Dashboard(Section):
 
 
 COMMANDS = {
-    **{"train": Train, "evaluate": Evaluate, "sample": Sample, "score": Score},
-    **{"reproduce": Reproduce, "report": Report, "dashboard": Dashboard},
+    "train": Train,
+    "evaluate": Evaluate,
+    "sample": Sample,
+    "score": Score,
+    "report": Report,
+    "dashboard": Dashboard,
+    "reproduce": Reproduce,
 }
 
 

@@ -12,8 +12,7 @@ from rnode.app.build import from_checkpoint
 from rnode.app.density import Density
 from rnode.app.printing import print_table, quantities
 from rnode.data.datamodule import DataModule
-from rnode.data.decoding import Format, decode
-from rnode.data.folder import find_images
+from rnode.data.folder import Format, decode, find_images
 from rnode.data.tables import read_table
 from rnode.errors import InputError, one_line, require
 from rnode.training.checkpoint import load_checkpoint
@@ -56,8 +55,9 @@ def read(density: Density, path: Path, names: list[str]) -> tuple[object, pl.Dat
     require(not names, f"id={names}: must be left out; images have no columns")
     if path.is_dir():
         files, form = find_images(path), image_format(density.data)
-        images = [whole_image(path / file, form) for file in track(files, "decoding")]
-        return np.stack(images), pl.DataFrame({"file": files})
+        images = [decode(file, form) for file in track(files, "decoding")]
+        names = [file.relative_to(path).as_posix() for file in files]
+        return np.stack(images), pl.DataFrame({"file": names})
     right = f"path={path}: must be a folder of images, or a .npy file"
     require(path.suffix == ".npy" and path.is_file(), right)
     try:
@@ -69,7 +69,7 @@ def read(density: Density, path: Path, names: list[str]) -> tuple[object, pl.Dat
 
 def class_folders(density: Density, identity: pl.DataFrame) -> dict[str, list[str]] | None:
     """Return the classes of images in folders, for a density of images given their class."""
-    if density.columns is not None or density.data.context is None or "file" not in identity:
+    if density.columns is not None or not density.data.conditions.columns or "file" not in identity:
         return None
     folders = [Path(file).parts[:-1] for file in identity["file"]]
     return {"label": [first for first, *_ in folders]} if all(folders) else None
@@ -81,13 +81,4 @@ def image_format(data: DataModule) -> Format:
     bits = levels.bit_length() - 1
     wrong = f"path: must be a .npy file; {levels} grey levels are not the bits of a pixel"
     require(levels == 2**bits <= 256, wrong)
-    known = {key: data.arguments[key] for key in ("crop", "pad") if key in data.arguments}
-    return Format(channels, data.arguments.get("size", sides), bits=bits, **known)
-
-
-def whole_image(path: Path, form: Format) -> np.ndarray:
-    """Decode an image; a broken file is an InputError."""
-    result = decode(path, form)
-    if isinstance(result, InputError):
-        raise result
-    return result[0]
+    return Format(channels, sides, data.arguments.get("crop"), bits)

@@ -11,7 +11,6 @@ import math
 import os
 import signal
 import sys
-import traceback
 from collections.abc import Callable
 from multiprocessing import current_process
 from pathlib import Path
@@ -23,25 +22,21 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from rnode.app.launch import is_first_process
-from rnode.app.report_error import describe_error, one_line_errors, wants_traceback
+from rnode.app.exits import describe_error, one_line_errors
+from rnode.app.processes import is_first_process
 from rnode.app.schema import flatten
 from rnode.errors import Stopped, require
 from rnode.training.results import RESULT, read_result
 
 DIVERGED, FAILED, OVERRIDES = "diverged.txt", "failed.txt", ".hydra/overrides.yaml"
 SWEPT = "RNODE_SWEPT"  # environment variable, for jobs: the keys that the sweep varies
-SWEEP_METRICS = {
-    "bits_per_dim": ["val/bits_per_dim"],
-    "bits_per_dim_and_nfe": ["val/bits_per_dim", "val/nfe_forward"],
-}
 TIMES = ("max_epochs", "max_steps", "max_time", "min_epochs", "min_steps")
 LIMITS = {f"trainer.{key}" for key in TIMES}  # a job resumes a run that had other limits
 DISPLAY = ("log_every_n_steps", "profiler", "enable_progress_bar", "enable_model_summary")
 IRRELEVANT = (  # keys, and sections, that do not change the result of a run
-    *("ckpt_path", "sweep_metric", "save_every_n_steps", "cuda_graphs"),
-    *("wandb", "pictures", "tensorboard", "mlflow"),
-    *("dataset.root", "trainer.accelerator", "trainer.strategy", "trainer.on_divergence"),
+    *("ckpt_path", "sweep_metrics", "folder", "logger"),
+    *("callbacks.save", "callbacks.best.folder", "callbacks.figures"),
+    *("dataset.root", "trainer.accelerator", "trainer.strategy"),
     *(f"trainer.{key}" for key in DISPLAY),
 )
 
@@ -59,7 +54,7 @@ def swept(overrides: list[str]) -> list[str]:
 
 def metric_values(cfg: DictConfig, result: dict) -> float | list[float]:
     """Return what a guided sweep minimizes; NaN where the run did not measure it."""
-    found = [result.get(name) for name in SWEEP_METRICS[cfg.sweep_metric]]
+    found = [result.get(name) for name in cfg.sweep_metrics]
     values = [math.nan if value is None else value for value in found]
     return values if len(values) > 1 else values[0]
 
@@ -88,17 +83,6 @@ def earlier_result(cfg: DictConfig, folder: Path) -> dict[str, float | None] | N
 def is_irrelevant(key: str) -> bool:
     """Return whether a dotted key does not change the result of a run."""
     return any(f"{key}.".startswith(f"{name}.") for name in IRRELEVANT)
-
-
-def refuse_own_processes(trainer: Any) -> None:
-    """Raise InputError if a job would start processes: each would run the command of the sweep."""
-    environment = getattr(trainer.strategy, "cluster_environment", None)
-    starts = environment is not None and not environment.creates_processes_externally
-    require(
-        not (in_sweep() and trainer.world_size > 1 and starts),
-        f"trainer.devices={trainer.num_devices}: must be 1 in a sweep, unless a cluster starts the "
-        "processes (hydra.launcher.tasks_per_node=… of submitit_slurm)",
-    )
 
 
 def run_job(function: Callable[[DictConfig], Any], cfg: DictConfig, folder: Path) -> Any:
@@ -138,8 +122,6 @@ def forget_failure(folder: Path) -> None:
 def record_failure(error: Exception, folder: Path) -> None:
     """Print why a job failed, and write it into the folder of the job."""
     line, _ = describe_error(error)
-    if wants_traceback():
-        traceback.print_exception(error)
     if not is_first_process():
         return
     print(f"error: job {folder.name}: {line}", file=sys.stderr, flush=True)
@@ -162,7 +144,7 @@ class Sweep(Callback):
         from rnode.app.sweep_report import report  # imports matplotlib, which no job needs
 
         with one_line_errors():
-            report(Path(config.hydra.sweep.dir), config.get("wandb"))
+            report(Path(config.hydra.sweep.dir), config.logger.get("wandb"))
 
 
 def prepare(config: DictConfig) -> None:
@@ -170,16 +152,14 @@ def prepare(config: DictConfig) -> None:
     typed = OverridesParser.create().parse_overrides(config.hydra.overrides.task)
     keys = [override.key_or_group for override in typed if override.is_sweep_override()]
     os.environ[SWEPT] = " ".join([*keys, *(config.hydra.sweeper.get("params") or ())])
-    metric, sweeper, launcher = config.sweep_metric, config.hydra.sweeper, config.hydra.launcher
-    known = " or ".join(SWEEP_METRICS)
-    require(metric in SWEEP_METRICS, f"sweep_metric={metric}: must be {known}")
+    sweeper, launcher = config.hydra.sweeper, config.hydra.launcher
     if "max_failure_rate" in sweeper:  # Optuna's
         given = {override.split("=")[0] for override in config.hydra.overrides.hydra}
-        for key, reason in (("direction", "sweep_metric"), ("max_failure_rate", "the sweep")):
+        for key, reason in (("direction", "sweep_metrics"), ("max_failure_rate", "the sweep")):
             name = f"hydra.sweeper.{key}"
             wrong = f"{name}={sweeper[key]}: must be left out; {reason} sets it"
             require(name not in given, wrong)
-        sweeper.direction = ["minimize"] * len(SWEEP_METRICS[metric])
+        sweeper.direction = ["minimize"] * len(config.sweep_metrics)
         sweeper.max_failure_rate = 1.0
         if "seed" in sweeper.sampler and sweeper.sampler.seed is None:
             sweeper.sampler.seed = config.seed  # started again, it suggests the same jobs

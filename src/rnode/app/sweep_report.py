@@ -11,7 +11,7 @@ from rnode.app.maps import plot_maps
 from rnode.app.printing import print_table
 from rnode.app.report import write_report
 from rnode.app.runs import COLUMNS, LAMBDAS, Run, best, read_runs
-from rnode.training.loggers import Label, finish_wandb, make_wandb
+from rnode.training.loggers import finish_wandb, wandb_logger
 
 
 def report(folder: Path, wandb: DictConfig | None) -> None:
@@ -55,7 +55,9 @@ def make_rows(jobs: list[Run]) -> list[list]:
 
 def log_to_wandb(jobs: list[Run], folder: Path, wandb: DictConfig) -> None:
     """Log the table and the picture of a sweep."""
-    logger = make_wandb(wandb, folder, {}, Label("sweep", folder.name, []), resumes=False)
+    options = {key: wandb[key] for key in wandb if key not in ("_target_", "folder")}
+    options |= {"name": "sweep", "group": folder.name, "tags": []}
+    logger = wandb_logger(str(folder), **options)
     header, *rows = make_rows(jobs)
     logger.log_table("sweep", header, rows)
     if (folder / "sweep.png").exists():

@@ -6,7 +6,6 @@ import numpy as np
 import torch
 from sklearn.datasets import make_circles, make_moons
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from rnode.data.splits import SPLIT_SEED, Splits
 from rnode.errors import require_choice
@@ -15,17 +14,18 @@ from rnode.transforms import Column, TableTransform
 Density = Callable[[int, np.random.Generator], np.ndarray]  # samples n vectors, (n, d)
 
 
-class FreshSamples(Dataset):
+class FreshSamples:
     """`count` vectors, sampled anew for every batch; its indices, in their order, are the seed."""
 
     def __init__(self, density: Density, count: int):
-        self.density, self.count = density, count
+        self.density = density
+        self.count = count
 
     def __len__(self) -> int:
         return self.count
 
-    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
-        return sample(self.density, len(indices), indices), torch.tensor(indices)
+    def __getitem__(self, index: Tensor) -> Tensor:
+        return sample(self.density, len(index), index.tolist())
 
 
 def sample(density: Density, count: int, seed: Sequence[int]) -> Tensor:
@@ -36,10 +36,14 @@ def toy(name: str, train: int = 20000, validation: int = 2000, test: int = 10000
     """Return a density of DENSITIES: fresh training samples, fixed validation and test samples."""
     require_choice("name", name, DENSITIES)
     density = DENSITIES[name]
-    held_out = (sample(density, n, (SPLIT_SEED, i)) for i, n in enumerate((validation, test), 1))
-    val, test_rows = held_out
-    columns = [Column(f"x{i + 1}") for i in range(val.shape[1])]
-    return Splits(FreshSamples(density, train), val, test_rows, transform=TableTransform(columns))
+    val = sample(density, validation, (SPLIT_SEED, 1))
+    columns = [Column(f"x{i}") for i in range(1, val.shape[1] + 1)]
+    return Splits(
+        FreshSamples(density, train),
+        val,
+        sample(density, test, (SPLIT_SEED, 2)),
+        TableTransform(columns),
+    )
 
 
 def eight_gaussians(n: int, rng: np.random.Generator) -> np.ndarray:

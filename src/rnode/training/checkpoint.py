@@ -1,4 +1,4 @@
-"""Checkpoints: written whole or not at all, checked byte for byte, and read as data, not code."""
+"""Checkpoints: written atomically, checked by CRC, and read as data, not code."""
 
 import zipfile
 from pathlib import Path
@@ -10,7 +10,7 @@ from torch import Tensor
 from rnode.errors import InputError, one_line, require
 from rnode.training.run_folder import whole_file
 
-FORMAT = 3  # of what a checkpoint holds; format 2 had other biases of convolutions
+FORMAT = 4  # of a checkpoint's contents; format 3 had other configuration keys
 DATA = (  # keys of `dataset` that say which data it is
     *("source", "name", "shape", "levels", "alpha"),
     *("columns", "context", "integer", "log", "logit"),
@@ -48,8 +48,11 @@ def load_checkpoint(path: str | Path) -> dict:
         reason = one_line(error)[:100]
         raise InputError(f"ckpt_path={path}: is damaged or not a checkpoint ({reason})") from None
     found = checkpoint.get("format") if isinstance(checkpoint, dict) else None
-    other = f"has format {found or 'none'}, and this version of rnode reads format {FORMAT}"
-    require(found == FORMAT, f"ckpt_path={path}: {other}; use the version that wrote it")
+    require(
+        found == FORMAT,
+        f"ckpt_path={path}: has format {found or 'none'}, and this version of rnode reads format "
+        f"{FORMAT}; use the version that wrote it",
+    )
     return checkpoint
 
 
@@ -57,13 +60,14 @@ def load_to_resume(path: str | Path, config: dict) -> dict:
     """Read the checkpoint of a run with the model, data and optimizer of `config`."""
     checkpoint = load_checkpoint(path)
     model = sorted(checkpoint["config"]["model"].keys() | config["model"].keys())
-    same = {"model": model, "dataset": DATA, "optimizer": ("_target_",)}
-    for section, keys in same.items():
+    for section, keys in {"model": model, "dataset": DATA, "optimizer": ("_target_",)}.items():
         for key in keys:
-            there, here = checkpoint["config"][section].get(key), config[section].get(key)
+            there, here = (part[section].get(key) for part in (checkpoint["config"], config))
             differs = f"{section}.{key} is {there} there and {here} here"
-            message = f"ckpt_path={path}: {differs}; a run resumes with the same {section}"
-            require(there == here, message)
+            require(
+                there == here,
+                f"ckpt_path={path}: {differs}; a run resumes with the same {section}",
+            )
     return checkpoint
 
 

@@ -1,39 +1,33 @@
-"""The loggers: metrics.csv, W&B, TensorBoard and MLflow."""
+"""The loggers of a run: metrics.csv, and W&B as this program sets it up."""
 
 import csv
 import os
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
-from hydra.errors import InstantiationException
-from hydra.utils import instantiate
-from omegaconf import DictConfig
 from pytorch_lightning.loggers import Logger, WandbLogger
 from pytorch_lightning.utilities import rank_zero_only
 
-from rnode.errors import WriteError, one_line, require
+from rnode.errors import WriteError, one_line
 from rnode.training.results import read_metrics
 from rnode.training.run_folder import whole_file
 
 
 class MetricsCSV(Logger):
-    """Appends each row as it is logged; a new column rewrites the whole file.
+    """Appends each row to a file as it is logged; a new column rewrites the whole file.
 
-    A resumed run drops the rows that it logs again: those from step `before` on, those of a test,
-    and the time of the `epoch` in which it resumes.
+    A run that resumes from a `checkpoint` drops the rows that it logs again: those from its step
+    on, those of a test, and, in the middle of an epoch, the time of this epoch. Lightning's
+    CSVLogger would delete all rows.
     """
 
     name = version = ""
 
-    def __init__(self, path: Path, before: int = 0, epoch: int | None = None):
+    def __init__(self, path: Path, checkpoint: dict | None = None):
         super().__init__()
         self.path, self.columns = path, []
         if rank_zero_only.rank == 0:
-            rows = [row for row in read_metrics(path) if int(row["step"]) < before]
-            again = {"train/seconds_per_epoch", "epoch"}
-            rows = [r for r in rows if not (again <= r.keys() and r["epoch"] == str(epoch))]
-            self.write([row for row in rows if not any(key.startswith("test/") for key in row)])
+            self.write([] if checkpoint is None else rows_before(checkpoint, read_metrics(path)))
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
@@ -62,60 +56,54 @@ class MetricsCSV(Logger):
         pass  # config.yaml holds them
 
 
-class Label(NamedTuple):
-    """How the run is called where several runs are shown together."""
+def rows_before(checkpoint: dict, rows: list[dict]) -> list[dict]:
+    """Return the rows that a run which resumes from the checkpoint does not log again."""
+    last = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["is_last_batch"]
+    epoch = None if last else str(checkpoint["epoch"])
 
-    name: str
-    group: str | None  # of a sweep
-    tags: list[str]
+    def again(row: dict) -> bool:
+        return (
+            int(row["step"]) >= checkpoint["global_step"]
+            or any(key.startswith("test/") for key in row)
+            or ("train/seconds_per_epoch" in row and row.get("epoch") == epoch)
+        )
 
-
-def make_loggers(
-    cfg: DictConfig, folder: Path, config: dict, label: Label, step: int | None, epoch: int | None
-) -> list[Logger]:
-    """Return the logger of metrics.csv and those that the configuration chooses.
-
-    A run that resumes from `step`, in the middle of `epoch` unless that is None, keeps earlier
-    rows.
-    """
-    loggers = [MetricsCSV(folder / "metrics.csv", step or 0, epoch)]
-    if "wandb" in cfg and cfg.wandb.mode != "disabled":
-        loggers.append(make_wandb(cfg.wandb, folder, config, label, step is not None))
-    try:
-        if "tensorboard" in cfg:
-            loggers.append(instantiate(cfg.tensorboard, save_dir=folder))
-        if "mlflow" in cfg:
-            loggers.append(instantiate(cfg.mlflow, run_name=cfg.mlflow.run_name or label.name))
-    except InstantiationException as error:
-        require(not isinstance(error.__cause__, ModuleNotFoundError), one_line(error.__cause__))
-        raise
-    return loggers
+    return [row for row in rows if not again(row)]
 
 
-def make_wandb(
-    wandb: DictConfig, folder: Path, config: dict, label: Label, resumes: bool
-) -> WandbLogger:
+def wandb_logger(
+    folder: str, mode: str, name: str | None, group: str | None, tags: list[str], **options: object
+) -> WandbLogger | None:
     """Return the logger of W&B, whose summary keeps the least validation bits/dim.
 
     The W&B run of a resumed run has the same name and another offline folder, which `wandb sync`
-    joins to the first.
+    joins to the first. Other options are those of WandbLogger. With mode="disabled" there is none.
     """
-    import wandb as library  # takes a second to import
+    if mode == "disabled":
+        return None
+    import wandb  # takes a second to import
 
-    library.setup(library.Settings(silent=True))  # the table at the end says what W&B would
-    place = os.environ.get("WANDB_DIR", folder)
-    earlier = folder.glob("wandb/*run-*-*") if resumes else ()  # …run-DATE_TIME-ID
+    wandb.setup(wandb.Settings(silent=True))  # the table at the end says what W&B would
+    resumes = any(Path(folder).glob("*.ckpt"))
+    earlier = Path(folder).glob("wandb/*run-*-*") if resumes else ()  # …run-DATE_TIME-ID
     identity = max((path.name.split("-")[-2:] for path in earlier), default=[None])[-1]
-    options = dict(wandb) | {"save_dir": place, "config": config, "id": identity}
-    options["name"], options["group"] = wandb.name or label.name, wandb.group or label.group
-    logger = WandbLogger(**options | {"tags": [*label.tags, *wandb.tags]})
-    step = {"step_metric": "trainer/global_step"}
-    logger.experiment.define_metric("val/bits_per_dim", summary="min", **step)
+    logger = WandbLogger(
+        name=name,
+        save_dir=os.environ.get("WANDB_DIR", folder),
+        id=identity,
+        mode=mode,
+        group=group,
+        tags=list(tags),
+        **options,
+    )
+    logger.experiment.define_metric(
+        "val/bits_per_dim", summary="min", step_metric="trainer/global_step"
+    )
     return logger
 
 
 def finish_wandb() -> None:
     """Close the W&B run, so that the next job of a sweep opens its own."""
-    library = sys.modules.get("wandb")
-    if library is not None and library.run is not None:
-        library.finish()
+    wandb = sys.modules.get("wandb")
+    if wandb is not None and wandb.run is not None:
+        wandb.finish()

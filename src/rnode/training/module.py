@@ -14,11 +14,13 @@ from rnode.evaluation import solve_and_measure, standard_error
 from rnode.flow import Flow, Solution
 from rnode.loss import bits_per_dim, log_normal, objective
 from rnode.matching import flow_matching
+from rnode.networks import Field
 from rnode.seeding import PROBES, step_generator
 from rnode.solver import integrate, solver_errors
 from rnode.training.checkpoint import FORMAT
-from rnode.training.divergence import DivergenceWatch, nan_loss
-from rnode.training.limits import time_passed
+from rnode.training.graphs import RecordedSolves
+from rnode.training.pretraining import Pretraining, time_passed
+from rnode.training.watch import Watch, nan_loss
 from rnode.transforms import Batch
 
 
@@ -27,8 +29,8 @@ class RNODE(LightningModule):
 
     It logs under train/, val/ and test/: bits_per_dim; kinetic and jacobian, E and n per dimension;
     nfe_forward and nfe_backward, evaluations of f summed over the pieces. In training it also logs
-    the loss, the norm of its gradient, and the learning rate. While `matching` is set, the loss is
-    that of flow matching, which has no bits/dim.
+    the loss, the norm of its gradient, and the learning rate. The loss of flow matching, which may
+    come first, has no bits/dim.
     """
 
     def __init__(
@@ -39,31 +41,62 @@ class RNODE(LightningModule):
         lambda_j: float,  # λ_J, weight of the Jacobian's squared Frobenius norm
         warmup_steps: int = 0,  # steps over which the learning rate rises linearly
         decay: bool = False,  # whether it then falls to 0 by the end of the run, as half a cosine
-        seed: int = 0,  # of noise and probes in evaluation
+        seed: int = 0,  # of noise and probes
         config: dict | None = None,  # of the run, as plain containers; checkpoints carry it
-        learning_rate_factor: float = 1.0,  # multiplies the learning rate of `optimizer`
+        pretraining: Pretraining | None = None,  # which steps have the loss of flow matching
     ):
         super().__init__()
         self.flow, self.optimizer = flow, optimizer
         self.lambda_k, self.lambda_j = lambda_k, lambda_j
-        self.warmup_steps, self.decay, self.seed = warmup_steps, decay, seed
-        self.config, self.learning_rate_factor = config or {}, learning_rate_factor
-        # A row per sample: index, log_det, bits/dim, E/d, n/d. NaN is kept, for a divergence.
+        self.warmup_steps, self.decay = warmup_steps, decay
+        self.seed, self.config = seed, config or {}
+        self.pretraining = pretraining or Pretraining()
+        # A row per sample: index, log_det, bits/dim, E/d, n/d. NaN is kept: the run has diverged.
         self.evaluated = CatMetric(nan_strategy="disable")
         self.validation_bits = torch.zeros(0)  # bits/dim of the validation samples, ascending
-        self.divergence = DivergenceWatch(flow)
-        self.solution: Solution | None = None  # of the training step that runs
-        self.integrate = integrate
+        self.watch = Watch(flow)
+        self.step = 0  # the training step that runs
+        self.solution: Solution | None = None  # of this step; None for flow matching
         self.nfe = 0  # evaluations of f in the last training step
-        self.logs = True  # whether metrics of this training step are read
-        self.matching, self.start = False, 0  # the step at which equation (17) begins
+        self.integrate = integrate  # or CUDA graphs of it
+
+    @property
+    def matching(self) -> bool:
+        """Whether the loss is that of flow matching."""
+        return self.pretraining.matching
+
+    @property
+    def start(self) -> int:
+        """The first step of equation (17); 0 while the loss is that of flow matching."""
+        return self.pretraining.start or 0
+
+    @property
+    def logs(self) -> bool:
+        """Whether metrics of this training step are read: a call of `log` takes a millisecond."""
+        last = self.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+        return last or (self.step + 1) % max(1, self.trainer.log_every_n_steps) == 0
+
+    def on_fit_start(self) -> None:
+        trainer, solver = self.trainer, self.flow.solver
+        if (
+            self.device.type == "cuda"
+            and trainer.world_size == 1
+            and trainer.accumulate_grad_batches == 1  # a replay overwrites the gradients
+            and solver.train.one_step
+            and solver.gradient == "backprop"
+            # A graph may not be able to record a user's own field.
+            and all(isinstance(piece.field, Field) for piece in self.flow.pieces)
+        ):
+            data = trainer.datamodule
+            self.integrate = RecordedSolves(min(data.batch_size, len(data.splits.train)))
+            trainer.print("the first step records the solves of training steps as CUDA graphs")
+
+    def on_fit_end(self) -> None:
+        self.integrate = integrate  # the test needs the memory of the graphs
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        # A call of `log` takes a millisecond, and these are most of a cheap step.
-        last = self.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
-        log_every = max(1, self.trainer.log_every_n_steps)
-        self.logs = last or (self.global_step + 1) % log_every == 0
-        place = (self.seed, self.current_epoch, self.batches(), self.global_rank)
+        self.step, self.solution = self.global_step, None
+        place = (self.seed, self.current_epoch, batch_idx, self.global_rank)
         generator = step_generator(self.device, *place, PROBES)
         if self.matching:
             loss = flow_matching(self.flow, batch.y, batch.c, generator)
@@ -72,7 +105,7 @@ class RNODE(LightningModule):
         try:
             self.solution = self.flow.solve(batch.y, batch.c, generator, self.integrate)
         except Diverged as error:
-            self.divergence.gave_up(f"{error} at training step {self.global_step}")
+            self.watch.gave_up(f"{error} at training step {self.step}")
             return nan_loss(self.parameters())
         state, d = self.solution.state, self.flow.d
         loss = objective(state, self.lambda_k, self.lambda_j)
@@ -81,10 +114,6 @@ class RNODE(LightningModule):
         self.log_step({"loss": loss, "kinetic": kinetic, "jacobian": jacobian})
         self.log_step({"bits_per_dim": bits, "nfe_forward": self.solution.nfe_forward})
         return loss
-
-    def batches(self) -> int:
-        """The number of this batch in its epoch."""
-        return self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
 
     def log_step(self, metrics: dict[str, Tensor | float]) -> None:
         """Log what a training step has measured, if it is a log step or the last of an epoch."""
@@ -101,37 +130,38 @@ class RNODE(LightningModule):
         except Diverged as error:
             # The backward pass visits the pieces from last to first; the one visited last failed.
             piece = 1 + [piece.nfe_backward > 0 for piece in self.solution.pieces].index(True)
-            where = f"in the gradient of piece {piece} at training step {self.global_step}"
+            self.watch.gave_up(
+                f"{error} in the gradient of piece {piece} at training step {self.step}"
+            )
             # A parameter with a gradient was sent already: after the first accumulated batch, all.
             unsent = [parameter for parameter in self.parameters() if parameter.grad is None]
-            self.divergence.gave_up(f"{error} {where}")
             if unsent:
                 nan_loss(unsent).backward()
             self.loss = self.loss * math.nan
 
     def on_after_backward(self) -> None:
-        solution = self.solution
-        forward, backward = len(self.flow.pieces) * self.matching, 0
-        if solution:
-            forward, backward = solution.nfe_forward, solution.nfe_backward
+        if self.solution is None:
+            forward, backward = len(self.flow.pieces) * self.matching, 0
+        else:
+            forward, backward = self.solution.nfe_forward, self.solution.nfe_backward
         self.nfe = forward + backward
-        norm = self.divergence.watch(self.global_step, solution, self.loss)
+        norm = self.watch.check(self.step, self.solution, self.loss)
         lr = self.trainer.optimizers[0].param_groups[0]["lr"]
         self.log_step({"nfe_backward": backward, "gradient_norm": norm, "lr": lr})
-        self.solution = None
+        self.solution = None  # its graph is freed before the optimizer's step
         # An accelerator would wait for every check, so it checks when its metrics are read.
         if self.device.type == "cpu" or self.logs:
-            self.divergence.raise_if_diverged()
+            self.watch.raise_if_diverged()
 
     def on_validation_start(self) -> None:
-        self.divergence.raise_if_diverged()
+        self.watch.raise_if_diverged()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         try:
             solution, measures = solve_and_measure(self.flow, batch, self.seed)
             nfe = solution.nfe_forward
         except Diverged as error:
-            self.divergence.gave_up(str(error))
+            self.watch.gave_up(str(error))
             nfe, measures = 0, 3 * [torch.full_like(batch.log_det, math.nan)]
         self.evaluated.update(torch.stack([batch.index, batch.log_det, *measures], dim=1))
         stage, size = "test" if self.trainer.testing else "val", len(batch.index)
@@ -146,9 +176,9 @@ class RNODE(LightningModule):
         log_det, bits, kinetic, jacobian = rows.mean(0)
         stage = "test" if self.trainer.testing else "val"
         if not bits.isfinite():
-            held = filter(None, gather_lists([self.divergence.message]))
+            messages = filter(None, gather_lists([self.watch.message]))
             message = f"{stage} bits/dim is {bits:.3g} after training step {self.global_step}"
-            raise Diverged(next(held, message))
+            raise Diverged(next(messages, message))
         self.log(f"{stage}/bits_per_dim", bits, sync_dist=True)
         self.log(f"{stage}/bits_per_dim_se", standard_error(rows[:, 1]), sync_dist=True)
         self.log(f"{stage}/log_det", log_det, sync_dist=True)
@@ -161,9 +191,7 @@ class RNODE(LightningModule):
 
     def configure_optimizers(self) -> dict:
         optimizer = self.optimizer(self.parameters())
-        group = optimizer.param_groups[0]
-        group["lr"] *= self.learning_rate_factor
-        self.options = {k: v for k, v in group.items() if k != "params"}
+        self.options = {k: v for k, v in optimizer.param_groups[0].items() if k != "params"}
         if self.warmup_steps == 0 and not self.decay:
             return {"optimizer": optimizer}
         steps = self.decay_steps() if self.decay else math.inf
@@ -186,7 +214,7 @@ class RNODE(LightningModule):
         window = trainer.accumulate_grad_batches
         return trainer.max_epochs * math.ceil(trainer.num_training_batches / window)
 
-    def apply_options(self) -> None:
+    def on_train_start(self) -> None:
         """Set the optimizer's options to the command line's, and its learning rate to this step's.
 
         A checkpoint has put back its own.
@@ -198,12 +226,14 @@ class RNODE(LightningModule):
             schedule.base_lrs, schedule.last_epoch = [group["lr"]], self.trainer.global_step
             group["lr"] *= schedule.lr_lambdas[0](schedule.last_epoch)
 
-    on_train_start = apply_options
+    def restart_optimizer(self) -> None:
+        """Forget what the optimizer knows of the gradients, and let its rate rise anew."""
+        self.trainer.optimizers[0].state.clear()
+        self.on_train_start()
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
-        self.divergence.raise_if_diverged()  # rather than overwrite the last good checkpoint
+        self.watch.raise_if_diverged()  # rather than overwrite the last good checkpoint
         checkpoint |= {"format": FORMAT, "config": self.config}
-        checkpoint["learning_rate_factor"] = self.learning_rate_factor
         checkpoint["validation_bits"] = self.validation_bits
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:

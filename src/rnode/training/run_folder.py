@@ -1,16 +1,23 @@
-"""The folder of a run: files are written whole or not at all, and one run at a time uses it."""
+"""The folder of a run: atomic files, its lock, its log, and what its result depends on."""
 
 import contextlib
 import os
+import platform
 import re
+import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any, TextIO
 
 from filelock import FileLock, Timeout
 
+import rnode
 from rnode.errors import InputError, WriteError, one_line, require
+
+ENVIRONMENT = "environment.yaml"
+PACKAGES = ("torch", "torchvision", "pytorch-lightning", "torchdiffeq", "numpy")
 
 
 @contextlib.contextmanager
@@ -56,7 +63,7 @@ class Copy:
 
 @contextlib.contextmanager
 def transcript(path: Path, printed: str) -> Iterator[None]:
-    """Copy what is `printed` already, what will be, and an error that ends it, to a file's end."""
+    """Append `printed`, all further output and a final exception to the log file `path`."""
     with (
         open(path, "a", encoding="utf-8") as file,
         contextlib.redirect_stdout(Copy(sys.stdout, file)),
@@ -66,7 +73,7 @@ def transcript(path: Path, printed: str) -> Iterator[None]:
         try:
             yield
         except BaseException as error:
-            with contextlib.suppress(OSError):  # a full disk, of which `error` may be the news
+            with contextlib.suppress(OSError):  # the exception may be about a full disk
                 print(f"{type(error).__name__}: {one_line(error)}", file=file, flush=True)
             raise
 
@@ -74,13 +81,35 @@ def transcript(path: Path, printed: str) -> Iterator[None]:
 @contextlib.contextmanager
 def lock(folder: Path, resumes: bool) -> Iterator[None]:
     """Lock a run folder until this process ends; only a run that `resumes` may find checkpoints."""
-    start = "another hydra.run.dir=… starts a new one"
     try:
         with FileLock(folder / ".lock", timeout=0):
             for path in (folder / "last.ckpt", folder / "best.ckpt"):
-                earlier = f"{path} is from an earlier run: ckpt_path=auto resumes that run"
-                require(resumes or not path.exists(), f"{earlier}, {start}")
+                require(
+                    resumes or not path.exists(),
+                    f"{path} is from an earlier run: ckpt_path=auto resumes that run, another "
+                    "hydra.run.dir=… starts a new one",
+                )
             yield
     except Timeout:
-        wait = "wait until it has ended, or give this run another hydra.run.dir=…"
-        raise InputError(f"{folder}: another run is using this folder; {wait}") from None
+        raise InputError(
+            f"{folder}: another run is using this folder; wait until it has ended, or give this "
+            "run another hydra.run.dir=…"
+        ) from None
+
+
+def environment() -> dict[str, str]:
+    """Return the machine, the versions and, of a checkout, the commit."""
+    import torch  # --help and invalid arguments do not wait for it
+
+    found = {"python": platform.python_version(), "rnode": rnode.__version__}
+    found |= {name: version(name) for name in PACKAGES}
+    found |= {"system": platform.platform(), "threads": str(torch.get_num_threads())}
+    if torch.cuda.is_available():
+        found["device"] = torch.cuda.get_device_name()
+    checkout = Path(__file__).parents[3]
+    if (checkout / ".git").exists():
+        command = ["git", "-C", checkout, "describe", "--always", "--dirty", "--abbrev=12"]
+        with contextlib.suppress(OSError, subprocess.CalledProcessError):  # git is not installed
+            done = subprocess.run(command, check=True, capture_output=True, text=True)
+            found["commit"] = done.stdout.strip()
+    return found

@@ -1,4 +1,4 @@
-"""Lightning callbacks that change how a flow is solved: the grid, compilation, precision."""
+"""Lightning callbacks that change how a flow is solved while it trains: the grid, TF32."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,7 +14,7 @@ from rnode.flow import Flow
 from rnode.solver import Solver
 from rnode.training.module import RNODE
 
-FINEST = 32  # times the steps of the first grid
+LARGEST_GRID = 32  # times the steps of the first grid
 
 
 class RefineGrid(Callback):
@@ -23,8 +23,9 @@ class RefineGrid(Callback):
     A network can learn to exploit the error of a coarse grid, and its training loss does not show
     it. So this measures a batch of validation images on both grids. (The paper chose its step by
     hand, section 6.) Twice the steps need twice the memory of backprop; where a device has less,
-    `checkpoint` computes the gradient from there on. A flow that needs a grid FINEST times as fine
-    as the first is lost, and training it further would take hours: it has diverged.
+    `checkpoint` computes the gradient from there on. A flow that needs a grid LARGEST_GRID times as
+    fine as the first has diverged: training it further would take hours. Adaptive methods have no
+    grid and are left alone.
     """
 
     def __init__(self, tolerance: float):
@@ -33,14 +34,15 @@ class RefineGrid(Callback):
         self.gradient: str | None = None  # that of the refined grid, unless it is the run's
 
     def on_fit_start(self, trainer: Trainer, module: RNODE) -> None:
-        self.most = FINEST * module.flow.solver.train.steps
+        self.most = LARGEST_GRID * module.flow.solver.train.steps
         if self.steps is not None:  # from a checkpoint
             module.flow.solver = with_steps(module.flow.solver, self.steps, self.gradient)
 
     def on_train_batch_start(self, trainer: Trainer, module: RNODE, *_) -> None:
-        since = trainer.global_step - module.start
+        if module.matching or module.flow.solver.train.adaptive:
+            return
         bits = partial(self.bits, trainer.datamodule, module)
-        for _ in range(0 if module.matching else doublings(since)):
+        for _ in range(doublings(trainer.global_step - module.start)):
             change = refine(module.flow, bits, self.tolerance)
             if change is None:
                 return
@@ -97,7 +99,7 @@ def refine(flow: Flow, bits: Callable[[], float], tolerance: float) -> float | N
 
 
 def with_steps(solver: Solver, steps: int, gradient: str | None = None) -> Solver:
-    """Return the solver with another number of training steps and, if given, another gradient."""
+    """Return the solver with another number of training steps and, unless None, gradient."""
     train = replace(solver.train, steps=steps)
     return replace(solver, train=train, gradient=gradient or solver.gradient)
 
@@ -114,22 +116,17 @@ def fits_twice(device: torch.device) -> bool:
 class TF32(Callback):
     """Lets convolutions use TF32, on devices that have it, while a flow trains on a fixed grid.
 
-    Its 10 mantissa bits suffice there. An adaptive method would chase the error, so it trains, and
-    every method evaluates, in full float32, unless `everywhere` is set.
+    Its 10 mantissa bits suffice there. An adaptive method would chase the error, so it trains in
+    full float32, as every method evaluates.
     """
 
-    def __init__(self, everywhere: bool):
-        self.everywhere = everywhere
-
     def on_fit_start(self, trainer: Trainer, module: RNODE) -> None:
-        self.trains = self.everywhere or not module.flow.solver.train.adaptive
-        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = self.everywhere
-        if module.device.type == "cuda" and self.trains:
-            where = "" if self.everywhere else " of training steps; all else is in full float32"
-            trainer.print(f"TF32 is used for convolutions{where}")
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+        if module.device.type == "cuda" and not module.flow.solver.train.adaptive:
+            trainer.print("TF32 is used for convolutions of training steps, float32 for all else")
 
-    def on_train_batch_start(self, *_) -> None:
-        torch.backends.cudnn.allow_tf32 = self.trains
+    def on_train_batch_start(self, trainer: Trainer, module: RNODE, *_) -> None:
+        torch.backends.cudnn.allow_tf32 = not module.flow.solver.train.adaptive
 
     def on_train_batch_end(self, *_) -> None:
-        torch.backends.cudnn.allow_tf32 = self.everywhere
+        torch.backends.cudnn.allow_tf32 = False

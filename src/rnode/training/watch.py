@@ -14,11 +14,11 @@ from rnode.flow import Flow, Solution
 NEVER = torch.iinfo(torch.int64).max
 
 
-class DivergenceWatch:
+class Watch:
     """Records the first quantity that becomes NaN or infinite, and stops all processes together.
 
-    The record is a tensor on the device, so `watch` does not wait for the device. Where a solver
-    gives up, the loss is NaN and `message` says why.
+    The record is a tensor on the device, so that `check` does not wait for the device. Where a
+    solver gives up, the loss is NaN and `message` says why.
     """
 
     def __init__(self, flow: Flow):
@@ -29,7 +29,7 @@ class DivergenceWatch:
         self.first = torch.tensor(NEVER)  # step · len(names) + position in names
         self.message: str | None = None  # of a solver that gave up in this process
 
-    def watch(self, step: int, solution: Solution | None, loss: Tensor) -> Tensor:
+    def check(self, step: int, solution: Solution | None, loss: Tensor) -> Tensor:
         """Record what became NaN or infinite in a step; without a solution, the loss did.
 
         Returns:

@@ -1,7 +1,5 @@
 """The processes of a run: how torchrun or srun started them, and what they share."""
 
-import contextlib
-import ctypes
 import logging
 import os
 import time
@@ -12,12 +10,12 @@ from omegaconf import DictConfig
 
 from rnode.errors import require
 
-EXPECTED_WARNINGS = (  # of Lightning and torch, about choices that this program makes on purpose
-    *("does not have many workers", "directory .* exists and is not empty", "LeafSpec"),
-    *("number of training batches .* is smaller", "could not find the monitored key"),
-    *("The dirpath has changed", "Using `DistributedSampler` with the dataloaders"),
-    *("There is a wandb run already in progress", "The `srun` command is available"),
-    *("your dataloader is not resumable", "AccumulateGrad node's stream"),
+MISLEADING_WARNINGS = (
+    "Checkpoint directory .* exists and is not empty",  # train.log of this very run lies there
+    "your dataloader is not resumable",  # a run resumes at the batch at which it stopped
+    "Using `DistributedSampler` with the dataloaders",  # no sample is evaluated twice
+    "`isinstance\\(treespec, LeafSpec\\)` is deprecated",  # in code of Lightning
+    "AccumulateGrad node's stream",  # CUDA graphs are recorded on a stream of their own
 )
 
 
@@ -86,27 +84,24 @@ def match_processes(trainer: DictConfig, overrides: list[str]) -> None:
     started = launched()
     if started is None:
         return
-    given = {override.split("=")[0].lstrip("+") for override in overrides}
     for key, value in (("devices", started.per_node), ("num_nodes", started.nodes)):
-        wrong = f"trainer.{key}" in given and trainer[key] != value
+        overridden = any(text.lstrip("+").startswith(f"trainer.{key}=") for text in overrides)
         right = f"{value}, as {started.by} has started, or left out"
-        require(not wrong, f"trainer.{key}={trainer[key]}: must be {right}")
+        require(
+            not overridden or trainer[key] == value,
+            f"trainer.{key}={trainer[key]}: must be {right}",
+        )
         trainer[key] = value
 
 
 def prepare_process() -> None:
-    """Silence expected warnings, and let glibc keep the memory that the next step needs again."""
+    """Set what holds for a whole process. Must be called before Lightning and matplotlib load."""
     os.environ["MPLBACKEND"] = "Agg"  # a notebook's may not exist here, and none needs a display
-    for library in (
+    for library in (  # their lines repeat what the run prints, or advertise another logger
         "lightning_fabric.utilities.distributed",
-        "matplotlib.font_manager",
         "pytorch_lightning.accelerators.cuda",
         "pytorch_lightning.utilities.rank_zero",
     ):
         logging.getLogger(library).setLevel(logging.WARNING)
-    for message in EXPECTED_WARNINGS:
-        warnings.filterwarnings("ignore", f".*{message}.*")
-    with contextlib.suppress(AttributeError, OSError, TypeError):  # a system without mallopt
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-        mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
+    for message in MISLEADING_WARNINGS:
+        warnings.filterwarnings("ignore", f".*{message}")

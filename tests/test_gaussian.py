@@ -5,20 +5,22 @@ import math
 import numpy as np
 import pytest
 import torch
+from rnode.data.context import Context
 from scipy.stats import multivariate_normal
 
 from helpers import TWO_STEPS, column
-from rnode.data.context import Context
 from rnode.data.datamodule import DataModule
 from rnode.data.images import digits
 from rnode.data.splits import Splits
-from rnode.training.yardstick import gaussian_bits
+from rnode.training.gaussian import gaussian_bits
+from rnode.transforms import Column, TableTransform
 
 pytestmark = pytest.mark.usefixtures("blank_figures")
 
 
 def of_splits(*splits, **more):
-    data = DataModule(lambda: Splits(*splits, **more), None, 10, 10)
+    transform = TableTransform([Column(f"x{i}") for i in range(splits[0].shape[1])])
+    data = DataModule(lambda: Splits(*splits, **more, transform=transform), None, 10, 10)
     data.setup()
     return data
 

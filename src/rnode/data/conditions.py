@@ -1,0 +1,108 @@
+"""The encoder of the columns on which a density is conditioned: their values to c, p(x | c)."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rnode.errors import InputError, require
+
+LABEL_LIMIT = 100  # different labels of a column of a table
+
+
+class Numeric(NamedTuple):
+    """A column of numbers, standardized by the training split."""
+
+    mean: float
+    std: float
+
+    size = 1
+
+    def encode(self, name: str, values: np.ndarray) -> Tensor:
+        """Values (N,) → (N, 1)."""
+        try:
+            numbers = torch.from_numpy(np.array(values, dtype=np.float64))
+        except (TypeError, ValueError):
+            raise InputError(f"context.{name}={values[0]}: must be a number") from None
+        require(bool(numbers.isfinite().all()), f"context.{name}: must be finite numbers")
+        return ((numbers - self.mean) / self.std)[:, None].float()
+
+
+class Label(NamedTuple):
+    """A column of labels, each a unit vector: a layer's weights for it are its embedding."""
+
+    classes: tuple[str, ...]
+
+    @property
+    def size(self) -> int:
+        return len(self.classes)
+
+    @classmethod
+    def fit(cls, values: np.ndarray) -> "Label":
+        """The labels that occur: numbers in ascending order, words in alphabetical order."""
+        return cls(tuple(map(str, np.unique(values).tolist())))
+
+    def encode(self, name: str, values: np.ndarray) -> Tensor:
+        """Values (N,) → (N, size)."""
+        place = {label: i for i, label in enumerate(self.classes)}
+        labels = [str(value) for value in values]
+        unknown = next((label for label in labels if label not in place), None)
+        known = ", ".join(self.classes[:20]) + (", …" if self.size > 20 else "")
+        require(unknown is None, f"context.{name}={unknown}: must be one of {known}")
+        index = torch.tensor([place[label] for label in labels], dtype=torch.long)
+        return torch.nn.functional.one_hot(index, self.size).float()
+
+
+class Conditions:
+    """The columns of c by their names; without columns, c is (N, 0)."""
+
+    def __init__(self, columns: Mapping[str, Numeric | Label]):
+        self.columns = dict(columns)
+
+    @classmethod
+    def fit(cls, columns: Mapping[str, np.ndarray]) -> "Conditions":
+        """Choose how each column is encoded, from its values in the training split."""
+        return cls({name: fit_column(name, values) for name, values in columns.items()})
+
+    @property
+    def size(self) -> int:
+        """k, the number of conditions."""
+        return sum(column.size for column in self.columns.values())
+
+    def encode(self, values: Mapping[str, Any], n: int) -> Tensor:
+        """Encode what `n` samples are conditioned on: columns of `n` values, or of one → (n, k)."""
+        unknown = [name for name in values if name not in self.columns]
+        known = ", ".join(self.columns) or "none"
+        require(not unknown, f"context.{', context.'.join(unknown)}: the conditions are {known}")
+        missing = [name for name in self.columns if name not in values]
+        require(not missing, f"context.{', context.'.join(missing)}: must be given")
+        parts = [torch.empty(n, 0)]
+        for name, column in self.columns.items():
+            array = np.atleast_1d(np.asarray(values[name]))
+            count = f"context.{name}: has {len(array)} values for {n} samples"
+            require(len(array) in (1, n), count)
+            parts.append(column.encode(name, np.broadcast_to(array, n)))
+        return torch.cat(parts, dim=1)
+
+    def state(self) -> dict[str, Any]:
+        """Plain containers, from which `from_state` makes this object."""
+        return {name: column._asdict() for name, column in self.columns.items()}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Mapping[str, Any]]) -> "Conditions":
+        kinds = {name: Label if "classes" in fields else Numeric for name, fields in state.items()}
+        return cls({name: kinds[name](**fields) for name, fields in state.items()})
+
+
+def fit_column(name: str, values: np.ndarray) -> Numeric | Label:
+    """Words are labels, and so are few different whole numbers; other numbers are numeric."""
+    words = values.dtype.kind in "OUS"
+    few = len(np.unique(values)) <= LABEL_LIMIT
+    require(few or not words, f"context {name}: has more than {LABEL_LIMIT} different labels")
+    if words or (few and values.dtype.kind in "iub"):
+        return Label.fit(values)
+    std = float(np.std(values.astype(np.float64)))
+    require(std > 0, f"context {name}: is constant in the training split")
+    return Numeric(float(np.mean(values)), std)
