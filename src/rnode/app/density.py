@@ -205,7 +205,7 @@ def as_images(rows: Any, shape: tuple[int, ...], levels: int) -> Tensor:
         x = x[:, None]
     kind = f"rows of shape {tuple(x.shape)} and type {x.dtype}".replace("torch.", "")
     require(x.shape[1:] == shape, f"{kind}: must be (N, {', '.join(map(str, shape))})")
-    inside = x.numel() == 0 or (0 <= int(x.min()) and int(x.max()) < levels)
+    inside = x.numel() == 0 or (int(x.min()) >= 0 and int(x.max()) < levels)
     grey = inside and not x.is_floating_point()
     require(grey, f"{kind}: must be grey levels, whole numbers from 0 to {levels - 1}")
     return x
