@@ -13,8 +13,7 @@ from pathlib import Path
 import torch
 
 from common import RADAU, RK4, SIMPSON, write_table
-from rnode import Method, Probes, Solver
-from rnode.app.build import load_flow
+from rnode import Method, Probes, Solver, load
 from rnode.evaluation import Measures, measure
 from rnode.flow import Solution
 
@@ -39,7 +38,8 @@ def main() -> None:
 
 def compare(path: str) -> None:
     """Write the table of one checkpoint."""
-    data, flow = load_flow(path)
+    density = load(path)
+    data, flow = density.data, density.flow
     data.setup()
     flow.double().probes = Probes()
     index = torch.arange(128)

@@ -11,7 +11,7 @@ import yaml
 
 from data_files import wandb_records
 from helpers import TWO_STEPS, call, refused, same
-from rnode.app.build import load_flow
+from rnode.app import density
 from rnode.errors import InputError
 from rnode.training.checkpoint import FORMAT, AtomicCheckpointIO, load_checkpoint
 
@@ -58,7 +58,7 @@ def test_nothing_in_a_checkpoint_is_executed(tiny_run, tmp_path, capsys, write, 
     made, path = tmp_path / "made", tmp_path / "evil.ckpt"
     evil = Evil(made)
     write(put(load_checkpoint(tiny_run / "last.ckpt"), evil, *place) if place else evil, path)
-    for load in (load_checkpoint, load_flow, AtomicCheckpointIO().load_checkpoint):
+    for load in (load_checkpoint, density.load, AtomicCheckpointIO().load_checkpoint):
         with pytest.raises(InputError, match="is damaged or not a checkpoint"):
             load(str(path))
     for command in ("train", "evaluate", "sample") if write is torch.save and not place else ():
@@ -91,7 +91,7 @@ def test_a_configuration_that_would_do_other_things_is_refused(
     checkpoint, path = load_checkpoint(tiny_run / "last.ckpt"), tmp_path / "evil.ckpt"
     torch.save(put(checkpoint, value, "config", *place.split(".")), path)
     with pytest.raises(InputError) as refusal:
-        load_flow(str(path))
+        density.load(path)
     assert f"ckpt_path={path}: its configuration would" in str(refusal.value)
     assert words in str(refusal.value)
 

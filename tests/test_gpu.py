@@ -7,7 +7,6 @@ import torch
 
 from helpers import RK4, SMALL, TWO_STEPS, call, make_flow
 from rnode import Method, load, objective
-from rnode.app.build import load_flow
 
 pytestmark = [
     pytest.mark.gpu,
@@ -59,8 +58,7 @@ def test_a_run_resumes_and_is_evaluated_and_sampled(tmp_path):
     best = str(tmp_path / "run" / "best.ckpt")
     call("evaluate", f"ckpt_path={best}", "samples=2", f"hydra.run.dir={tmp_path / 'evaluate'}")
     call("sample", f"ckpt_path={best}", "n=4", f"hydra.run.dir={tmp_path / 'sample'}")
-    _, flow = load_flow(best)
-    assert next(flow.parameters()).device.type == "cpu"
+    assert next(load(best).flow.parameters()).device.type == "cpu"
     assert load(best).sample(2).shape == (2, 1, 8, 8)
 
 

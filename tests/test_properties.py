@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 
 from data_files import write_idx
 from helpers import HANG, TWO_STEPS, Run
-from rnode.app.build import load_flow
+from rnode.app import density
 from rnode.app.schema import CONF
 from rnode.app.validation import known_keys
 from rnode.data.images import read_idx
@@ -116,7 +116,7 @@ def damaged(draw, content):
 
 @pytest.mark.parametrize("name", ["images", "images.gz", "last.ckpt"])
 def test_any_bytes_as_a_file(tmp_path, tiny_run, name):
-    path, read = tmp_path / name, load_flow if name == "last.ckpt" else read_idx
+    path, read = tmp_path / name, density.load if name == "last.ckpt" else read_idx
     if name == "last.ckpt":
         shutil.copy(tiny_run / name, path)
     else:

@@ -15,7 +15,7 @@ from matplotlib import pyplot as plt
 from rnode.paper.runs import BOTH_PENALTIES, LABELS, PUBLISHED, RATIO, Job, speed_ups
 from scipy.stats import spearmanr
 
-from rnode.app.build import load_flow
+import rnode
 from rnode.data.datamodule import DataModule
 from rnode.evaluation import evaluate
 from rnode.flow import Flow
@@ -51,9 +51,9 @@ def verdict(held: bool, what: str) -> str:
 def load(run: Job) -> tuple[DataModule, Flow]:
     """Return the data of a finished run, and its flow on the accelerator if there is one."""
     torch.manual_seed(0)
-    data, flow = load_flow(str(run.folder / "best.ckpt"), trust=["rnode"])  # our own run
+    density = rnode.load(run.folder, trust=["rnode"])  # our own run
     accelerator = torch.accelerator.current_accelerator(check_available=True)
-    return data, flow.to(accelerator or "cpu")
+    return density.data, density.flow.to(accelerator or "cpu")
 
 
 @torch.no_grad()

@@ -1,66 +1,61 @@
-"""From a configuration to data and flow, and from a checkpoint to those of its run."""
+"""From a configuration to data and flow, and from a checkpoint to its configuration."""
 
 import difflib
-import itertools
-import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from functools import partial
 from inspect import Parameter, signature
 from pathlib import Path
 
-import torch
 import yaml
-from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
-from lightning_fabric import Fabric
 from omegaconf import DictConfig, OmegaConf
 
-from rnode.app.processes import cluster_plugins, match_processes
-from rnode.app.schema import CONF, flatten
+from rnode.app.schema import flatten
 from rnode.data.datamodule import DataModule
 from rnode.dynamics import Probes
-from rnode.errors import InputError, require
+from rnode.errors import require
 from rnode.flow import Flow
-from rnode.training.checkpoint import flow_weights, load_checkpoint
 from rnode.transforms import ImageTransform, TableTransform
 from rnode.variational import VariationalDequantization
 
-EXACT_UP_TO = 16  # dimensions: there div f by as many products as dimensions is cheap
-TABLE_PROBES = 4  # of wider tables in evaluation: one probe makes their likelihood too noisy
+EXACT_UP_TO = 16  # dimensions: there div f by as many vjps as dimensions is cheap
+TABLE_PROBES = 4  # of wider tables in evaluation, at least: with one, their log p is too noisy
 SECTIONS = ("dataset", "model", "solver", "dequantization", "divergence", "probes")
 
 
 def build(cfg: DictConfig, state: dict | None = None) -> tuple[DataModule, Flow]:
     """Build what dataset, model and solver describe.
 
-    `state` is the state of the data in a checkpoint. Without it the data are read here, since the
-    size of the flow depends on them.
+    `state` is the state of the data in a checkpoint. Without it the data are read.
     """
-    data, solver = instantiate(cfg.dataset), instantiate(cfg.solver)
-    if state:
-        data.load_state_dict(state)
-    else:
+    data = instantiate(cfg.dataset)
+    if state is None:
         data.setup()
-    sizes = {"shape": data.shape, "k": data.conditions.size}
-    probes = Probes(cfg.divergence, cfg.probes)
-    flow = make_partial(cfg, "model")(solver=solver, probes=probes, **sizes)
+    else:
+        data.load_state_dict(state)
+    flow = make_partial(cfg, "model")(
+        shape=data.shape,
+        solver=instantiate(cfg.solver),
+        probes=Probes(cfg.divergence, cfg.probes),
+        k=data.conditions.size,
+    )
     if cfg.dequantization == "variational":
         images = isinstance(data.transform, ImageTransform)
         require(images, "dequantization=variational: needs image data")
         levels, alpha = data.transform.levels, data.transform.logit.alpha
         flow.layers.insert(0, VariationalDequantization(data.shape[0], levels, alpha))
-    few = math.prod(data.shape) <= EXACT_UP_TO
-    count = TABLE_PROBES if isinstance(data.transform, TableTransform) else cfg.probes
-    count = cfg.get("test_probes") or count  # of the command line of an evaluation
-    flow.test_probes = Probes("exact" if few else cfg.divergence, count)
+    if flow.d <= EXACT_UP_TO:
+        flow.test_probes = Probes("exact")
+    elif isinstance(data.transform, TableTransform):
+        flow.test_probes = Probes(cfg.divergence, max(TABLE_PROBES, cfg.probes))
     return data, flow
 
 
 def make_partial(cfg: DictConfig, section: str) -> partial:
     """Instantiate a section as the function or class that it names, with its options."""
-    made = instantiate(cfg[section])
-    require_options(section, made.keywords, made.func)
-    return made
+    function = instantiate(cfg[section])
+    require_options(section, function.keywords, function.func)
+    return function
 
 
 def require_options(section: str, options: Iterable[str], target: Callable) -> None:
@@ -68,76 +63,57 @@ def require_options(section: str, options: Iterable[str], target: Callable) -> N
     known = signature(target).parameters
     if Parameter.VAR_KEYWORD in (parameter.kind for parameter in known.values()):
         return
-    for name in (name for name in options if name not in known):
+    for name in options:
         close = difflib.get_close_matches(name, known, n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
-        raise InputError(f"{section}.{name}: {target.__name__} has no such option{hint}")
+        unknown = f"{section}.{name}: {target.__name__} has no such option{hint}"
+        require(name in known, unknown)
 
 
-def from_checkpoint(cfg: DictConfig) -> tuple[DataModule, Flow, Fabric]:
-    """Load the data and the flow of `cfg.ckpt_path`, changed as the command line asks.
+def config_of(
+    checkpoint: dict, path: str, trust: Collection[str], folders: Iterable[Path]
+) -> DictConfig:
+    """Return the configuration of a checkpoint's data, model and solver.
 
-    From here on as many processes run as `cfg.trainer` asks for, each with the flow on its device.
+    Raises:
+        InputError: if it would call a class that neither the configuration files in `folders` nor a
+            package in `trust` names.
     """
-    data, flow = load_flow(cfg.ckpt_path, partial(apply_overrides, cfg=cfg), cfg.trust)
-    match_processes(cfg.trainer, HydraConfig.get().overrides.task)
-    torch.backends.cudnn.allow_tf32 = False  # an adaptive method would chase its error
-    fabric = Fabric(**cfg.trainer, plugins=cluster_plugins())
-    fabric.launch()
-    return data, flow.to(fabric.device), fabric
+    config = {name: checkpoint["config"][name] for name in SECTIONS}
+    known = set(known_targets(folders))
+    for key, value in flatten(config).items():
+        would = f"ckpt_path={path}: its configuration would"
+        require("${" not in f"{key}{value}", f"{would} interpret {value}")
+        if key.endswith("_target_") and str(value) not in known:
+            package = str(value).split(".")[0]
+            hint = f"which conf/ does not name; if it is yours, add trust=[{package}]"
+            require(package in trust, f"{would} call {value}, {hint}")
+    return OmegaConf.create(config)
 
 
-def load_flow(
-    path: str, change: Callable = lambda config: None, trust: Sequence[str] = ()
-) -> tuple[DataModule, Flow]:
-    """Load the data and the trained flow of a checkpoint, on the CPU.
-
-    `change(config)` changes the configuration of the run first. InputError is raised if it names a
-    class that neither conf/ nor a folder of --config-dir names, outside the packages that the user
-    trusts.
-    """
-    checkpoint = load_checkpoint(path)
-    sections = {name: checkpoint["config"].get(name) for name in SECTIONS}
-    known = set(known_targets())
-    for key, value in flatten(sections).items():
-        package = str(value).split(".")[0]
-        foreign = key.endswith("_target_") and str(value) not in known and package not in trust
-        refused = f"call {value}, which conf/ does not name; if it is yours, add trust=[{package}]"
-        what = refused if foreign else f"interpret {value}"
-        refused = foreign or "${" in f"{key}{value}"
-        require(not refused, f"ckpt_path={path}: its configuration would {what}")
-    config, state = OmegaConf.create(sections), checkpoint.get("DataModule")
-    change(config)
-    (data, flow), weights = build(config, state), flow_weights(checkpoint)
-    flow.load_state_dict(weights, assign=True)
-    return data, flow.requires_grad_().eval()
+def known_targets(folders: Iterable[Path]) -> Iterator[str]:
+    """The classes that the files in `folders` name for data, models and solvers."""
+    for folder in folders:
+        for group in ("dataset", "model", "solver"):
+            for file in (folder / group).glob("*.yaml"):
+                content = flatten(yaml.safe_load(file.read_text(encoding="utf-8")))
+                yield from (value for key, value in content.items() if key.endswith("_target_"))
 
 
-def known_targets() -> Iterator[str]:
-    """The classes that conf/ and the folders of --config-dir name for data, models and solvers."""
-    sources = HydraConfig.get().runtime.config_sources if HydraConfig.initialized() else []
-    folders = [Path(s.path) for s in sources if s.schema == "file"]
-    for folder, group in itertools.product((CONF, *folders), ("dataset", "model", "solver")):
-        for file in (folder / group).glob("*.yaml"):
-            content = yaml.safe_load(file.read_text(encoding="utf-8"))
-            yield from (v for key, v in flatten(content).items() if key.endswith("_target_"))
-
-
-def apply_overrides(config: DictConfig, cfg: DictConfig) -> None:
-    """Apply what the command line `cfg` sets to the configuration of a run."""
-    keys = [override.split("=", 1)[0] for override in HydraConfig.get().overrides.task]
+def apply_overrides(config: DictConfig, cfg: DictConfig, overrides: Sequence[str]) -> None:
+    """Apply what the command line sets, `cfg` by `overrides`, to the configuration of a run."""
+    keys = [override.split("=", 1)[0] for override in overrides]
     if "solver" in keys:
         config.solver = cfg.solver
         config.solver.test = cfg.solver.train
     for key in (key for key in keys if key.startswith("solver.")):
-        used = key.startswith("solver.test.") or key == "solver.dtype"
-        require(used, f"{key}: only solver.test.… and solver.dtype apply to a trained flow")
+        applies = key.startswith("solver.test.") or key == "solver.dtype"
+        require(applies, f"{key}: only solver.test.… and solver.dtype apply to a trained flow")
         OmegaConf.update(config, key, OmegaConf.select(cfg, key))
     for key, value in cfg.dataset.items():
         if value is not None:
             known = key in config.dataset
             require(known, f"dataset.{key}={value}: the data of this run have no such option")
             config.dataset[key] = value
-    if cfg.probes is not None:
-        config.test_probes = cfg.probes
     config.divergence = cfg.divergence or config.divergence
+    config.probes = cfg.probes or config.probes

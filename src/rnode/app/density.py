@@ -1,41 +1,78 @@
 """A trained density from Python: load a checkpoint or fit rows, then score and sample."""
 
-import contextlib
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import polars as pl
 import torch
+from hydra.core.hydra_config import HydraConfig
+from lightning_fabric import Fabric
+from omegaconf import DictConfig
 from torch import Tensor
 
-from rnode.app.build import load_flow
-from rnode.app.quoting import quote
+from rnode.app import train
+from rnode.app.build import apply_overrides, build, config_of
+from rnode.app.processes import cluster_plugins, match_processes, prepare_process
+from rnode.app.schema import CONF
+from rnode.app.validation import compose_config, validate
 from rnode.data.datamodule import DataModule, require_finite
-from rnode.data.tables import read_table
-from rnode.errors import require
+from rnode.errors import InputError, require
 from rnode.evaluation import solve_and_measure
 from rnode.flow import Flow
-from rnode.training.checkpoint import load_checkpoint
+from rnode.training.checkpoint import flow_weights, load_checkpoint
+from rnode.training.run_folder import lock
 from rnode.transforms import TableTransform
 
-Given = Mapping[str, Any] | None  # values of the context columns: one for all, or one a sample
+Values = Mapping[str, Any]  # of the conditions by name: one value for all samples, or one for each
 
 
-def load(path: str | Path, trust: Sequence[str] = ()) -> "Density":
+def load(
+    path: str | Path,
+    trust: Collection[str] = (),
+    folders: Sequence[Path] = (CONF,),
+    change: Callable[[DictConfig], None] = lambda config: None,
+) -> "Density":
     """Load the density that a checkpoint holds, on the CPU; its data are not read.
 
     Args:
         path: a checkpoint of a run, or the folder of a run, for its best.ckpt.
         trust: your own packages, whose classes the checkpoint may name.
+        folders: the folders of configuration files, whose classes the checkpoint may name too.
+        change: called with the configuration of the run, to change it before it is used.
 
     Raises:
         InputError: if the file is not a whole checkpoint, or names a class of another package.
     """
     path = Path(path) / "best.ckpt" if Path(path).is_dir() else path
-    return Density(*load_flow(str(path), trust=trust), load_checkpoint(path)["validation_bits"])
+    checkpoint = load_checkpoint(path)
+    config = config_of(checkpoint, str(path), trust, folders)
+    change(config)
+    data, flow = build(config, checkpoint["DataModule"])
+    flow.load_state_dict(flow_weights(checkpoint), assign=True)
+    return Density(data, flow.requires_grad_().eval(), checkpoint["validation_bits"])
+
+
+def from_checkpoint(cfg: DictConfig) -> tuple["Density", Fabric]:
+    """Load the density of `cfg.ckpt_path`, changed as the command line asks.
+
+    From here on as many processes run as `cfg.trainer` asks for, each with the flow on its device.
+    """
+    hydra = HydraConfig.get()
+    overrides = list(hydra.overrides.task)
+    folders = [Path(s.path) for s in hydra.runtime.config_sources if s.schema == "file"]
+    change = partial(apply_overrides, cfg=cfg, overrides=overrides)
+    density = load(cfg.ckpt_path, cfg.trust, folders, change)
+    density.seed = cfg.seed
+    match_processes(cfg.trainer, overrides)
+    torch.backends.cudnn.allow_tf32 = False  # an adaptive method would chase its error
+    fabric = Fabric(**cfg.trainer, plugins=cluster_plugins())
+    fabric.launch()
+    density.flow.to(fabric.device)
+    return density, fabric
 
 
 class Density:
@@ -49,28 +86,29 @@ class Density:
         flow: the flow, in evaluation mode.
         validation_bits: bits/dim of the validation split, ascending.
         seed: seed of the dequantization noise and of the probes; x has those of its row's number.
+
+    Attributes:
+        columns: the names of the modelled columns of a table; None for images.
     """
 
     def __init__(self, data: DataModule, flow: Flow, validation_bits: Tensor, seed: int = 0):
-        self.data, self.flow, self.seed = data, flow, seed
+        self.data = data
+        self.flow = flow
         self.validation_bits = validation_bits
+        self.seed = seed
+        table = isinstance(data.transform, TableTransform)
+        self.columns = data.transform.names if table else None
 
-    @property
-    def columns(self) -> list[str] | None:
-        """The names of the modelled columns of a table; None for images."""
-        table = isinstance(self.data.transform, TableTransform)
-        return [column.name for column in self.data.transform.columns] if table else None
-
-    def log_prob(self, rows: Any, context: Given = None) -> np.ndarray:
+    def log_prob(self, rows: Any, context: Values | None = None) -> np.ndarray:
         """log p(x | c) of each row in nats, (N,). For whole numbers it is a lower bound."""
         return self.score(rows, context)["log_prob"]
 
-    def bits_per_dim(self, rows: Any, context: Given = None) -> np.ndarray:
+    def bits_per_dim(self, rows: Any, context: Values | None = None) -> np.ndarray:
         """−log₂ p(x | c) / d of each row, (N,)."""
         return self.score(rows, context)["bits_per_dim"]
 
     def score(
-        self, rows: Any, context: Given = None, progress: Callable = iter
+        self, rows: Any, context: Values | None = None, progress: Callable = iter
     ) -> dict[str, np.ndarray]:
         """Return log_prob in nats, its standard error due to the probes, bits_per_dim and rank.
 
@@ -79,23 +117,28 @@ class Density:
 
         Args:
             rows: the samples.
-            context: what each is given; a DataFrame of rows may hold these columns itself.
+            context: values of the conditions; a table of rows may hold these columns itself.
             progress: wraps the iterator of batches, as rich.progress.track does.
         """
-        x, c = self.encode(rows, context)
-        index, size = torch.arange(len(x)), self.data.eval_batch_size
-        parts = [self._score(x[i], i, c[i]) for i in progress(index.split(size))]
-        bits, error = (torch.cat(values).double() for values in zip(*parts, strict=True))
+        x, columns = self.encode(rows)
+        c = self.data.conditions.encode(columns if context is None else context, len(x))
+        batches = torch.arange(len(x)).split(self.data.eval_batch_size)
+        parts = [self._score(x[index], index, c[index]) for index in progress(batches)]
+        bits, error = (torch.cat(part).double() for part in zip(*parts, strict=True))
         nats = self.flow.d * np.log(2)
         more_likely = torch.searchsorted(self.validation_bits.double(), bits)
-        columns = {"log_prob": -nats * bits, "standard_error": nats * error, "bits_per_dim": bits}
-        columns["rank"] = more_likely / len(self.validation_bits)
-        return {name: values.numpy() for name, values in columns.items()}
+        scores = {
+            "log_prob": -nats * bits,
+            "standard_error": nats * error,
+            "bits_per_dim": bits,
+            "rank": more_likely / len(self.validation_bits),
+        }
+        return {name: values.numpy() for name, values in scores.items()}
 
     @torch.no_grad()
-    def _score(self, x: Tensor, index: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _score(self, x: Tensor, index: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
         """Mean bits/dim over two sets of probes, and its standard error, (B,) each."""
-        batch = self.data.transform.for_evaluation(x, index, context, self.seed)
+        batch = self.data.transform.for_evaluation(x, index, c, self.seed)
         batch = batch.to(next(self.flow.parameters()).device)
         first = solve_and_measure(self.flow, batch, self.seed)[1].bits_per_dim.cpu()
         if self.flow.test_probes.divergence == "exact":
@@ -103,68 +146,78 @@ class Density:
         second = solve_and_measure(self.flow, batch, self.seed + 1)[1].bits_per_dim.cpu()
         return (first + second) / 2, (first - second).abs() / 2
 
+    @torch.no_grad()
     def sample(
-        self, n: int = 1, context: Given = None, seed: int | None = None, temperature: float = 1.0
+        self,
+        n: int = 1,
+        context: Values | None = None,
+        seed: int | None = None,
+        temperature: float = 1.0,
     ) -> Any:
         """Sample `n` rows: uint8 images (n, C, H, W), or a polars DataFrame of the columns."""
-        c = self.encode_context(context, n)
-        with torch.random.fork_rng():
-            torch.manual_seed(self.seed if seed is None else seed)
-            z = temperature * torch.randn(n, self.flow.d)
-        device, size = next(self.flow.parameters()).device, self.data.eval_batch_size
-        parts = zip(z.split(size), c.split(size), strict=False)
-        with torch.no_grad():
-            y = [self.flow.inverse(part.to(device), given).cpu() for part, given in parts]
-        return self.decode(torch.cat(y))
+        c = self.data.conditions.encode(context or {}, n)
+        z = self.sample_z(n, self.seed if seed is None else seed, temperature)
+        device = next(self.flow.parameters()).device
+        batches = torch.arange(n).split(self.data.eval_batch_size)
+        return self.decode(
+            torch.cat([self.flow.inverse(z[i].to(device), c[i].to(device)).cpu() for i in batches])
+        )
+
+    def sample_z(self, n: int, seed: int, temperature: float) -> Tensor:
+        """Sample z (n, d) with standard deviation `temperature`, on the CPU."""
+        return temperature * torch.randn(
+            n, self.flow.d, generator=torch.Generator().manual_seed(seed)
+        )
+
+    def encode(self, rows: Any) -> tuple[Tensor, Values]:
+        """Return rows as x (N, *shape), and the columns of conditions that they hold."""
+        if self.columns is None:
+            return as_images(rows, tuple(self.data.shape), self.data.transform.levels), {}
+        frame = as_frame(rows)
+        if frame.width == len(self.columns) and all(c.startswith("column_") for c in frame.columns):
+            frame = frame.rename(dict(zip(frame.columns, self.columns, strict=True)))
+        missing = [name for name in self.columns if name not in frame.columns]
+        require(not missing, f"rows: lack {', '.join(missing)}; the columns are {self.columns}")
+        for name in self.columns:
+            dtype = frame.schema[name]
+            number = dtype.is_numeric() or dtype == pl.Boolean
+            require(number, f"rows: column {name} must hold numbers, not {dtype}")
+        x = frame.select(pl.col(self.columns).cast(pl.Float64)).to_torch()
+        require_finite(x, "the rows (NaN is a missing value)")
+        self.data.transform.require_inside(x)
+        conditions = [name for name in self.data.conditions.columns if name in frame.columns]
+        return x, {name: frame[name].to_numpy() for name in conditions}
 
     def decode(self, y: Tensor) -> Any:
-        """Return what the flow models, y (N, *shape), as the kind of data that it was fit to."""
+        """Return what the flow models, y (N, *shape), as `sample` does."""
         x = self.data.transform.inverse(y)
-        if self.columns is not None:
-            integer = [column.name for column in self.data.transform.columns if column.integer]
-            frame = pl.DataFrame(x.numpy(), schema=self.columns, orient="row")
-            return frame.with_columns(pl.col(integer).cast(pl.Int64))
-        return self.data.transform.dequantize.inverse(x).numpy()
+        if self.columns is None:
+            return self.data.transform.dequantize.inverse(x).numpy()
+        columns = self.data.transform.columns
+        types = {column.name: pl.Int64 if column.integer else pl.Float64 for column in columns}
+        return pl.DataFrame(x.numpy(), types, orient="row")
 
-    def encode(self, rows: Any, context: Given = None) -> tuple[Tensor, Tensor | None]:
-        """Return rows as x (N, *shape) and what each is given, (N, k), as numbers."""
-        frame = as_frame(rows) if self.columns is not None else None
-        if frame is not None:
-            names = list(self.columns)
-            if frame.width == len(names) and all(c.startswith("column_") for c in frame.columns):
-                frame = frame.rename(dict(zip(frame.columns, names, strict=True)))
-            missing = [name for name in names if name not in frame.columns]
-            require(not missing, f"rows: lack {', '.join(missing)}; the columns are {names}")
-            for name in names:
-                number = frame[name].dtype.is_numeric() or frame[name].dtype == pl.Boolean
-                require(number, f"rows: column {name} must hold numbers, not {frame[name].dtype}")
-            x = frame.select(pl.col(names).cast(pl.Float64)).to_torch()
-            require_finite(x, "the rows (NaN is a missing value)")
-            self.data.transform.require_inside(x)
-            if context is None:
-                given = [name for name in self.data.conditions.columns if name in frame.columns]
-                context = {name: frame[name].to_numpy() for name in given}
-        else:
-            x = self.as_samples(rows)
-        return x, self.encode_context(context, len(x))
 
-    def as_samples(self, rows: Any) -> Tensor:
-        """Return images or vectors (N, *shape) after checking their shape, type and range."""
-        shape, levels = tuple(self.data.shape), self.data.transform.levels
-        x = torch.as_tensor(np.asarray(rows))
-        if x.dim() == len(shape) and shape[0] == 1 and len(shape) == 3:
-            x = x[:, None]
-        found = f"rows of shape {tuple(x.shape)} and type {x.dtype}".replace("torch.", "")
-        require(x.shape[1:] == shape, f"{found}: must be (N, {', '.join(map(str, shape))})")
-        whole = not x.is_floating_point() and not x.is_complex()
-        require(whole, f"{found}: must be grey levels, whole numbers from 0 to {levels - 1}")
-        inside = len(x) == 0 or (int(x.min()) >= 0 and int(x.max()) < levels)
-        require(inside, f"rows from {x.min()} to {x.max()}: must be from 0 to {levels - 1}")
-        return x
+def as_images(rows: Any, shape: tuple[int, ...], levels: int) -> Tensor:
+    """Return grey levels x (N, C, H, W) after checking their shape, type and range."""
+    x = torch.as_tensor(np.asarray(rows))
+    if x.dim() == 3 and shape[0] == 1:
+        x = x[:, None]
+    kind = f"rows of shape {tuple(x.shape)} and type {x.dtype}".replace("torch.", "")
+    require(x.shape[1:] == shape, f"{kind}: must be (N, {', '.join(map(str, shape))})")
+    inside = x.numel() == 0 or (int(x.min()) >= 0 and int(x.max()) < levels)
+    grey = inside and not x.is_floating_point()
+    require(grey, f"{kind}: must be grey levels, whole numbers from 0 to {levels - 1}")
+    return x
 
-    def encode_context(self, context: Given, n: int) -> Tensor:
-        """Return what `n` samples are given, (n, k): each column has one value or `n`."""
-        return self.data.conditions.encode(context or {}, n)
+
+def as_frame(rows: Any) -> pl.DataFrame:
+    """Return a table as a DataFrame; the columns of an array are column_0, column_1, …."""
+    if isinstance(rows, pl.DataFrame):
+        return rows
+    if hasattr(rows, "columns"):  # of pandas; polars would need pyarrow for it
+        rows = {str(name): rows[name].to_numpy() for name in rows.columns}
+    return pl.DataFrame(dict(rows) if isinstance(rows, Mapping) else np.asarray(rows), orient="row")
 
 
 def fit(
@@ -177,7 +230,7 @@ def fit(
     max_time: str | None = None,
     folder: str | Path | None = None,
     overrides: Sequence[str] = (),
-) -> "Density":
+) -> Density:
     """Train on a table as `rnode train dataset=table` does, and return the best density.
 
     Args:
@@ -188,46 +241,33 @@ def fit(
         log: the positive columns whose logarithm is modelled.
         logit: the columns between two bounds, {name: [low, high]}, whose logit is modelled.
         max_time: time after which training stops, as [DD:]HH:MM:SS.
-        folder: the run folder; None: a new one in outputs/table.
+        folder: the run folder, which must be new or empty; None: a new one in outputs/table.
         overrides: further options of the command line, such as "model.hidden=128".
+
+    Raises:
+        InputError: if an argument is invalid.
     """
-    from rnode.app.cli import run  # it imports the commands, which import this module
-
-    place = Path(folder or f"outputs/table/{time.strftime('%Y-%m-%d_%H-%M-%S')}").absolute()
-    path = Path(rows).absolute() if isinstance(rows, str | Path) else place / "rows.parquet"
-    if path.parent == place:
-        place.mkdir(parents=True, exist_ok=True)
-        as_frame(rows).write_parquet(path)
-    options = {"path": str(path), "columns": columns, "context": context, "integer": integer}
-    options |= {"log": log, "logit": logit}
-    given = [f"dataset.{key}={override(v)}" for key, v in options.items() if v is not None]
-    given += [] if max_time is None else [f"trainer.max_time={max_time}"]
-    place_of_run = f"hydra.run.dir={quote(str(place))}"
-    run("train", ["dataset=table", *given, place_of_run, *overrides], contextlib.nullcontext)
-    best = place / "best.ckpt"
-    return load(best if best.exists() else place / "last.ckpt")
-
-
-def override(value: Any) -> str:
-    """Write a value as Hydra reads it on a command line."""
-    if isinstance(value, Mapping):
-        return "{" + ",".join(f"{quote(k)}:{override(v)}" for k, v in value.items()) + "}"
-    if isinstance(value, str):
-        return quote(value)
-    return f"[{','.join(map(override, value))}]" if isinstance(value, Sequence) else str(value)
-
-
-def as_frame(rows: Any) -> pl.DataFrame:
-    """Return a table as a DataFrame; the columns of an array are column_0, column_1, …."""
-    if isinstance(rows, pl.DataFrame):
-        return rows
-    if isinstance(rows, str | Path):
-        return read_table(Path(rows).expanduser())
-    if hasattr(rows, "to_dict") and hasattr(rows, "columns"):  # of pandas
-        return pl.DataFrame({str(name): rows[name].to_numpy() for name in rows.columns})
-    if isinstance(rows, Mapping):
-        return pl.DataFrame(dict(rows))
-    array = np.asarray(rows)
-    require(array.ndim == 2, f"rows of shape {array.shape}: must be (N, columns)")
-    names = [f"column_{i}" for i in range(array.shape[1])]
-    return pl.DataFrame(array, schema=names, orient="row")
+    folder = Path(folder or f"outputs/table/{datetime.now():%Y-%m-%d_%H-%M-%S-%f}").absolute()
+    table = None if isinstance(rows, str | Path) else as_frame(rows)
+    path = Path(rows).expanduser().absolute() if table is None else folder / "rows.parquet"
+    overrides = ["dataset=table", *overrides]
+    cfg = compose_config("train", overrides)
+    cfg.folder, cfg.dataset.path = str(folder), str(path)
+    validate("train", cfg)
+    names = ("columns", "context", "integer", "log", "logit")
+    for name, value in zip(names, (columns, context, integer, log, logit), strict=True):
+        cfg.dataset[name] = cfg.dataset[name] if value is None else value
+    cfg.trainer.max_time = max_time or cfg.trainer.max_time
+    try:
+        validate("train", cfg)
+    except InputError as error:  # what is wrong now are arguments, not keys
+        raise InputError(str(error).removeprefix("dataset.").removeprefix("trainer.")) from None
+    folder.mkdir(parents=True, exist_ok=True)
+    require(not any(folder.iterdir()), f"folder={folder}: must be new or empty")
+    prepare_process()
+    with lock(folder, resumes=False):
+        if table is not None:
+            table.write_parquet(path)
+        train.fit(cfg, overrides)
+    best = folder / "best.ckpt"
+    return load(best if best.exists() else folder / "last.ckpt")

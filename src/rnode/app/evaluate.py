@@ -1,39 +1,38 @@
 """`rnode evaluate`: measure a trained flow on a split of its data."""
 
-import csv
 import json
 import math
 from pathlib import Path
 
+import polars as pl
 import torch
-from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from rich.progress import track
 from rich.table import Table
 
-from rnode.app.build import from_checkpoint
+from rnode.app.density import from_checkpoint
 from rnode.app.printing import print_table, quantities
 from rnode.distributed import rank_and_world_size
 from rnode.errors import require
 from rnode.evaluation import evaluate
 from rnode.training.plots import plot_extremes
-from rnode.transforms import TableTransform
+from rnode.transforms import ImageTransform
 
 EXTREMES = 32  # images in each half of extremes.png
 
 
 def main(cfg: DictConfig) -> float:
     """Write evaluation.json, evaluation.txt, samples.csv and extremes.png; return the bits/dim."""
-    data, flow, fabric = from_checkpoint(cfg)
+    density, fabric = from_checkpoint(cfg)
+    data, flow = density.data, density.flow
     data.setup()
     rows = getattr(data.splits, cfg.split)
     fixed = isinstance(rows, torch.Tensor)
     require(fixed, f"split={cfg.split}: must be val or test; these training data change each epoch")
-    first = fabric.is_global_zero
     batches = data.eval_dataloader(cfg.split, *rank_and_world_size())
-    batches = track(batches, f"{cfg.split} set", disable=not first)
+    batches = track(batches, f"{cfg.split} set", disable=not fabric.is_global_zero)
     summary, columns = evaluate(flow, data.transform, batches, cfg.samples, cfg.seed)
-    if not first:
+    if not fabric.is_global_zero:
         return summary["bits_per_dim"]
     summary |= {
         "divergence": str(flow.test_probes),
@@ -43,49 +42,37 @@ def main(cfg: DictConfig) -> float:
         "dimensions": flow.d,
         "solver": vars(flow.solver.test),
     }
+    columns["index"] = columns["index"].long()
     if "bounds" in columns:
         columns["bound"] = columns.pop("bounds")[-1]
-    columns["index"] = columns["index"].long()
-    folder = Path(HydraConfig.get().runtime.output_dir)
-    with open(folder / "samples.csv", "w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(columns)
-        writer.writerows(zip(*(values.tolist() for values in columns.values()), strict=True))
-    if not isinstance(data.transform, TableTransform):
-        path, bits = folder / "extremes.png", columns["bits_per_dim"]
-        plot_extremes(rows, bits, data.transform, EXTREMES, path)
+    folder = Path(cfg.folder)
+    frame = pl.DataFrame({name: column.numpy() for name, column in columns.items()})
+    frame.write_csv(folder / "samples.csv")
+    if isinstance(data.transform, ImageTransform):
+        bits = columns["bits_per_dim"]
+        plot_extremes(rows, bits, data.transform, EXTREMES, folder / "extremes.png")
     (folder / "evaluation.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     (folder / "evaluation.txt").write_text(print_table(make_table(summary)), encoding="utf-8")
     print(f"folder: {folder}")
     return summary["bits_per_dim"]
 
 
-def make_table(summary: dict) -> Table:
-    """Return the table of an evaluation."""
-    table = quantities(f"{summary['split']} set, {summary['samples']} samples")
-    nats = summary["dimensions"] * math.log(2)
-    noises = len(summary.get("bound_by_noises", ()))
-    s = summary | {
-        "nats": summary["bits_per_dim"] * nats,
-        "nats_error": summary["standard_error_images"] * nats,
-        "by_piece": " ".join(f"{nfe:.0f}" for nfe in summary["nfe_by_piece"]),
-    }
-    for name, form in {
-        f"bits/dim{', uniform dequantization' * (noises > 0)}": "{bits_per_dim:.4f}",
-        "  standard error over samples": "{standard_error_images:.4f}",
-        "  standard error over probes": "{standard_error_probes:.4f}",
-        "negative log-likelihood, nats": "{nats:.3f} ± {nats_error:.3f}",
-        f"importance-weighted bound, {noises} noises": "{bound:.4f} ± {bound_standard_error:.4f}",
-        "midpoint (bin centre: no bound)": "{midpoint:.4f}",
-        "divergence": "{divergence}",
-        "NFE per batch (least – most)": "{nfe:.1f} ({nfe_min} – {nfe_max})",
-        "NFE by piece": "{by_piece}",
-        "kinetic energy / d": "{kinetic:.4f}",
-        "squared Jacobian norm / d": "{jacobian:.4f}",
-        "transport cost ‖x − z‖² / d": "{transport_cost:.4f}",
-        "straightness (0: straight, at constant speed)": "{straightness:.4f}",
-        "inverse error max |x − inverse(forward(x))|": "{inverse_error:.1e}",
-    }.items():
-        if noises or not form.startswith(("{bound", "{midpoint")):
-            table.add_row(name, form.format(**s))
+def make_table(s: dict) -> Table:
+    """Return the table of an evaluation, from its summary."""
+    nats = s["dimensions"] * math.log(2)
+    bits, error = s["bits_per_dim"], s["standard_error_images"]
+    table = quantities(f"{s['split']} set, {s['samples']} samples")
+    table.add_row("bits/dim", f"{bits:.4f}")
+    table.add_row("  standard error over samples", f"{error:.4f}")
+    table.add_row("  standard error over probes", f"{s['standard_error_probes']:.4f}")
+    table.add_row("negative log-likelihood, nats", f"{bits * nats:.3f} ± {error * nats:.3f}")
+    if "bound" in s:
+        bound = f"{s['bound']:.4f} ± {s['bound_standard_error']:.4f}"
+        table.add_row(f"importance-weighted bound, {len(s['bound_by_noises'])} noises", bound)
+        table.add_row("midpoint (bin centre: no bound)", f"{s['midpoint']:.4f}")
+    nfe = f"{s['nfe']:.1f} ({s['nfe_min']} – {s['nfe_max']})"
+    table.add_row("NFE per batch (least – most)", nfe)
+    table.add_row("divergence", s["divergence"])
+    for name in ("kinetic", "jacobian", "transport_cost", "straightness", "inverse_error"):
+        table.add_row(name.replace("_", " "), f"{s[name]:.3g}")
     return table

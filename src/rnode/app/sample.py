@@ -5,12 +5,10 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import torch
-from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from rich.progress import track
 
-from rnode.app.build import from_checkpoint
-from rnode.app.density import Density
+from rnode.app.density import from_checkpoint
 from rnode.data.datamodule import DataModule
 from rnode.distributed import gather_lists, rank_and_world_size
 from rnode.errors import require
@@ -18,79 +16,65 @@ from rnode.flow import Flow
 from rnode.training.plots import plot_corner, plot_plane, plot_strip, plot_trajectory, save_points
 from rnode.transforms import ImageTransform
 
-MIDPOINT = 0.5  # of a grey level's bin
 FRAMES = 36  # of an animation, about
 
 
 @torch.no_grad()
 def main(cfg: DictConfig) -> None:
-    """Write samples.png and samples.npy, or samples.csv for a table, and plane.png (2-D flows).
+    """Write samples.png and samples.npy, or samples.csv for a table, and plane.png for 2-D flows.
 
     Where the configuration asks for them: strip.png, trajectory.gif and interpolation.png.
     """
-    data, flow, fabric = from_checkpoint(cfg)
-    transform, density = data.transform, Density(data, flow, torch.zeros(0))
-    count, given = cfg.n, OmegaConf.to_container(cfg.context)
-    context = density.encode_context(given, count)
-    if cfg.interpolate is not None:
-        check_interpolation(cfg.interpolate, data)
-    folder = Path(HydraConfig.get().runtime.output_dir)
-    first, device = fabric.is_global_zero, next(flow.parameters()).device
-
-    torch.manual_seed(cfg.seed)  # z is the same in all processes
-    z = cfg.temperature * torch.randn(count, flow.d, dtype=next(flow.parameters()).dtype)
-    c = context.to(device)
+    density, fabric = from_checkpoint(cfg)
+    data, flow, device = density.data, density.flow, fabric.device
+    context = OmegaConf.to_container(cfg.context)
+    c = data.conditions.encode(context, cfg.n).to(device)
+    z = density.sample_z(cfg.n, cfg.seed, cfg.temperature).to(device)
+    path = interpolate(flow, data, cfg.interpolate) if cfg.interpolate else None
     rank, processes = rank_and_world_size()
-    share = list(enumerate(torch.arange(count).split(data.eval_batch_size)))[rank::processes]
+    batches = torch.arange(cfg.n).split(data.eval_batch_size)[rank::processes]
     parts = []
-    for i, part in track(share, "samples", disable=not first):
-        frames, nfe = flow.solve_inverse(z[part].to(device), c[part])
-        y = frames[-1]
-        parts.append((i, y.cpu(), nfe))
-    _, y, nfe = zip(*sorted(gather_lists(parts), key=lambda part: part[0]), strict=True)
-    if not first:
+    for index in track(batches, "samples", disable=not fabric.is_global_zero):
+        frames, nfe = flow.solve_inverse(z[index], c[index])
+        parts.append((index, frames[-1].cpu(), nfe))
+    index, y, nfe = zip(*gather_lists(parts), strict=True)
+    if not fabric.is_global_zero:
         return
-    y, images = torch.cat(y), isinstance(transform, ImageTransform)
-    if density.columns is not None:
-        conditioned = pl.DataFrame({name: np.broadcast_to(v, count) for name, v in given.items()})
-        density.decode(y).with_columns(conditioned).write_csv(folder / "samples.csv")
-        plot_corner(folder / "samples.png", {"samples": transform.inverse(y)}, density.columns)
-    else:
-        save_points(transform.inverse(y).float(), folder / "samples.png")
+    y = torch.cat(y)[torch.cat(index).argsort()]
+    folder, x = Path(cfg.folder), data.transform.inverse(y)
+    if density.columns is None:
+        save_points(x.float(), folder / "samples.png")
         np.save(folder / "samples.npy", density.decode(y))
-    if not images and flow.d == 2 and density.columns is None:
-        frames = flow.trajectory(z[:200].to(device), intervals=32)
-        plot_plane(flow, frames, folder / "plane.png")
-    if images and cfg.trajectory:
-        intervals = max(3, FRAMES // len(flow.pieces))
-        frames = flow.trajectory(z[:16].to(device), c[:16], intervals)
-        plot_trajectory(transform.inverse(frames).float().cpu(), folder)
-    if cfg.interpolate is not None:
-        between = interpolate(flow, data, cfg.interpolate).float().cpu()[:, None]
-        shares, label = torch.linspace(0, 1, len(between)), "share of the way through z"
-        plot_strip(between, shares, label, folder / "interpolation.png")
-
-    mean = sum(nfe) / len(nfe)
-    print(f"{count} samples, NFE {mean:.1f} a batch by {flow.solver.test.method}")
+    else:
+        plot_corner(folder / "samples.png", {"samples": x}, density.columns)
+        conditions = [pl.Series(k, np.broadcast_to(v, cfg.n)) for k, v in context.items()]
+        density.decode(y).with_columns(conditions).write_csv(folder / "samples.csv")
+    if flow.d == 2 and flow.k == 0:
+        plot_plane(flow, flow.trajectory(z[:200], intervals=32), folder / "plane.png")
+    if cfg.trajectory and density.columns is None:
+        frames = flow.trajectory(z[:16], c[:16], max(3, FRAMES // len(flow.pieces)))
+        plot_trajectory(data.transform.inverse(frames).float().cpu(), folder)
+    if path is not None:
+        shares = torch.linspace(0, 1, len(path))
+        plot_strip(path[:, None], shares, "share of the path in z", folder / "interpolation.png")
+    print(f"{cfg.n} samples, NFE {np.mean(nfe):.1f} a batch by {flow.solver.test.method}")
     print(f"folder: {folder}")
-
-
-def check_interpolation(pair: list[int], data: DataModule) -> None:
-    """Raise InputError unless there are two such test images."""
-    given, images = f"interpolate={list(pair)}", isinstance(data.transform, ImageTransform)
-    require(images, f"{given}: must be left out; this flow does not model images")
-    data.setup()
-    count = len(data.splits.test)
-    require(max(pair) < count, f"{given}: must be two indices of test images, 0 to {count - 1}")
 
 
 def interpolate(flow: Flow, data: DataModule, pair: list[int]) -> torch.Tensor:
     """Return images from one test image of the `pair` to the other, (11, C, H, W)."""
-    ends, index, context = data.fetch_from("test")(list(pair))
-    midpoints = torch.full(ends.shape, MIDPOINT)
-    batch = data.transform(ends, index, context, midpoints).to(next(flow.parameters()).device)
-    z, c = flow(batch.y, batch.c).z, batch.c
+    images = isinstance(data.transform, ImageTransform)
+    require(images, f"interpolate={pair}: needs a flow of images")
+    data.setup()
+    last = len(data.splits.test) - 1
+    message = f"interpolate={pair}: must be two indices of test images, 0 to {last}"
+    require(max(pair) <= last, message)
+    x, index, c = data.fetch_from("test")(list(pair))
+    bin_centre = torch.full(x.shape, 0.5)
+    batch = data.transform(x, index, c, bin_centre).to(next(flow.parameters()).device)
+    first, second = flow(batch.y, batch.c).z
     # Points on this arc are normal as its ends are; those on a straight line are shorter.
-    angle = torch.linspace(0, torch.pi / 2, 11).to(z)[:, None]
-    c = torch.lerp(c[:1], c[1:], (angle * 2 / torch.pi).to(c))
-    return data.transform.inverse(flow.inverse(angle.cos() * z[0] + angle.sin() * z[1], c))
+    angle = torch.linspace(0, torch.pi / 2, 11).to(first)[:, None]
+    c = torch.lerp(batch.c[:1], batch.c[1:], (angle * 2 / torch.pi).to(batch.c))
+    y = flow.inverse(angle.cos() * first + angle.sin() * second, c)
+    return data.transform.inverse(y).float().cpu()

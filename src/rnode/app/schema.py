@@ -132,6 +132,7 @@ class Trainer(Devices, OpenSection):
     num_sanity_val_steps: Limit = key("validation batches before training")
     enable_progress_bar: bool = key("print how far the run is")
     enable_model_summary: bool = key("print every layer")
+    inference_mode: bool = key("evaluate in torch's inference mode")
 
 
 class Entry(OpenSection):
@@ -236,11 +237,12 @@ class CheckpointData(Section):
 
 
 class FromCheckpoint(Section):
+    folder: str = key("where files are written, which hydra.run.dir=… sets")
     ckpt_path: str = key("checkpoint of a run, such as outputs/…/best.ckpt")
     seed: Whole = key("seed of noise, probes and samples")
     trust: list[str] = key("your own packages, whose classes the checkpoint may name: [mydata]")
     divergence: Literal[DIVERGENCES] | None = key("null: exact up to 16 dimensions, else the run's")
-    probes: Count | None = key("random probes of a sample; null: the run's own")
+    probes: Count | None = key("random probes of a sample, 4 or more of a table; null: the run's")
     solver: Solver = key("solver=… and solver.test.…=… replace the run's own; nothing trains")
     trainer: Devices = key("the devices")
     dataset: CheckpointData = key("the data")

@@ -1,45 +1,40 @@
-"""`rnode score`: the log-probability of new data under a trained flow, and how unusual they are."""
+"""`rnode score`: the log-likelihood of new data under a trained flow, and their anomaly rank."""
 
 from pathlib import Path
 
 import numpy as np
 import polars as pl
-from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from rich.progress import track
 
-from rnode.app.build import from_checkpoint
-from rnode.app.density import Density
+from rnode.app.density import Density, from_checkpoint
 from rnode.app.printing import print_table, quantities
-from rnode.data.datamodule import DataModule
 from rnode.data.folder import Format, decode, find_images
 from rnode.data.tables import read_table
-from rnode.errors import InputError, one_line, require
-from rnode.training.checkpoint import load_checkpoint
+from rnode.errors import require
 from rnode.training.run_folder import whole_file
 
 
 def main(cfg: DictConfig) -> None:
     """Write scores.csv: a row for each row or image of `cfg.path`, in order."""
-    data, flow, fabric = from_checkpoint(cfg)
+    density, fabric = from_checkpoint(cfg)
     require(fabric.world_size == 1, "trainer.devices: must be 1; scores are computed on one device")
-    bits = load_checkpoint(cfg.ckpt_path)["validation_bits"]
-    density = Density(data, flow, bits, cfg.seed)
     rows, identity = read(density, Path(cfg.path).expanduser(), list(cfg.id))
-    given = OmegaConf.to_container(cfg.context) or class_folders(density, identity)
-    scores = density.score(rows, given, lambda batches: track(batches, "scores"))
-    frame = identity.with_columns(pl.DataFrame(scores))
-    folder = Path(HydraConfig.get().runtime.output_dir)
-    path = folder / "scores.csv"
+    context = OmegaConf.to_container(cfg.context) or None
+    if context is None and "file" in identity and "label" in density.data.conditions.columns:
+        context = {"label": [Path(file).parts[0] for file in identity["file"]]}
+    scores = density.score(rows, context, lambda batches: track(batches, "scores"))
+    path = Path(cfg.folder) / "scores.csv"
     with whole_file(path) as file:
-        frame.write_csv(file)
-    table = quantities(f"{cfg.path}, {len(frame)} samples")
-    nats, rank = scores["log_prob"], scores["rank"]
+        identity.with_columns(pl.DataFrame(scores)).write_csv(file)
+    table = quantities(f"{cfg.path}, {len(identity)} samples")
+    nats = scores["log_prob"]
     table.add_row("mean log-probability, nats", f"{nats.mean():.3f}")
     table.add_row("least and most", f"{nats.min():.3f}, {nats.max():.3f}")
     table.add_row("mean bits/dim", f"{scores['bits_per_dim'].mean():.4f}")
-    if len(bits):  # the run has validated before it wrote the checkpoint
-        table.add_row("more unusual than 99 % of the validation set", f"{np.mean(rank > 0.99):.1%}")
+    if len(density.validation_bits):  # the run has validated before it wrote the checkpoint
+        unusual = np.mean(scores["rank"] > 0.99)
+        table.add_row("more unusual than 99 % of the validation set", f"{unusual:.1%}")
     print_table(table)
     print(f"written to {path}")
 
@@ -47,38 +42,26 @@ def main(cfg: DictConfig) -> None:
 def read(density: Density, path: Path, names: list[str]) -> tuple[object, pl.DataFrame]:
     """Read new data, and what identifies each sample: its row, its columns `names`, or its file."""
     if density.columns is not None:
-        frame = read_table(path)
-        missing = [name for name in names if name not in frame.columns]
-        require(not missing, f"id={missing}: {path} has the columns {frame.columns[:20]}")
-        numbers = pl.DataFrame({"row": np.arange(len(frame))})
-        return frame, numbers.with_columns(frame.select(names))
-    require(not names, f"id={names}: must be left out; images have no columns")
+        rows = read_table(path)
+        missing = [name for name in names if name not in rows.columns]
+        require(not missing, f"id={missing}: {path} has the columns {rows.columns[:20]}")
+        return rows, rows.select(pl.int_range(pl.len()).alias("row"), *names)
+    require(not names, f"id={names}: is not supported here; images have no columns")
     if path.is_dir():
-        files, form = find_images(path), image_format(density.data)
+        form, files = image_format(density), find_images(path)
         images = [decode(file, form) for file in track(files, "decoding")]
         names = [file.relative_to(path).as_posix() for file in files]
         return np.stack(images), pl.DataFrame({"file": names})
-    right = f"path={path}: must be a folder of images, or a .npy file"
-    require(path.suffix == ".npy" and path.is_file(), right)
-    try:
-        rows = np.load(path, allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise InputError(f"path={path}: cannot be read ({one_line(error)})") from None
+    image_file = path.suffix == ".npy" and path.is_file()
+    require(image_file, f"path={path}: must be a folder of images, or a .npy file")
+    rows = np.load(path)
     return rows, pl.DataFrame({"row": np.arange(len(rows))})
 
 
-def class_folders(density: Density, identity: pl.DataFrame) -> dict[str, list[str]] | None:
-    """Return the classes of images in folders, for a density of images given their class."""
-    if density.columns is not None or not density.data.conditions.columns or "file" not in identity:
-        return None
-    folders = [Path(file).parts[:-1] for file in identity["file"]]
-    return {"label": [first for first, *_ in folders]} if all(folders) else None
-
-
-def image_format(data: DataModule) -> Format:
-    """Return what the images were made into that the flow was trained on."""
-    (channels, *sides), levels = data.shape, data.transform.levels
+def image_format(density: Density) -> Format:
+    """Return the format of the images that the flow was trained on."""
+    (channels, *size), levels = density.data.shape, density.data.transform.levels
     bits = levels.bit_length() - 1
     wrong = f"path: must be a .npy file; {levels} grey levels are not the bits of a pixel"
     require(levels == 2**bits <= 256, wrong)
-    return Format(channels, sides, data.arguments.get("crop"), bits)
+    return Format(channels, size, density.data.arguments.get("crop"), bits)
