@@ -12,7 +12,7 @@ the transfer of data to the device and the optimizer.
 import argparse
 import math
 
-from common import COARSE, DOPRI5, FINE, RK4, SHAPES, evaluation_flops, write_table
+from common import COARSE, DOPRI5, FINE, RK4, SHAPES, evaluation_flops, write_record
 from rnode import Piece, Probes, Solver, Squeeze, multiscale
 
 RUNS = {"mnist": (50_000, 200), "cifar10": (45_000, 200)}  # training images and batch size
@@ -57,7 +57,7 @@ def main() -> None:
             )
     rate = f"{options.flops:.3g} FLOP/s × {options.share:.0%}"
     title = f"calculated for {rate}, {options.bandwidth:.3g} bytes/s"
-    write_table("budget", title, rows)
+    write_record("budget", title, rows)
 
 
 def pixels_of_all_pieces(shape: tuple[int, ...]) -> int:

@@ -4,7 +4,7 @@ python benchmarks/solvers.py CHECKPOINT…
 
 Weights and state are in float64; data, noise and probes are the same for every solver: 128 training
 samples. `l`, `E` and `n` are the relative errors of their means, `worst` is the largest error of a
-sample's bits/dim. The results are also written to outputs/benchmarks/solvers_….csv.
+sample's bits/dim. The record is benchmarks/results/solvers_FOLDER.json.
 """
 
 import argparse
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from common import RADAU, RK4, SIMPSON, write_table
+from common import RADAU, RK4, SIMPSON, write_record
 from rnode import Method, Probes, Solver
 from rnode.app.build import load_flow
 from rnode.evaluation import Measures, measure
@@ -63,7 +63,7 @@ def compare(path: str) -> None:
         for quantity, value, truth in zip("lEn", solution.state[1:], exact.state[1:], strict=True):
             row[quantity] = f"{(value.mean() / truth.mean() - 1):+.1e}"
         rows.append(row)
-    write_table(f"solvers_{Path(path).parent.name}", f"errors against dopri5 1e-7, {path}", rows)
+    write_record(f"solvers_{Path(path).parent.name}", f"errors against dopri5 1e-7, {path}", rows)
 
 
 if __name__ == "__main__":
