@@ -4,7 +4,7 @@ python scripts/render_docs.py           # writes the tables
 python scripts/render_docs.py --check   # fails if a page differs from its records
 
 A page holds a pair of markers for each table; `columns` renames by NAME=HEADER, and `rows` keeps
-the rows whose first column matches a regular expression. The rows of several records are joined.
+the rows in which a regular expression is found. The rows of several records are joined.
 
 <!-- record: NAME… columns=A|B=HEADER|C rows=REGEX -->
 <!-- end -->
@@ -51,10 +51,10 @@ def table(names: list[str], columns: str | None, pattern: str | None) -> list[st
     headers = headers or {column: column for column in known}
     if unknown := headers.keys() - known:
         raise KeyError(f"{' '.join(names)}: no row has {', '.join(sorted(unknown))}")
-    kept = [row for row in rows if re.search(pattern or "", row.get(known[0], ""))]
-    cells = [headers.values(), ["---"] * len(headers)]
-    cells += [[row.get(column, "") for column in headers] for row in kept]
-    return [f"| {' | '.join(line)} |" for line in cells]
+    kept = [row for row in rows if re.search(pattern or "", " | ".join(row.values()))]
+    cells = [headers.values(), *([row.get(column, "") for column in headers] for row in kept)]
+    lines = [f"|{'|'.join(line)}|" for line in cells]
+    return [lines[0], "|---" * len(headers) + "|", *lines[1:]]
 
 
 def read(name: str) -> dict:
