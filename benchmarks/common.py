@@ -32,7 +32,7 @@ SHAPES = {
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LAMBDA = 0.01
 CLIP = 1.0  # largest norm of the gradient, trainer.gradient_clip_val
-RK4, SIMPSON = Method("rk4", step_size=0.25), Method("rk4", "simpson", step_size=0.25)
+RK4, SIMPSON = Method("rk4"), Method("rk4", "simpson")
 RADAU = Method("rk4", "radau", steps=3)
 COARSE = Method("rk4", "radau", steps=2)  # solver=auto at first …
 FINE = Method("rk4", "radau", steps=4)  # … and after its first refinement

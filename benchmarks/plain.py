@@ -28,21 +28,23 @@ class PlainNet(nn.Module):
         self.biases = nn.ParameterList(layer.bias.detach().clone() for layer in field.layers)
         self.centred = centred
 
-    def forward(self, t, z):
+    def forward(self, t, z, c):
+        image = z.dim() == 4
+        c = c[:, :, None, None].expand(*c.shape, *z.shape[2:]) if image else c
+        time = t.expand(len(z), 1, *z.shape[2:])
         for i, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
-            z = torch.cat([t.expand(len(z), 1, *z.shape[2:]), z], 1)  # time as the first channel
-            image = z.dim() == 4
+            z = torch.cat([time, c, z], 1)  # time and c as the first channels
             if self.centred and image and i > 0:
-                bias = bias - shift(weight)
+                bias = bias - shift(weight, 1 + c.shape[1])
             z = F.conv2d(z, weight, bias, padding=1) if image else F.linear(z, weight, bias)
             if i < len(self.weights) - 1:
                 z = F.softplus(z)
         return z
 
 
-def shift(weight):
-    """What a layer computes from inputs of softplus(0) = log 2. Its first input is time."""
-    return math.log(2) * weight[:, 1:].flatten(1).sum(1)
+def shift(weight, first=1):
+    """The output of a layer for inputs of softplus(0) = log 2, from its input number `first` on."""
+    return math.log(2) * weight[:, first:].flatten(1).sum(1)
 
 
 class PlainODE(nn.Module):
@@ -58,7 +60,7 @@ class PlainODE(nn.Module):
         z = state[0]
         with torch.enable_grad():
             z = z.requires_grad_(True)
-            f = self.net(t, z)
+            f = self.net(t, z, z.new_empty(len(z), 0))
             product = torch.autograd.grad(f, z, self.eps, create_graph=True)[0]
         div = (product * self.eps).flatten(1).sum(1)
         return f, div, f.flatten(1).pow(2).sum(1), product.flatten(1).pow(2).sum(1)
@@ -130,7 +132,7 @@ class PlainFlow(nn.Module):
 class PlainPiece(rnode.Piece):
     """A piece of the program that is solved by the plain recipe."""
 
-    def forward(self, z, eps, method, gradient, context=None):
+    def forward(self, z, c, eps, method, gradient, integrate=None):
         ode = PlainODE(self.field, eps[0])
         state = rnode.State(
             *plain_solve(ode, z, **method.odeint_options(error_norm, torch.float32))

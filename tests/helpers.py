@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 HANG = 1800  # seconds after which a test that waits has hung; no test depends on a shorter time
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}  # more would wait for one another's cores
 
-RK4 = Method("rk4", step_size=0.25)
+RK4 = Method("rk4")
 DOPRI5 = Method("dopri5")
 
 RATE = ["optimizer.lr=4e-3", "warmup_steps=0", "decay=false"]
@@ -67,11 +67,16 @@ class Linear(nn.Module):
         super().__init__()
         self.A = nn.Parameter(A)
 
-    def forward(self, t, z):
+    def forward(self, t, z, c):
         return z @ self.A.T
 
-    def vjp(self, t, z, eps):
-        return self(t, z), eps @ self.A
+    def vjp(self, t, z, eps, c):
+        return self(t, z, c), eps @ self.A
+
+
+def no_c(z):
+    """c of a batch z without conditions, (B, 0)."""
+    return z.new_empty(len(z), 0)
 
 
 def randomize(module, scale=1.0):

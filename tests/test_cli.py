@@ -15,7 +15,7 @@ from rnode.app import cli, evaluate, train
 from rnode.app.help import known_keys
 from rnode.app.report_error import describe_error
 from rnode.app.schema import CONF
-from rnode.errors import DivergenceError, InputError, Stopped, WriteError
+from rnode.errors import Diverged, InputError, Stopped, WriteError
 
 MISTAKES = [
     # a group has no such option
@@ -205,7 +205,7 @@ def test_a_bug_gets_one_line_and_its_traceback_is_saved(tmp_path, capsys, monkey
     ("error", "line", "code"),
     [
         (InputError("levels=1:\n must be 2"), "levels=1: must be 2", 2),
-        (DivergenceError("z became NaN"), "z became NaN", 1),
+        (Diverged("z became NaN"), "z became NaN", 1),
         (WriteError("x could not be written"), "x could not be written", 1),
         (FileNotFoundError(2, "No such file or directory", "x"), "No such file.*'x'", 1),
         (Stopped("by SIGTERM", signal.SIGTERM), "by SIGTERM", 143),

@@ -4,11 +4,7 @@ import pytest
 import torch
 
 from helpers import DOPRI5, make_flow
-from rnode import (
-    InputError,
-    Method,
-    log_normal,
-)
+from rnode import InputError, Method, log_normal
 
 TIGHT = Method("dopri5", rtol=1e-9, atol=1e-9)
 FIXED = [Method("rk4", integrals, steps=4) for integrals in ("system", "simpson", "radau")]

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from helpers import DOPRI5, EPOCHS, TWO_STEPS, Linear, call, refused
-from rnode import DivergenceError, Method, Piece, Probes
+from rnode import Diverged, Method, Piece, Probes
 from rnode.training.checkpoint import load_checkpoint
 from rnode.training.module import RNODE
 
@@ -27,8 +27,8 @@ class Broken(Linear):
 @pytest.mark.parametrize(
     ("field", "method", "error", "message"),
     [
-        (Explodes, DOPRI5, DivergenceError, "the step size of the adaptive solver underflowed"),
-        (Linear, Method("dopri5", max_steps=1), DivergenceError, "took more than max_steps"),
+        (Explodes, DOPRI5, Diverged, "the step size of the adaptive solver underflowed"),
+        (Linear, Method("dopri5", max_steps=1), Diverged, "took more than max_steps"),
         (Broken, DOPRI5, AssertionError, "^a bug$"),
     ],
 )

@@ -6,39 +6,48 @@ import pytest
 import torch
 from torch import nn
 
-from helpers import RK4, Linear, close, make_flow
+from helpers import RK4, Linear, close, make_flow, no_c
 from rnode import (
+    Batch,
+    Column,
     Dequantize,
-    DivergenceError,
+    Diverged,
     Flow,
+    ImageTransform,
     Logit,
     Method,
     Piece,
     Probes,
     Solver,
-    Transform,
+    TableTransform,
     log_normal,
     mlp,
 )
-from rnode.evaluation import evaluate, importance_bound, measure, probe_error, standard_error
-from rnode.transforms import Batch
+from rnode.evaluation import (
+    evaluate,
+    importance_bound,
+    probe_error,
+    solve_and_measure,
+    standard_error,
+)
 
 LEVELS, ALPHA = 4, 0.05
-GREY = Transform(LEVELS, ALPHA)
+GREY = ImageTransform(LEVELS, ALPHA)
 TIGHT = Method("dopri5", rtol=1e-9, atol=1e-9)
 A = torch.tensor([[0.3, 0.8], [-0.5, 0.1]], dtype=torch.float64)
 NORMAL = torch.distributions.Normal(0.0, 1.0)
 
 
 def in_batches(x, size=64):
-    """(x, index, None) of a split in batches, as a DataModule gives them."""
+    """(x, index, c) of a split in batches, as a DataModule loads them."""
     indices = torch.arange(len(x)).split(size)
-    return [(x[index], index, None) for index in indices]
+    return [(x[index], index, no_c(index)) for index in indices]
 
 
 def evaluate_vectors(flow, x, seed=0):
-    """The summary for vectors, which need no transform."""
-    return evaluate(flow, Transform(), in_batches(x), noises=1, seed=seed)[0]
+    """The summary for vectors, whose columns stay as they are."""
+    unchanged = TableTransform([Column(f"x{i}") for i in range(x.shape[1])])
+    return evaluate(flow, unchanged, in_batches(x), noises=1, seed=seed)[0]
 
 
 def identity(shape):
@@ -47,7 +56,7 @@ def identity(shape):
     return mlp(shape, solver, Probes("exact"), hidden=4).eval()
 
 
-def stack(*fields, divergence="exact", test=TIGHT):
+def flow_of(*fields, divergence="exact", test=TIGHT):
     """A flow of vectors with one piece for each field."""
     d, solver = len(next(fields[0].parameters())), Solver(RK4, test, dtype="float64")
     return Flow((d,), [Piece(field) for field in fields], solver, Probes(divergence)).eval()
@@ -128,9 +137,9 @@ def test_intervals_of_the_standard_error_over_probes_cover_at_their_rate():
     """For a linear field, of known divergence: probes cause the whole difference."""
     A = torch.tensor([[0.3, 0.8, 0], [-0.5, 0.1, 0.4], [0.2, 0.6, -0.7]], dtype=torch.float64)
     x = torch.randn(40, 3, dtype=torch.float64)
-    exact = evaluate_vectors(stack(Linear(A), test=RK4), x)
+    exact = evaluate_vectors(flow_of(Linear(A), test=RK4), x)
     assert exact["standard_error_probes"] == 0
-    flow, covered = stack(Linear(A), divergence="gaussian", test=RK4), []
+    flow, covered = flow_of(Linear(A), divergence="gaussian", test=RK4), []
     for seed in range(200):
         summary = evaluate_vectors(flow, x, seed)
         error = abs(summary["bits_per_dim"] - exact["bits_per_dim"])
@@ -141,7 +150,7 @@ def test_intervals_of_the_standard_error_over_probes_cover_at_their_rate():
 def test_the_probes_error_is_the_known_one():
     """Var(εᵀAε) = 2 ‖(A + Aᵀ)/2‖_F² for a normal ε: one solve, l in nats, over d log 2."""
     x = torch.randn(4000, 2, dtype=torch.float64)
-    summary = evaluate_vectors(stack(Linear(A), divergence="gaussian", test=RK4), x)
+    summary = evaluate_vectors(flow_of(Linear(A), divergence="gaussian", test=RK4), x)
     deviation = (2 * ((A + A.T) / 2).square().sum()).sqrt() / (2 * math.log(2))
     expected = float(deviation) / 4000**0.5
     assert summary["standard_error_probes"] == pytest.approx(expected, rel=0.1)
@@ -156,24 +165,24 @@ class Constant(nn.Module):
         super().__init__()
         self.c = nn.Parameter(c)
 
-    def forward(self, t, z):
+    def forward(self, t, z, c):
         return self.c.expand_as(z)
 
-    def vjp(self, t, z, eps):
-        return self(t, z), torch.zeros_like(eps)
+    def vjp(self, t, z, eps, c):
+        return self(t, z, c), torch.zeros_like(eps)
 
 
 def test_straightness_is_zero_for_a_constant_field_and_known_for_a_linear_one():
     x = torch.randn(20, 3, dtype=torch.float64)
     c = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
-    summary = evaluate_vectors(stack(Constant(c)), x)
+    summary = evaluate_vectors(flow_of(Constant(c)), x)
     assert summary["straightness"] == pytest.approx(0, abs=1e-12)
     assert summary["kinetic"] == pytest.approx(float(c.square().mean()))
     assert summary["transport_cost"] == pytest.approx(float(c.square().mean()))
     assert summary["inverse_error"] < 1e-12
 
     a = 0.9  # z(t) = e^(a t) z(0)
-    summary = evaluate_vectors(stack(Linear(a * torch.eye(3, dtype=torch.float64))), x)
+    summary = evaluate_vectors(flow_of(Linear(a * torch.eye(3, dtype=torch.float64))), x)
     expected = 1 - 2 * math.expm1(a) ** 2 / (a * math.expm1(2 * a))
     assert 0.05 < expected < 0.2
     assert summary["straightness"] == pytest.approx(expected, rel=1e-5)
@@ -185,7 +194,7 @@ def test_straightness_adds_the_displacements_of_all_pieces():
     """Two pieces with constant fields c and −c are straight, although the flow moves nothing."""
     c = torch.tensor([1.0, -2.0], dtype=torch.float64)
     x = torch.randn(20, 2, dtype=torch.float64)
-    summary = evaluate_vectors(stack(Constant(c), Constant(-c)), x)
+    summary = evaluate_vectors(flow_of(Constant(c), Constant(-c)), x)
     assert summary["straightness"] == pytest.approx(0, abs=1e-12)
     assert summary["kinetic"] == pytest.approx(2 * float(c.square().mean()))
     assert summary["transport_cost"] == pytest.approx(0, abs=1e-12)
@@ -195,7 +204,7 @@ def test_the_result_belongs_to_the_seed_and_does_not_depend_on_the_batch_size():
     x = torch.randint(17, (30, 1, 8, 8), dtype=torch.uint8)
     flow = make_flow((1, 8, 8), test=Method("euler", steps=2)).eval()
     (whole, columns), (parts, columns_of_parts), (again, _), (other, _) = (
-        evaluate(flow, Transform(17, 1e-5), in_batches(x, size), noises=3, seed=seed)
+        evaluate(flow, ImageTransform(17, 1e-5), in_batches(x, size), noises=3, seed=seed)
         for size, seed in ((30, 0), (7, 0), (30, 0), (30, 1))
     )
     for name in ("bits_per_dim", "kinetic", "jacobian", "transport_cost", "bounds", "midpoint"):
@@ -208,16 +217,16 @@ def test_the_result_belongs_to_the_seed_and_does_not_depend_on_the_batch_size():
 def test_nfe_is_counted_by_piece_and_batch():
     flow = make_flow((1, 8, 8), test=RK4, pieces=1).eval()
     x = torch.randint(17, (10, 1, 8, 8), dtype=torch.uint8)
-    summary, _ = evaluate(flow, Transform(17, 1e-5), in_batches(x, 4), noises=2, seed=0)
+    summary, _ = evaluate(flow, ImageTransform(17, 1e-5), in_batches(x, 4), noises=2, seed=0)
     assert summary["nfe_by_piece"] == [16.0] * len(flow.pieces)
     assert summary["nfe"] == summary["nfe_min"] == summary["nfe_max"] == 16 * len(flow.pieces)
 
 
-def test_measure_gives_bits_and_the_integrals_per_dimension():
+def test_measures_are_bits_and_the_integrals_per_dimension():
     y = torch.randn(6, 2, dtype=torch.float64)
-    batch = Batch(y, torch.full((6,), 0.7, dtype=torch.float64), torch.arange(6))
+    batch = Batch(y, torch.full((6,), 0.7, dtype=torch.float64), torch.arange(6), no_c(y))
     with torch.no_grad():
-        solution, measures = measure(stack(Linear(A)), batch, seed=0)
+        solution, measures = solve_and_measure(flow_of(Linear(A)), batch, seed=0)
     z = y @ torch.matrix_exp(A).T
     bits = -(log_normal(z) + A.trace() + 0.7) / (2 * math.log(2))
     jacobian = (A.square().sum() / 2).expand(6)
@@ -229,5 +238,5 @@ def test_measure_gives_bits_and_the_integrals_per_dimension():
 def test_samples_that_are_not_finite_are_counted_in_the_error():
     x = torch.randn(8, 2)
     x[[1, 5, 6]] = float("inf")
-    with pytest.raises(DivergenceError, match="bits/dim of 3 of 8 samples are not finite"):
+    with pytest.raises(Diverged, match="bits/dim of 3 of 8 samples are not finite"):
         evaluate_vectors(identity((2,)), x)

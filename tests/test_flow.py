@@ -6,7 +6,7 @@ import torch
 from helpers import DOPRI5, RK4, Linear, close, make_flow
 from plain import PlainFlow
 from rnode import (
-    DivergenceError,
+    Diverged,
     Flow,
     InputError,
     Method,
@@ -47,8 +47,8 @@ def test_pieces_are_counted_as_in_the_paper(shape, pieces):
 @pytest.mark.parametrize(
     ("build", "shape", "message"),
     [
-        (multiscale, (1, 30, 30), "cannot halve 15×15; crop or pad the images, to 28×28"),
-        (multiscale, (1, 9, 8), "cannot halve 9×8; crop or pad the images, to 8×8"),
+        (multiscale, (1, 30, 30), "cannot halve 15×15; use images of 28×28"),
+        (multiscale, (1, 9, 8), "cannot halve 9×8; use images of 8×8"),
         (multiscale, (1, 3, 8), "4 or more high and wide"),
         (multiscale, (0, 8, 8), "4 or more high and wide"),
         (multiscale, (2,), "4 or more high and wide"),
@@ -92,7 +92,7 @@ def test_log_prob_of_the_multiscale_flow_against_slogdet_of_its_full_jacobian():
     flow = make_flow((1, 8, 8), test=TIGHT, divergence="exact", pieces=1).eval()
     x = torch.randn(2, 1, 8, 8, dtype=torch.float64)
     log_prob = flow.log_prob(x)
-    flow.probes = Probes()  # z does not depend on them
+    flow.test_probes = Probes()  # z does not depend on them
     # Samples do not interact: the sum over the batch has the Jacobians of both.
     jacobian = torch.autograd.functional.jacobian(lambda y: flow(y).z.sum(0), x)
     log_det = torch.linalg.slogdet(jacobian.flatten(2).transpose(0, 1)).logabsdet
@@ -164,14 +164,6 @@ def test_loss_and_gradient_are_those_of_the_plain_recipe(shape, method, options,
     against_the_plain_recipe(flow, PlainFlow(flow, **options), x)
 
 
-@pytest.mark.parametrize("shape", [(1, 8, 8), (2,)])
-def test_the_adjoint_is_the_plain_recipes_in_float32_at_the_papers_step(shape):
-    """Both sides discretize by rk4 with step 0.25, forward and backward."""
-    flow = make_flow(shape, gradient="adjoint").float()
-    plain = PlainFlow(flow, method="rk4", options={"step_size": 0.25})
-    against_the_plain_recipe(flow, plain, torch.randn(3, *shape))
-
-
 def test_without_penalties_the_objective_and_its_gradient_are_ffjords():
     """λ = 0: the mean negative log-likelihood a dimension, whatever E and n are."""
 
@@ -209,18 +201,44 @@ def test_a_batch_of_another_shape_is_refused():
         flow(torch.zeros(2, 1, 8, 4).double())
     with pytest.raises(InputError, match=r"z of shape \(2, 63\): must be \(B, 64\)"):
         flow.inverse(torch.zeros(2, 63).double())
+    with pytest.raises(InputError, match=r"c of shape \(2, 3\): must be \(0,\) or \(2, 0\)"):
+        flow(torch.zeros(2, 1, 8, 8).double(), torch.zeros(2, 3))
+    conditional = mlp((2,), SOLVER, Probes(), k=3)
+    with pytest.raises(InputError, match=r"c of shape \(2, 0\): must be \(3,\) or \(2, 3\)"):
+        conditional(torch.zeros(2, 2))
+    with pytest.raises(InputError, match=r"c of shape \(4,\): must be"):
+        conditional(torch.zeros(2, 2), torch.zeros(4))
 
 
-def test_a_divergence_names_its_piece():
-    flow = make_flow((1, 8, 8), train=Method("dopri5", max_steps=20))
+def test_a_conditional_flow_is_another_flow_for_each_c():
+    """c (k,) is for all samples, c (*batch, k) for each; inverse and sample take it too."""
+    flow = make_flow((3,), k=2, divergence="exact", test=TIGHT).eval()
+    x = torch.randn(4, 3, dtype=torch.float64)
+    c = torch.randn(4, 2, dtype=torch.float64)
+    each = torch.stack([flow.log_prob(x[i], c[i]) for i in range(4)])
+    torch.testing.assert_close(flow.log_prob(x, c), each, rtol=1e-6, atol=1e-7)
+    assert (each - flow.log_prob(x, c[0]))[1:].abs().min() > 1e-3
+    paired = flow.log_prob(x.view(2, 2, 3), c.view(2, 2, 2))
+    torch.testing.assert_close(paired.flatten(), each, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(flow.inverse(flow(x, c).z, c), x, rtol=1e-7, atol=1e-7)
+    torch.manual_seed(5)
+    sampled = flow.sample(4, c)
+    torch.manual_seed(5)
+    assert torch.equal(sampled, flow.inverse(torch.randn(4, 3, dtype=torch.float64), c))
+    frames = flow.trajectory(flow(x, c).z, c)
+    torch.testing.assert_close(frames[-1], x, rtol=1e-7, atol=1e-7)
+
+
+def test_a_solve_that_diverged_names_its_piece():
+    flow = make_flow((1, 8, 8), train=DOPRI5)
     with torch.no_grad():
         flow.pieces[2].field.layers[-1].bias.fill_(float("nan"))
-    with pytest.raises(DivergenceError, match="in piece 3$"):
+    with pytest.raises(Diverged, match="in piece 3$"):
         flow(torch.randn(2, 1, 8, 8, dtype=torch.float64))
 
 
 def test_training_and_evaluation_use_their_own_method():
-    flow = make_flow((1, 8, 8), test=Method("euler", step_size=0.5))
+    flow = make_flow((1, 8, 8), test=Method("euler", steps=2))
     x = torch.randn(2, 1, 8, 8, dtype=torch.float64)
     for training, nfe in ((True, 16), (False, 2)):
         solution = flow.train(training).solve(x)
@@ -239,23 +257,11 @@ def test_the_state_has_the_dtype_of_the_solver_or_a_more_precise_one(dtype, stat
     assert all(part.dtype == torch.float64 for part in flow.double()(x))
 
 
-def test_evaluation_needs_no_autograd():
-    flow = make_flow((1, 8, 8)).eval()
-    x = torch.randn(2, 1, 8, 8, dtype=torch.float64)
-
-    def generators():
-        return [torch.Generator().manual_seed(i) for i in range(2)]
-
-    with torch.inference_mode():
-        inference = flow.solve(x, generators()).state
-    torch.testing.assert_close(inference, flow.solve(x, generators()).state)
-
-
 def test_a_trajectory_goes_from_z_to_x_through_the_closed_form():
     A = torch.tensor([[0.3, 0.8], [-0.5, 0.1]], dtype=torch.float64)
     flow = Flow((2,), [Piece(Linear(A))], Solver(RK4, TIGHT), Probes("exact")).eval()
     z = torch.randn(5, 2, dtype=torch.float64)
-    frames = flow.trajectory(z, 4)
+    frames = flow.trajectory(z, intervals=4)
     expected = torch.stack([z @ torch.matrix_exp(-A * k / 4).T for k in range(5)])
     torch.testing.assert_close(frames, expected, rtol=1e-7, atol=1e-7)
 
@@ -264,7 +270,7 @@ def test_a_trajectory_goes_from_z_to_x_through_the_closed_form():
 def test_a_trajectory_of_an_image_ends_in_its_inverse():
     flow = make_flow((1, 8, 8)).eval()
     z = torch.randn(3, 64).double()
-    frames = flow.trajectory(z, 2)
+    frames = flow.trajectory(z, intervals=2)
     assert frames.shape == (2 * len(flow.pieces) + 1, 3, 1, 8, 8)
     assert torch.equal(frames[0], flow.as_x(z))
     torch.testing.assert_close(frames[-1], flow.inverse(z), rtol=1e-3, atol=1e-4)

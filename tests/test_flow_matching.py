@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from helpers import RK4, SMALL, call, column, metrics, refused
+from helpers import RK4, SMALL, call, column, metrics, no_c, refused
 from rnode import Flow, Method, Piece, Probes, Solver, log_normal, mlp, multiscale
 from rnode.errors import InputError
 from rnode.matching import flow_matching, require_one_path
@@ -24,7 +24,7 @@ class Known(nn.Module):
         super().__init__()
         self.factor, self.unused = factor, nn.Parameter(torch.zeros(()))
 
-    def forward(self, t, z):
+    def forward(self, t, z, c):
         return self.factor(t) * z
 
 
@@ -38,9 +38,9 @@ def test_the_velocity_of_the_lines_is_learned_exactly_where_it_is_known(count):
     torch.manual_seed(0)
     x = torch.zeros(5000, 3, dtype=torch.float64)
     exact = flow_of(*(lambda t, k=k: 1 / (k + t) for k in range(count)))
-    assert flow_matching(exact, x).item() < 1e-24
+    assert flow_matching(exact, x, no_c(x)).item() < 1e-24
     still = flow_of(*count * [lambda t: 0 * t])  # Σ E ε²/count²
-    assert flow_matching(still, x).item() == pytest.approx(1 / count, rel=0.05)
+    assert flow_matching(still, x, no_c(x)).item() == pytest.approx(1 / count, rel=0.05)
 
 
 def test_the_best_field_between_gaussians_has_the_density_of_the_data():
@@ -57,12 +57,14 @@ def test_the_best_field_between_gaussians_has_the_density_of_the_data():
     losses = []
     for shift in (-0.1, 0.0, 0.1):
         torch.manual_seed(1)
-        losses.append(flow_matching(flow_of(lambda t, shift=shift: best(t) + shift), x).item())
+        losses.append(
+            flow_matching(flow_of(lambda t, shift=shift: best(t) + shift), x, no_c(x)).item()
+        )
     assert min(losses) == losses[1]
 
 
 def test_every_weight_of_a_conditional_flow_gets_the_gradient_of_a_loop_over_samples():
-    flow = mlp((2,), SOLVER, Probes(), hidden=8, context=3).double()
+    flow = mlp((2,), SOLVER, Probes(), hidden=8, k=3).double()
     for p in flow.parameters():
         nn.init.normal_(p, std=0.3)
     x, c = torch.randn(2, 7, 2, dtype=torch.float64)[0], torch.randn(7, 3, dtype=torch.float64)

@@ -3,7 +3,16 @@ import math
 import pytest
 import torch
 
-from rnode import Dequantize, InputError, Logit, Transform, bits_per_dim
+from helpers import no_c
+from rnode import (
+    Column,
+    Dequantize,
+    ImageTransform,
+    InputError,
+    Logit,
+    TableTransform,
+    bits_per_dim,
+)
 
 
 @pytest.mark.parametrize("alpha", [1e-5, 0.05])
@@ -35,15 +44,15 @@ def test_a_uniform_model_scores_log2_of_the_levels(levels):
     x = torch.randint(levels, (5, 1, 4, 4))
     noise = torch.rand(x.shape, dtype=torch.float64)
     _, log_det_y = Logit(0.05)(Dequantize(levels)(x, noise)[0])
-    log_det = Transform(levels, 0.05)(x, torch.arange(5), noise).log_det
+    log_det = ImageTransform(levels, 0.05)(x, torch.arange(5), no_c(x), noise).log_det
     bits = bits_per_dim(-log_det_y, log_det, d=16)
     torch.testing.assert_close(bits, torch.full_like(bits, math.log2(levels)), rtol=1e-12, atol=0)
 
 
 def test_images_are_recovered_from_their_transform():
-    transform = Transform(levels=17, alpha=1e-5)
-    x, index = torch.randint(17, (5, 1, 8, 8), dtype=torch.uint8), torch.arange(5)
-    y, log_det, *_ = transform(x, index)
+    transform = ImageTransform(levels=17, alpha=1e-5)
+    x = torch.randint(17, (5, 1, 8, 8), dtype=torch.uint8)
+    y, log_det, *_ = transform(x, torch.arange(5), no_c(x))
     u = transform.inverse(y)
     assert u.min() >= 0
     assert u.max() <= 1
@@ -54,31 +63,46 @@ def test_images_are_recovered_from_their_transform():
     torch.testing.assert_close(log_det.double(), expected, rtol=1e-4, atol=1e-3)
 
 
-def test_noise_is_fresh_by_default_and_belongs_to_the_image_in_evaluation():
-    transform = Transform(levels=17, alpha=1e-5)
-    x, index = torch.randint(17, (4, 1, 8, 8), dtype=torch.uint8), torch.arange(4)
-    assert not torch.equal(transform(x, index).y, transform(x, index).y)
-    y = transform.for_evaluation(x, index, seed=0).y
-    assert torch.equal(y[2:], transform.for_evaluation(x[2:], index[2:], seed=0).y)
-    for other in (transform.for_evaluation(x, index, 1), transform.for_evaluation(x, index + 4, 0)):
-        assert not torch.equal(y, other.y)
+@pytest.mark.parametrize(
+    "transform",
+    [
+        ImageTransform(levels=17, alpha=1e-5),
+        TableTransform([Column(f"n{i}", integer=True, mean=8, std=5) for i in range(3)]),
+    ],
+)
+def test_noise_is_fresh_in_training_and_belongs_to_the_sample_in_evaluation(transform):
+    shape = (4, 3) if isinstance(transform, TableTransform) else (4, 1, 8, 8)
+    x, index = torch.randint(17, shape, dtype=torch.uint8), torch.arange(4)
+    c = torch.randn(4, 2)
+    assert not torch.equal(transform(x, index, c).y, transform(x, index, c).y)
+    first, again = (
+        transform(x, index, c, generator=torch.Generator().manual_seed(3)).y for _ in range(2)
+    )
+    assert torch.equal(first, again)
+    batch = transform.for_evaluation(x, index, c, seed=0)
+    assert torch.equal(batch.index, index)
+    assert torch.equal(batch.c, c)
+    assert torch.equal(batch.y[2:], transform.for_evaluation(x[2:], index[2:], c[2:], seed=0).y)
+    for other in (
+        transform.for_evaluation(x, index, c, 1),
+        transform.for_evaluation(x, index + 4, c, 0),
+    ):
+        assert not torch.equal(batch.y, other.y)
 
 
-def test_vectors_stay_as_they_are():
-    transform = Transform()
-    x, index = torch.randn(5, 2), torch.arange(5)
-    for y, log_det, i, c in (transform(x, index), transform.for_evaluation(x, index, seed=0)):
-        assert torch.equal(y, x)
-        assert torch.equal(log_det, torch.zeros(5))
-        assert torch.equal(i, index)
-        assert c is None
-    assert torch.equal(transform.inverse(x), x)
+def test_columns_that_are_not_transformed_stay_as_they_are():
+    transform = TableTransform([Column("x1"), Column("x2")])
+    x = torch.randn(5, 2)
+    batch = transform(x, torch.arange(5), no_c(x))
+    assert torch.equal(batch.y, x)
+    assert torch.equal(batch.log_det, torch.zeros(5))
+    assert torch.equal(transform.inverse(x), x.double())
     assert not transform.discrete
 
 
 def test_arguments_out_of_range_are_refused():
     for alpha in (0, 0.5, -0.1, 0.7):
         with pytest.raises(InputError, match=f"alpha={alpha}: must be between 0 and 0.5"):
-            Transform(256, alpha)
+            ImageTransform(256, alpha)
     with pytest.raises(InputError, match="levels=1: must be at least 2"):
-        Transform(1, 0.05)
+        ImageTransform(1, 0.05)

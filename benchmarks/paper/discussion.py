@@ -21,7 +21,7 @@ DOPRI5 = Method("dopri5")
 RECIPES = {  # how it trains, and λ_K = λ_J
     "ffjord": ("no penalty (dopri5)", DOPRI5, 0.0),
     "rnode_adaptive": ("both penalties (dopri5)", DOPRI5, 0.1),
-    "rnode": ("both penalties (rk4, step 0.25)", Method("rk4", step_size=0.25), 0.1),
+    "rnode": ("both penalties (rk4, step 0.25)", Method("rk4"), 0.1),
 }
 EPOCHS = {"digits": 6, "fashion14": 4}
 SEEDS, WIDTH, LAYERS, BATCH = 3, 16, 3, 64

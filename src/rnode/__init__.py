@@ -9,16 +9,24 @@ from typing import Any
 
 _MODULES = {
     "app.density": ("Density", "fit", "load"),
-    "dequantization": ("Dequantization",),
     "dynamics": ("Dynamics", "Probes", "State"),
-    "errors": ("DivergenceError", "InputError"),
+    "errors": ("Diverged", "InputError"),
     "flow": ("FactorOut", "Flatten", "Flow", "Piece", "PieceSolution", "Solution", "Squeeze"),
     "matching": ("flow_matching",),
     "models": ("mlp", "multiscale"),
     "networks": ("Field", "TimeConv2d", "TimeLinear"),
     "loss": ("bits_per_dim", "log_normal", "objective"),
     "solver": ("Method", "Solver"),
-    "transforms": ("Dequantize", "Logit", "Transform"),
+    "transforms": (
+        "Batch",
+        "Column",
+        "Dequantize",
+        "ImageTransform",
+        "Logit",
+        "TableTransform",
+        "Transform",
+    ),
+    "variational": ("VariationalDequantization",),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 __all__ = sorted(_MODULE_OF)

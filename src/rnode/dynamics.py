@@ -8,8 +8,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from rnode.choices import DIVERGENCES
 from rnode.errors import require, require_choice
+from rnode.names import DIVERGENCES
 
 
 class State(NamedTuple):
@@ -28,35 +28,34 @@ class State(NamedTuple):
 
 
 class VectorField(Protocol):
-    """A field f(z, t): `rnode.Field`, or any torch.nn.Module with this `forward`.
+    """A field f(z, t; c): `rnode.Field`, or any torch.nn.Module with this `forward`.
 
-    The field of a density of x given c takes c (B, k) as a last argument. A field may have a
-    product εᵀ∇f of its own: a method `vjp(t, z, eps, *c)`, which returns what `vjp` below does. And
-    it may have a method `prepare(z)`, which is called once before a solve; every evaluation of the
-    solve then gets its result as the keyword argument `weights`.
+    c (B, k) are the numbers on which the density is conditioned; k = 0 without conditions. A field
+    may compute its own product εᵀ∇f by a method `vjp(t, z, eps, c)`, which returns what `vjp` below
+    does. It may also have a method `prepare(z)`, which is called once before a solve; every
+    evaluation of the solve then gets its result as the keyword argument `weights`.
     """
 
     def parameters(self) -> Iterator[Tensor]:
         """The weights, as of a torch.nn.Module."""
 
-    def __call__(self, t: Tensor, z: Tensor, *c: Tensor) -> Tensor:
-        """t (), z (B, *shape) → f(z, t) (B, *shape)."""
+    def __call__(self, t: Tensor, z: Tensor, c: Tensor) -> Tensor:
+        """t (), z (B, *shape), c (B, k) → f(z, t; c) (B, *shape)."""
 
 
-def vjp(field: VectorField, t: Tensor, z: Tensor, eps: Tensor, *c: Tensor) -> tuple[Tensor, Tensor]:
+def vjp(field: VectorField, t: Tensor, z: Tensor, eps: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
     """Compute f and εᵀ∇f by autograd, for a field without a product of its own.
 
-    t (), z (B, *shape), eps (K, B, *shape) → f(z, t) (B, *shape), εᵀ∇f (K, B, *shape).
+    t (), z (B, *shape), eps (K, B, *shape), c (B, k) → f (B, *shape), εᵀ∇f (K, B, *shape).
     """
-    differentiated, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-    with torch.inference_mode(False), torch.enable_grad():
-        if inference:  # autograd cannot save tensors that were made in inference mode
-            t, z, eps = t.clone(), z.clone(), eps.clone()
-            c = tuple(part.clone() for part in c)
+    differentiated = torch.is_grad_enabled()
+    with torch.enable_grad():
         z = z if differentiated and z.requires_grad else z.detach().requires_grad_()
-        f = field(t, z, *c)
-        options = {"create_graph": differentiated, "retain_graph": True}
-        products = [torch.autograd.grad(f, z, one, **options)[0] for one in eps]
+        f = field(t, z, c)
+        products = [
+            torch.autograd.grad(f, z, one, create_graph=differentiated, retain_graph=True)[0]
+            for one in eps
+        ]
     return f if differentiated else f.detach(), torch.stack(products)
 
 
@@ -80,14 +79,17 @@ class Probes:
         exact = self.divergence == "exact"
         return "exact" if exact else f"{self.count} {self.divergence} probe(s) a sample"
 
-    def sample(self, z: Tensor, generators: Sequence[torch.Generator] | None = None) -> Tensor:
-        """Sample ε (K, B, *shape) for z (B, *shape), from one generator per sample if given."""
+    def sample(
+        self, z: Tensor, generators: torch.Generator | Sequence[torch.Generator] | None = None
+    ) -> Tensor:
+        """Sample ε (K, B, *shape) for z (B, *shape), from one generator or one for each sample."""
         if self.divergence == "exact":
             d = math.prod(z.shape[1:])
             unit = torch.eye(d, device=z.device, dtype=z.dtype)
             return unit.view(d, 1, *z.shape[1:]).expand(d, *z.shape)
-        if generators is None:
-            eps = torch.randn(self.count, *z.shape, device=z.device, dtype=z.dtype)
+        if generators is None or isinstance(generators, torch.Generator):
+            shape = (self.count, *z.shape)
+            eps = torch.randn(shape, generator=generators, device=z.device, dtype=z.dtype)
         else:
             shape = (self.count, *z.shape[1:])
             samples = [torch.randn(shape, generator=g, dtype=torch.float32) for g in generators]
@@ -102,32 +104,30 @@ class Dynamics:
 
     Args:
         field: the vector field f.
+        c: the numbers (B, k) on which the density is conditioned.
         eps: the probes (K, B, *shape), frozen for the whole solve; None if only `f` is called.
-        context: c (B, k), on which the density is conditioned; None if it is not.
     """
 
-    def __init__(
-        self, field: VectorField, eps: Tensor | None = None, context: Tensor | None = None
-    ):
-        self.field, self.nfe = field, 0
-        self.c = () if context is None else (context,)
+    def __init__(self, field: VectorField, c: Tensor, eps: Tensor | None = None):
+        self.field, self.c = field, c
         self.eps: Any = eps
+        self.nfe = 0
         self.vjp = getattr(field, "vjp", partial(vjp, field))
 
     def prepare(self, z: Tensor) -> dict[str, Any]:
-        """What the field wants to compute once for a solve from z; `f` and `__call__` take it."""
+        """What the field computes once for a solve from z; `f` and `__call__` take it."""
         prepare = getattr(self.field, "prepare", None)
         return {} if prepare is None else {"weights": prepare(z)}
 
     def f(self, t: Tensor, z: Tensor, **prepared: Any) -> Tensor:
         """The right-hand side of (ODE): t (), z (B, *shape) → dz/dt (B, *shape)."""
         self.nfe += 1
-        return self.field(t, z, *self.c, **prepared)
+        return self.field(t, z, self.c, **prepared)
 
     def __call__(self, t: Tensor, state: State, **prepared: Any) -> State:
         """The right-hand side of (RNODE): the time derivatives of z, l, E and n."""
         self.nfe += 1
-        f, eps_jac = self.vjp(t, state.z, self.eps, *self.c, **prepared)  # f(z, t) and εᵀ∇f
+        f, eps_jac = self.vjp(t, state.z, self.eps, self.c, **prepared)  # f(z, t) and εᵀ∇f
         return State(
             z=f,
             l=(eps_jac * self.eps).flatten(2).sum((0, 2)),  # div f = εᵀ∇f ε

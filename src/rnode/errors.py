@@ -7,7 +7,7 @@ class InputError(ValueError):
     """A value that the user gave is wrong; the message says what would be right."""
 
 
-class DivergenceError(ArithmeticError):
+class Diverged(ArithmeticError):
     """A quantity became NaN or infinite, or the step size of a solver underflowed."""
 
 

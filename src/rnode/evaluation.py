@@ -1,18 +1,20 @@
 """Measures of a trained flow: likelihood with standard errors, cost, trajectories."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from rnode.distributed import gather_lists
-from rnode.errors import DivergenceError
+from rnode.errors import Diverged
 from rnode.flow import Flow, Solution
 from rnode.loss import bits_per_dim, log_normal
 from rnode.seeding import NOISE, PROBES, sample_generators
-from rnode.transforms import Batch, TableTransform, Transform
+from rnode.transforms import Batch, Transform
+
+Rows = tuple[Tensor, Tensor, Tensor]  # data (B, *shape), their indices (B,) and c (B, k)
 
 
 class Measures(NamedTuple):
@@ -23,18 +25,17 @@ class Measures(NamedTuple):
     jacobian: Tensor
 
 
-def measure(
-    flow: Flow, batch: Batch, seed: int, generators: Sequence[torch.Generator] | None = None
-) -> tuple[Solution, Measures]:
-    """Solve the flow once for a batch, with the probes that belong to each sample and `seed`.
-
-    `generators`, one per sample, give other probes.
-    """
-    generators = generators or sample_generators(batch.index, seed, PROBES)
-    solution = flow.solve(batch.y, generators, batch.context)
+def measure(flow: Flow, batch: Batch, solution: Solution) -> Measures:
+    """The measures of a batch whose y was solved."""
     state = solution.state
     bits = bits_per_dim(log_normal(state.z) + state.l, batch.log_det, flow.d)
-    return solution, Measures(bits, state.E / flow.d, state.n / flow.d)
+    return Measures(bits, state.E / flow.d, state.n / flow.d)
+
+
+def solve_and_measure(flow: Flow, batch: Batch, seed: int) -> tuple[Solution, Measures]:
+    """Solve the flow once for a batch, with the probes that belong to each sample and `seed`."""
+    solution = flow.solve(batch.y, batch.c, sample_generators(batch.index, seed, PROBES))
+    return solution, measure(flow, batch, solution)
 
 
 def standard_error(values: Tensor) -> Tensor:
@@ -65,19 +66,14 @@ def importance_bound(bits: Tensor, d: int) -> Tensor:
 
 @torch.no_grad()
 def evaluate(
-    flow: Flow,
-    transform: Transform | TableTransform,
-    batches: Iterable[tuple[Tensor, Tensor, Tensor | None]],
-    noises: int,
-    seed: int,
+    flow: Flow, transform: Transform, batches: Iterable[Rows], noises: int, seed: int
 ) -> tuple[dict, dict[str, Tensor]]:
     """Measure everything that is reported about a flow on a split, whatever the batch size.
 
     Args:
         flow: the flow, in evaluation mode.
         transform: from the data to what the flow models.
-        batches: data (B, *shape), their indices (B,) and, for a density of x given c, c (B, k);
-            the share of this process.
+        batches: the share of this process of data (B, *shape), indices (B,) and c (B, k).
         noises: number of dequantizations of each image in the importance-weighted bound.
         seed: seed of noise and probes.
 
@@ -95,44 +91,39 @@ def evaluate(
 
 
 def evaluate_batch(
-    flow: Flow,
-    transform: Transform | TableTransform,
-    rows: tuple[Tensor, Tensor, Tensor | None],
-    noises: int,
-    seed: int,
+    flow: Flow, transform: Transform, rows: Rows, noises: int, seed: int
 ) -> tuple[dict[str, Tensor], list[int]]:
-    """x (B, *shape), index (B,) and c (B, k) or None → columns, (B,) each but `bounds` (K, B),
-    and NFE by piece."""
-    x, index, context = rows
+    """Return columns, (B,) each but `bounds` (K, B), and NFE by piece."""
+    x, index, c = rows
     device = next(flow.parameters()).device
-
-    def transformed(noise: Tensor | None) -> Batch:
-        return transform(x, index, noise, context).to(device)
-
     noise_generators = sample_generators(index, seed, NOISE)
     probe_generators = sample_generators(index, seed, PROBES)
-    batch = transformed(transform.noise(x, noise_generators))
-    solution, measures = measure(flow, batch, seed, probe_generators)
+
+    def with_noise(noise: Tensor) -> Batch:
+        return transform(x, index, c, noise).to(device)
+
+    batch = with_noise(transform.noise(x, noise_generators))
+    solution = flow.solve(batch.y, batch.c, probe_generators)
+    measures = measure(flow, batch, solution)
     z = solution.state.z
     columns = {
         "index": index,
         **measures._asdict(),
         "transport_cost": (flow.as_x(z) - batch.y).square().flatten(1).sum(1) / flow.d,
         "displacement": torch.stack([p.displacement for p in solution.pieces]).sum(0) / flow.d,
-        "inverse_error": (flow.inverse(z, batch.context) - batch.y).abs().flatten(1).amax(1),
+        "inverse_error": (flow.inverse(z, batch.c) - batch.y).abs().flatten(1).amax(1),
     }
-    probes = flow.test_probes or flow.probes
-    if probes.divergence != "exact":  # a second call gives each sample other probes
-        other = measure(flow, batch, seed, probe_generators)[1]
+    if flow.test_probes.divergence != "exact":  # the generators go on: other probes
+        other = measure(flow, batch, flow.solve(batch.y, batch.c, probe_generators))
         columns["bits_per_dim_other_probes"] = other.bits_per_dim
     if transform.discrete:
         bits = [measures.bits_per_dim]
-        for _ in range(noises - 1):  # and another noise
-            other_noise = transformed(transform.noise(x, noise_generators))
-            bits.append(measure(flow, other_noise, seed)[1].bits_per_dim)
+        for _ in range(noises - 1):  # the generators go on: other noise
+            other_noise = with_noise(transform.noise(x, noise_generators))
+            bits.append(solve_and_measure(flow, other_noise, seed)[1].bits_per_dim)
         columns["bounds"] = importance_bound(torch.stack(bits), flow.d)
-        centre = transformed(torch.full(x.shape, 0.5))  # of each bin
-        columns["midpoint"] = measure(flow, centre, seed)[1].bits_per_dim
+        bin_centre = with_noise(torch.full(x.shape, 0.5))
+        columns["midpoint"] = solve_and_measure(flow, bin_centre, seed)[1].bits_per_dim
     return columns, [piece.nfe_forward for piece in solution.pieces]
 
 
@@ -140,7 +131,7 @@ def summarize(columns: dict[str, Tensor], nfe: Tensor) -> dict:
     """Columns (N,) and evaluations `nfe` (batches, pieces) → plain numbers."""
     bits, total = columns["bits_per_dim"], nfe.sum(1)
     if count := int((~bits.isfinite()).sum()):
-        raise DivergenceError(f"bits/dim of {count} of {len(bits)} samples are not finite")
+        raise Diverged(f"bits/dim of {count} of {len(bits)} samples are not finite")
     summary = {
         "samples": len(bits),
         "bits_per_dim": float(bits.mean()),

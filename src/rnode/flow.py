@@ -4,7 +4,7 @@ The layers are pieces, which solve an ODE, and the multiscale permutations of Di
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -13,16 +13,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rnode.dequantization import Dequantization
 from rnode.dynamics import Dynamics, Probes, State, VectorField
-from rnode.errors import DivergenceError, require
+from rnode.errors import Diverged, require
 from rnode.loss import log_normal
-from rnode.solver import Method, Solver, solve, solve_back
+from rnode.solver import Method, Solver, integrate, integrate_back
+from rnode.variational import VariationalDequantization
 
 
 @dataclass
 class PieceSolution:
-    """What one solve of one piece gave: z, l, E and n at time T, and evaluations of f."""
+    """The result of one solve of one piece: z, l, E and n at time T, and evaluations of f."""
 
     start: Tensor  # z at time 0, (B, *shape)
     state: State
@@ -55,30 +55,37 @@ class Solution(NamedTuple):
         return sum(piece.nfe_backward for piece in self.pieces)
 
 
+Integrate = Callable[[Dynamics, Tensor, Method, str], State]  # rnode.solver.integrate, or a record
+
+
 class Piece(nn.Module):
     """The flow of one field, a torch module, over [0, T] (section 6)."""
-
-    solve = staticmethod(solve)  # a run may compile it, or record it as a CUDA graph
 
     def __init__(self, field: VectorField):
         super().__init__()
         self.field = field
 
     def forward(
-        self, z: Tensor, eps: Tensor, method: Method, gradient: str, context: Tensor | None = None
+        self,
+        z: Tensor,
+        c: Tensor,
+        eps: Tensor,
+        method: Method,
+        gradient: str,
+        integrate: Integrate = integrate,
     ) -> PieceSolution:
-        """z (B, *shape) at time 0, eps (K, B, *shape) → the solution at time T."""
-        dynamics = Dynamics(self.field, eps, context)
-        state = self.solve(dynamics, z, method, gradient)
+        """z (B, *shape) at time 0, c (B, k), eps (K, B, *shape) → the solution at time T."""
+        dynamics = Dynamics(self.field, c, eps)
+        state = integrate(dynamics, z, method, gradient)
         return PieceSolution(z, state, dynamics, dynamics.nfe)
 
     def inverse(
-        self, z: Tensor, method: Method, intervals: int = 1, context: Tensor | None = None
+        self, z: Tensor, c: Tensor, method: Method, intervals: int = 1
     ) -> tuple[Tensor, int]:
-        """z (B, *shape) at time T → z at `intervals` + 1 times from T to 0, and the NFE."""
-        dynamics = Dynamics(self.field, context=context)
+        """z (B, *shape) at T, c (B, k) → z at `intervals` + 1 times from T to 0, and the NFE."""
+        dynamics = Dynamics(self.field, c)
         f = partial(dynamics.f, **dynamics.prepare(z))
-        return solve_back(f, z, method, intervals), dynamics.nfe
+        return integrate_back(f, z, method, intervals), dynamics.nfe
 
 
 class Flatten(nn.Module):
@@ -119,22 +126,22 @@ class FactorOut(nn.Module):
         return torch.cat([z, factored.pop()], dim=1)
 
 
-Layer = Dequantization | Piece | Flatten | Squeeze | FactorOut
-SHAPED = (Dequantization, Piece)  # layers that keep the shape of z
+Layer = VariationalDequantization | Piece | Flatten | Squeeze | FactorOut
+SHAPE_PRESERVING = (VariationalDequantization, Piece)
 
 
 class Flow(nn.Module):
     """An invertible map x (B, *shape) ↔ z (B, d) with a density, equations (2) and (4).
 
-    A flow of `context` numbers models p(x | c): its methods then need c, one for all samples
-    (context,) or one for each (B, context).
+    A flow of k > 0 conditions models p(x | c): its methods then need c, one for all samples (k,) or
+    one for each (B, k).
 
     Args:
         shape: shape of one sample x.
         layers: the layers from x to z.
         solver: its method `train` solves in training mode, `test` in evaluation mode.
         probes: the probes of every piece's estimates.
-        context: number of the numbers c on which the density is conditioned.
+        k: number of the numbers c on which the density is conditioned.
     """
 
     layers: Sequence[Layer]
@@ -145,16 +152,16 @@ class Flow(nn.Module):
         layers: list[Layer],
         solver: Solver,
         probes: Probes,
-        context: int = 0,
+        k: int = 0,
     ):
         super().__init__()
-        self.shape, self.context = torch.Size(shape), context
+        self.shape, self.k = torch.Size(shape), k
         self.layers = nn.ModuleList(layers)  # ty: ignore[invalid-assignment]
         self.solver, self.probes = solver, probes
-        self.test_probes: Probes | None = None  # in evaluation mode instead of `probes`
+        self.test_probes = probes  # in evaluation mode
         factored, z = [], torch.empty(1, *shape, device="meta")
         for layer in self.layers:
-            z = z if isinstance(layer, SHAPED) else layer(z, factored)
+            z = z if isinstance(layer, SHAPE_PRESERVING) else layer(z, factored)
         self.z_shapes = [part.shape[1:] for part in (*factored, z)]  # of the parts of z, in order
 
     @property
@@ -170,73 +177,73 @@ class Flow(nn.Module):
     def method(self) -> Method:
         return self.solver.train if self.training else self.solver.test
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> State:
+    def forward(self, x: Tensor, c: Tensor | None = None) -> State:
         """x (B, *shape) → z (B, d) and l, E, n (B,), the integrals summed over the pieces."""
-        return self.solve(x, context=context).state
+        return self.solve(x, c).state
 
     def solve(
         self,
         x: Tensor,
-        generators: Sequence[torch.Generator] | None = None,
-        context: Tensor | None = None,
+        c: Tensor | None = None,
+        generators: torch.Generator | Sequence[torch.Generator] | None = None,
+        integrate: Integrate = integrate,
     ) -> Solution:
-        """Map x (B, *shape) to z; the probes are sampled from one generator per sample if given.
+        """Map x (B, *shape) to z; `generators` sample the probes, one for all or for each sample.
 
-        A DivergenceError names the piece whose solver could not reach T.
+        A Diverged error names the piece whose solver could not reach T.
         """
         fits = x.shape[1:] == self.shape
         require(fits, f"x of shape {tuple(x.shape)}: must be (B, {str(tuple(self.shape))[1:]}")
-        z, c = self._to_state(x), self._given(context, len(x))
-        probes = self.probes if self.training else self.test_probes or self.probes
+        z, c = self._to_state(x), self._conditions(c, x)
+        probes = self.probes if self.training else self.test_probes
         _, l, E, n = State.initial(z)
         factored, solutions = [], []
         for layer in self.layers:
-            if isinstance(layer, Dequantization):
+            if isinstance(layer, VariationalDequantization):
                 z, dl = layer(z)
                 l = l + dl
-                continue
-            if not isinstance(layer, Piece):
+            elif isinstance(layer, Piece):
+                eps = probes.sample(z, generators)
+                try:
+                    solution = layer(z, c, eps, self.method, self.solver.gradient, integrate)
+                except Diverged as error:
+                    raise Diverged(f"{error} in piece {len(solutions) + 1}") from None
+                z, dl, dE, dn = solution.state
+                l, E, n = l + dl, E + dE, n + dn
+                solutions.append(solution)
+            else:
                 z = layer(z, factored)
-                continue
-            eps = probes.sample(z, generators)
-            try:
-                solution = layer(z, eps, self.method, self.solver.gradient, c)
-            except DivergenceError as error:
-                raise DivergenceError(f"{error} in piece {len(solutions) + 1}") from None
-            z, dl, dE, dn = solution.state
-            l, E, n = l + dl, E + dE, n + dn
-            solutions.append(solution)
         z = torch.cat([part.flatten(1) for part in (*factored, z)], dim=1)
         return Solution(State(z, l, E, n), solutions)
 
-    def inverse(self, z: Tensor, context: Tensor | None = None) -> Tensor:
+    def inverse(self, z: Tensor, c: Tensor | None = None) -> Tensor:
         """z (B, d) → x (B, *shape), with forward(inverse(z)).z = z up to the solver's error."""
-        return self.solve_inverse(z, context)[0]
+        return self.solve_inverse(z, c)[0]
 
-    def solve_inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, int]:
+    def solve_inverse(self, z: Tensor, c: Tensor | None = None) -> tuple[Tensor, int]:
         """z (B, d) → x (B, *shape) and the evaluations of f, summed over the pieces."""
-        c = self._given(context, len(z))
+        c = self._conditions(c, z)
         z, factored = self._split(z)
         nfe = 0
         for layer in reversed(self.layers):
             if isinstance(layer, Piece):
-                path, evaluations = layer.inverse(z, self.method, context=c)
+                path, evaluations = layer.inverse(z, c, self.method)
                 z, nfe = path[-1], nfe + evaluations
             else:
                 z = layer.inverse(z, factored)
         return z, nfe
 
-    def trajectory(self, z: Tensor, intervals: int = 1, context: Tensor | None = None) -> Tensor:
+    def trajectory(self, z: Tensor, c: Tensor | None = None, intervals: int = 1) -> Tensor:
         """Follow z (B, d) to x = inverse(z), in frames (pieces · intervals + 1, B, *shape).
 
         A frame is arranged like x: it shows the pieces still to come as the identity.
         """
-        c = self._given(context, len(z))
+        c = self._conditions(c, z)
         z, factored = self._split(z)
         frames = [self._rearrange(z, factored, len(self.layers))]
         for i, layer in reversed(list(enumerate(self.layers))):
             if isinstance(layer, Piece):
-                path, _ = layer.inverse(z, self.method, intervals, c)
+                path, _ = layer.inverse(z, c, self.method, intervals)
                 frames += [self._rearrange(z_t, factored, i) for z_t in path[1:]]
                 z = path[-1]
             else:
@@ -248,7 +255,7 @@ class Flow(nn.Module):
         return self._rearrange(*self._split(z), len(self.layers))
 
     def _split(self, z: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """z (B, d) → what the last layer gives, and the parts that were factored out."""
+        """z (B, d) → what the last layer returned, and the parts that were factored out."""
         require(z.shape[1:] == (self.d,), f"z of shape {tuple(z.shape)}: must be (B, {self.d})")
         sizes = [math.prod(shape) for shape in self.z_shapes]
         parts = zip(self._to_state(z).split(sizes, dim=1), self.z_shapes, strict=True)
@@ -262,38 +269,38 @@ class Flow(nn.Module):
             z = z if isinstance(layer, Piece) else layer.inverse(z, factored)
         return z
 
-    def _given(self, context: Tensor | None, count: int) -> Tensor | None:
-        """c for each of `count` samples, (count, context); None for a flow without conditions."""
-        right = f"({self.context},) or ({count}, {self.context})" if self.context else "left out"
-        if context is None:
-            require(self.context == 0, f"context of shape None: must be {right}")
-            return None
-        found = tuple(context.shape)
-        fits = found in ((self.context,), (count, self.context)) and self.context > 0
-        require(fits, f"context of shape {found}: must be {right}")
-        return context.expand(count, -1)
+    def _conditions(self, c: Tensor | None, x: Tensor) -> Tensor:
+        """c (B, k) for the samples x (B, …), from c (k,) or (B, k); None stands for k = 0."""
+        c = x.new_empty(len(x), 0) if c is None else c
+        right = f"({self.k},) or ({len(x)}, {self.k})"
+        fits = tuple(c.shape) in ((self.k,), (len(x), self.k))
+        require(fits, f"c of shape {tuple(c.shape)}: must be {right} for this flow")
+        return c.expand(len(x), -1)
 
     def _to_state(self, x: Tensor) -> Tensor:
         """x in a dtype at least as precise as the solver's."""
         return x.to(torch.promote_types(x.dtype, getattr(torch, self.solver.dtype)))
 
-    def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """x (*batch, *shape) → log p(x) in nats, equation (4), (*batch)."""
+    def log_prob(self, x: Tensor, c: Tensor | None = None) -> Tensor:
+        """x (*batch, *shape), c (k,) or (*batch, k) → log p(x | c) in nats, (4), (*batch)."""
         batch = x.shape[: x.dim() - len(self.shape)]
-        c = context if context is None or context.dim() == 1 else context.flatten(0, -2)
-        state = self(x.reshape(-1, *x.shape[len(batch) :]), c)
+        state = self(x.reshape(-1, *x.shape[len(batch) :]), flatten_batch(c))
         return (log_normal(state.z) + state.l).reshape(batch)
 
     @torch.no_grad()
     def sample(
         self,
         batch: int | Sequence[int] = (),
+        c: Tensor | None = None,
         temperature: float = 1.0,
-        context: Tensor | None = None,
     ) -> Tensor:
         """Sample x (*batch, *shape), from z with standard deviation `temperature`."""
         batch = (batch,) if isinstance(batch, int) else tuple(batch)
         like = next(self.parameters())
         z = torch.randn(math.prod(batch), self.d, device=like.device, dtype=like.dtype)
-        c = context if context is None or context.dim() == 1 else context.flatten(0, -2)
-        return self.inverse(temperature * z, c).reshape(*batch, *self.shape)
+        return self.inverse(temperature * z, flatten_batch(c)).reshape(*batch, *self.shape)
+
+
+def flatten_batch(c: Tensor | None) -> Tensor | None:
+    """c (*batch, k) → (B, k); c (k,), for all samples, stays as it is."""
+    return c if c is None or c.dim() == 1 else c.flatten(0, -2)

@@ -1,7 +1,7 @@
 """Conditional flow matching (Lipman et al., 2023): f learns straight lines without a solver.
 
 A regression of f on the velocity of lines from data to noise is no likelihood, but a step of it is
-several times cheaper than one of equation (17). It is where a flow may start.
+several times cheaper than one of equation (17). It is used to pre-train.
 """
 
 from functools import partial
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
+from rnode.dynamics import VectorField
 from rnode.errors import require
 from rnode.flow import Flatten, Flow, Piece
 from rnode.solver import T
@@ -23,7 +24,9 @@ def require_one_path(flow: Flow) -> None:
     require(not names, f"flow matching: {why}")
 
 
-def flow_matching(flow: Flow, x: Tensor, context: Tensor | None = None) -> Tensor:
+def flow_matching(
+    flow: Flow, x: Tensor, c: Tensor, generator: torch.Generator | None = None
+) -> Tensor:
     """Regress the fields of a flow on the velocity of lines from samples to noise.
 
     The line of a sample is z_s = (1 − s) x + s ε for s in [0, 1], with ε from the standard normal.
@@ -33,22 +36,25 @@ def flow_matching(flow: Flow, x: Tensor, context: Tensor | None = None) -> Tenso
     Args:
         flow: a flow of pieces on the same space, as `mlp` makes them.
         x: samples (B, *shape).
-        context: c (B, k) of a conditional density.
+        c: the numbers (B, k) on which the density is conditioned.
+        generator: samples noise and times.
 
     Returns:
         The mean squared error per dimension, summed over the pieces, ().
     """
     for layer in flow.layers:
         x = layer(x, []) if isinstance(layer, Flatten) else x
-    c, count, loss = () if context is None else (context,), len(flow.pieces), x.new_zeros(())
+    count = len(flow.pieces)
+    loss = x.new_zeros(())
     for k, piece in enumerate(flow.pieces):
-        noise, share = torch.randn_like(x), torch.rand_like(x.flatten(1)[:, 0])
+        noise = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+        share = torch.rand(len(x), generator=generator, device=x.device, dtype=x.dtype)
         s = ((k + share) / count).view(-1, *[1] * (x.dim() - 1))
-        f = vmap(partial(one_sample, piece.field))(T * share, (1 - s) * x + s * noise, *c)
+        f = vmap(partial(one_sample, piece.field))(T * share, (1 - s) * x + s * noise, c)
         loss = loss + (f - (noise - x) / (count * T)).square().mean()
     return loss
 
 
-def one_sample(field, t: Tensor, z: Tensor, *c: Tensor) -> Tensor:
-    """f(z, t) of one sample, z (*shape): a field takes one time for all samples of a batch."""
-    return field(t, z[None], *(part[None] for part in c))[0]
+def one_sample(field: VectorField, t: Tensor, z: Tensor, c: Tensor) -> Tensor:
+    """f(z, t; c) of one sample, (*shape): a field takes one time for all samples of a batch."""
+    return field(t, z[None], c[None])[0]

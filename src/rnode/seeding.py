@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-NOISE, PROBES = 0, 1  # streams of a sample in evaluation: its dequantization noise, its probes
+NOISE, PROBES = 0, 1  # streams: flips and dequantization noise, and probes
 
 
 def sample_generators(index: Tensor, seed: int, stream: int) -> list[torch.Generator]:
@@ -17,7 +17,9 @@ def sample_generators(index: Tensor, seed: int, stream: int) -> list[torch.Gener
     return [torch.Generator().manual_seed(int(s)) for s in seeds]
 
 
-def step_seed(seed: int, epoch: int, batch_idx: int, rank: int) -> int:
-    """The seed of everything that one process samples in one training step."""
-    sequence = np.random.SeedSequence((seed, epoch, batch_idx, rank))
-    return int(sequence.generate_state(1, np.uint64)[0])
+def step_generator(
+    device: torch.device, seed: int, epoch: int, batch_idx: int, rank: int, stream: int
+) -> torch.Generator:
+    """The generator of a stream in one training step of one process."""
+    sequence = np.random.SeedSequence((seed, epoch, batch_idx, rank, stream))
+    return torch.Generator(device).manual_seed(int(sequence.generate_state(1, np.uint64)[0]))

@@ -7,8 +7,8 @@ import contextlib
 import itertools
 import math
 from collections.abc import Callable, Generator
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -17,16 +17,16 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from torchdiffeq import odeint, odeint_adjoint
 
-from rnode.adjoint import FixedGridAdjoint, refuse_second_derivatives
-from rnode.choices import ADAPTIVE, FIXED_GRID, GRADIENTS, INTEGRALS
 from rnode.dynamics import Dynamics, State
-from rnode.errors import DivergenceError, one_line, require, require_choice
+from rnode.errors import Diverged, one_line, require, require_choice
+from rnode.names import ADAPTIVE, FIXED_GRID, GRADIENTS, INTEGRALS, ONE_STEP
 from rnode.networks import transforms_active
 from rnode.quadrature import radau, simpson
-from rnode.runge_kutta import TABLEAUS, path, step, time
+from rnode.runge_kutta import path, step, time
 
 QUADRATURES = {"simpson": simpson, "radau": radau}
 T = 1.0  # final time of every piece; a longer time is the same as a larger f
+MAX_STEPS = 10_000  # adaptive steps of a piece; a solve that needs more has diverged
 
 
 @dataclass(frozen=True)
@@ -37,62 +37,61 @@ class Method:
         method: name of the method in torchdiffeq.
         integrals: how l, E and n are computed. `system` integrates them together with z. `simpson`
             and `radau` integrate z alone, from node to node of a quadrature rule, which costs one
-            product εᵀ∇f per node instead of one per evaluation. Both need a one-step method, and
-            Simpson's rule an even number of steps; else the system is integrated.
-        step_size: step of a fixed grid, which divides T = 1 into whole steps; 0.25 by default.
-        steps: number of steps of a fixed grid, instead of `step_size`.
+            vjp per node instead of one per evaluation. Both need a one-step method, and Simpson's
+            rule an even number of steps.
+        steps: number of equal steps of a fixed grid over [0, 1].
         rtol: relative tolerance of an adaptive method.
         atol: absolute tolerance of an adaptive method.
         first_step: first step that an adaptive method tries.
-        max_steps: most adaptive steps of a piece; beyond, the solve has diverged.
     """
 
     method: str
     integrals: str = "system"
-    step_size: float | None = None
-    steps: int | None = None
+    steps: int = 4
     rtol: float = 1e-5
     atol: float = 1e-5
     first_step: float = 0.3
-    max_steps: int = 10000
-    times: tuple[float, ...] = field(init=False, repr=False)  # the grid, from 0 to T
-    weights: tuple[float, ...] = field(init=False, repr=False)  # of its quadrature rule, if any
 
     def __post_init__(self):
         require_choice("method", self.method, FIXED_GRID + ADAPTIVE)
         require_choice("integrals", self.integrals, INTEGRALS)
-        both = self.step_size is not None and self.steps is not None
-        given = f"step_size={self.step_size} and steps={self.steps}"
-        require(not both, f"{given}: give one of the two, set the other to None (null)")
-        require(self.steps is None or self.steps >= 1, f"steps={self.steps}: must be at least 1")
-        if self.step_size is not None:
-            count = T / self.step_size if self.step_size > 0 else 0.0
-            whole = count >= 1 and math.isclose(count, round(count), rel_tol=1e-9)
-            require(whole, f"step_size={self.step_size}: must divide 1 into whole steps, as 0.25")
-        steps, one_step = self.grid_steps, self.method in TABLEAUS
-        nodes, weights = np.linspace(0, 1, steps + 1), np.empty(0)
-        if one_step and (
-            self.integrals == "radau" or (self.integrals == "simpson" and steps % 2 == 0)
-        ):
-            nodes, weights = QUADRATURES[self.integrals](steps)
-        object.__setattr__(self, "times", (*(T * nodes[:steps]).tolist(), T))
-        object.__setattr__(self, "weights", tuple((T * weights).tolist()))
+        require(self.steps >= 1, f"steps={self.steps}: must be at least 1")
+        one_step = self.integrals == "system" or self.one_step
+        require(one_step, f"integrals={self.integrals}: needs a method of {', '.join(ONE_STEP)}")
+        even = self.integrals != "simpson" or self.steps % 2 == 0
+        require(even, f"steps={self.steps}: must be even for integrals=simpson")
 
     @property
     def adaptive(self) -> bool:
         return self.method in ADAPTIVE
 
     @property
-    def grid_steps(self) -> int:
-        """Number of steps of a fixed-grid method from 0 to T."""
-        return self.steps or round(T / (self.step_size or 0.25))
+    def one_step(self) -> bool:
+        return self.method in ONE_STEP
+
+    @cached_property
+    def quadrature(self) -> tuple[list[float], list[float]]:
+        """Nodes and weights on [0, T] of the rule for l, E and n; without weights, of the grid."""
+        nodes, weights = np.linspace(0, 1, self.steps + 1), np.empty(0)
+        if self.integrals != "system":
+            nodes, weights = QUADRATURES[self.integrals](self.steps)
+        return (T * nodes).tolist(), (T * weights).tolist()
+
+    @property
+    def times(self) -> list[float]:
+        """The grid on which a one-step method integrates z, from 0 to T."""
+        return [*self.quadrature[0][: self.steps], T]
 
     def odeint_options(self, norm: Callable, dtype: torch.dtype) -> dict:
         """Keyword arguments of `odeint`; `norm` measures the error of adaptive methods."""
         if not self.adaptive:
-            return {"method": self.method, "options": {"step_size": T / self.grid_steps}}
-        options = {"first_step": self.first_step, "max_num_steps": self.max_steps, "norm": norm}
-        options["dtype"] = dtype  # of times; torchdiffeq's own is float64, which some devices lack
+            return {"method": self.method, "options": {"step_size": T / self.steps}}
+        options = {
+            "first_step": self.first_step,
+            "max_num_steps": MAX_STEPS,
+            "norm": norm,
+            "dtype": dtype,  # of times; torchdiffeq's own is float64, which some devices lack
+        }
         return {"method": self.method, "rtol": self.rtol, "atol": self.atol, "options": options}
 
 
@@ -104,8 +103,9 @@ class Solver:
         train: method in training mode.
         test: method in evaluation mode, and for inverses.
         gradient: `backprop` differentiates the solver's steps: the exact gradient of the discrete
-            flow. `checkpoint` gives the same in less memory: the backward pass solves each piece
-            again. `adjoint` solves the adjoint equations backwards in time, as the paper does.
+            flow. `checkpoint` computes the same gradient in less memory: the backward pass solves
+            each piece again. `adjoint` solves the adjoint equations backwards in time, as the paper
+            does; it needs integrals=system.
         dtype: least precise dtype of z, l, E and n, `float32` or `float64`. The field computes in
             the dtype of its weights.
     """
@@ -118,6 +118,9 @@ class Solver:
     def __post_init__(self):
         require_choice("gradient", self.gradient, GRADIENTS)
         require_choice("dtype", self.dtype, ("float32", "float64"))
+        able = self.gradient != "adjoint" or self.train.integrals == "system"
+        instead = f"integrals={self.train.integrals} saves memory by gradient=checkpoint"
+        require(able, f"gradient=adjoint: needs integrals=system; {instead}")
 
 
 def rms(x: Tensor) -> Tensor:
@@ -131,23 +134,23 @@ def error_norm(state: State) -> Tensor:
 
 @contextlib.contextmanager
 def solver_errors() -> Generator[None]:
-    """Raise torchdiffeq's assertions about a diverging solution as DivergenceError."""
+    """Raise torchdiffeq's assertions about a solution that blows up as Diverged."""
     signs = {
         "underflow in dt": "the step size of the adaptive solver underflowed",
         "non-finite": "the state of the adaptive solver became NaN or infinite",
-        "max_num_steps exceeded": "the adaptive solver took more than max_steps",
+        "max_num_steps exceeded": f"the adaptive solver took more than {MAX_STEPS} steps",
     }
     try:
         yield
     except AssertionError as error:
         for what in (signs[sign] for sign in signs if sign in str(error)):
-            raise DivergenceError(f"{what} ({one_line(error)})") from None
+            raise Diverged(f"{what} ({one_line(error)})") from None
         raise
 
 
 def refuse_transforms(method: Method, gradient: str = "backprop") -> None:
     """Raise InputError if torch.func transforms what it cannot."""
-    able = method.method in TABLEAUS and gradient == "backprop"
+    able = method.one_step and gradient == "backprop"
     needs = "torch.func needs gradient=backprop and a one-step method on a fixed grid"
     require(
         able or not transforms_active(), f"method={method.method}, gradient={gradient}: {needs}"
@@ -163,30 +166,21 @@ def precision_of(method: Method, device: torch.device) -> contextlib.AbstractCon
     return torch.autocast(device.type, torch.get_autocast_dtype(device.type), enabled=enabled)
 
 
-def solve(dynamics: Dynamics, z: Tensor, method: Method, gradient: str) -> State:
+def integrate(dynamics: Dynamics, z: Tensor, method: Method, gradient: str) -> State:
     """Integrate (RNODE) from z (B, *shape), with integrals of zero, from time 0 to time T.
 
-    An adaptive method that cannot reach T raises DivergenceError.
+    An adaptive method that cannot reach T raises Diverged.
     """
     refuse_transforms(method, gradient)
     if z.numel() == 0:  # the error norm of nothing would be NaN
         return State.initial(z)
     with solver_errors():
-        if gradient == "adjoint" and method.method in TABLEAUS:
-            integrate = partial(solve, dynamics, method=method, gradient="backprop")
-            how = (integrate, dynamics, method, precision_of(method, z.device))
-            return State(*FixedGridAdjoint.apply(*how, z, *trainable(dynamics)))
-        if method.weights:
-            return solve_quadrature(dynamics, z, method, gradient)
-        return solve_system(dynamics, z, method, gradient)
+        if method.integrals == "system":
+            return integrate_system(dynamics, z, method, gradient)
+        return integrate_by_quadrature(dynamics, z, method, gradient)
 
 
-def trainable(dynamics: Dynamics) -> tuple[Tensor, ...]:
-    """The weights for which the adjoint equations compute gradients."""
-    return tuple(p for p in dynamics.field.parameters() if p.requires_grad)
-
-
-def solve_system(dynamics, z, method, gradient) -> State:
+def integrate_system(dynamics: Dynamics, z: Tensor, method: Method, gradient: str) -> State:
     """Integrate z, l, E and n together."""
     precision = precision_of(method, z.device)
     # The adjoint differentiates for the weights themselves, once an evaluation.
@@ -196,8 +190,8 @@ def solve_system(dynamics, z, method, gradient) -> State:
         with precision:
             return dynamics(t, State(*state), **prepared)
 
-    def integrate(z: Tensor, odeint=odeint, **adjoint) -> State:
-        if method.method in TABLEAUS:
+    def solve(z: Tensor, odeint=odeint, **adjoint) -> State:
+        if method.one_step and gradient != "adjoint":
             states = path(right_hand_side, State.initial(z), method.times, method.method)
             return State(*states[-1])
         t = torch.linspace(0, T, 2, device=z.device, dtype=z.dtype)
@@ -206,12 +200,12 @@ def solve_system(dynamics, z, method, gradient) -> State:
         return State(*(path[-1] for path in paths))
 
     if gradient == "adjoint":
-        state = integrate(z, odeint_adjoint, adjoint_params=trainable(dynamics))
-        return State(*FirstOrder.apply(*state))
-    return recompute_in_backward(integrate, z) if gradient == "checkpoint" else integrate(z)
+        trainable = tuple(p for p in dynamics.field.parameters() if p.requires_grad)
+        return State(*FirstOrder.apply(*solve(z, odeint_adjoint, adjoint_params=trainable)))
+    return recompute_in_backward(solve, z) if gradient == "checkpoint" else solve(z)
 
 
-def solve_quadrature(dynamics, z, method, gradient) -> State:
+def integrate_by_quadrature(dynamics: Dynamics, z: Tensor, method: Method, gradient: str) -> State:
     """Integrate z from node to node, and l, E, n by quadrature of their rates at the nodes."""
     precision, prepared = precision_of(method, z.device), dynamics.prepare(z)
 
@@ -228,23 +222,25 @@ def solve_quadrature(dynamics, z, method, gradient) -> State:
         (z,) = step(f, start, end - start, (z,), method.method, (slope,))
         return z, *rates
 
-    rates, again = [], gradient == "checkpoint"
+    _, weights = method.quadrature
+    rates = []
     for interval in itertools.pairwise(method.times):
-        arguments = (z, *interval)
-        result = recompute_in_backward(solve_step, *arguments) if again else solve_step(*arguments)
-        z, *rate = result
+        if gradient == "checkpoint":
+            z, *rate = recompute_in_backward(solve_step, z, *interval)
+        else:
+            z, *rate = solve_step(z, *interval)
         rates.append(rate)
-    if len(method.weights) > len(rates):  # T is a node too
+    if len(weights) > len(rates):  # T is a node too
         rates.append(rates_at(T, z)[1:])
 
     def integral(rates: tuple[Tensor, ...]) -> Tensor:
-        return sum(weight * rate for weight, rate in zip(method.weights, rates, strict=True))
+        return sum(weight * rate for weight, rate in zip(weights, rates, strict=True))
 
     return State(z, *map(integral, zip(*rates, strict=True)))
 
 
 class FirstOrder(torch.autograd.Function):
-    """The identity, which refuses second derivatives: torchdiffeq's adjoint gives zeros."""
+    """The identity, which refuses second derivatives: torchdiffeq's adjoint returns zeros."""
 
     @staticmethod
     def forward(ctx, *tensors):
@@ -252,7 +248,8 @@ class FirstOrder(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *gradients):
-        refuse_second_derivatives()
+        wrong = "gradient=adjoint has no second derivatives: use backprop or checkpoint"
+        require(not torch.is_grad_enabled(), wrong)
         return gradients
 
 
@@ -261,14 +258,14 @@ def recompute_in_backward(function: Callable, *arguments: Any):
     return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
 
 
-def solve_back(f: Callable, z: Tensor, method: Method, intervals: int = 1) -> Tensor:
+def integrate_back(f: Callable, z: Tensor, method: Method, intervals: int = 1) -> Tensor:
     """Integrate dz/dt = f(t, z) back: z(T) → z at `intervals` + 1 times from T to 0."""
     refuse_transforms(method)
     if z.numel() == 0:
         return z.expand(intervals + 1, *z.shape)
     with solver_errors(), precision_of(method, z.device):
-        if method.method in TABLEAUS:
-            per_interval = math.ceil(method.grid_steps / intervals)
+        if method.one_step:
+            per_interval = math.ceil(method.steps / intervals)
             steps = intervals * per_interval
             grid = [T * k / steps for k in range(steps, -1, -1)]
             states = path(lambda t, y: (f(t, *y),), (z,), grid, method.method)

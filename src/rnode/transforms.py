@@ -1,6 +1,10 @@
-"""Dequantization, logit and standardization, each with its inverse and its log-determinant."""
+"""What turns data into y, which a flow models: dequantization, logit, standardization, whitening.
+
+Each transform has an inverse and a log-determinant.
+"""
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -12,20 +16,49 @@ from rnode.seeding import NOISE, sample_generators
 
 
 class Batch(NamedTuple):
-    """Transformed data: y (B, *shape), log|det dy/dx| (B,), index of each in its split (B,).
-
-    For a density of x given c, also c (B, k).
-    """
+    """Transformed data: y (B, *shape), log|det dy/dx| (B,), index of each in its split (B,), and
+    the numbers c (B, k) on which each is conditioned."""
 
     y: Tensor
     log_det: Tensor
     index: Tensor
-    context: Tensor | None = None
+    c: Tensor
 
     def to(self, device: torch.device) -> "Batch":
-        y, log_det, index, context = self
-        context = None if context is None else context.to(device)
-        return Batch(y.to(device), log_det.to(device), index.to(device), context)
+        return Batch(*(part.to(device) for part in self))
+
+
+class Transform(ABC):
+    """From data x to what the flow models, y."""
+
+    discrete: bool  # whether x holds whole numbers, so that log p(y) bounds a discrete likelihood
+
+    @abstractmethod
+    def __call__(
+        self,
+        x: Tensor,
+        index: Tensor,
+        c: Tensor,
+        noise: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Batch:
+        """Transform x (B, *shape) with `noise` (B, *shape) in [0, 1); None samples it uniformly."""
+
+    @abstractmethod
+    def inverse(self, y: Tensor) -> Tensor:
+        """y (B, *shape) → x (B, *shape)."""
+
+    @abstractmethod
+    def state(self) -> dict[str, Any]:
+        """Plain containers of what was fitted to the data."""
+
+    def noise(self, x: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+        """Sample uniform noise for x (B, *shape), from one generator for each sample."""
+        return torch.stack([torch.rand(x.shape[1:], generator=g) for g in generators])
+
+    def for_evaluation(self, x: Tensor, index: Tensor, c: Tensor, seed: int) -> Batch:
+        """Transform x (B, *shape) with the noise that belongs to each sample and `seed`."""
+        return self(x, index, c, self.noise(x, sample_generators(index, seed, NOISE)))
 
 
 class Dequantize:
@@ -69,6 +102,41 @@ class Logit:
         return (y.sigmoid() - self.alpha) / (1 - 2 * self.alpha)
 
 
+class ImageTransform(Transform):
+    """Images of grey levels: dequantization, then the logit."""
+
+    discrete = True
+
+    def __init__(self, levels: int, alpha: float):
+        self.dequantize = Dequantize(levels)
+        self.logit = Logit(alpha)
+
+    @property
+    def levels(self) -> int:
+        return self.dequantize.levels
+
+    def __call__(
+        self,
+        x: Tensor,
+        index: Tensor,
+        c: Tensor,
+        noise: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Batch:
+        if noise is None:
+            noise = torch.rand(x.shape, generator=generator, device=x.device)
+        u, log_det_u = self.dequantize(x, noise.to(x.device))
+        y, log_det_y = self.logit(u)
+        return Batch(y, log_det_u + log_det_y, index, c)
+
+    def inverse(self, y: Tensor) -> Tensor:
+        """y (B, *shape) → images in [0, 1], (B, *shape)."""
+        return self.logit.inverse(y).clamp(0, 1)
+
+    def state(self) -> dict[str, Any]:
+        return {}
+
+
 class Column(NamedTuple):
     """How a column of a table becomes a coordinate of y.
 
@@ -84,29 +152,28 @@ class Column(NamedTuple):
     std: float = 1.0
 
     def require_inside(self, x: Tensor) -> None:
-        """Raise InputError unless the values x (N,) are such as this column takes."""
+        """Raise InputError unless this column takes the values x (N,)."""
         if len(x) == 0:
             return
-        least, most = float(x.min()), float(x.max())
+        smallest, largest = float(x.min()), float(x.max())
         if self.integer:
-            other = x[x != x.round()][:1].tolist()
-            require(not other, f"{self.name}={other[:1]}: must be whole numbers; see integer")
+            fractions = x[x != x.round()].tolist()
+            require(not fractions, f"{self.name}={fractions[:1]}: must be whole numbers")
         if self.log:
-            require(
-                least > 0 or (self.integer and least == 0),
-                f"{self.name}={least:g}: must be positive; see log",
-            )
+            positive = smallest > 0 or (self.integer and smallest == 0)
+            require(positive, f"{self.name}={smallest:g}: must be positive, for its logarithm")
         if self.bounds is not None:
             low, high = self.bounds
-            inside = (low < least or (self.integer and low == least)) and most < high
+            inside = (low < smallest or (self.integer and low == smallest)) and largest < high
+            limits = f"{low:g} and {high - self.integer:g}"
             require(
                 inside,
-                f"{self.name}: holds {least:g} to {most:g}, which is not between "
-                f"{low:g} and {high - self.integer:g}; see logit",
+                f"{self.name} from {smallest:g} to {largest:g}: must be between {limits}, "
+                "for its logit",
             )
 
     def __call__(self, x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """x, noise (B,) → y (B,) and log|dy/dx| (B,); without noise x is not dequantized."""
+        """x, noise (B,) → y (B,) and log|dy/dx| (B,)."""
         u = x + noise if self.integer else x
         log_det = torch.full_like(u, -math.log(self.std))
         if self.log:
@@ -129,52 +196,43 @@ class Column(NamedTuple):
         return u.floor() if self.integer else u
 
 
-class TableTransform:
-    """Rows of a table x (B, d) to what the flow models, y (B, d), in float64.
+class TableTransform(Transform):
+    """Rows of a table x (B, d), in float64.
 
-    Each column is transformed and standardized; then `whitening` (d, d), if there is one, makes the
-    columns uncorrelated. log p(x) is in the table's own units; for columns of whole numbers it
-    bounds the discrete one.
+    Each column is transformed and standardized. Then `whitening` (d, d), if there is one, makes the
+    columns uncorrelated. log p(x) is in the table's own units.
     """
-
-    levels = None  # x are not grey levels
 
     def __init__(self, columns: Sequence[Column], whitening: Tensor | None = None):
         self.columns, self.whitening = tuple(columns), whitening
         self.log_det_whitening = 0.0 if whitening is None else float(whitening.slogdet()[1])
+        self.discrete = any(column.integer for column in columns)
 
     @property
-    def discrete(self) -> bool:
-        """Whether columns hold whole numbers, of which log p(y) bounds a discrete likelihood."""
-        return any(column.integer for column in self.columns)
+    def names(self) -> list[str]:
+        return [column.name for column in self.columns]
 
     def __call__(
-        self, x: Tensor, index: Tensor, noise: Tensor | None = None, context: Tensor | None = None
+        self,
+        x: Tensor,
+        index: Tensor,
+        c: Tensor,
+        noise: Tensor | None = None,
+        generator: torch.Generator | None = None,
     ) -> Batch:
-        """Transform x (B, d) with `noise` (B, d), uniform on [0, 1) if None."""
-        noise = torch.rand(x.shape) if noise is None else noise
+        noise = torch.rand(x.shape, generator=generator) if noise is None else noise
         noise = noise.clamp(min=torch.finfo(noise.dtype).tiny)  # the logarithm of 0 is infinite
         parts = zip(self.columns, x.double().T, noise.double().T, strict=True)
         parts = (column(values, u) for column, values, u in parts)
         columns, log_dets = zip(*parts, strict=True)
         y, log_det = torch.stack(columns, 1), sum(log_dets) + self.log_det_whitening
         y = y if self.whitening is None else y @ self.whitening
-        return Batch(y.float(), log_det.float(), index, context)
+        return Batch(y.float(), log_det.float(), index, c)
 
     def require_inside(self, x: Tensor) -> None:
         """Raise InputError unless each column of x (N, d) takes its values."""
         for column, values in zip(self.columns, x.T, strict=True):
             column.require_inside(values)
-
-    def for_evaluation(
-        self, x: Tensor, index: Tensor, seed: int, context: Tensor | None = None
-    ) -> Batch:
-        """Transform data with the noise that belongs to each sample and `seed`."""
-        return self(x, index, self.noise(x, sample_generators(index, seed, NOISE)), context)
-
-    def noise(self, x: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
-        """Sample uniform noise for x (B, d), one generator per sample."""
-        return torch.stack([torch.rand(x.shape[1:], generator=g) for g in generators])
 
     def inverse(self, y: Tensor) -> Tensor:
         """y (B, d) → x (B, d), float64."""
@@ -191,53 +249,3 @@ class TableTransform:
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> "TableTransform":
         return cls([Column(**kept) for kept in state["columns"].values()], state["whitening"])
-
-
-class Transform:
-    """Data x to what the flow models, y: dequantization, then the logit.
-
-    Vectors, without `levels` and `alpha`, stay as they are.
-    """
-
-    def __init__(self, levels: int | None = None, alpha: float | None = None):
-        both = f"levels={levels} and alpha={alpha}"
-        require((levels is None) == (alpha is None), f"{both}: images need both, vectors neither")
-        self.dequantize = None if levels is None else Dequantize(levels)
-        self.logit = None if alpha is None else Logit(alpha)
-
-    @property
-    def levels(self) -> int | None:
-        """The number of grey levels of images; None for vectors."""
-        return None if self.dequantize is None else self.dequantize.levels
-
-    @property
-    def discrete(self) -> bool:
-        """Whether x are grey levels, of which log p(y) bounds a discrete likelihood."""
-        return self.dequantize is not None
-
-    def __call__(
-        self, x: Tensor, index: Tensor, noise: Tensor | None = None, context: Tensor | None = None
-    ) -> Batch:
-        """Transform x (B, *shape) with `noise` (B, *shape), uniform on [0, 1) if None."""
-        if self.dequantize is None or self.logit is None:
-            return Batch(x, x.new_zeros(len(x)), index, context)
-        noise = torch.rand(x.shape, device=x.device) if noise is None else noise.to(x.device)
-        u, log_det_u = self.dequantize(x, noise)
-        y, log_det_y = self.logit(u)
-        return Batch(y, log_det_u + log_det_y, index, context)
-
-    def for_evaluation(
-        self, x: Tensor, index: Tensor, seed: int, context: Tensor | None = None
-    ) -> Batch:
-        """Transform data with the noise that belongs to each sample and `seed`."""
-        return self(x, index, self.noise(x, sample_generators(index, seed, NOISE)), context)
-
-    def noise(self, x: Tensor, generators: Sequence[torch.Generator]) -> Tensor | None:
-        """Sample uniform noise for x (B, *shape), one generator per sample; None for vectors."""
-        if not self.discrete:
-            return None
-        return torch.stack([torch.rand(x.shape[1:], generator=g) for g in generators])
-
-    def inverse(self, y: Tensor) -> Tensor:
-        """y (B, *shape) → images in [0, 1], or vectors unchanged, (B, *shape)."""
-        return y if self.logit is None else self.logit.inverse(y).clamp(0, 1)

@@ -17,12 +17,12 @@ from omegaconf import DictConfig, OmegaConf
 from rnode.app.launch import cluster_plugins, match_processes
 from rnode.app.schema import CONF, flatten
 from rnode.data.datamodule import DataModule
-from rnode.dequantization import Dequantization
 from rnode.dynamics import Probes
 from rnode.errors import InputError, require
 from rnode.flow import Flow
 from rnode.training.checkpoint import flow_weights, load_checkpoint
-from rnode.transforms import Transform
+from rnode.transforms import ImageTransform
+from rnode.variational import VariationalDequantization
 
 EXACT_UP_TO = 16  # dimensions: there div f by as many products as dimensions is cheap
 SECTIONS = ("dataset", "model", "solver", "dequantization", "divergence", "probes", "test_probes")
@@ -39,15 +39,15 @@ def build(cfg: DictConfig, state: dict | None = None) -> tuple[DataModule, Flow]
         data.load_state_dict(state)
     elif cfg.dataset.shape is None or cfg.dataset.get("context"):
         data.setup()
-    sizes = {"context": data.context.size} if data.context else {}
+    sizes = {"k": data.context.size} if data.context else {}
     sizes |= {} if cfg.dataset.shape else {"shape": data.shape}
     probes = Probes(cfg.divergence, cfg.probes)
     flow = make_partial(cfg, "model")(solver=solver, probes=probes, **sizes)
     if cfg.dequantization == "variational":
-        images = isinstance(data.transform, Transform) and data.transform.levels is not None
-        require(images, "dequantization=variational: must be uniform, as the data are no images")
+        images = isinstance(data.transform, ImageTransform)
+        require(images, "dequantization=variational: needs image data")
         levels, alpha = data.transform.levels, data.transform.logit.alpha
-        flow.layers.insert(0, Dequantization(data.shape[0], levels, alpha))
+        flow.layers.insert(0, VariationalDequantization(data.shape[0], levels, alpha))
     few = math.prod(data.shape) <= EXACT_UP_TO
     flow.test_probes = Probes("exact" if few else cfg.divergence, cfg.test_probes or cfg.probes)
     return data, flow

@@ -99,9 +99,11 @@ def load(cfg: DictConfig) -> tuple[DataModule, int]:
 
 def features(data: DataModule, x: Tensor) -> Tensor:
     """Images in [0, 1], or standardized columns."""
-    if data.transform.levels is not None:
+    if data.transform.discrete and hasattr(data.transform, "levels"):
         return x / (data.transform.levels - 1)
-    return data.transform.for_evaluation(x, torch.arange(len(x)), data.seed).y
+    return data.transform.for_evaluation(
+        x, torch.arange(len(x)), x.new_empty(len(x), 0), data.seed
+    ).y
 
 
 def plot(curve: list[dict[str, float]], path: Path) -> None:

@@ -16,7 +16,7 @@ from rnode.app.quoting import quote
 from rnode.data.datamodule import DataModule, require_finite
 from rnode.data.tables import read_table
 from rnode.errors import require
-from rnode.evaluation import measure
+from rnode.evaluation import solve_and_measure
 from rnode.flow import Flow
 from rnode.training.checkpoint import load_checkpoint
 from rnode.transforms import TableTransform
@@ -84,9 +84,7 @@ class Density:
         """
         x, c = self.encode(rows, context)
         index, size = torch.arange(len(x)), self.data.eval_batch_size
-        parts = [
-            self._score(x[i], i, c if c is None else c[i]) for i in progress(index.split(size))
-        ]
+        parts = [self._score(x[i], i, c[i]) for i in progress(index.split(size))]
         bits, error = (torch.cat(values).double() for values in zip(*parts, strict=True))
         nats = self.flow.d * np.log(2)
         more_likely = torch.searchsorted(self.validation_bits.double(), bits)
@@ -97,12 +95,12 @@ class Density:
     @torch.no_grad()
     def _score(self, x: Tensor, index: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         """Mean bits/dim over two sets of probes, and its standard error, (B,) each."""
-        batch = self.data.transform.for_evaluation(x, index, self.seed, context)
+        batch = self.data.transform.for_evaluation(x, index, context, self.seed)
         batch = batch.to(next(self.flow.parameters()).device)
-        first = measure(self.flow, batch, self.seed)[1].bits_per_dim.cpu()
+        first = solve_and_measure(self.flow, batch, self.seed)[1].bits_per_dim.cpu()
         if self.flow.test_probes.divergence == "exact":
             return first, torch.zeros_like(first)
-        second = measure(self.flow, batch, self.seed + 1)[1].bits_per_dim.cpu()
+        second = solve_and_measure(self.flow, batch, self.seed + 1)[1].bits_per_dim.cpu()
         return (first + second) / 2, (first - second).abs() / 2
 
     def sample(
@@ -114,7 +112,7 @@ class Density:
             torch.manual_seed(self.seed if seed is None else seed)
             z = temperature * torch.randn(n, self.flow.d)
         device, size = next(self.flow.parameters()).device, self.data.eval_batch_size
-        parts = zip(z.split(size), [None] * n if c is None else c.split(size), strict=False)
+        parts = zip(z.split(size), c.split(size), strict=False)
         with torch.no_grad():
             y = [self.flow.inverse(part.to(device), given).cpu() for part, given in parts]
         return self.decode(torch.cat(y))
@@ -126,8 +124,7 @@ class Density:
             integer = [column.name for column in self.data.transform.columns if column.integer]
             frame = pl.DataFrame(x.numpy(), schema=self.columns, orient="row")
             return frame.with_columns(pl.col(integer).cast(pl.Int64))
-        grey = self.data.transform.dequantize
-        return (x if grey is None else grey.inverse(x)).numpy()
+        return self.data.transform.dequantize.inverse(x).numpy()
 
     def encode(self, rows: Any, context: Given = None) -> tuple[Tensor, Tensor | None]:
         """Return rows as x (N, *shape) and what each is given, (N, k), as numbers."""
@@ -159,9 +156,6 @@ class Density:
             x = x[:, None]
         found = f"rows of shape {tuple(x.shape)} and type {x.dtype}".replace("torch.", "")
         require(x.shape[1:] == shape, f"{found}: must be (N, {', '.join(map(str, shape))})")
-        if levels is None:
-            require_finite(x, "the rows")
-            return x.float()
         whole = not x.is_floating_point() and not x.is_complex()
         require(whole, f"{found}: must be grey levels, whole numbers from 0 to {levels - 1}")
         inside = len(x) == 0 or (int(x.min()) >= 0 and int(x.max()) < levels)
@@ -172,7 +166,7 @@ class Density:
         """Return what `n` samples are given, (n, k): each column has one value or `n`."""
         if self.data.context is None:
             require(not context, "context: must be left out; this density has no conditions")
-            return None
+            return torch.empty(n, 0)
         names = list(self.data.context.columns)
         other = [name for name in context or {} if name not in names]
         require(not other, f"context.{', context.'.join(other)}: the conditions are {names}")

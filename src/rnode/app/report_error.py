@@ -12,7 +12,7 @@ from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
 from rnode.app.launch import is_first_process, launched
-from rnode.errors import DivergenceError, InputError, Stopped, one_line
+from rnode.errors import Diverged, InputError, Stopped, one_line
 
 LONGEST = 1500  # characters of a message; a value that it repeats may be longer
 
@@ -35,7 +35,7 @@ def describe_error(error: Exception) -> tuple[str, int]:
         return line, 128 + error.signal
     if isinstance(error, InputError | HydraException | OmegaConfBaseException):
         return line, 2
-    if isinstance(error, DivergenceError | OSError):
+    if isinstance(error, Diverged | OSError):
         return line, 1
     if type(error).__name__ == "MisconfigurationException":  # of Lightning, which may not be loaded
         return f"trainer: {line}", 2

@@ -17,6 +17,7 @@ from rnode.distributed import gather_lists, rank_and_world_size
 from rnode.errors import require
 from rnode.flow import Flow
 from rnode.training.plots import plot_corner, plot_plane, plot_trajectory, plot_way, save_points
+from rnode.transforms import ImageTransform
 
 MIDPOINT = 0.5  # of a grey level's bin
 FRAMES = 36  # of an animation, about
@@ -40,17 +41,17 @@ def main(cfg: DictConfig) -> None:
 
     torch.manual_seed(cfg.seed)  # z is the same in all processes
     z = cfg.temperature * torch.randn(count, flow.d, dtype=next(flow.parameters()).dtype)
-    c = None if context is None else context.to(device)
+    c = context.to(device)
     rank, processes = rank_and_world_size()
     share = list(enumerate(torch.arange(count).split(data.eval_batch_size)))[rank::processes]
     parts = []
     for i, part in track(share, "samples", disable=not first):
-        y, nfe = flow.solve_inverse(z[part].to(device), None if c is None else c[part])
+        y, nfe = flow.solve_inverse(z[part].to(device), c[part])
         parts.append((i, y.cpu(), nfe))
     _, y, nfe = zip(*sorted(gather_lists(parts), key=lambda part: part[0]), strict=True)
     if not first:
         return
-    y, images = torch.cat(y), transform.levels is not None
+    y, images = torch.cat(y), isinstance(transform, ImageTransform)
     if density.columns is not None:
         conditioned = pl.DataFrame({name: np.broadcast_to(v, count) for name, v in given.items()})
         density.decode(y).with_columns(conditioned).write_csv(folder / "samples.csv")
@@ -63,7 +64,7 @@ def main(cfg: DictConfig) -> None:
         plot_plane(flow, frames, folder / "plane.png")
     if images and cfg.trajectory:
         intervals = max(3, FRAMES // len(flow.pieces))
-        frames = flow.trajectory(z[:16].to(device), intervals, None if c is None else c[:16])
+        frames = flow.trajectory(z[:16].to(device), c[:16], intervals)
         plot_trajectory(transform.inverse(frames).float().cpu(), folder)
     if cfg.interpolate is not None:
         between = interpolate(flow, data, cfg.interpolate).float().cpu()[:, None]
@@ -88,7 +89,7 @@ def conditions(cfg: DictConfig, density: Density) -> tuple[int, dict]:
 
 def check_interpolation(pair: list[int], data: DataModule) -> None:
     """Raise InputError unless there are two such test images."""
-    given, images = f"interpolate={list(pair)}", data.transform.levels is not None
+    given, images = f"interpolate={list(pair)}", isinstance(data.transform, ImageTransform)
     require(images, f"{given}: must be left out; this flow does not model images")
     data.setup()
     count = len(data.splits.test)
@@ -99,9 +100,9 @@ def interpolate(flow: Flow, data: DataModule, pair: list[int]) -> torch.Tensor:
     """Return images from one test image of the `pair` to the other, (11, C, H, W)."""
     ends, index, context = data.fetch_from("test")(list(pair))
     midpoints = torch.full(ends.shape, MIDPOINT)
-    batch = data.transform(ends, index, midpoints, context).to(next(flow.parameters()).device)
-    z, c = flow(batch.y, batch.context).z, batch.context
+    batch = data.transform(ends, index, context, midpoints).to(next(flow.parameters()).device)
+    z, c = flow(batch.y, batch.c).z, batch.c
     # Points on this arc are normal as its ends are; those on a straight line are shorter.
     angle = torch.linspace(0, torch.pi / 2, 11).to(z)[:, None]
-    c = None if c is None else torch.lerp(c[:1], c[1:], (angle * 2 / torch.pi).to(c))
+    c = torch.lerp(c[:1], c[1:], (angle * 2 / torch.pi).to(c))
     return data.transform.inverse(flow.inverse(angle.cos() * z[0] + angle.sin() * z[1], c))

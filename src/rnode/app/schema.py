@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
-from rnode.choices import ADAPTIVE, DIVERGENCES, FIXED_GRID, GRADIENTS, INTEGRALS
+from rnode.names import ADAPTIVE, DIVERGENCES, FIXED_GRID, GRADIENTS, INTEGRALS
 
 PACKAGE = Path(__file__).resolve().parent.parent
 INSTALLED, CHECKOUT = PACKAGE / "conf", PACKAGE.parent.parent / "conf"
@@ -103,12 +103,10 @@ class Model(OpenSection):
 class Method(Section):
     method: Literal[FIXED_GRID + ADAPTIVE] = key("method of torchdiffeq")
     integrals: Literal[INTEGRALS] = key("how l, E and n are computed: with z, or by quadrature")
-    step_size: Positive | None = key("step of a fixed grid; divides 1; null if steps is given")
-    steps: Annotated[int, Field(ge=1, le=10_000)] | None = key("steps of a fixed grid")
+    steps: Annotated[int, Field(ge=1, le=10_000)] = key("steps of a fixed grid")
     rtol: Positive = key("relative tolerance of adaptive steps")
     atol: Positive = key("absolute tolerance of adaptive steps")
     first_step: Positive = key("first step that an adaptive method tries")
-    max_steps: Annotated[int, Field(ge=1, lt=2**31)] = key("adaptive steps of a piece, at most")
 
 
 class Solver(Section):
@@ -199,7 +197,6 @@ class Train(Section):
     decay: bool = key("let the learning rate fall to 0 by max_epochs or max_time (half a cosine)")
     refine: NonNegative | None = key("bits/dim from a finer grid at which the grid is refined")
     tf32: bool = key("use TF32 on CUDA devices in evaluation, and for matrix products, too")
-    compile: bool = key("compile the solves; the first step takes a minute or more")
     cuda_graphs: Literal["auto"] | bool = key(
         "record the solves of training steps as CUDA graphs; auto: on one CUDA device"
     )

@@ -77,7 +77,7 @@ def class_folders(density: Density, identity: pl.DataFrame) -> dict[str, list[st
 
 def image_format(data: DataModule) -> Format:
     """Return what the images were made into that the flow was trained on."""
-    (channels, *sides), levels = data.shape, data.transform.levels or 0
+    (channels, *sides), levels = data.shape, data.transform.levels
     bits = levels.bit_length() - 1
     wrong = f"path: must be a .npy file; {levels} grey levels are not the bits of a pixel"
     require(levels == 2**bits <= 256, wrong)

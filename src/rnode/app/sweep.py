@@ -39,7 +39,7 @@ TIMES = ("max_epochs", "max_steps", "max_time", "min_epochs", "min_steps")
 LIMITS = {f"trainer.{key}" for key in TIMES}  # a job resumes a run that had other limits
 DISPLAY = ("log_every_n_steps", "profiler", "enable_progress_bar", "enable_model_summary")
 IRRELEVANT = (  # keys, and sections, that do not change the result of a run
-    *("ckpt_path", "sweep_metric", "save_every_n_steps", "compile", "cuda_graphs"),
+    *("ckpt_path", "sweep_metric", "save_every_n_steps", "cuda_graphs"),
     *("wandb", "pictures", "tensorboard", "mlflow"),
     *("dataset.root", "trainer.accelerator", "trainer.strategy", "trainer.on_divergence"),
     *(f"trainer.{key}" for key in DISPLAY),

@@ -25,7 +25,7 @@ from rnode.app.quoting import quote, shell_quote
 from rnode.app.report import write_report
 from rnode.app.runs import read_run
 from rnode.app.schema import flatten
-from rnode.errors import DivergenceError, Stopped, require
+from rnode.errors import Diverged, Stopped
 from rnode.flow import Flow
 from rnode.training import callbacks, progress, solving
 from rnode.training.checkpoint import AtomicCheckpointIO, load_checkpoint, load_to_resume
@@ -82,7 +82,7 @@ def train(cfg: DictConfig, folder: Path, ckpt_path: str | None) -> float | list[
     while True:
         try:
             return sweep.metric_values(cfg, fit(cfg, folder, ckpt_path, halvings))
-        except DivergenceError as error:
+        except Diverged as error:
             stop = cfg.trainer.on_divergence == "stop" or halvings.total() == REWINDS
             if stop or not last.exists():
                 if not is_first_process():
@@ -90,7 +90,7 @@ def train(cfg: DictConfig, folder: Path, ckpt_path: str | None) -> float | list[
                 good = last if last.exists() else "none yet"
                 message = f"{error}; {ADVICE}; last good checkpoint: {good}"
                 (folder / sweep.DIVERGED).write_text(f"{message}\n", encoding="utf-8")
-                raise DivergenceError(message) from error
+                raise Diverged(message) from error
             ckpt_path = str(last)
             step = load_checkpoint(ckpt_path)["global_step"]
             halvings[step] += 1
@@ -181,9 +181,7 @@ def make_trainer(
     refines = cfg.refine is not None and not flow.solver.train.adaptive
     used += [solving.RefineGrid(cfg.refine)] if refines else []
     required = cfg.cuda_graphs is True
-    require(not (cfg.compile and required), "compile and cuda_graphs: only one can be true")
-    used += [solving.Compile()] if cfg.compile else []  # after RefineGrid
-    used += [CUDAGraphs(required)] if cfg.cuda_graphs and not cfg.compile else []
+    used += [CUDAGraphs(required)] if cfg.cuda_graphs else []
     bar = cfg.trainer.enable_progress_bar and sys.stdout.isatty()
     used += [progress.Report(bar)] if cfg.trainer.enable_progress_bar else []
     used += [progress.Bar()] if bar else []

@@ -14,12 +14,12 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from rnode.data.context import Context
 from rnode.data.splits import Splits
 from rnode.errors import InputError, require
-from rnode.seeding import step_seed
-from rnode.transforms import Batch, TableTransform, Transform
+from rnode.seeding import NOISE, step_generator
+from rnode.transforms import Batch, ImageTransform, TableTransform, Transform
 
 SPLIT_NAMES = {"train": "training", "val": "validation", "test": "test"}
 # data (B, *shape), the index of each sample in its split (B,), and what it is conditioned on (B, k)
-Rows = tuple[Tensor, Tensor, Tensor | None]
+Rows = tuple[Tensor, Tensor, Tensor]
 
 
 def fetch(rows: Tensor | Dataset, contexts: Tensor | None, indices: list[int]) -> Rows:
@@ -27,9 +27,10 @@ def fetch(rows: Tensor | Dataset, contexts: Tensor | None, indices: list[int]) -
     if not isinstance(rows, Tensor):
         samples, index = rows.__getitems__(indices)
         require_finite(samples, "a batch of training data")
-        return samples, index, None
+        return samples, index, samples.new_empty(len(samples), 0)
     index = torch.tensor(indices)
-    return rows[index], index, None if contexts is None else contexts[index]
+    c = torch.empty(len(index), 0) if contexts is None else contexts[index]
+    return rows[index], index, c
 
 
 def require_finite(rows: Tensor, where: str) -> None:
@@ -76,7 +77,7 @@ class DataModule(LightningDataModule):
         self.source, self.arguments = source, arguments
         self.shape, self.flip, self.seed = shape and tuple(shape), flip, seed
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
-        self.transform: Transform | TableTransform = Transform(levels, alpha)
+        self.transform: Transform = ImageTransform(levels, alpha) if levels else None
         self.context: Context | None = None  # how what samples are conditioned on becomes numbers
         self.splits: Splits | None = None
         self.expected: dict = {}  # the state of a checkpoint
@@ -99,7 +100,7 @@ class DataModule(LightningDataModule):
             shape, found = list(self.shape), f"the {name} split has"
             wrong = f"shape={shape}: {found} samples of shape {list(rows.shape[1:])}"
             require(list(rows.shape[1:]) == shape, wrong)
-            levels = self.transform.levels
+            levels = getattr(self.transform, "levels", None)
             if levels is not None and levels <= torch.iinfo(rows.dtype).max:
                 wrong = f"levels={levels}: {found} the grey level {rows.max()}"
                 require(int(rows.max()) < levels, f"{wrong}; levels must exceed it")
@@ -131,8 +132,7 @@ class DataModule(LightningDataModule):
 
     def evaluation_batch(self, split: str, index: Tensor, seed: int) -> Batch:
         """Return samples of a split, transformed with the noise that belongs to them and `seed`."""
-        x, index, context = self.fetch_from(split)(index.tolist())
-        return self.transform.for_evaluation(x, index, seed, context)
+        return self.transform.for_evaluation(*self.fetch_from(split)(index.tolist()), seed)
 
     def train_dataloader(self) -> DataLoader:
         indices, collate = range(len(self.splits.train)), self.fetch_from("train")
@@ -153,11 +153,6 @@ class DataModule(LightningDataModule):
         return DataLoader(indices, self.eval_batch_size, collate_fn=collate, generator=generator)
 
     def on_before_batch_transfer(self, batch: Rows, dataloader_idx: int) -> Rows | Batch:
-        trainer = self.trainer
-        if trainer.training:
-            step = trainer.fit_loop.epoch_loop.batch_progress.current.ready
-            epoch, rank = trainer.current_epoch, trainer.global_rank
-            torch.manual_seed(step_seed(self.seed, epoch, step, rank))
         # Tables are float64, which some devices lack.
         return self.transformed(batch) if isinstance(self.transform, TableTransform) else batch
 
@@ -166,10 +161,14 @@ class DataModule(LightningDataModule):
 
     def transformed(self, rows: Rows) -> Batch:
         """Transform rows: with fresh noise in training, else with the noise of each sample."""
-        x, index, context = rows
-        if not self.trainer.training:
-            return self.transform.for_evaluation(x, index, self.seed, context)
+        x, index, c = rows
+        trainer = self.trainer
+        if not trainer.training:
+            return self.transform.for_evaluation(x, index, c, self.seed)
+        step = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        place = (self.seed, trainer.current_epoch, step, trainer.global_rank)
+        generator = step_generator(x.device, *place, NOISE)
         if self.flip:
-            flipped = torch.rand(len(x), device=x.device) < 0.5
+            flipped = torch.rand(len(x), generator=generator, device=x.device) < 0.5
             x = torch.where(flipped[:, None, None, None], x.flip(-1), x)
-        return self.transform(x, index, context=context)
+        return self.transform(x, index, c, generator=generator)

@@ -10,6 +10,7 @@ from torch.utils.data import Dataset
 
 from rnode.data.splits import SPLIT_SEED, Splits
 from rnode.errors import require_choice
+from rnode.transforms import Column, TableTransform
 
 Density = Callable[[int, np.random.Generator], np.ndarray]  # samples n vectors, (n, d)
 
@@ -36,7 +37,9 @@ def toy(name: str, train: int = 20000, validation: int = 2000, test: int = 10000
     require_choice("name", name, DENSITIES)
     density = DENSITIES[name]
     held_out = (sample(density, n, (SPLIT_SEED, i)) for i, n in enumerate((validation, test), 1))
-    return Splits(FreshSamples(density, train), *held_out)
+    val, test_rows = held_out
+    columns = [Column(f"x{i + 1}") for i in range(val.shape[1])]
+    return Splits(FreshSamples(density, train), val, test_rows, transform=TableTransform(columns))
 
 
 def eight_gaussians(n: int, rng: np.random.Generator) -> np.ndarray:

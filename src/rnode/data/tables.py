@@ -190,7 +190,8 @@ def whitened(transform: TableTransform, train: Tensor) -> TableTransform:
 
 def fit_whitening(transform: TableTransform, train: Tensor) -> Tensor:
     """Return the matrix that makes the columns of the training split (N, d) uncorrelated."""
-    y = transform(train, torch.arange(len(train)), torch.full(train.shape, 0.5)).y.double()
+    c = train.new_empty(len(train), 0)
+    y = transform(train, torch.arange(len(train)), c, torch.full(train.shape, 0.5)).y.double()
     variances, directions = torch.linalg.eigh(torch.cov(y.T).reshape(2 * [len(train.T)]))
     return directions / variances.clamp(min=DEPENDENT * variances.max()).sqrt()
 

@@ -221,10 +221,9 @@ class Pictures(Callback):
         devices = [module.device] if module.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):  # training's random stream stays as it is
             torch.manual_seed(module.seed)  # the same noise every time
-            x, index, context = data.fetch_from("val")(index.tolist())
-            real = transform.inverse(transform(x, index).y)
-            context = None if context is None else context.to(module.device)
-            sampled = transform.inverse(module.flow.sample(len(index), context=context))
+            x, index, c = data.fetch_from("val")(index.tolist())
+            real = transform.inverse(transform(x, index, c).y)
+            sampled = transform.inverse(module.flow.sample(len(index), c.to(module.device)))
         name = "tested" if trainer.testing else f"{trainer.global_step:07d}"
         path = self.folder / "samples" / f"{name}.png"
         stage, steps = ("test", "") if trainer.testing else ("val", f"step {trainer.global_step}, ")

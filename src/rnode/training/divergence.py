@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
 from rnode.distributed import gather_lists
-from rnode.errors import DivergenceError
+from rnode.errors import Diverged
 from rnode.flow import Flow, Solution
 
 NEVER = torch.iinfo(torch.int64).max
@@ -50,13 +50,13 @@ class DivergenceWatch:
         self.message = self.message or message
 
     def raise_if_diverged(self) -> None:
-        """Raise DivergenceError in all processes, with what any of them recorded first."""
+        """Raise Diverged in all processes, with what any of them recorded first."""
         first = int(self.first)
         step, position = divmod(first, len(self.names))
         message = f"{self.names[position]} became NaN or infinite at training step {step}"
         records = gather_lists([(first, self.message is None, self.message or message)])
         if min(records)[0] < NEVER:
-            raise DivergenceError(min(records)[-1])
+            raise Diverged(min(records)[-1])
 
 
 def nan_loss(parameters: Iterable[nn.Parameter]) -> Tensor:

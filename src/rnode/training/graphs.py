@@ -12,12 +12,11 @@ from pytorch_lightning import Callback, Trainer
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from rnode.choices import ONE_STEP
 from rnode.dynamics import Dynamics, State, VectorField
 from rnode.errors import require
-from rnode.flow import Flow
+from rnode.names import ONE_STEP
 from rnode.networks import Field
-from rnode.solver import Method, solve
+from rnode.solver import Method, integrate
 from rnode.training.module import RNODE
 
 
@@ -44,18 +43,23 @@ class CUDAGraphs(Callback):
         if not (able and (tried or self.required)):
             return
         size = min(data.batch_size, len(data.splits.train) // trainer.world_size)
-        record_solves(module.flow, size)
+        module.integrate = RecordedSolves(size)
         trainer.print("the first step records the solves of training steps as CUDA graphs")
 
     def on_fit_end(self, trainer: Trainer, module: RNODE) -> None:
-        for piece in module.flow.pieces:
-            vars(piece).pop("solve", None)  # the test needs the memory
+        module.integrate = integrate  # the test needs the memory
 
 
-def record_solves(flow: Flow, size: int) -> None:
-    """Record how each piece solves batches of `size` samples, at the next call with gradients."""
-    for piece in flow.pieces:
-        piece.solve = RecordedSolve(size)
+class RecordedSolves:
+    """`integrate`, with a record for each field of a flow."""
+
+    def __init__(self, size: int):
+        self.size = size
+        self.records: dict[VectorField, RecordedSolve] = {}
+
+    def __call__(self, dynamics: Dynamics, z: Tensor, method: Method, gradient: str) -> State:
+        record = self.records.setdefault(dynamics.field, RecordedSolve(self.size))
+        return record(dynamics, z, method, gradient)
 
 
 class RecordedSolve:
@@ -72,9 +76,9 @@ class RecordedSolve:
 
     def __call__(self, dynamics: Dynamics, z: Tensor, method: Method, gradient: str) -> State:
         if len(z) != self.size or not torch.is_grad_enabled():
-            return solve(dynamics, z, method, gradient)
+            return integrate(dynamics, z, method, gradient)
         field = dynamics.field
-        inputs = (z, dynamics.eps, *dynamics.c, *field.parameters())
+        inputs = (z, dynamics.eps, dynamics.c, *field.parameters())
         if self.recorded != (method, gradient):
             if self.replay is not None:
                 self.replay = None
@@ -83,7 +87,7 @@ class RecordedSolve:
             if gradient == "backprop":
                 self.replay = self.record(field, inputs, method)
         if self.replay is None:
-            return solve(dynamics, z, method, gradient)
+            return integrate(dynamics, z, method, gradient)
         dynamics.nfe += self.nfe
         return State(*self.replay(*inputs))
 
@@ -115,8 +119,8 @@ class Solve(nn.Module):
         super().__init__()
         self.field, self.method = field, method
 
-    def forward(self, z: Tensor, eps: Tensor, *c: Tensor) -> tuple[Tensor, ...]:
-        dynamics = Dynamics(self.field, eps, *c)
-        state = solve(dynamics, z, self.method, "backprop")
+    def forward(self, z: Tensor, eps: Tensor, c: Tensor) -> tuple[Tensor, ...]:
+        dynamics = Dynamics(self.field, c, eps)
+        state = integrate(dynamics, z, self.method, "backprop")
         self.nfe = dynamics.nfe
         return tuple(state)

@@ -9,12 +9,13 @@ from torch import Tensor
 from torchmetrics import CatMetric
 
 from rnode.distributed import gather_lists
-from rnode.errors import DivergenceError
-from rnode.evaluation import measure, standard_error
+from rnode.errors import Diverged
+from rnode.evaluation import solve_and_measure, standard_error
 from rnode.flow import Flow, Solution
 from rnode.loss import bits_per_dim, log_normal, objective
 from rnode.matching import flow_matching
-from rnode.solver import solver_errors
+from rnode.seeding import PROBES, step_generator
+from rnode.solver import integrate, solver_errors
 from rnode.training.checkpoint import FORMAT
 from rnode.training.divergence import DivergenceWatch, nan_loss
 from rnode.training.limits import time_passed
@@ -52,6 +53,7 @@ class RNODE(LightningModule):
         self.validation_bits = torch.zeros(0)  # bits/dim of the validation samples, ascending
         self.divergence = DivergenceWatch(flow)
         self.solution: Solution | None = None  # of the training step that runs
+        self.integrate = integrate
         self.nfe = 0  # evaluations of f in the last training step
         self.logs = True  # whether metrics of this training step are read
         self.matching, self.start = False, 0  # the step at which equation (17) begins
@@ -61,13 +63,15 @@ class RNODE(LightningModule):
         last = self.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
         log_every = max(1, self.trainer.log_every_n_steps)
         self.logs = last or (self.global_step + 1) % log_every == 0
+        place = (self.seed, self.current_epoch, self.batches(), self.global_rank)
+        generator = step_generator(self.device, *place, PROBES)
         if self.matching:
-            loss = flow_matching(self.flow, batch.y, batch.context)
+            loss = flow_matching(self.flow, batch.y, batch.c, generator)
             self.log_step({"loss": loss})
             return loss
         try:
-            self.solution = self.flow.solve(batch.y, context=batch.context)
-        except DivergenceError as error:
+            self.solution = self.flow.solve(batch.y, batch.c, generator, self.integrate)
+        except Diverged as error:
             self.divergence.gave_up(f"{error} at training step {self.global_step}")
             return nan_loss(self.parameters())
         state, d = self.solution.state, self.flow.d
@@ -77,6 +81,10 @@ class RNODE(LightningModule):
         self.log_step({"loss": loss, "kinetic": kinetic, "jacobian": jacobian})
         self.log_step({"bits_per_dim": bits, "nfe_forward": self.solution.nfe_forward})
         return loss
+
+    def batches(self) -> int:
+        """The number of this batch in its epoch."""
+        return self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
 
     def log_step(self, metrics: dict[str, Tensor | float]) -> None:
         """Log what a training step has measured, if it is a log step or the last of an epoch."""
@@ -90,7 +98,7 @@ class RNODE(LightningModule):
         try:
             with solver_errors():
                 loss.backward()
-        except DivergenceError as error:
+        except Diverged as error:
             # The backward pass visits the pieces from last to first; the one visited last failed.
             piece = 1 + [piece.nfe_backward > 0 for piece in self.solution.pieces].index(True)
             where = f"in the gradient of piece {piece} at training step {self.global_step}"
@@ -120,9 +128,9 @@ class RNODE(LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         try:
-            solution, measures = measure(self.flow, batch, self.seed)
+            solution, measures = solve_and_measure(self.flow, batch, self.seed)
             nfe = solution.nfe_forward
-        except DivergenceError as error:
+        except Diverged as error:
             self.divergence.gave_up(str(error))
             nfe, measures = 0, 3 * [torch.full_like(batch.log_det, math.nan)]
         self.evaluated.update(torch.stack([batch.index, batch.log_det, *measures], dim=1))
@@ -140,7 +148,7 @@ class RNODE(LightningModule):
         if not bits.isfinite():
             held = filter(None, gather_lists([self.divergence.message]))
             message = f"{stage} bits/dim is {bits:.3g} after training step {self.global_step}"
-            raise DivergenceError(next(held, message))
+            raise Diverged(next(held, message))
         self.log(f"{stage}/bits_per_dim", bits, sync_dist=True)
         self.log(f"{stage}/bits_per_dim_se", standard_error(rows[:, 1]), sync_dist=True)
         self.log(f"{stage}/log_det", log_det, sync_dist=True)

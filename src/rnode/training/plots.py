@@ -18,7 +18,7 @@ from torchvision.utils import make_grid
 from rnode.flow import Flow
 from rnode.training.results import GAUSSIAN, MEASURES, read_metrics
 from rnode.training.run_folder import whole_file
-from rnode.transforms import Transform
+from rnode.transforms import ImageTransform, Transform
 
 matplotlib.use("Agg")  # figures go to files and need no display
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#666666")
@@ -181,7 +181,7 @@ def save_points(points: Tensor, path: Path) -> None:
 def plot_extremes(rows: Tensor, bits: Tensor, transform: Transform, count: int, path: Path) -> None:
     """Plot the `count` most and least likely of the source's data (N, *shape), by `bits` (N,)."""
     order, panels = bits.argsort(), {}
-    scale = 1 if transform.levels is None else transform.levels - 1
+    scale = transform.levels - 1 if isinstance(transform, ImageTransform) else 1
     for name, chosen in (("most", order[:count]), ("least", order.flip(0)[:count])):
         least, most = bits[chosen].min(), bits[chosen].max()
         panels[f"{name} likely: {least:.2f} to {most:.2f} bits/dim"] = rows[chosen] / scale

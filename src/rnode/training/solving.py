@@ -1,6 +1,5 @@
 """Lightning callbacks that change how a flow is solved: the grid, compilation, precision."""
 
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -8,12 +7,11 @@ from functools import partial
 import torch
 from pytorch_lightning import Callback, Trainer
 
-from rnode.choices import ONE_STEP
 from rnode.data.datamodule import DataModule
-from rnode.errors import DivergenceError, require
-from rnode.evaluation import measure
+from rnode.errors import Diverged
+from rnode.evaluation import solve_and_measure
 from rnode.flow import Flow
-from rnode.solver import Solver, solve
+from rnode.solver import Solver
 from rnode.training.module import RNODE
 
 FINEST = 32  # times the steps of the first grid
@@ -35,7 +33,7 @@ class RefineGrid(Callback):
         self.gradient: str | None = None  # that of the refined grid, unless it is the run's
 
     def on_fit_start(self, trainer: Trainer, module: RNODE) -> None:
-        self.most = FINEST * module.flow.solver.train.grid_steps
+        self.most = FINEST * module.flow.solver.train.steps
         if self.steps is not None:  # from a checkpoint
             module.flow.solver = with_steps(module.flow.solver, self.steps, self.gradient)
 
@@ -46,13 +44,11 @@ class RefineGrid(Callback):
             change = refine(module.flow, bits, self.tolerance)
             if change is None:
                 return
-            self.steps = module.flow.solver.train.grid_steps
+            self.steps = module.flow.solver.train.steps
             finer = f"a finer grid changes bits/dim by {change:+.2g}"
             if self.steps > self.most:
                 where = f"at training step {trainer.global_step}"
-                raise DivergenceError(
-                    f"{finer} {where}, and the grid has {self.most} steps already"
-                )
+                raise Diverged(f"{finer} {where}, and the grid has {self.most} steps already")
             line = f"step {trainer.global_step}: {finer}; from here on {self.steps} steps"
             if module.flow.solver.gradient == "backprop" and not fits_twice(module.device):
                 self.gradient = "checkpoint"
@@ -65,7 +61,7 @@ class RefineGrid(Callback):
         """Mean bits/dim in training mode, of the same images, noise and probes each time."""
         index = torch.arange(min(data.batch_size, len(data.splits.val)))
         batch = data.evaluation_batch("val", index, module.seed).to(module.device)
-        return float(measure(module.flow, batch, module.seed)[1].bits_per_dim.mean())
+        return float(solve_and_measure(module.flow, batch, module.seed)[1].bits_per_dim.mean())
 
     def state_dict(self) -> dict:
         return {"steps": self.steps, "gradient": self.gradient}
@@ -92,7 +88,7 @@ def refine(flow: Flow, bits: Callable[[], float], tolerance: float) -> float | N
         The change, or None if the grid stays as it is.
     """
     coarse, before = flow.solver, bits()
-    flow.solver = with_steps(coarse, 2 * coarse.train.grid_steps)
+    flow.solver = with_steps(coarse, 2 * coarse.train.steps)
     change = bits() - before
     if abs(change) <= tolerance:
         flow.solver = coarse
@@ -102,7 +98,7 @@ def refine(flow: Flow, bits: Callable[[], float], tolerance: float) -> float | N
 
 def with_steps(solver: Solver, steps: int, gradient: str | None = None) -> Solver:
     """Return the solver with another number of training steps and, if given, another gradient."""
-    train = replace(solver.train, step_size=None, steps=steps)
+    train = replace(solver.train, steps=steps)
     return replace(solver, train=train, gradient=gradient or solver.gradient)
 
 
@@ -137,52 +133,3 @@ class TF32(Callback):
 
     def on_train_batch_end(self, *_) -> None:
         torch.backends.cudnn.allow_tf32 = self.everywhere
-
-
-class Compile(Callback):
-    """Compiles in the first training step, and again when the grid has been refined.
-
-    All else runs uncompiled: batches of another size, validation, and the comparison of grids.
-    """
-
-    def __init__(self):
-        self.compiled: Solver | None = None  # the solver for which it was done
-        self.start = 0.0
-
-    def on_fit_start(self, trainer: Trainer, module: RNODE) -> None:
-        compile_solves(module.flow)
-        torch.compiler.set_stance("eager_on_recompile")
-        trainer.print("compiling: the first step takes a minute or more")
-
-    def on_train_batch_start(self, trainer: Trainer, module: RNODE, *_) -> None:
-        if not module.matching and self.compiled != module.flow.solver:
-            torch.compiler.set_stance("default")
-            self.start = time.perf_counter()
-
-    def on_train_batch_end(self, trainer: Trainer, module: RNODE, *_) -> None:
-        if not module.matching and self.compiled != module.flow.solver:
-            torch.compiler.set_stance("eager_on_recompile")
-            self.compiled = module.flow.solver
-            seconds = time.perf_counter() - self.start
-            trainer.print(f"compiled: step {trainer.global_step} took {seconds:.0f} s")
-
-    def teardown(self, trainer: Trainer, module: RNODE, stage: str) -> None:
-        if stage == "test":  # the end of the run; the stance is the process's
-            torch.compiler.set_stance("default")
-
-
-def compile_solves(flow: Flow) -> None:
-    """Compile by torch.compile what solves every piece, at its next call.
-
-    It is the whole solve on a fixed grid whose steps are differentiated, else f and εᵀ∇f. Pieces of
-    one shape share the compiled code.
-    """
-    own = all(hasattr(piece.field, "vjp") for piece in flow.pieces)
-    require(own, "compile=true: must be left out; autograd's εᵀ∇f of this field is not compiled")
-    torch._dynamo.config.recompile_limit = 8 * len(flow.pieces)  # scales differ in shape
-    whole = torch.compile(solve, dynamic=False)
-    for piece in flow.pieces:
-        if flow.solver.train.method in ONE_STEP and flow.solver.gradient != "adjoint":
-            piece.solve = whole
-        else:
-            piece.field.compile()

@@ -49,9 +49,9 @@ def gaussian_bits(data: DataModule, seed: int) -> float | None:
     generator = torch.Generator().manual_seed(seed)
     count, moments = 0, 0.0
     for index in chunks(data.splits.train, TRAINED):
-        x, index, context = data.fetch_from("train")(index.tolist())
+        x, index, c = data.fetch_from("train")(index.tolist())
         noise = torch.rand(x.shape, generator=generator)
-        given, y = design(data.transform(x, index, noise, context))
+        given, y = design(data.transform(x, index, c, noise))
         rows = torch.cat([given, y], 1)
         count, moments = count + len(rows), moments + rows.T @ rows
     k, d = given.shape[1], y.shape[1]
@@ -73,7 +73,7 @@ def design(batch: Batch) -> tuple[Tensor, Tensor]:
     """Return 1 and c (B, 1 + k), and y (B, d)."""
     y = batch.y.flatten(1).double()
     ones = y.new_ones(len(y), 1)
-    return ones if batch.context is None else torch.cat([ones, batch.context.double()], 1), y
+    return torch.cat([ones, batch.c.double()], 1), y
 
 
 def chunks(rows, most: int) -> tuple[Tensor, ...]:

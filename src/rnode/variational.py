@@ -7,7 +7,7 @@ from rnode.transforms import Logit
 TINY = 1e-6  # the noise stays so far inside of (0, 1)
 
 
-class Dequantization(nn.Module):
+class VariationalDequantization(nn.Module):
     """The first layer of a flow: uniform noise v of dequantized images becomes u ~ q(u | x).
 
     With a and b of each pixel, from a convolutional network of the grey levels x,
@@ -17,8 +17,8 @@ class Dequantization(nn.Module):
 
     Args:
         channels: channels of an image.
-        levels: grey levels, as of `rnode.Transform`.
-        alpha: α of the logit, as of `rnode.Transform`.
+        levels: grey levels, as of `rnode.ImageTransform`.
+        alpha: α of the logit, as of `rnode.ImageTransform`.
         hidden: channels of the inner layers of the network.
     """
 

@@ -10,9 +10,8 @@ from scipy.special import expit, logit
 from scipy.stats import norm
 from torch import nn
 
-from helpers import DOPRI5, RK4, TWO_STEPS, call, metrics, refused
-from rnode import Probes, Solver, Transform, log_normal, multiscale
-from rnode.dequantization import Dequantization
+from helpers import DOPRI5, RK4, TWO_STEPS, call, metrics, no_c, refused
+from rnode import ImageTransform, Probes, Solver, VariationalDequantization, log_normal, multiscale
 
 pytestmark = pytest.mark.usefixtures("blank_figures")
 
@@ -22,7 +21,7 @@ LEVELS, ALPHA = 5, 0.05
 @pytest.fixture
 def layer():
     torch.manual_seed(0)
-    layer = Dequantization(2, LEVELS, ALPHA, hidden=4).double()
+    layer = VariationalDequantization(2, LEVELS, ALPHA, hidden=4).double()
     for parameter in layer.parameters():
         nn.init.normal_(parameter, std=0.2)
     return layer
@@ -32,12 +31,12 @@ def images(count):
     """Grey levels, and y of their uniform noise."""
     x = torch.randint(LEVELS, (count, 2, 4, 4), dtype=torch.uint8)
     noise = torch.rand(x.shape, dtype=torch.float64)
-    return x, Transform(LEVELS, ALPHA)(x, torch.arange(count), noise).y
+    return x, ImageTransform(LEVELS, ALPHA)(x, torch.arange(count), no_c(x), noise).y
 
 
 def test_it_starts_as_the_identity():
     _, y = images(3)
-    z, log_det = Dequantization(2, LEVELS, ALPHA).double()(y)
+    z, log_det = VariationalDequantization(2, LEVELS, ALPHA).double()(y)
     torch.testing.assert_close(z, y, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(log_det, torch.zeros(3).double(), rtol=0, atol=1e-9)
 
@@ -57,7 +56,7 @@ def test_its_inverse_undoes_it_and_grey_levels_stay(layer):
     x, y = images(50)
     z, _ = layer(y)
     torch.testing.assert_close(layer.inverse(z, []), y, rtol=1e-6, atol=1e-6)
-    transform = Transform(LEVELS, ALPHA)
+    transform = ImageTransform(LEVELS, ALPHA)
     assert torch.equal(transform.dequantize.inverse(transform.logit.inverse(z)), x)
 
 
@@ -75,8 +74,8 @@ def test_training_finds_the_best_noise_of_one_pixel():
     best = -minimize(lambda parameters: -bound(parameters), (0, 0), method="Nelder-Mead").fun
     x = torch.arange(1000).view(-1, 1, 1, 1).remainder(2).byte()
     noise = torch.from_numpy(v.repeat(2)).view(x.shape)
-    y, log_det, *_ = Transform(2, 1e-6)(x, torch.arange(len(x)), noise)
-    layer = Dequantization(1, 2, 1e-6).double()
+    y, log_det, *_ = ImageTransform(2, 1e-6)(x, torch.arange(len(x)), no_c(x), noise)
+    layer = VariationalDequantization(1, 2, 1e-6).double()
     optimizer, bounds = torch.optim.Adam(layer.parameters(), 0.03), []
     for _ in range(150):
         z, l = layer(y)
@@ -115,5 +114,5 @@ def test_a_run_with_learned_noise_is_evaluated_from_its_checkpoint(tmp_path, cap
     message, code = refused(
         capsys, "train", *toy, "dataset=toy", "dequantization=variational", where
     )
-    assert "dequantization=variational: must be uniform" in message
+    assert "dequantization=variational: needs image data" in message
     assert code == 2

@@ -1,4 +1,4 @@
-"""Names that the library and its configuration share; --help needs them without torch."""
+"""Names of methods, for the library and its configuration; --help needs them without torch."""
 
 ONE_STEP = ("euler", "midpoint", "heun2", "heun3", "rk4")
 FIXED_GRID = (*ONE_STEP, "explicit_adams", "implicit_adams")
