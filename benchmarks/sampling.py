@@ -43,7 +43,8 @@ def main() -> None:
     @torch.inference_mode()
     def inverse(method: Method) -> tuple[torch.Tensor, int]:
         flow.solver = Solver(RK4, method)
-        return flow.solve_inverse(z)
+        frames, nfe = flow.solve_inverse(z)
+        return frames[-1], nfe
 
     exact, _ = inverse(EXACT)
     rows = []

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from helpers import DOPRI5, make_flow
+from helpers import make_flow
 from rnode import InputError, Method, log_normal
 
 TIGHT = Method("dopri5", rtol=1e-9, atol=1e-9)
@@ -90,12 +90,3 @@ def test_torch_func_transforms_a_dense_flow_with_a_fixed_grid(method):
         torch.testing.assert_close(gradients[name], parameter.grad, **same)
     z = torch.randn(4, 1, 3, dtype=torch.float64)
     torch.testing.assert_close(torch.func.vmap(flow.inverse)(z)[:, 0], flow.inverse(z[:, 0]))
-
-
-@pytest.mark.parametrize(
-    "changes", [{"gradient": "checkpoint"}, {"gradient": "adjoint"}, {"train": DOPRI5}]
-)
-def test_what_torch_func_cannot_transform_is_refused(changes):
-    flow = make_flow((3,), **changes)
-    with pytest.raises(InputError, match="torch.func needs gradient=backprop and a one-step"):
-        torch.func.grad(lambda x: flow.log_prob(x).sum())(torch.randn(4, 3, dtype=torch.float64))

@@ -222,9 +222,10 @@ def plot_figure_5(runs: list[Run], path: Path) -> str:
     for run in runs:
         data, flow = load(run)
         like = next(flow.parameters())
-        y, nfe = flow.solve_inverse(torch.randn(64, flow.d, device=like.device, dtype=like.dtype))
+        z = torch.randn(64, flow.d, device=like.device, dtype=like.dtype)
+        frames, nfe = flow.solve_inverse(z)
         ax = axes[names.index(run.data)][0 if run.recipe == "ffjord" else 1]
-        plot_points(ax, data.transform.inverse(y).float().cpu())
+        plot_points(ax, data.transform.inverse(frames[-1]).float().cpu())
         ax.set_title(f"{run.data}, {LABELS[run.recipe]}")
         bits = run.test("bits_per_dim")
         rows.append((run.data, run.recipe, bits, nfe))

@@ -218,37 +218,30 @@ class Flow(nn.Module):
 
     def inverse(self, z: Tensor, c: Tensor | None = None) -> Tensor:
         """z (B, d) → x (B, *shape), with forward(inverse(z)).z = z up to the solver's error."""
-        return self.solve_inverse(z, c)[0]
-
-    def solve_inverse(self, z: Tensor, c: Tensor | None = None) -> tuple[Tensor, int]:
-        """z (B, d) → x (B, *shape) and the evaluations of f, summed over the pieces."""
-        c = self._conditions(c, z)
-        z, factored = self._split(z)
-        nfe = 0
-        for layer in reversed(self.layers):
-            if isinstance(layer, Piece):
-                path, evaluations = layer.inverse(z, c, self.method)
-                z, nfe = path[-1], nfe + evaluations
-            else:
-                z = layer.inverse(z, factored)
-        return z, nfe
+        return self.solve_inverse(z, c)[0][-1]
 
     def trajectory(self, z: Tensor, c: Tensor | None = None, intervals: int = 1) -> Tensor:
         """Follow z (B, d) to x = inverse(z), in frames (pieces · intervals + 1, B, *shape).
 
         A frame is arranged like x: it shows the pieces still to come as the identity.
         """
+        return torch.stack(self.solve_inverse(z, c, intervals)[0])
+
+    def solve_inverse(
+        self, z: Tensor, c: Tensor | None = None, intervals: int = 1
+    ) -> tuple[list[Tensor], int]:
+        """The frames of `trajectory`, and the evaluations of f, summed over the pieces."""
         c = self._conditions(c, z)
         z, factored = self._split(z)
-        frames = [self._rearrange(z, factored, len(self.layers))]
+        frames, nfe = [self._rearrange(z, factored, len(self.layers))], 0
         for i, layer in reversed(list(enumerate(self.layers))):
             if isinstance(layer, Piece):
-                path, _ = layer.inverse(z, c, self.method, intervals)
+                path, evaluations = layer.inverse(z, c, self.method, intervals)
                 frames += [self._rearrange(z_t, factored, i) for z_t in path[1:]]
-                z = path[-1]
+                z, nfe = path[-1], nfe + evaluations
             else:
                 z = layer.inverse(z, factored)
-        return torch.stack(frames)
+        return frames, nfe
 
     def as_x(self, z: Tensor) -> Tensor:
         """z (B, d) → (B, *shape): the inverse with every piece the identity."""

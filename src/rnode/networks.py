@@ -50,14 +50,9 @@ class _SoftplusSigmoid(torch.autograd.Function):
         return grad if grad_softplus is None else grad.addcmul_(grad_softplus, sigmoid)
 
 
-def transforms_active() -> bool:
-    """Whether torch.func transforms the code that runs."""
-    return torch._C._are_functorch_transforms_active()
-
-
 def _softplus_sigmoid(a: Tensor) -> tuple[Tensor, Tensor]:
-    if transforms_active():  # they need operators that torch can transform
-        return F.softplus(a), a.sigmoid()
+    if torch._C._are_functorch_transforms_active():  # private: torch.func has no public test
+        return F.softplus(a), a.sigmoid()  # it transforms operators, not an autograd function
     return _SoftplusSigmoid.apply(a)
 
 

@@ -20,7 +20,6 @@ from torchdiffeq import odeint, odeint_adjoint
 from rnode.dynamics import Dynamics, State
 from rnode.errors import Diverged, one_line, require, require_choice
 from rnode.names import ADAPTIVE, FIXED_GRID, GRADIENTS, INTEGRALS, ONE_STEP
-from rnode.networks import transforms_active
 from rnode.quadrature import radau, simpson
 from rnode.runge_kutta import path, step, time
 
@@ -148,15 +147,6 @@ def solver_errors() -> Generator[None]:
         raise
 
 
-def refuse_transforms(method: Method, gradient: str = "backprop") -> None:
-    """Raise InputError if torch.func transforms what it cannot."""
-    able = method.one_step and gradient == "backprop"
-    needs = "torch.func needs gradient=backprop and a one-step method on a fixed grid"
-    require(
-        able or not transforms_active(), f"method={method.method}, gradient={gradient}: {needs}"
-    )
-
-
 def precision_of(method: Method, device: torch.device) -> contextlib.AbstractContextManager:
     """Return the current autocast state, which the backward pass enters again.
 
@@ -171,7 +161,6 @@ def integrate(dynamics: Dynamics, z: Tensor, method: Method, gradient: str) -> S
 
     An adaptive method that cannot reach T raises Diverged.
     """
-    refuse_transforms(method, gradient)
     if z.numel() == 0:  # the error norm of nothing would be NaN
         return State.initial(z)
     with solver_errors():
@@ -260,7 +249,6 @@ def recompute_in_backward(function: Callable, *arguments: Any):
 
 def integrate_back(f: Callable, z: Tensor, method: Method, intervals: int = 1) -> Tensor:
     """Integrate dz/dt = f(t, z) back: z(T) → z at `intervals` + 1 times from T to 0."""
-    refuse_transforms(method)
     if z.numel() == 0:
         return z.expand(intervals + 1, *z.shape)
     with solver_errors(), precision_of(method, z.device):

@@ -34,15 +34,8 @@ class Transform(ABC):
     discrete: bool  # whether x holds whole numbers, so that log p(y) bounds a discrete likelihood
 
     @abstractmethod
-    def __call__(
-        self,
-        x: Tensor,
-        index: Tensor,
-        c: Tensor,
-        noise: Tensor | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Batch:
-        """Transform x (B, *shape) with `noise` (B, *shape) in [0, 1); None samples it uniformly."""
+    def forward(self, x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """x, noise in [0, 1) (B, *shape) → y (B, *shape) and log|det dy/dx| (B,)."""
 
     @abstractmethod
     def inverse(self, y: Tensor) -> Tensor:
@@ -51,6 +44,19 @@ class Transform(ABC):
     @abstractmethod
     def state(self) -> dict[str, Any]:
         """Plain containers of what was fitted to the data."""
+
+    def __call__(
+        self,
+        x: Tensor,
+        index: Tensor,
+        c: Tensor,
+        noise: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Batch:
+        """Transform x (B, *shape) with `noise` (B, *shape), by default uniform on [0, 1)."""
+        if noise is None:
+            noise = torch.rand(x.shape, generator=generator, device=x.device)
+        return Batch(*self.forward(x, noise.to(x.device)), index, c)
 
     def noise(self, x: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
         """Sample uniform noise for x (B, *shape), from one generator for each sample."""
@@ -115,19 +121,10 @@ class ImageTransform(Transform):
     def levels(self) -> int:
         return self.dequantize.levels
 
-    def __call__(
-        self,
-        x: Tensor,
-        index: Tensor,
-        c: Tensor,
-        noise: Tensor | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Batch:
-        if noise is None:
-            noise = torch.rand(x.shape, generator=generator, device=x.device)
-        u, log_det_u = self.dequantize(x, noise.to(x.device))
+    def forward(self, x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        u, log_det_u = self.dequantize(x, noise)
         y, log_det_y = self.logit(u)
-        return Batch(y, log_det_u + log_det_y, index, c)
+        return y, log_det_u + log_det_y
 
     def inverse(self, y: Tensor) -> Tensor:
         """y (B, *shape) → images in [0, 1], (B, *shape)."""
@@ -212,22 +209,14 @@ class TableTransform(Transform):
     def names(self) -> list[str]:
         return [column.name for column in self.columns]
 
-    def __call__(
-        self,
-        x: Tensor,
-        index: Tensor,
-        c: Tensor,
-        noise: Tensor | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Batch:
-        noise = torch.rand(x.shape, generator=generator) if noise is None else noise
+    def forward(self, x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         noise = noise.clamp(min=torch.finfo(noise.dtype).tiny)  # the logarithm of 0 is infinite
         parts = zip(self.columns, x.double().T, noise.double().T, strict=True)
         parts = (column(values, u) for column, values, u in parts)
         columns, log_dets = zip(*parts, strict=True)
         y, log_det = torch.stack(columns, 1), sum(log_dets) + self.log_det_whitening
         y = y if self.whitening is None else y @ self.whitening
-        return Batch(y.float(), log_det.float(), index, c)
+        return y.float(), log_det.float()
 
     def require_inside(self, x: Tensor) -> None:
         """Raise InputError unless each column of x (N, d) takes its values."""

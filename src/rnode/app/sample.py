@@ -46,7 +46,8 @@ def main(cfg: DictConfig) -> None:
     share = list(enumerate(torch.arange(count).split(data.eval_batch_size)))[rank::processes]
     parts = []
     for i, part in track(share, "samples", disable=not first):
-        y, nfe = flow.solve_inverse(z[part].to(device), c[part])
+        frames, nfe = flow.solve_inverse(z[part].to(device), c[part])
+        y = frames[-1]
         parts.append((i, y.cpu(), nfe))
     _, y, nfe = zip(*sorted(gather_lists(parts), key=lambda part: part[0]), strict=True)
     if not first:
