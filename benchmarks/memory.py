@@ -36,6 +36,7 @@ CONTENDERS = {
     f"{name}, {gradient}": (method, gradient)
     for name, method in METHODS.items()
     for gradient in ("backprop", "checkpoint", "adjoint")
+    if gradient != "adjoint" or method.integrals == "system"
 }
 
 

@@ -1,7 +1,7 @@
 """One training step (forward, gradient, Adam), beside the plain recipe.
 
 python benchmarks/step.py [--dataset fashion_mnist] [--batch 32] [--channels 64] [--repetitions 3]
-                          [--compile] [--contenders NAME ...] [--tf32] [--quick]
+                          [--contenders NAME ...] [--tf32] [--quick]
 
 Every contender has the same weights, batch and λ. `radau` has three steps a piece; `radau, 2
 steps` and `radau, 4 steps` are the first grid of the default, solver=auto, and its grid after one
@@ -21,10 +21,10 @@ from common import COARSE, DEVICE, FINE, LAMBDA, RADAU, RK4, SIMPSON, make_flow
 from plain import PlainFlow
 from rnode import Flow, objective
 from rnode.app.launch import prepare_process
-from rnode.training.graphs import record_solves
-from rnode.training.solving import compile_solves
+from rnode.solver import integrate
+from rnode.training.graphs import RecordedSolves
 
-CONTENDERS = {  # name: (training method, gradient); further words: bf16 in f, compiled, graphs
+CONTENDERS = {  # name: (training method, gradient); further words: bf16 in f, graphs
     "rk4, adjoint": (RK4, "adjoint"),
     "rk4, backprop": (RK4, "backprop"),
     "simpson, backprop": (SIMPSON, "backprop"),
@@ -36,15 +36,11 @@ CONTENDERS = {  # name: (training method, gradient); further words: bf16 in f, c
     "radau, 2 steps, backprop, bf16": (COARSE, "backprop"),
     "radau, 2 steps, backprop, graphs": (COARSE, "backprop"),
     "radau, 2 steps, backprop, bf16, graphs": (COARSE, "backprop"),
-    "radau, backprop, compiled": (RADAU, "backprop"),
-    "radau, backprop, bf16, compiled": (RADAU, "backprop"),
 }
 
 
 def main() -> None:
     parser = common.arguments(__doc__)
-    help = "add compiled contenders, which take some minutes more"
-    parser.add_argument("--compile", action="store_true", help=help)
     help = "let convolutions in float32 use TF32, where the device has it"
     parser.add_argument("--tf32", action="store_true", help=help)
     help = "the rows beside the plain recipe"
@@ -54,8 +50,8 @@ def main() -> None:
     torch.backends.cudnn.allow_tf32 = options.tf32
 
     x = common.images(options)
-    left_out = {"compiled": not options.compile, "graphs": DEVICE.type != "cuda"}
-    default = [name for name in CONTENDERS if not any(left_out.get(w) for w in words(name))]
+    gpu = DEVICE.type == "cuda"
+    default = [name for name in CONTENDERS if gpu or "graphs" not in words(name)]
     steps = {"plain recipe": plain_step(make_flow(options), x)}
     for name in options.contenders or default:
         steps[name] = flow_step(make_flow(options, *CONTENDERS[name]), x, words(name))
@@ -82,9 +78,8 @@ def main() -> None:
                 "peak GiB": f"{memory[name]:.2f}",
             }
         )
-    title = f"training step, {common.describe(options)}{', TF32' * options.tf32}"
-    tf32 = "_tf32" if options.tf32 else ""
-    common.write_record(f"step_{options.dataset}{tf32}", title, rows)
+    name = f"step_{options.dataset}_tf32" if options.tf32 else f"step_{options.dataset}"
+    common.write_record(name, f"training step, {common.describe(options)}", rows)
 
 
 def words(name: str) -> set[str]:
@@ -93,14 +88,11 @@ def words(name: str) -> set[str]:
 
 def flow_step(flow: Flow, x: Tensor, how: set[str]) -> Callable[[], None]:
     bf16 = "bf16" in how
-    if "compiled" in how:
-        compile_solves(flow)
-    if "graphs" in how:
-        record_solves(flow, len(x))
+    solve = RecordedSolves(len(x)) if "graphs" in how else integrate
 
     def loss() -> Tensor:
         with torch.autocast(DEVICE.type, torch.bfloat16, enabled=bf16):
-            return objective(flow(x), LAMBDA, LAMBDA)
+            return objective(flow.solve(x, integrate=solve).state, LAMBDA, LAMBDA)
 
     return adam_step(flow, loss)
 
