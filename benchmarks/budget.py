@@ -20,8 +20,8 @@ EPOCHS = 100  # section 6 of the paper
 TENSORS = 6, 6  # of hidden width that f keeps (3 layers and their slopes), and a product besides
 COUNTS = [  # evaluations of f and products εᵀ∇f of a piece, and parts that are solved again
     ("rk4, system", 16, 16, 1),
-    ("auto, first grid", 4 * COARSE.grid_steps, COARSE.grid_steps, COARSE.grid_steps),
-    ("auto, refined once", 4 * FINE.grid_steps, FINE.grid_steps, FINE.grid_steps),
+    ("auto, first grid", 4 * COARSE.steps, COARSE.steps, COARSE.steps),
+    ("auto, refined once", 4 * FINE.steps, FINE.steps, FINE.steps),
 ]
 
 

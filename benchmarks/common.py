@@ -167,7 +167,7 @@ def step_flops(options: argparse.Namespace, method: Method) -> float:
     A product εᵀ∇f costs as much as an evaluation of f, and their backward passes twice as much.
     """
     extra = 1 if method.integrals == "simpson" else 0  # Simpson's node at T
-    evaluations, products = 4 * method.grid_steps + extra, method.grid_steps + extra
+    evaluations, products = 4 * method.steps + extra, method.steps + extra
     one = evaluation_flops(SHAPES[options.dataset], options.channels)
     return 3 * (evaluations + products) * options.batch * one
 
