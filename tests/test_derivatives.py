@@ -34,29 +34,6 @@ def test_second_derivatives(method, gradient, training):
     )
 
 
-@pytest.mark.parametrize("gradient", ["backprop", "checkpoint"])
-def test_the_gradient_of_score_matching(gradient):
-    """∂/∂θ of ‖∇ₓ log p(x)‖², for the weight that changes it most and another."""
-    flow = make_flow((2,), gradient=gradient, divergence="exact")
-    x = torch.randn(3, 2, dtype=torch.float64, requires_grad=True)
-
-    def loss():
-        return torch.autograd.grad(flow.log_prob(x).sum(), x, create_graph=True)[0].square().sum()
-
-    loss().backward()
-    weight = flow.pieces[0].field.layers[1].weight
-    for place in (divmod(int(weight.grad.abs().argmax()), weight.shape[1]), (0, 0)):
-        with torch.no_grad():
-            weight[place] += 1e-5
-        above = loss().item()
-        with torch.no_grad():
-            weight[place] -= 2e-5
-        below = loss().item()
-        with torch.no_grad():
-            weight[place] += 1e-5
-        assert weight.grad[place].item() == pytest.approx((above - below) / 2e-5, rel=1e-5)
-
-
 @pytest.mark.parametrize("training", [True, False])
 def test_the_adjoint_refuses_second_derivatives(training):
     flow = make_flow((2,), gradient="adjoint", divergence="exact").train(training)

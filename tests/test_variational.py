@@ -1,17 +1,11 @@
 """Variational dequantization as a layer of a flow."""
 
-import math
-
-import numpy as np
 import pytest
 import torch
-from scipy.optimize import minimize
-from scipy.special import expit, logit
-from scipy.stats import norm
 from torch import nn
 
 from helpers import DOPRI5, RK4, TWO_STEPS, call, metrics, no_c, refused
-from rnode import ImageTransform, Probes, Solver, VariationalDequantization, log_normal, multiscale
+from rnode import ImageTransform, Probes, Solver, VariationalDequantization, multiscale
 
 pytestmark = pytest.mark.usefixtures("blank_figures")
 
@@ -58,35 +52,6 @@ def test_its_inverse_undoes_it_and_grey_levels_stay(layer):
     torch.testing.assert_close(layer.inverse(z, []), y, rtol=1e-6, atol=1e-6)
     transform = ImageTransform(LEVELS, ALPHA)
     assert torch.equal(transform.dequantize.inverse(transform.logit.inverse(z)), x)
-
-
-def test_training_finds_the_best_noise_of_one_pixel():
-    """y is normal, and the two grey levels are its halves: quadrature over v gives each bound."""
-    v = (np.arange(500) + 0.5) / 500
-
-    def bound(parameters):
-        a, b = parameters
-        u = expit(a + np.exp(b) * logit(v))
-        y, density = logit((1 + u) / 2), 2 / ((1 + u) * (1 - u))  # of the upper half, and dy/du
-        slope = np.exp(b) * u * (1 - u) / (v * (1 - v))  # du/dv
-        return (norm.logpdf(y) + np.log(density * slope)).mean()
-
-    best = -minimize(lambda parameters: -bound(parameters), (0, 0), method="Nelder-Mead").fun
-    x = torch.arange(1000).view(-1, 1, 1, 1).remainder(2).byte()
-    noise = torch.from_numpy(v.repeat(2)).view(x.shape)
-    y, log_det, *_ = ImageTransform(2, 1e-6)(x, torch.arange(len(x)), no_c(x), noise)
-    layer = VariationalDequantization(1, 2, 1e-6).double()
-    optimizer, bounds = torch.optim.Adam(layer.parameters(), 0.03), []
-    for _ in range(150):
-        z, l = layer(y)
-        loss = -(log_normal(z.flatten(1)) + l + log_det).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        bounds.append(-loss.item())
-    assert bounds[0] == pytest.approx(bound((0, 0)), abs=1e-3)
-    assert bounds[-1] == pytest.approx(best, abs=0.005)
-    assert best < math.log(0.5)  # P(x)
 
 
 def test_a_flow_counts_its_log_determinant_and_inverts_it(layer):

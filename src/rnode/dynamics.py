@@ -73,7 +73,8 @@ class Probes:
     def __init__(self, divergence: str = "gaussian", count: int = 1):
         require_choice("divergence", divergence, DIVERGENCES)
         require(count >= 1, f"count={count}: must be at least 1")
-        self.divergence, self.count = divergence, count
+        self.divergence = divergence
+        self.count = count
 
     def __str__(self) -> str:
         exact = self.divergence == "exact"
@@ -109,7 +110,8 @@ class Dynamics:
     """
 
     def __init__(self, field: VectorField, c: Tensor, eps: Tensor | None = None):
-        self.field, self.c = field, c
+        self.field = field
+        self.c = c
         self.eps: Any = eps
         self.nfe = 0
         self.vjp = getattr(field, "vjp", partial(vjp, field))

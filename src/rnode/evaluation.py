@@ -129,7 +129,8 @@ def evaluate_batch(
 
 def summarize(columns: dict[str, Tensor], nfe: Tensor) -> dict:
     """Columns (N,) and evaluations `nfe` (batches, pieces) → plain numbers."""
-    bits, total = columns["bits_per_dim"], nfe.sum(1)
+    bits = columns["bits_per_dim"]
+    total = nfe.sum(1)
     if count := int((~bits.isfinite()).sum()):
         raise Diverged(f"bits/dim of {count} of {len(bits)} samples are not finite")
     summary = {

@@ -155,11 +155,14 @@ class Flow(nn.Module):
         k: int = 0,
     ):
         super().__init__()
-        self.shape, self.k = torch.Size(shape), k
+        self.shape = torch.Size(shape)
+        self.k = k
         self.layers = nn.ModuleList(layers)  # ty: ignore[invalid-assignment]
-        self.solver, self.probes = solver, probes
+        self.solver = solver
+        self.probes = probes
         self.test_probes = probes  # in evaluation mode
-        factored, z = [], torch.empty(1, *shape, device="meta")
+        factored = []
+        z = torch.empty(1, *shape, device="meta")
         for layer in self.layers:
             z = z if isinstance(layer, SHAPE_PRESERVING) else layer(z, factored)
         self.z_shapes = [part.shape[1:] for part in (*factored, z)]  # of the parts of z, in order
@@ -194,10 +197,12 @@ class Flow(nn.Module):
         """
         fits = x.shape[1:] == self.shape
         require(fits, f"x of shape {tuple(x.shape)}: must be (B, {str(tuple(self.shape))[1:]}")
-        z, c = self._to_state(x), self._conditions(c, x)
+        z = self._to_state(x)
+        c = self._conditions(c, x)
         probes = self.probes if self.training else self.test_probes
         _, l, E, n = State.initial(z)
-        factored, solutions = [], []
+        factored = []
+        solutions = []
         for layer in self.layers:
             if isinstance(layer, VariationalDequantization):
                 z, dl = layer(z)
@@ -233,7 +238,8 @@ class Flow(nn.Module):
         """The frames of `trajectory`, and the evaluations of f, summed over the pieces."""
         c = self._conditions(c, z)
         z, factored = self._split(z)
-        frames, nfe = [self._rearrange(z, factored, len(self.layers))], 0
+        frames = [self._rearrange(z, factored, len(self.layers))]
+        nfe = 0
         for i, layer in reversed(list(enumerate(self.layers))):
             if isinstance(layer, Piece):
                 path, evaluations = layer.inverse(z, c, self.method, intervals)

@@ -178,7 +178,8 @@ class Field(nn.Module):
     ) -> Tensor:
         """t (), z (B, *shape), c (B, k) → f(z, t; c) (B, *shape), in the dtype of z."""
         *inner, (last, w_last) = zip(self.layers, weights or self.prepare(z), strict=True)
-        h, c = z.to(w_last.h.dtype), c.to(w_last.h.dtype)
+        h = z.to(w_last.h.dtype)
+        c = c.to(w_last.h.dtype)
         for layer, w in inner:
             h = _softplus(layer(w, t, h, c))
         return last(w_last, t, h, c).to(z.dtype)
@@ -188,7 +189,8 @@ class Field(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """t (), z (B, *shape), eps (K, B, *shape), c (B, k) → f (B, *shape) and εᵀ∇f like eps."""
         *inner, (last, w_last) = zip(self.layers, weights or self.prepare(z), strict=True)
-        h, c = z.to(w_last.h.dtype), c.to(w_last.h.dtype)
+        h = z.to(w_last.h.dtype)
+        c = c.to(w_last.h.dtype)
         slopes = []
         for layer, w in inner:
             h, slope = _softplus_sigmoid(layer(w, t, h, c))

@@ -71,7 +71,8 @@ class Method:
     @cached_property
     def quadrature(self) -> tuple[list[float], list[float]]:
         """Nodes and weights on [0, T] of the rule for l, E and n; without weights, of the grid."""
-        nodes, weights = np.linspace(0, 1, self.steps + 1), np.empty(0)
+        nodes = np.linspace(0, 1, self.steps + 1)
+        weights = np.empty(0)
         if self.integrals != "system":
             nodes, weights = QUADRATURES[self.integrals](self.steps)
         return (T * nodes).tolist(), (T * weights).tolist()
@@ -196,7 +197,8 @@ def integrate_system(dynamics: Dynamics, z: Tensor, method: Method, gradient: st
 
 def integrate_by_quadrature(dynamics: Dynamics, z: Tensor, method: Method, gradient: str) -> State:
     """Integrate z from node to node, and l, E, n by quadrature of their rates at the nodes."""
-    precision, prepared = precision_of(method, z.device), dynamics.prepare(z)
+    precision = precision_of(method, z.device)
+    prepared = dynamics.prepare(z)
 
     def rates_at(t: float, z: Tensor) -> State:
         with precision:

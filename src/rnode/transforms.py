@@ -201,7 +201,8 @@ class TableTransform(Transform):
     """
 
     def __init__(self, columns: Sequence[Column], whitening: Tensor | None = None):
-        self.columns, self.whitening = tuple(columns), whitening
+        self.columns = tuple(columns)
+        self.whitening = whitening
         self.log_det_whitening = 0.0 if whitening is None else float(whitening.slogdet()[1])
         self.discrete = any(column.integer for column in columns)
 

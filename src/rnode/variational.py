@@ -24,7 +24,8 @@ class VariationalDequantization(nn.Module):
 
     def __init__(self, channels: int, levels: int, alpha: float, hidden: int = 16):
         super().__init__()
-        self.levels, self.logit = levels, Logit(alpha)
+        self.levels = levels
+        self.logit = Logit(alpha)
         first, inner = (nn.Conv2d(size, hidden, 3, padding=1) for size in (channels, hidden))
         last = nn.Conv2d(hidden, 2 * channels, 3, padding=1)
         self.network = nn.Sequential(first, nn.Softplus(), inner, nn.Softplus(), last)
