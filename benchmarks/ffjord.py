@@ -34,14 +34,15 @@ from plain import PlainNet, shift
 from rnode import Flow, Probes, Solver, multiscale, objective
 from rnode.app.launch import prepare_process
 from rnode.data.images import digits, idx_images
-from rnode.evaluation import measure
+from rnode.evaluation import solve_and_measure
 from rnode.loss import bits_per_dim, log_normal
-from rnode.transforms import Batch, Transform
+from rnode.transforms import Batch, ImageTransform
 
 BATCH, IMAGES, WARM_UP = 32, 360, 20
 FFJORD_RATE, RNODE_RATE = 1e-2, 5e-3  # of the two, each does better with its own on digits
 TOLERANCE = 2e-3  # of the refinement of solver=auto
 POINTS = 150
+NO_CONDITIONS = torch.empty(IMAGES, 0)
 DATA = {"digits": "digits 8×8", "fashion_mnist": "FashionMNIST 14×14"}
 
 
@@ -100,7 +101,7 @@ class FFJORDODE(nn.Module):
     def forward(self, t: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         with torch.enable_grad():
             z = state[0].requires_grad_(True)
-            f = self.net(t, z)
+            f = self.net(t, z, NO_CONDITIONS[: len(z)])
             (product,) = torch.autograd.grad(f, z, self.eps, create_graph=True)
         return f, (product * self.eps).flatten(1).sum(1)
 
@@ -110,26 +111,27 @@ class Data:
 
     def __init__(self, options: argparse.Namespace, seed: int):
         if options.dataset == "digits":
-            splits, self.transform = digits(), Transform(17, 1e-5)
+            splits, self.transform = digits(), ImageTransform(17, 1e-5)
         else:
             splits = idx_images("FashionMNIST", options.root, 10000, 14)
-            self.transform = Transform(256, 1e-5)
+            self.transform = ImageTransform(256, 1e-5)
         self.images, index = splits.train, torch.arange(IMAGES)
         evaluation = (part[:IMAGES] for part in (splits.val, splits.test))
         self.validation, self.test = (
-            self.transform.for_evaluation(part, index[: len(part)], 0) for part in evaluation
+            self.transform.for_evaluation(part, index[: len(part)], NO_CONDITIONS[: len(part)], 0)
+            for part in evaluation
         )
         self.generator = torch.Generator().manual_seed(seed)
 
     def sample(self) -> Batch:
         index = torch.randint(len(self.images), (BATCH,), generator=self.generator)
-        return self.transform(self.images[index], index)
+        return self.transform(self.images[index], index, NO_CONDITIONS[:BATCH])
 
 
 @torch.no_grad()
 def likelihood(flow: Flow, batch: Batch) -> float:
     """Mean bits/dim by dopri5 at 1e-5."""
-    return measure(flow.eval(), batch, seed=0)[1].bits_per_dim.mean().item()
+    return solve_and_measure(flow.eval(), batch, seed=0)[1].bits_per_dim.mean().item()
 
 
 def train(

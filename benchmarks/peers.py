@@ -22,7 +22,7 @@ from torch import Tensor
 
 from common import OUTPUTS, mean_and_spread, write_record
 from contenders import Sample, best, glow, ot_cfm, rnode_flow, train, zuko_cnf
-from rnode import Transform
+from rnode import ImageTransform
 from rnode.app.launch import prepare_process
 from rnode.data.densities import DENSITIES
 from rnode.training.plots import save_figure, set_log_scale
@@ -82,10 +82,10 @@ def data(name: str) -> tuple[Sample, Tensor, Tensor]:
         return lambda: torch.from_numpy(density(512, rng)).float(), validation, test
     images = torch.from_numpy(load_digits().images).to(torch.uint8).flatten(1)
     images = images[torch.randperm(len(images), generator=torch.Generator().manual_seed(0))]
-    transform = Transform(levels=17, alpha=1e-5)
+    transform = ImageTransform(levels=17, alpha=1e-5)
 
     def transformed(index: Tensor) -> Tensor:
-        return transform(images[index], index).y
+        return transform(images[index], index, torch.empty(len(index), 0)).y
 
     validation, test = (transformed(index) for index in torch.arange(360).split(180))
     return lambda: transformed(torch.randint(360, len(images), (256,))), validation, test

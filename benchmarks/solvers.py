@@ -15,7 +15,7 @@ import torch
 from common import RADAU, RK4, SIMPSON, write_record
 from rnode import Method, Probes, Solver
 from rnode.app.build import load_flow
-from rnode.evaluation import Measures, measure
+from rnode.evaluation import Measures, solve_and_measure
 from rnode.flow import Solution
 
 METHODS = {
@@ -49,7 +49,7 @@ def compare(path: str) -> None:
     @torch.no_grad()
     def solve(method: Method) -> tuple[Solution, Measures]:
         flow.solver = Solver(method, method)
-        return measure(flow, batch, seed=0)
+        return solve_and_measure(flow, batch, seed=0)
 
     exact, exact_measures = solve(EXACT)
     rows = []

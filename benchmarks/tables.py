@@ -108,7 +108,10 @@ def rnode(
 ) -> Point:
     plain = TableTransform([Column(str(i)) for i in range(rows.shape[1])])
     transform = TableTransform(plain.columns, fit_whitening(plain, rows.double()))
-    parts = (transform(part, torch.arange(len(part))).y for part in (rows, validation, test))
+    parts = (
+        transform(part, torch.arange(len(part)), torch.empty(len(part), 0)).y
+        for part in (rows, validation, test)
+    )
     make = partial(rnode_table, share=share)
     point, log_det = by_steps(make, *parts, seconds), transform.log_det_whitening
     return Point(point.seconds, point.validation - log_det, point.test - log_det)
