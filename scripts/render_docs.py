@@ -37,7 +37,7 @@ def render(page: Path) -> str:
         names = match["names"].split()
         lines = table(names, match["columns"], match["rows"])
         links = ", ".join(f"[record]({folder}/{name}.json)" for name in names)
-        return "\n".join([match["begin"], *lines, "", links, match["end"]])
+        return "\n".join([match["begin"], *lines, "", f"<small>{links}</small>", match["end"]])
 
     return MARKERS.sub(fill, page.read_text(encoding="utf-8"))
 

@@ -47,7 +47,7 @@ def test_a_page_is_rendered_and_a_stale_one_is_found(renderer, tmp_path):
     assert renderer.main(["--check"]) == 1
     assert "|9|" in page.read_text()
     assert renderer.main([]) == 0
-    link = "[record](benchmarks/results/some.json)"
+    link = "<small>[record](benchmarks/results/some.json)</small>"
     assert page.read_text() == (
         f"{marker}\n|a|sea|\n|---|---|\n|y|2|\n\n{link}\n<!-- end -->\nrest"
     )
