@@ -20,7 +20,7 @@ RECORDS = ROOT / "benchmarks/results"
 MARKERS = re.compile(
     r"(?P<begin><!-- record: (?P<names>[\w ]+?)"
     r"(?: columns=(?P<columns>.+?))?(?: rows=(?P<rows>.+?))? -->\n)"
-    r"(?:(?!<!-- record).)*?(?P<end><!-- end -->)",
+    r".*?(?P<end><!-- end -->)",
     re.DOTALL,
 )
 
