@@ -12,7 +12,7 @@ the transfer of data to the device and the optimizer.
 import argparse
 import math
 
-from common import COARSE, DOPRI5, FINE, RK4, SHAPES, evaluation_flops, write_table
+from common import COARSE, DOPRI5, FINE, RK4, SHAPES, evaluation_flops, write_record
 from rnode import Piece, Probes, Solver, Squeeze, multiscale
 
 RUNS = {"mnist": (50_000, 200), "cifar10": (45_000, 200)}  # training images and batch size
@@ -20,8 +20,8 @@ EPOCHS = 100  # section 6 of the paper
 TENSORS = 6, 6  # of hidden width that f keeps (3 layers and their slopes), and a product besides
 COUNTS = [  # evaluations of f and products εᵀ∇f of a piece, and parts that are solved again
     ("rk4, system", 16, 16, 1),
-    ("auto, first grid", 4 * COARSE.grid_steps, COARSE.grid_steps, COARSE.grid_steps),
-    ("auto, refined once", 4 * FINE.grid_steps, FINE.grid_steps, FINE.grid_steps),
+    ("auto, first grid", 4 * COARSE.steps, COARSE.steps, COARSE.steps),
+    ("auto, refined once", 4 * FINE.steps, FINE.steps, FINE.steps),
 ]
 
 
@@ -57,7 +57,7 @@ def main() -> None:
             )
     rate = f"{options.flops:.3g} FLOP/s × {options.share:.0%}"
     title = f"calculated for {rate}, {options.bandwidth:.3g} bytes/s"
-    write_table("budget", title, rows)
+    write_record("budget", title, rows)
 
 
 def pixels_of_all_pieces(shape: tuple[int, ...]) -> int:

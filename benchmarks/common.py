@@ -1,22 +1,26 @@
-"""What the benchmarks share: timing in turn, the rate of convolutions, memory, tables and plots."""
+"""What the benchmarks share: timing in turn, the rate of convolutions, memory and records."""
 
 import argparse
-import csv
 import ctypes
+import datetime
+import json
 import math
+import platform
+import shlex
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from matplotlib import pyplot as plt
 from rich.table import Table
 
 from rnode import Flow, Method, Probes, Solver, TimeConv2d, multiscale
 from rnode.app.printing import print_table
-from rnode.training.plots import save_figure
 from rnode.training.refine import doublings, refine
 
 SHAPES = {
@@ -35,6 +39,7 @@ FINE = Method("rk4", "radau", steps=4)  # … and after its first refinement
 DOPRI5 = Method("dopri5")
 FFJORD = Method("dopri5", first_step=1e-2)  # as in the plain recipe
 EXACT = Method("dopri5", rtol=1e-8, atol=1e-8)  # the reference for errors
+OUTPUTS = Path("outputs/benchmarks")  # plots, and records of --quick
 Rows = list[dict[str, str]]
 
 
@@ -162,7 +167,7 @@ def step_flops(options: argparse.Namespace, method: Method) -> float:
     A product εᵀ∇f costs as much as an evaluation of f, and their backward passes twice as much.
     """
     extra = 1 if method.integrals == "simpson" else 0  # Simpson's node at T
-    evaluations, products = 4 * method.grid_steps + extra, method.grid_steps + extra
+    evaluations, products = 4 * method.steps + extra, method.steps + extra
     one = evaluation_flops(SHAPES[options.dataset], options.channels)
     return 3 * (evaluations + products) * options.batch * one
 
@@ -193,60 +198,52 @@ def describe(options: argparse.Namespace) -> str:
     return f"{options.dataset}, {size}, {DEVICE.type}"
 
 
-def report(
-    name: str,
-    title: str,
-    rows: Rows,
-    bars: str = "ratio",
-    label: str = "speed relative to the plain recipe",
-) -> None:
-    """Print a table and write outputs/benchmarks/`name`.csv and .png.
-
-    Args:
-        name: name of the files.
-        title: title of the table and the plot.
-        rows: rows of the table; the first column names the contender.
-        bars: column that the bars of the plot show.
-        label: label of the bars' axis.
-    """
-    first = next(iter(rows[0]))
-    figure, ax = plt.subplots(figsize=(8, 1.2 + 0.4 * len(rows)), layout="constrained")
-    container = ax.barh([row[first] for row in rows], [float(row[bars]) for row in rows])
-    ax.bar_label(container, [row[bars] for row in rows], padding=2)
-    ax.invert_yaxis()
-    ax.set(title=title, xlabel=label)
-    save_figure(figure, folder() / f"{name}.png")
-    write_table(name, title, rows)
-
-
 def mean_and_spread(values: list[float], digits: int) -> str:
     """The mean and, of several values, their standard deviation."""
     spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.{digits}f}{spread}"
 
 
-def write_table(name: str, title: str, rows: Rows) -> None:
-    """Print a table and write outputs/benchmarks/`name`.csv."""
-    path = write_csv(name, rows)
+def write_record(name: str, title: str, rows: Rows) -> None:
+    """Print a table, and write it to benchmarks/results/NAME.json with what its figures depend on.
+
+    The record of a CUDA device has `_cuda` in its name. Figures of `--quick` are no evidence: their
+    record goes to outputs/benchmarks. scripts/render_docs.py makes the tables of the pages.
+
+    Args:
+        name: name of the record.
+        title: title of the printed table.
+        rows: rows of the table; the first column names the contender.
+    """
+    gpu = DEVICE.type == "cuda"
+    folder = OUTPUTS if "--quick" in sys.argv else Path("benchmarks/results")
+    git = ["git", "describe", "--always", "--dirty", "--abbrev=7"]
+    commit = subprocess.run(git, cwd=Path(__file__).parent, capture_output=True, text=True).stdout
+    record = {
+        "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "commit": commit.strip(),
+        "date": datetime.date.today().isoformat(),
+        "versions": {package: version(package) for package in ("torch", "torchdiffeq", "numpy")},
+        "machine": f"{processor()}, {torch.get_num_threads()} thread(s)",
+        "rows": rows,
+    }
+    if gpu:
+        record["machine"] = f"{torch.cuda.get_device_name()}, {record['machine']}"
+    path = folder / f"{name}{'_cuda' if gpu else ''}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     table = Table(title=title, title_justify="left")
     for i, column in enumerate(rows[0]):
         table.add_column(column, justify="right" if i else "left")
     for row in rows:
         table.add_row(*row.values())
     print_table(table)
-    print(f"written to {path}" + (f" and {name}.png" if path.with_suffix(".png").exists() else ""))
+    print(f"written to {path}")
 
 
-def write_csv(name: str, rows: list[dict]) -> Path:
-    path = folder() / f"{name}.csv"
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-    return path
-
-
-def folder() -> Path:
-    path = Path("outputs/benchmarks")
-    path.mkdir(parents=True, exist_ok=True)
-    return path
+def processor() -> str:
+    """The name of the processor, as Linux has it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor())

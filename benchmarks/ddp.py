@@ -6,8 +6,8 @@ python benchmarks/ddp.py [--dataset fashion_mnist] [--batch 32] [--channels 64] 
 The step is forward, gradient and Adam on the first grid of the default solver. Each process has the
 whole batch, one thread and one core. A third contender takes the step in two processes that send
 nothing: its cost above one process is that of the shared memory, and the cost of DDP above it is
-that of the all-reduce. Repetitions are interleaved. The results are also written to
-outputs/benchmarks/ddp_DATASET.csv and .png.
+that of the all-reduce. Repetitions are interleaved. The record is
+benchmarks/results/ddp_DATASET.json.
 """
 
 import argparse
@@ -50,8 +50,7 @@ def main() -> None:
         rows.append(row | {"MB all-reduced": f"{sent[name] / 1e6:.2f}"})
     size = f"batch {options.batch} a process, {options.channels} channels"
     title = f"training step, {options.dataset}, {size}, cpu"
-    label = "time relative to one process"
-    common.report(f"ddp_{options.dataset}", title, rows, bars="time", label=label)
+    common.write_record(f"ddp_{options.dataset}", title, rows)
 
 
 def process(rank: int, options: argparse.Namespace, rendezvous: str, queue) -> None:

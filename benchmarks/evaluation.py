@@ -7,7 +7,7 @@ Weights, data, probes and tolerance are the same. The right-hand side of the pla
 autograd.grad, and its solver starts with FFJORD's step of 0.01; one contender of this program has
 that step too. The limit is the time that the convolutions would take at the rate of a 3×3
 convolution in the same run. Errors are relative to dopri5 at 1e-8, the largest one of the batch.
-The results are also written to outputs/benchmarks/evaluation_DATASET.csv and .png.
+The record is benchmarks/results/evaluation_DATASET.json.
 """
 
 import torch
@@ -26,7 +26,7 @@ from common import (
     make_flow,
     medians,
     parse,
-    report,
+    write_record,
 )
 from plain import PlainFlow
 from rnode import Method, Solution, Solver, log_normal
@@ -88,7 +88,7 @@ def main() -> None:
             }
         )
     title = f"likelihood, dopri5 1e-5, {describe(options)}"
-    report(f"evaluation_{options.dataset}", title, rows)
+    write_record(f"evaluation_{options.dataset}", title, rows)
 
 
 if __name__ == "__main__":

@@ -4,8 +4,7 @@ python benchmarks/growth.py [--repetitions 3] [--quick]
 
 One quantity is varied at a time. The others are: batch 8, one channel of 16×16 pixels, 2 pieces a
 scale, 32 channels, 3 steps of radau. The exponent k of cost ∝ quantityᵏ is a least-squares fit in
-logarithms. The results are also written to outputs/benchmarks/growth.csv (the fits),
-growth_points.csv and growth.png.
+logarithms. The record is benchmarks/results/growth.json.
 """
 
 import argparse
@@ -13,22 +12,18 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-from matplotlib import pyplot as plt
 
 from common import (
     DEVICE,
     DOPRI5,
     LAMBDA,
     as_if_trained,
-    folder,
     medians,
     peak_memory,
-    write_csv,
-    write_table,
+    write_record,
 )
 from rnode import Method, Probes, Solver, multiscale, objective
 from rnode.app.processes import prepare_process
-from rnode.training.plots import save_figure, set_log_scale
 
 START = {"batch": 8, "side": 16, "pieces": 2, "channels": 32, "steps": 3}
 VARIED = {
@@ -49,25 +44,19 @@ def main() -> None:
     repetitions, count = (1, 2) if options.quick else (options.repetitions, None)
     prepare_process()
 
-    points, rows = [], []
+    rows = []
     for quantity, varied in VARIED.items():
         values = varied[:count]
         steps = {value: training_step(**START | {quantity: value}) for value in values}
         costs = {"GiB": {value: peak_memory(step) for value, step in steps.items()}}
         costs["seconds"] = medians(steps, repetitions)
-        points += [
-            {"quantity": quantity, "value": value} | {cost: costs[cost][value] for cost in costs}
-            for value in values
-        ]
         name, factor = ("NFE", 4) if quantity == "steps" else (quantity, 1)
         row = {"quantity": name, "values": ", ".join(str(factor * value) for value in values)}
         for cost in ("seconds", "GiB"):
             k = exponent(values, [costs[cost][value] for value in values])
             row[f"exponent of {cost}"] = f"{k:.2f}"
         rows.append(row)
-    write_csv("growth_points", points)
-    plot(points)
-    write_table("growth", "growth of the cost of a training step", rows)
+    write_record("growth", "growth of the cost of a training step", rows)
 
 
 def training_step(
@@ -83,22 +72,6 @@ def training_step(
 
 def exponent(values: Sequence[float], costs: Sequence[float]) -> float:
     return np.polyfit(np.log(values), np.log(costs), 1)[0]
-
-
-def plot(points: list[dict]) -> None:
-    size = (3 * len(VARIED), 5)
-    figure, axes = plt.subplots(2, len(VARIED), sharex="col", figsize=size, layout="constrained")
-    for column, quantity in enumerate(VARIED):
-        chosen = [p for p in points if p["quantity"] == quantity]
-        for ax, cost in zip(axes[:, column], ("seconds", "GiB"), strict=True):
-            values = [p["value"] for p in chosen]
-            ax.semilogx(values, [p[cost] for p in chosen], "o-")
-            ax.set_xticks(values, values)
-            ax.minorticks_off()
-            set_log_scale(ax)
-            ax.set(ylabel=f"{cost} a step" if column == 0 else "")
-        axes[1, column].set_xlabel(quantity)
-    save_figure(figure, folder() / "growth.png")
 
 
 if __name__ == "__main__":

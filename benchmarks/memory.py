@@ -3,10 +3,10 @@
 python benchmarks/memory.py [--dataset fashion_mnist] [--batch 32] [--channels 64] [--quick]
 
 GiB are counted above what was allocated before the step. `time` and `memory` are relative to
-backprop on three steps in the same run. `radau 1/2` and `radau 1/4` are the first grid of the
-default and its grid after one refinement. On a CUDA device, `images that fit` is the batch that
-would fill its memory if memory grows in proportion to the batch. The results are also written to
-outputs/benchmarks/memory_DATASET.csv and .png.
+backprop on three steps in the same run. `radau, 2 steps` and `radau, 4 steps` are the first grid
+of the default and its grid after one refinement. On a CUDA device, `images that fit` is the batch
+that would fill its memory if memory grows in proportion to the batch. The record is
+benchmarks/results/memory_DATASET.json.
 """
 
 import torch
@@ -25,17 +25,18 @@ from common import (
     medians,
     parse,
     peak_memory,
-    report,
+    write_record,
 )
 from plain import PlainFlow
 from rnode import objective
 from rnode.app.processes import prepare_process
 
-METHODS = {"radau": RADAU, "radau 1/2": COARSE, "radau 1/4": FINE, "rk4": RK4}
+METHODS = {"radau": RADAU, "radau, 2 steps": COARSE, "radau, 4 steps": FINE, "rk4": RK4}
 CONTENDERS = {
     f"{name}, {gradient}": (method, gradient)
     for name, method in METHODS.items()
     for gradient in ("backprop", "checkpoint", "adjoint")
+    if gradient != "adjoint" or method.integrals == "system"
 }
 
 
@@ -67,7 +68,7 @@ def main() -> None:
             row["images that fit"] = str(int(options.batch * capacity / peak))
         rows.append(row)
     title = f"peak memory of a training step, {describe(options)}"
-    report(f"memory_{options.dataset}", title, rows, bars="peak GiB", label="GiB")
+    write_record(f"memory_{options.dataset}", title, rows)
 
 
 if __name__ == "__main__":

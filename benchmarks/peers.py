@@ -7,9 +7,8 @@ python benchmarks/peers.py [--seconds 60] [--seeds 0 1 2] [--quick]
 benchmarks/contenders.py says what the contenders are. All networks are 64 wide, on digits 256
 (for Glow 64, which makes as many weights as RNODE has). Batches are of 512 samples, or 256 images.
 The clock counts training steps alone. Of each curve the table has the point of the lowest
-validation, with its nats on test data. The results are also written to
-outputs/benchmarks/peers.csv, peers_curves.csv and peers.png (validation against seconds, of the
-first seed).
+validation, with its nats on test data. The record is benchmarks/results/peers.json, and the plot
+outputs/benchmarks/peers.png (validation against seconds, of the first seed).
 """
 
 import argparse
@@ -21,9 +20,9 @@ from matplotlib import pyplot as plt
 from sklearn.datasets import load_digits
 from torch import Tensor
 
-from common import folder, mean_and_spread, write_csv, write_table
+from common import OUTPUTS, mean_and_spread, write_record
 from contenders import Sample, best, glow, ot_cfm, rnode_flow, train, zuko_cnf
-from rnode import Transform
+from rnode import ImageTransform
 from rnode.app.processes import prepare_process
 from rnode.data.densities import DENSITIES
 from rnode.training.plots import save_figure, set_log_scale
@@ -69,10 +68,9 @@ def main() -> None:
             row[name] = mean_and_spread(found, 3)
             print(f"{dataset}, {name}: {row[name]} nats", flush=True)
         rows.append(row)
-    write_csv("peers_curves", curves)
     plot(curves)
     title = f"test nats within {seconds:.0f} s of training, at the best validation"
-    write_table("peers", title, rows)
+    write_record("peers", title, rows)
 
 
 def data(name: str) -> tuple[Sample, Tensor, Tensor]:
@@ -84,10 +82,10 @@ def data(name: str) -> tuple[Sample, Tensor, Tensor]:
         return lambda: torch.from_numpy(density(512, rng)).float(), validation, test
     images = torch.from_numpy(load_digits().images).to(torch.uint8).flatten(1)
     images = images[torch.randperm(len(images), generator=torch.Generator().manual_seed(0))]
-    transform = Transform(levels=17, alpha=1e-5)
+    transform = ImageTransform(levels=17, alpha=1e-5)
 
     def transformed(index: Tensor) -> Tensor:
-        return transform(images[index], index).y
+        return transform(images[index], index, torch.empty(len(index), 0)).y
 
     validation, test = (transformed(index) for index in torch.arange(360).split(180))
     return lambda: transformed(torch.randint(360, len(images), (256,))), validation, test
@@ -114,7 +112,7 @@ def plot(curves: list[dict]) -> None:
         handles, labels = ax.get_legend_handles_labels()
         shown |= dict(zip(labels, handles, strict=True))
     figure.legend(shown.values(), shown, loc="outside upper center", ncols=len(shown))
-    save_figure(figure, folder() / "peers.png")
+    save_figure(figure, OUTPUTS / "peers.png")
 
 
 if __name__ == "__main__":

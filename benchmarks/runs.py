@@ -6,8 +6,8 @@ python benchmarks/runs.py [--dataset digits] [--seeds 3] [--quick]
 The plain recipe runs in the same program; only its pieces are solved otherwise
 (benchmarks/plain.py). Runs are interleaved, seed by seed. The table has means over the seeds: wall
 time of the whole process, training time of the last epoch and bits/dim. `largest difference` is
-that of the validation bits/dim from the plain recipe with the same seed. The results are also
-written to outputs/benchmarks/runs_DATASET.csv and .png.
+that of the validation bits/dim from the plain recipe with the same seed. The record is
+benchmarks/results/runs_DATASET.json.
 """
 
 import argparse
@@ -20,7 +20,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from common import report
+from common import write_record
 
 ROOT = Path(__file__).resolve().parent.parent
 PLAIN = [
@@ -68,7 +68,7 @@ def main() -> None:
             }
         )
     title = f"whole runs, {options.dataset}, mean of {options.seeds} seed(s)"
-    report(f"runs_{options.dataset}", title, rows)
+    write_record(f"runs_{options.dataset}", title, rows)
 
 
 def run(overrides: list[str]) -> dict[str, float]:

@@ -5,8 +5,8 @@ python benchmarks/sampling.py [--dataset fashion_mnist] [--batch 32] [--channels
 
 Weights, normal variables and tolerance are the same. The plain recipe integrates l, E and n too,
 and its adaptive solver starts with FFJORD's step of 0.01; this program starts with its own default.
-Errors are the largest of the batch, against dopri5 at 1e-8. The results are also written to
-outputs/benchmarks/sampling_DATASET.csv and .png.
+Errors are the largest of the batch, against dopri5 at 1e-8. The record is
+benchmarks/results/sampling_DATASET.json.
 """
 
 from functools import partial
@@ -25,7 +25,7 @@ from common import (
     make_flow,
     medians,
     parse,
-    report,
+    write_record,
 )
 from plain import PlainFlow, PlainNet, PlainODE, unsqueeze
 from rnode import Flow, Method, Solver, Squeeze
@@ -68,7 +68,7 @@ def main() -> None:
                     "error": f"{error:.1e}",
                 }
             )
-    report(f"sampling_{options.dataset}", f"sampling, {describe(options)}", rows)
+    write_record(f"sampling_{options.dataset}", f"sampling, {describe(options)}", rows)
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ python benchmarks/solvers.py CHECKPOINT…
 
 Weights and state are in float64; data, noise and probes are the same for every solver: 128 training
 samples. `l`, `E` and `n` are the relative errors of their means, `worst` is the largest error of a
-sample's bits/dim. The results are also written to outputs/benchmarks/solvers_….csv.
+sample's bits/dim. The record is benchmarks/results/solvers_FOLDER.json.
 """
 
 import argparse
@@ -12,9 +12,9 @@ from pathlib import Path
 
 import torch
 
-from common import RADAU, RK4, SIMPSON, write_table
+from common import RADAU, RK4, SIMPSON, write_record
 from rnode import Method, Probes, Solver, load
-from rnode.evaluation import Measures, measure
+from rnode.evaluation import Measures, solve_and_measure
 from rnode.flow import Solution
 
 METHODS = {
@@ -41,7 +41,7 @@ def compare(path: str) -> None:
     density = load(path)
     data, flow = density.data, density.flow
     data.setup()
-    flow.double().probes = Probes()
+    flow.double().test_probes = Probes()
     index = torch.arange(128)
     batch = data.evaluation_batch("train", index, seed=0)
     batch = batch._replace(y=batch.y.double())
@@ -49,7 +49,7 @@ def compare(path: str) -> None:
     @torch.no_grad()
     def solve(method: Method) -> tuple[Solution, Measures]:
         flow.solver = Solver(method, method)
-        return measure(flow, batch, seed=0)
+        return solve_and_measure(flow, batch, seed=0)
 
     exact, exact_measures = solve(EXACT)
     rows = []
@@ -63,7 +63,7 @@ def compare(path: str) -> None:
         for quantity, value, truth in zip("lEn", solution.state[1:], exact.state[1:], strict=True):
             row[quantity] = f"{(value.mean() / truth.mean() - 1):+.1e}"
         rows.append(row)
-    write_table(f"solvers_{Path(path).parent.name}", f"errors against dopri5 1e-7, {path}", rows)
+    write_record(f"solvers_{Path(path).parent.name}", f"errors against dopri5 1e-7, {path}", rows)
 
 
 if __name__ == "__main__":

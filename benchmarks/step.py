@@ -3,12 +3,12 @@
 python benchmarks/step.py [--dataset fashion_mnist] [--batch 32] [--channels 64] [--repetitions 3]
                           [--contenders NAME ...] [--tf32] [--quick]
 
-Every contender has the same weights, batch and λ. `radau` has three steps a piece; `radau 1/2` and
-`radau 1/4` are the first grid of the default, solver=auto, and its grid after one refinement.
-Repetitions are interleaved. The table gives medians, the ratio to the plain recipe, the share of
-the limit and the peak memory of the step. The limit is the time that the convolutions of the step
-would take at the rate of a 3×3 convolution in the same run. `graphs` are CUDA graphs, and
-need a CUDA device. The results are also written to outputs/benchmarks/step_DATASET.csv and .png.
+Every contender has the same weights, batch and λ. `radau` has three steps a piece; `radau, 2
+steps` and `radau, 4 steps` are the first grid of the default, solver=auto, and its grid after one
+refinement. Repetitions are interleaved. The table gives medians, the ratio to the plain recipe, the
+share of the limit and the peak memory of the step. The limit is the time that the convolutions of
+the step would take at the rate of a 3×3 convolution in the same run. `graphs` are CUDA graphs, and
+need a CUDA device. The record is benchmarks/results/step_DATASET.json.
 """
 
 from collections.abc import Callable
@@ -29,13 +29,13 @@ CONTENDERS = {  # name: (training method, gradient); further words: bf16 in f, g
     "rk4, backprop": (RK4, "backprop"),
     "simpson, backprop": (SIMPSON, "backprop"),
     "radau, backprop": (RADAU, "backprop"),
-    "radau 1/2, backprop": (COARSE, "backprop"),
-    "radau 1/4, backprop": (FINE, "backprop"),
+    "radau, 2 steps, backprop": (COARSE, "backprop"),
+    "radau, 4 steps, backprop": (FINE, "backprop"),
     "radau, checkpoint": (RADAU, "checkpoint"),
     "radau, backprop, bf16": (RADAU, "backprop"),
-    "radau 1/2, backprop, bf16": (COARSE, "backprop"),
-    "radau 1/2, backprop, graphs": (COARSE, "backprop"),
-    "radau 1/2, backprop, bf16, graphs": (COARSE, "backprop"),
+    "radau, 2 steps, backprop, bf16": (COARSE, "backprop"),
+    "radau, 2 steps, backprop, graphs": (COARSE, "backprop"),
+    "radau, 2 steps, backprop, bf16, graphs": (COARSE, "backprop"),
 }
 
 
@@ -50,8 +50,8 @@ def main() -> None:
     torch.backends.cudnn.allow_tf32 = options.tf32
 
     x = common.images(options)
-    cuda = DEVICE.type == "cuda"
-    default = [name for name in CONTENDERS if cuda or "graphs" not in words(name)]
+    gpu = DEVICE.type == "cuda"
+    default = [name for name in CONTENDERS if gpu or "graphs" not in words(name)]
     steps = {"plain recipe": plain_step(make_flow(options), x)}
     for name in options.contenders or default:
         steps[name] = flow_step(make_flow(options, *CONTENDERS[name]), x, words(name))
@@ -78,8 +78,8 @@ def main() -> None:
                 "peak GiB": f"{memory[name]:.2f}",
             }
         )
-    title = f"training step, {common.describe(options)}{', TF32' * options.tf32}"
-    common.report(f"step_{options.dataset}", title, rows)
+    name = f"step_{options.dataset}_tf32" if options.tf32 else f"step_{options.dataset}"
+    common.write_record(name, f"training step, {common.describe(options)}", rows)
 
 
 def words(name: str) -> set[str]:

@@ -28,7 +28,7 @@ from sklearn.datasets import load_breast_cancer, load_sample_images
 from sklearn.mixture import GaussianMixture
 from torch import Tensor
 
-from common import mean_and_spread, write_csv, write_table
+from common import mean_and_spread, write_record
 from contenders import Point, best, maf, nsf, ot_cfm, rnode_table, train, zuko_cnf
 from rnode.app.processes import prepare_process
 from rnode.data.tables import fit_whitening
@@ -48,7 +48,7 @@ def main() -> None:
     seconds = 4 if options.quick else options.seconds
     prepare_process()
 
-    rows, runs = [], []
+    rows = []
     for table in options.tables:
         train_rows, validation, test = split(TABLES[table]())
         row = {"table": table, "rows": str(len(train_rows)), "columns": str(train_rows.shape[1])}
@@ -57,14 +57,12 @@ def main() -> None:
             for seed in options.seeds:
                 torch.manual_seed(seed)
                 point = CONTENDERS[name](train_rows, validation, test, seconds)
-                runs.append({"table": table, "contender": name, "seed": seed, **point._asdict()})
                 found.append(point.test)
             row[name] = mean_and_spread(found, 2)
             print(f"{table}, {name}: {row[name]} nats", flush=True)
         rows.append(row)
-    write_csv("tables_runs", runs)
     title = f"test nats within {seconds:.0f} s of training, at the best validation"
-    write_table("tables", title, rows)
+    write_record("tables", title, rows)
 
 
 def diamonds() -> np.ndarray:
@@ -110,7 +108,10 @@ def rnode(
 ) -> Point:
     plain = TableTransform([Column(str(i)) for i in range(rows.shape[1])])
     transform = TableTransform(plain.columns, fit_whitening(plain, rows.double()))
-    parts = (transform(part, torch.arange(len(part))).y for part in (rows, validation, test))
+    parts = (
+        transform(part, torch.arange(len(part)), torch.empty(len(part), 0)).y
+        for part in (rows, validation, test)
+    )
     make = partial(rnode_table, share=share)
     point, log_det = by_steps(make, *parts, seconds), transform.log_det_whitening
     return Point(point.seconds, point.validation - log_det, point.test - log_det)

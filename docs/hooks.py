@@ -1,19 +1,24 @@
-"""MkDocs hooks: the pages show the pictures of assets/, which lies beside docs/."""
+"""MkDocs hooks: pages show pictures of assets/ and link to records, which both lie beside docs/."""
 
 from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
-ASSETS = Path(__file__).parent.parent / "assets"
+ROOT = Path(__file__).parent.parent
+BESIDE = {"assets": "*.png", "benchmarks/results": "*.json"}  # folders of the repository
 
 
 def on_files(files: Files, config: MkDocsConfig) -> None:
-    """Add the pictures to the site."""
-    for path in sorted(ASSETS.glob("*.png")):
-        files.append(File.generated(config, f"assets/{path.name}", abs_src_path=str(path)))
+    """Add the pictures and the records to the site."""
+    for folder, pattern in BESIDE.items():
+        for path in sorted((ROOT / folder).glob(pattern)):
+            source = str(path)
+            files.append(File.generated(config, f"{folder}/{path.name}", abs_src_path=source))
 
 
 def on_page_markdown(markdown: str, **_: object) -> str:
-    """Let links to a picture of the repository point to its copy in the site."""
-    return markdown.replace("](../assets/", "](assets/")
+    """Let links to these files point to their copies in the site."""
+    for folder in BESIDE:
+        markdown = markdown.replace(f"](../{folder}/", f"]({folder}/")
+    return markdown
