@@ -143,8 +143,8 @@ class PlainPiece(rnode.Piece):
 def multiscale(*arguments, **keywords):
     """rnode.multiscale with plain pieces, to train in the same program.
 
-    Train it with PYTHONPATH=benchmarks and the overrides model._target_=plain.multiscale,
-    solver=rk4 and +trainer.inference_mode=false: autograd.grad does not work in inference mode.
+    Train it with PYTHONPATH=benchmarks and the overrides model._target_=plain.multiscale and
+    solver=rk4.
     """
     flow = rnode.multiscale(*arguments, **keywords)
     for i, layer in enumerate(flow.layers):

@@ -27,7 +27,6 @@ PLAIN = [
     "model._target_=plain.multiscale",
     "solver=rk4",
     "solver.test.first_step=0.01",
-    "+trainer.inference_mode=false",
 ]
 CONTENDERS = {"plain recipe": PLAIN, "default": [], "bf16": ["trainer.precision=bf16-mixed"]}
 QUICK = ["trainer.max_steps=4", "trainer.limit_val_batches=1", "trainer.limit_test_batches=1"]

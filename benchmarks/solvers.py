@@ -4,7 +4,8 @@ python benchmarks/solvers.py CHECKPOINT…
 
 Weights and state are in float64; data, noise and probes are the same for every solver: 128 training
 samples. `l`, `E` and `n` are the relative errors of their means, `worst` is the largest error of a
-sample's bits/dim. The record is benchmarks/results/solvers_FOLDER.json.
+sample's bits/dim. The record of outputs/DATASET/RUN/best.ckpt is
+benchmarks/results/solvers_DATASET.json.
 """
 
 import argparse
@@ -63,7 +64,8 @@ def compare(path: str) -> None:
         for quantity, value, truth in zip("lEn", solution.state[1:], exact.state[1:], strict=True):
             row[quantity] = f"{(value.mean() / truth.mean() - 1):+.1e}"
         rows.append(row)
-    write_record(f"solvers_{Path(path).parent.name}", f"errors against dopri5 1e-7, {path}", rows)
+    dataset = Path(path).resolve().parent.parent.name
+    write_record(f"solvers_{dataset}", f"errors against dopri5 1e-7, {path}", rows)
 
 
 if __name__ == "__main__":
