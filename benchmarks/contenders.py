@@ -128,7 +128,10 @@ def by_objective(
         share_of_rate = min(1.0, (steps + 1) / (rise + 1)) * (1 + cosine) / 2
         optimizer.param_groups[0]["lr"], steps = rate * share_of_rate, steps + 1
         x = sample()
-        loss = flow_matching(flow, x) if matching else objective(flow(x), penalty, penalty)
+        if matching:
+            loss = flow_matching(flow, x, x.new_empty(len(x), 0))
+        else:
+            loss = objective(flow(x), penalty, penalty)
         optimizer.zero_grad()
         loss.backward()
         clip_grad_norm_(flow.parameters(), CLIP)
