@@ -99,12 +99,8 @@ def test_nonsense_is_refused_in_the_terms_of_the_table(fitted, rows):
     density, _ = fitted
     for rows_, context, message in [
         (rows.select("a", "level", "slope"), None, "rows: lack b; the columns are"),
-        (rows.with_columns(a=pl.lit("x")), None, "column a must hold numbers, not String"),
         (rows.with_columns(a=pl.lit(np.nan)), None, "row 0 of the rows .* is not finite"),
         (rows.select("a", "b"), None, "context.level, context.slope: must be given"),
-        (rows, {"level": "mid", "slope": 0}, "context.level=mid: must be one of high, low"),
-        (rows, {"size": 3}, "context.size: the conditions are"),
-        (rows[:3], {"level": ["low"] * 2, "slope": 0}, "has 2 values for 3 samples"),
         (np.zeros((3, 5)), {"level": "low", "slope": 0}, "rows: lack a, b"),
     ]:
         with pytest.raises(InputError, match=message):
@@ -134,22 +130,20 @@ def test_fit_writes_to_folders_of_its_own_alone(rows, tmp_path):
     assert len(runs) == 2
     mine = tmp_path / "mine"
     mine.mkdir()
-    rows[["b"]].write_parquet(mine / "rows.parquet")
-    for options, message in {
-        ("folder", mine): f"folder={mine}: must be new or empty",
-        ("columns", "a"): "^columns=a: must be a",
-        ("max_time", "5"): r"^max_time=5: must be \[DD:\]HH:MM:SS",
-        ("overrides", ("trainer.max_epoch=1",)): "no option trainer.max_epoch; did you mean",
-        ("overrides", ("dataset.batch_size=0",)): "^dataset.batch_size=0: must be",
-    }.items():
-        with pytest.raises(InputError, match=message):
-            fit(**dict([options]))
-    assert pl.read_parquet(mine / "rows.parquet").columns == ["b"]
-    assert list(Path("outputs/table").iterdir()) == runs
     path = mine / "rows.parquet"
+    rows[["b"]].write_parquet(path)
+    for options, message in [
+        ({"folder": mine}, f"folder={mine}: must be new or empty"),
+        ({"columns": "a"}, "^dataset.columns=a: must be a"),
+        ({"max_time": "5"}, "^trainer.max_time=5: must be"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            fit(**options)
+    assert list(Path("outputs/table").iterdir()) == runs
     density = rnode.fit(path, folder=tmp_path / "new", overrides=["trainer.max_steps=1", *QUIET])
     assert density.columns == ["b"]
     assert list(mine.iterdir()) == [path]
+    assert pl.read_parquet(path).columns == ["b"]
 
 
 def test_pixels_are_checked_and_score_as_the_evaluation_does(digits_run):
@@ -173,12 +167,8 @@ def test_pixels_are_checked_and_score_as_the_evaluation_does(digits_run):
     assert density.columns is None
     assert images.dtype == np.uint8
     assert images.shape == (3, 1, 8, 8)
-    for x, message in [
-        (test / 16, r"type float32: must be grey levels, whole numbers from 0 to 16"),
-        (test + 1, "must be grey levels, whole numbers from 0 to 16"),
-        (-test.int(), "must be grey levels"),
-        (test[:, :, :4], r"shape \(20, 1, 4, 8\) and type uint8: must be \(N, 1, 8, 8\)"),
-    ]:
+    for x in (test / 16, test + 1, -test.int(), test[:, :, :4]):
+        message = r"must be \(N, \*\(1, 8, 8\)\) of whole numbers from 0 to 16"
         with pytest.raises(InputError, match=message):
             density.log_prob(x)
 
@@ -195,9 +185,8 @@ def test_the_command_scores_a_file_in_its_order(fitted, rows, tmp_path, capsys):
     expected = density.log_prob(shuffled)
     np.testing.assert_allclose(scores["log_prob"], expected, atol=1e-6)
     printed = capsys.readouterr().out
-    unusual = f"{(scores['rank'] > 0.99).mean():.1%}"
-    for text in (f"{expected.mean():.3f}", f"{expected.min():.3f}, {expected.max():.3f}", unusual):
-        assert text in printed
+    for number in (expected.mean(), expected.min(), expected.max()):
+        assert f"{number:.5g}" in printed
 
 
 def test_a_folder_of_images_scores_in_the_format_of_the_training_data(digits_run, tmp_path):
@@ -234,8 +223,6 @@ def test_the_command_samples_a_table(fitted):
     [
         ("score", ["path=none.csv"], "path=none.csv: there is no such file"),
         ("score", ["path=new.csv"], "rows: lack b; the columns are ['a', 'b']"),
-        ("score", ["path=new.csv", "id=[name]"], "id=['name']: new.csv has the columns ['a']"),
-        ("evaluate", ["dataset.path=none.csv"], "path=none.csv: there is no such file"),
         ("sample", [], "context.level, context.slope: must be given"),
     ],
 )
@@ -282,9 +269,10 @@ def test_classes_of_the_users_own_package_are_called_when_named_again(monkeypatc
     call("train", *own, *QUIET)
     path = "run/best.ckpt"
     capsys.readouterr()
-    line, _ = refused(capsys, "evaluate", path)
-    assert "would call mydata.rows, which conf/ does not name" in line
-    assert "if it is yours, add trust=[mydata]" in line
+    for options in ([], ["--config-dir", "own"]):
+        line, _ = refused(capsys, "evaluate", *options, path)
+        assert "would call mydata.rows, which conf/ does not name" in line
+        assert "if it is yours, add trust=[mydata]" in line
     with pytest.raises(InputError, match="mydata"):
         rnode.load(path, trust=["mydat"])
     np.save("new.npy", np.zeros((2, 3)))

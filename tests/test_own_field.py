@@ -1,12 +1,13 @@
 """docs/own-field.md: its files and commands work as printed."""
 
+import json
 import re
 import shlex
 from pathlib import Path
 
 import pytest
 
-from helpers import ROOT, TWO_STEPS, call, metrics, refused
+from helpers import ROOT, TWO_STEPS, call, column, refused
 
 pytestmark = pytest.mark.usefixtures("blank_figures")
 
@@ -27,8 +28,6 @@ def test_a_field_of_the_users_own_trains_and_is_evaluated(tmp_path, monkeypatch,
     assert "if it is yours, add trust=[mynet]" in line
     assert code == 2
     call(command, "run/best.ckpt", trust, "hydra.run.dir=evaluation")
-    call(command, "--config-dir", "mine", "run/best.ckpt", "hydra.run.dir=again")
-    (row,) = (row for row in metrics(Path("run")) if row.get("test/bits_per_dim"))
-    bits = f"{float(row['test/bits_per_dim']):.4f}"
-    for folder in ("evaluation", "again"):
-        assert bits in Path(folder, "evaluation.txt").read_text(encoding="utf-8")
+    summary = json.loads(Path("evaluation/evaluation.json").read_text(encoding="utf-8"))
+    (bits,) = column(Path("run"), "test/bits_per_dim")
+    assert summary["bits_per_dim"] == pytest.approx(bits, abs=1e-5)

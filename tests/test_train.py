@@ -6,7 +6,6 @@ import re
 import urllib.request
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 import yaml
@@ -30,6 +29,7 @@ from rnode import Probes
 from rnode.app.dashboard import make_view
 from rnode.app.schema import CONF
 from rnode.training.module import RNODE
+from rnode.training.results import RESULTS
 
 pytestmark = pytest.mark.usefixtures("blank_figures")
 
@@ -41,13 +41,14 @@ def load(path):
 def test_the_default_run_as_a_user_starts_it(tmp_path):
     """A process, two epochs of the digits, and the files and the table that README promises."""
     sizes = ["trainer.max_epochs=2", "dataset.batch_size=64", "model.hidden=8", "model.pieces=1"]
-    sizes += ["callbacks.save.every_n_steps=15", "trainer.log_every_n_steps=1"]
+    sizes += ["trainer.log_every_n_steps=1"]
     done = command(*sizes, "hydra.run.dir=run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     folder = tmp_path / "run"
-    pictures, checkpoints = ["samples.png", "curves.png"], ["best.ckpt", "last.ckpt"]
-    written = ("config.yaml", "metrics.csv", "result.json", "report.html", "environment.yaml")
-    for name in (*written, *checkpoints, *pictures):
+    written = (
+        "config.yaml metrics.csv result.json report.html environment.yaml .hydra/overrides.yaml"
+    )
+    for name in (*written.split(), "best.ckpt", "last.ckpt", "samples.png", "curves.png"):
         assert (folder / name).stat().st_size > 0, name
     config = yaml.safe_load((folder / "config.yaml").read_text())
     assert config["model"]["shape"] == [1, 8, 8]  # resolved
@@ -55,16 +56,14 @@ def test_the_default_run_as_a_user_starts_it(tmp_path):
     assert untrained > 6
     assert column(folder, "val/bits_per_dim")[-1] < untrained - 3
     assert 1.5 < column(folder, "test/bits_per_dim")[0] < untrained - 3
-    for text in ("bits/dim (± standard error)", "NFE backward per batch", "kinetic energy"):
-        assert text in done.stdout
-    lines = done.stdout.splitlines()
-    assert lines[0] == "digits by a multiscale flow, hidden=8 layers=4 pieces=1, solver=auto"
-    assert re.search(r"a step takes 24 NFE and .* s, an epoch .*, .* to go", done.stdout)
-    saved = re.findall(r"^step (\d+): last.ckpt written$", done.stdout, re.MULTILINE)
-    assert saved == ["15", "30"]
-    best = [line for line in lines if re.match(r"epoch 2 of 2, step 40: validation \d", line)]
-    assert best[0].endswith("bits/dim, the best so far")
-    assert "test set, weights of epoch 2" in done.stdout
+    result = json.loads((folder / "result.json").read_text())
+    assert set(result) == set(RESULTS)
+    for name, number in result.items():
+        assert re.search(rf"{name} .* {number:.5g} ", done.stdout), name
+    nats = 64 * math.log(2) * result["test/bits_per_dim"]
+    assert re.search(rf"test/nats .* {nats:.5g} ", done.stdout)
+    assert re.search(r"a step .*takes 24 NFE and .* s, an epoch .*, .* to go", done.stdout)
+    assert re.search(r"epoch 2.*, step 40: validation \d.* bits/dim, the best so far", done.stdout)
     assert list(folder.glob("wandb/offline-run-*/files/media/images/samples_*.png"))
     checkpoint = load(folder / "last.ckpt")
     assert (checkpoint["config"], checkpoint["epoch"]) == (config, 1)
@@ -131,13 +130,6 @@ def test_a_multirun_has_a_folder_and_a_wandb_run_for_each_job(tmp_path):
     assert [row[:3] for row in table["data"]] == [["0", "0", "finished"], ["1", "0.1", "finished"]]
 
 
-def test_seconds_per_step_are_the_mean_since_the_last_log_step(run):
-    folder = run(*EPOCHS, "trainer.max_epochs=3", "trainer.log_every_n_steps=2")
-    total, mean = (column(folder, f"train/seconds_{name}") for name in ("total", "per_step"))
-    assert len(total) == 3
-    np.testing.assert_allclose(mean[1:], np.diff(total) / 2, rtol=1e-3)
-
-
 @pytest.mark.slow(reason="MLflow takes seconds to import")
 def test_mlflow_holds_the_figures_of_metrics_csv(run, tmp_path):
     mlflow = pytest.importorskip("mlflow", reason="needs pip install mlflow")
@@ -145,7 +137,6 @@ def test_mlflow_holds_the_figures_of_metrics_csv(run, tmp_path):
     folder = run(*TWO_STEPS[:-1], "logger=[csv,mlflow]", f"logger.mlflow.tracking_uri='{address}'")
     mlflow.set_tracking_uri(address)
     runs = mlflow.search_runs(experiment_names=["rnode"])
-    assert list(runs["tags.mlflow.runName"]) == [folder.name]
     expected = pytest.approx(column(folder, "val/bits_per_dim")[-1], rel=1e-6)
     assert runs["metrics.val/bits_per_dim"][0] == expected
 
@@ -210,7 +201,7 @@ def test_the_learning_rate_rises_linearly_and_falls_as_half_a_cosine(run, monkey
         assert rates == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("dataset", ["mnist", "fashion_mnist", "cifar10"])
+@pytest.mark.parametrize("dataset", ["mnist", "cifar10"])
 def test_missing_or_truncated_data_get_one_line(capsys, tmp_path, monkeypatch, dataset):
     def no_network(*args, **kwargs):
         raise OSError("there is no network in this test")
