@@ -29,8 +29,8 @@ class Broken(Linear):
 @pytest.mark.parametrize(
     ("field", "most", "error", "message"),
     [
-        (Explodes, 10_000, Diverged, "the step size of the adaptive solver underflowed"),
-        (Linear, 1, Diverged, "took more than 1 steps"),
+        (Explodes, 10_000, Diverged, "gave up: underflow in dt"),
+        (Linear, 1, Diverged, "gave up: max_num_steps exceeded"),
         (Broken, 10_000, AssertionError, "^a bug$"),
     ],
 )
@@ -77,7 +77,7 @@ def test_the_watch_names_what_became_infinite_first(quantity):
     [
         ("optimizer.lr=1e15", 10_000, "piece 1 became NaN or infinite at training step 1"),
         ("optimizer.lr=1e15 solver=dopri5 solver.gradient=adjoint", 10_000, "underflow"),
-        ("solver=dopri5", 1, "took more than 1 steps"),
+        ("solver=dopri5", 1, "gave up: max_num_steps exceeded"),
     ],
 )
 def test_a_run_that_diverges_says_when_and_what_to_try(
@@ -96,7 +96,7 @@ def test_a_run_that_diverges_says_when_and_what_to_try(
 def test_a_validation_that_diverges_says_so(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(solver, "MAX_STEPS", 1)  # adaptive methods validate alone
     line, code = refused(capsys, "train", f"hydra.run.dir={tmp_path}", *TWO_STEPS)
-    assert "took more than 1 steps" in line
+    assert "gave up: max_num_steps exceeded" in line
     assert ADVICE in line
     assert code == 1
 

@@ -122,7 +122,6 @@ def commands():
     return sorted(lines)
 
 
-@pytest.mark.xfail(strict=False, reason="until conf/ has the keys that the pages name")
 @pytest.mark.parametrize("line", commands())
 def test_the_keys_of_a_command_exist(line):
     """Hydra composes the line without paths and flags, and with the first value of a sweep."""

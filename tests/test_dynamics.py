@@ -105,6 +105,11 @@ def test_probes_belong_to_their_generators():
     assert not torch.equal(first, other)
 
 
+def test_probes_say_what_they_are():
+    assert str(Probes("exact", 3)) == "exact"
+    assert str(Probes("rademacher", 3)) == "3 rademacher probe(s) a sample"
+
+
 def test_evaluations_are_counted(field_z_c):
     field, z, c = field_z_c
     dynamics = Dynamics(field, c, Probes().sample(z))

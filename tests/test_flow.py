@@ -44,6 +44,12 @@ def test_pieces_are_counted_as_in_the_paper(shape, pieces):
     assert solution.state.z.shape == (2, math.prod(shape))
 
 
+def test_the_default_sizes_are_the_papers():
+    flow = multiscale((1, 8, 8), SOLVER, Probes())
+    assert [len(piece.field.layers) for piece in flow.pieces] == [4] * 6
+    assert flow.pieces[0].field.layers[1].weight.shape == (64, 65, 3, 3)
+
+
 @pytest.mark.parametrize(
     ("build", "shape", "message"),
     [

@@ -200,9 +200,9 @@ def test_the_error_is_controlled_by_z_and_l_alone(z):
 
 def test_an_adaptive_solve_that_cannot_reach_the_end_has_diverged(z, monkeypatch):
     monkeypatch.setattr(rnode.solver, "MAX_STEPS", 1)
-    with pytest.raises(Diverged, match="took more than 1 steps"):
+    with pytest.raises(Diverged, match="gave up: max_num_steps exceeded"):
         solve_linear(z, DOPRI5)
-    with pytest.raises(Diverged, match="became NaN or infinite|underflowed"):
+    with pytest.raises(Diverged, match="gave up: (underflow|non-finite)"):
         solve_linear(z * float("inf"), DOPRI5)
 
 

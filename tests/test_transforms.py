@@ -106,3 +106,45 @@ def test_arguments_out_of_range_are_refused():
             ImageTransform(256, alpha)
     with pytest.raises(InputError, match="levels=1: must be at least 2"):
         ImageTransform(1, 0.05)
+
+
+@pytest.mark.parametrize(
+    ("column", "inside", "outside", "message"),
+    [
+        (Column("a", log=True), 1e-9, 0.0, "a=0: must be positive"),
+        (Column("a", integer=True, log=True), 0.0, -1.0, "a=-1: must be positive"),
+        (Column("a", bounds=(0.0, 2.0)), 1.9, 2.0, "a=2: must be between 0 and 2"),
+        (Column("a", bounds=(0.0, 2.0)), 0.1, 0.0, "a=0: must be between 0 and 2"),
+        (
+            Column("a", integer=True, bounds=(0.0, 11.0)),
+            10.0,
+            11.0,
+            "a=11: must be between 0 and 10",
+        ),
+        (
+            Column("a", integer=True, bounds=(0.0, 11.0)),
+            0.0,
+            -1.0,
+            "a=-1: must be between 0 and 10",
+        ),
+        (Column("a", integer=True), -3.0, 0.5, "a=0.5: must be a whole number"),
+    ],
+)
+def test_a_column_takes_its_own_values_alone(column, inside, outside, message):
+    column.require_inside(torch.tensor([inside, inside], dtype=torch.float64))
+    with pytest.raises(InputError, match=message):
+        column.require_inside(torch.tensor([inside, outside], dtype=torch.float64))
+
+
+def test_a_column_is_inverted_and_its_log_det_is_autograds():
+    for column in (
+        Column("a", log=True, mean=0.3, std=2.0),
+        Column("a", bounds=(-1.0, 3.0), mean=-0.2, std=0.7),
+        Column("a", integer=True, bounds=(0.0, 6.0), mean=0.1, std=1.5),
+    ):
+        x = torch.arange(1, 5, dtype=torch.float64) / (1 if column.integer else 2)
+        noise = torch.full_like(x, 0.3, requires_grad=True)
+        y, log_det = column((x if column.integer else x + noise - 0.3), noise)
+        slope = torch.autograd.grad(y.sum(), noise)[0]
+        torch.testing.assert_close(log_det, slope.log())
+        torch.testing.assert_close(column.inverse(y), x)

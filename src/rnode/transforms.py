@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rnode.errors import require
+from rnode.errors import InputError, require
 from rnode.seeding import NOISE, sample_generators
 
 
@@ -155,24 +155,14 @@ class Column(NamedTuple):
 
     def require_inside(self, x: Tensor) -> None:
         """Raise InputError unless this column takes the values x (N,)."""
-        if len(x) == 0:
-            return
-        smallest, largest = float(x.min()), float(x.max())
-        if self.integer:
-            fractions = x[x != x.round()].tolist()
-            require(not fractions, f"{self.name}={fractions[:1]}: must be whole numbers")
-        if self.log:
-            positive = smallest > 0 or (self.integer and smallest == 0)
-            require(positive, f"{self.name}={smallest:g}: must be positive, for its logarithm")
-        if self.bounds is not None:
-            low, high = self.bounds
-            inside = (low < smallest or (self.integer and low == smallest)) and largest < high
-            limits = f"{low:g} and {high - self.integer:g}"
-            require(
-                inside,
-                f"{self.name} from {smallest:g} to {largest:g}: must be between {limits}, "
-                "for its logit",
-            )
+        wrong = x[~self(x, torch.full_like(x, 0.5))[0].isfinite()]
+        low, high = self.bounds or (0.0, math.inf)
+        right = "positive" if self.log else f"between {low:g} and {high - self.integer:g}"
+        if self.integer and len(wrong) == 0:
+            wrong = x[x != x.round()]
+            right = "a whole number"
+        for value in wrong[:1].tolist():
+            raise InputError(f"{self.name}={value:g}: must be {right}")
 
     def __call__(self, x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """x, noise (B,) → y (B,) and log|dy/dx| (B,)."""

@@ -4,7 +4,7 @@ from torch import Tensor, nn
 
 from rnode.transforms import Logit
 
-TINY = 1e-6  # the noise stays so far inside of (0, 1)
+MARGIN = 1e-6  # of the noise from 0 and 1
 
 
 class VariationalDequantization(nn.Module):
@@ -36,7 +36,7 @@ class VariationalDequantization(nn.Module):
         """y (B, *shape) of uniform noise → y (B, *shape) of u, and its log-determinant (B,)."""
         x, v, a, b = self._split(y)
         w = v.logit()
-        u = (a + b.exp() * w).sigmoid().clamp(TINY, 1 - TINY)
+        u = (a + b.exp() * w).sigmoid().clamp(MARGIN, 1 - MARGIN)
         log_det = b + u.log() + (1 - u).log() - v.log() - (1 - v).log()  # log du/dv
         (_, before), (y, after) = (self.logit((x + part) / self.levels) for part in (v, u))
         return y, log_det.flatten(1).sum(1) + after - before
@@ -44,7 +44,7 @@ class VariationalDequantization(nn.Module):
     def inverse(self, y: Tensor, factored: list[Tensor]) -> Tensor:
         """y of u → y of uniform noise, (B, *shape)."""
         x, u, a, b = self._split(y)
-        v = ((u.logit() - a) * (-b).exp()).sigmoid().clamp(TINY, 1 - TINY)
+        v = ((u.logit() - a) * (-b).exp()).sigmoid().clamp(MARGIN, 1 - MARGIN)
         return self.logit((x + v) / self.levels)[0]
 
     def _split(self, y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -53,4 +53,4 @@ class VariationalDequantization(nn.Module):
         x = scaled.detach().floor().clamp(0, self.levels - 1)
         centred = (2 * x / (self.levels - 1) - 1).to(next(self.parameters()).dtype)
         a, b = self.network(centred).to(y.dtype).chunk(2, dim=1)
-        return x, (scaled - x).clamp(TINY, 1 - TINY), a, b
+        return x, (scaled - x).clamp(MARGIN, 1 - MARGIN), a, b
