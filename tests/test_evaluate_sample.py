@@ -22,13 +22,9 @@ def evaluate(folder, run, *overrides):
 def test_an_evaluation_agrees_with_the_test_of_the_run(digits_run, tmp_path, capsys):
     summary = evaluate(tmp_path, digits_run, "samples=3")
     printed = capsys.readouterr().out
-    for name, key in {
-        "bits_per_dim": "bits_per_dim",
-        "standard_error_images": "bits_per_dim_se",
-        "kinetic": "kinetic",
-        "jacobian": "jacobian",
-        "nfe": "nfe_forward",
-    }.items():
+    keys = {"standard_error_images": "bits_per_dim_se", "nfe": "nfe_forward"}
+    for name in ("bits_per_dim", "kinetic", "jacobian", *keys):
+        key = keys.get(name, name)
         assert summary[name] == pytest.approx(column(digits_run, f"test/{key}")[0], abs=2e-5), name
     assert sum(summary["nfe_by_piece"]) == pytest.approx(summary["nfe"])
     assert 0 < summary["standard_error_probes"] < summary["standard_error_images"]
@@ -53,7 +49,7 @@ def test_an_evaluation_takes_another_split_solver_and_seed(digits_run, tmp_path)
     summary = evaluate(tmp_path / "val", digits_run, "samples=1", "split=val")
     best = min(column(digits_run, "val/bits_per_dim"))
     assert summary["bits_per_dim"] == pytest.approx(best, abs=2e-5)
-    summary = evaluate(tmp_path / "rk4", digits_run, "samples=1", "solver=rk4")
+    summary = evaluate(tmp_path / "rk4", digits_run, "samples=1", "solver.test.method=rk4")
     assert summary["solver"]["method"] == "rk4"
     assert summary["nfe"] == 16 * 3
     finer = ["solver.test.method=rk4", "solver.test.steps=8", "solver.dtype=float64"]
@@ -122,7 +118,14 @@ def test_samples_of_images_and_their_trajectories(digits_run, tmp_path, capsys):
     call("sample", *arguments, f"hydra.run.dir={b}")
     assert np.array_equal(samples, np.load(b / "samples.npy"))
     assert not (b / "trajectory.gif").exists()
-    call("sample", *arguments, "seed=1", "temperature=0.5", "solver=rk4", f"hydra.run.dir={c}")
+    call(
+        "sample",
+        *arguments,
+        "seed=1",
+        "temperature=0.5",
+        "solver.test.method=rk4",
+        f"hydra.run.dir={c}",
+    )
     assert not np.array_equal(samples, np.load(c / "samples.npy"))
     assert "NFE 48.0 a batch by rk4" in capsys.readouterr().out
 

@@ -25,7 +25,6 @@ from rnode import (
 )
 from rnode.evaluation import (
     evaluate,
-    importance_bound,
     probe_error,
     solve_and_measure,
     standard_error,
@@ -112,13 +111,6 @@ def test_the_midpoint_is_the_density_at_the_centre_of_each_bin():
     expected = -log_density.flatten(1).mean(1) / math.log(2)
     torch.testing.assert_close(columns["midpoint"], expected, rtol=1e-5, atol=1e-5)
     assert summary["midpoint"] == pytest.approx(float(expected.mean()), abs=1e-5)
-
-
-def test_the_bound_by_the_textbook_formula():
-    bits, d = 3 + torch.rand(5, 7, dtype=torch.float64), 11
-    likelihood = 2.0 ** (-bits * d)
-    expected = torch.stack([-(likelihood[: k + 1].mean(0).log2()) / d for k in range(5)])
-    torch.testing.assert_close(importance_bound(bits, d), expected)
 
 
 def test_the_probes_error_is_the_known_one():

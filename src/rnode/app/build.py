@@ -72,10 +72,7 @@ def config_of(checkpoint: dict, path: str, trust: Collection[str]) -> DictConfig
 def apply_overrides(config: DictConfig, cfg: DictConfig, overrides: Sequence[str]) -> None:
     """Apply what the command line sets, `cfg` by `overrides`, to the configuration of a run."""
     keys = [override.split("=", 1)[0] for override in overrides]
-    if "solver" in keys:
-        config.solver = cfg.solver
-        config.solver.test = cfg.solver.train
-    for key in (key for key in keys if key.startswith("solver.")):
+    for key in (key for key in keys if key.startswith("solver")):
         applies = key.startswith("solver.test.") or key == "solver.dtype"
         require(applies, f"{key}: only solver.test.… and solver.dtype apply to a trained flow")
         OmegaConf.update(config, key, OmegaConf.select(cfg, key))

@@ -1,7 +1,7 @@
 """A trained density from Python: load a checkpoint or fit rows, then score and sample."""
 
-import contextlib
-import itertools
+import os
+import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -72,18 +72,12 @@ class Density:
 
     Tables are DataFrames (of polars or pandas), dictionaries of columns, or arrays (N, d) of the
     columns in their order; images are whole numbers (N, C, H, W) or, with one channel, (N, H, W).
-
-    Args:
-        data: what the flow was trained on; its splits are not needed.
-        flow: the flow, in evaluation mode.
-        validation_bits: bits/dim of the validation split, ascending.
-        seed: seed of the dequantization noise and of the probes; x has those of its row's number.
     """
 
-    data: DataModule
-    flow: Flow
-    validation_bits: Tensor
-    seed: int = 0
+    data: DataModule  # what the flow was trained on; its splits are not needed
+    flow: Flow  # in evaluation mode
+    validation_bits: Tensor  # bits/dim of the validation split, ascending
+    seed: int = 0  # of the dequantization noise and the probes; a row has those of its number
 
     @property
     def columns(self) -> list[str] | None:
@@ -104,18 +98,12 @@ class Density:
         return self.score(rows, context)["bits_per_dim"]
 
     @torch.no_grad()
-    def score(
-        self, rows: Any, context: Values | None = None, progress: Callable = iter
-    ) -> dict[str, np.ndarray]:
-        """Return log_prob in nats, its standard error due to the probes, bits_per_dim and rank.
+    def score(self, rows: Any, context: Values | None = None, progress: Callable = iter) -> dict:
+        """Return log_prob in nats, its standard_error due to the probes, bits_per_dim and rank.
 
-        The rank is the share of the validation samples that are more likely: 1 is most unusual. It
-        is NaN if the checkpoint was written before the first validation of its run.
-
-        Args:
-            rows: the samples.
-            context: values of the conditions; a table of rows may hold these columns itself.
-            progress: wraps the iterator of batches, as rich.progress.track does.
+        Each is an array (N,). The rank is the share of the validation samples that are more likely:
+        1 is most unusual. It is NaN if the run had not validated before it wrote the checkpoint.
+        A table of rows may hold the conditions itself; `progress` wraps the iterator of batches.
         """
         x, columns = self.encode(rows)
         c = self.data.conditions.encode(columns if context is None else context, len(x))
@@ -141,11 +129,7 @@ class Density:
 
     @torch.no_grad()
     def sample(
-        self,
-        n: int = 1,
-        context: Values | None = None,
-        seed: int | None = None,
-        temperature: float = 1.0,
+        self, n: int = 1, context: Values | None = None, seed: int | None = None, temperature=1.0
     ) -> Any:
         """Sample `n` rows: uint8 images (n, C, H, W), or a polars DataFrame of the columns."""
         c = self.data.conditions.encode(context or {}, n).to(self.device)
@@ -160,9 +144,17 @@ class Density:
 
     def encode(self, rows: Any) -> tuple[Tensor, Values]:
         """Return rows as x (N, *shape), and the columns of conditions that they hold."""
-        transform = self.data.transform
+        transform, shape = self.data.transform, tuple(self.data.shape)
         if self.columns is None:
-            return as_images(rows, self.data.shape, transform.levels), {}
+            x = torch.as_tensor(np.asarray(rows))
+            if x.dim() == 3 and shape[0] == 1:
+                x = x[:, None]
+            grey = x.shape[1:] == shape and bool(
+                (x.long().clamp(0, transform.levels - 1) == x).all()
+            )
+            right = f"(N, *{shape}) of whole numbers from 0 to {transform.levels - 1}"
+            require(grey, f"rows: are {tuple(x.shape)} of {x.dtype}; must be {right}")
+            return x, {}
         frame = as_frame(rows)
         if frame.columns == [f"column_{i}" for i in range(len(self.columns))]:
             frame = frame.rename(dict(zip(frame.columns, self.columns, strict=True)))
@@ -182,17 +174,6 @@ class Density:
         columns = self.data.transform.columns
         types = {column.name: pl.Int64 if column.integer else pl.Float64 for column in columns}
         return pl.DataFrame(x.numpy(), types, orient="row")
-
-
-def as_images(rows: Any, shape: torch.Size, levels: int) -> Tensor:
-    """Return grey levels x (N, C, H, W) after checking their shape, type and range."""
-    x = torch.as_tensor(np.asarray(rows))
-    if x.dim() == 3 and shape[0] == 1:
-        x = x[:, None]
-    right = f"must be (N, *{tuple(shape)}) of whole numbers from 0 to {levels - 1}"
-    grey = x.shape[1:] == shape and bool((x.long().clamp(0, levels - 1) == x).all())
-    require(grey, f"rows: are {tuple(x.shape)} of {x.dtype}; {right}")
-    return x
 
 
 def as_frame(rows: Any) -> pl.DataFrame:
@@ -234,7 +215,10 @@ def fit(
     cfg.dataset.update(options)
     cfg.trainer.max_time = max_time or cfg.trainer.max_time
     validate("train", cfg)
-    folder = new_folder(Path("outputs/table")) if folder is None else Path(folder).absolute()
+    if folder is None:
+        os.makedirs("outputs/table", exist_ok=True)
+        folder = tempfile.mkdtemp("", f"{datetime.now():%Y-%m-%d_%H-%M-%S}-", "outputs/table")
+    folder = Path(folder).absolute()
     folder.mkdir(parents=True, exist_ok=True)
     require(not any(folder.iterdir()), f"folder={folder}: must be new or empty")
     cfg.folder = str(folder)
@@ -246,12 +230,3 @@ def fit(
         train.fit(cfg, overrides)
     best = folder / "best.ckpt"
     return load(best if best.exists() else folder / "last.ckpt")
-
-
-def new_folder(parent: Path) -> Path:
-    """Make a folder that no other process has made, named by the time."""
-    for number in itertools.count():
-        folder = parent / f"{datetime.now():%Y-%m-%d_%H-%M-%S}-{number}"
-        with contextlib.suppress(FileExistsError):
-            folder.mkdir(parents=True)
-            return folder.absolute()

@@ -11,7 +11,6 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import ProgressBar
-from pytorch_lightning.loggers import WandbLogger
 
 from rnode.app import sweep
 from rnode.app.build import build
@@ -145,8 +144,6 @@ def fit(cfg: DictConfig, overrides: Sequence[str] = ()) -> dict[str, float | Non
             log_det = metrics["test/log_det"] - data.transform.log_det_whitening
             numbers["test/nats_standardized"] = nats + log_det
         print_numbers("test set", numbers)
-        for logger in (logger for logger in loggers if isinstance(logger, WandbLogger)):
-            logger.log_table("result", ["quantity", "value"], list(numbers.items()))
     finally:
         finish_wandb()
     write_report([Run(folder.resolve())], folder / "report.html")
