@@ -5,7 +5,6 @@ import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,17 +30,13 @@ from rnode.transforms import TableTransform
 Values = Mapping[str, Any]  # of the conditions by name: one value for all samples, or one for each
 
 
-def load(
-    path: str | Path,
-    trust: Collection[str] = (),
-    change: Callable[[DictConfig], None] = lambda config: None,
-) -> "Density":
+def load(path: str | Path, trust: Collection[str] = (), cfg: DictConfig | None = None) -> "Density":
     """Load the density that a checkpoint holds, on the CPU; its data are not read.
 
     Args:
         path: a checkpoint of a run, or the folder of a run, for its best.ckpt.
         trust: your own packages, whose classes the checkpoint may name.
-        change: called with the configuration of the run, to change it before it is used.
+        cfg: of a command, whose overrides apply to the configuration of the run.
 
     Raises:
         InputError: if the file is not a whole checkpoint, or names a class of another package.
@@ -49,7 +44,8 @@ def load(
     path = Path(path) / "best.ckpt" if Path(path).is_dir() else path
     checkpoint = load_checkpoint(path)
     config = config_of(checkpoint, str(path), trust)
-    change(config)
+    if cfg is not None:
+        apply_overrides(config, cfg, HydraConfig.get().overrides.task)
     data, flow = build(config, checkpoint["DataModule"])
     flow.load_state_dict(flow_weights(checkpoint), assign=True)
     return Density(data, flow.requires_grad_().eval(), checkpoint["validation_bits"])
@@ -57,8 +53,7 @@ def load(
 
 def from_checkpoint(cfg: DictConfig) -> "Density":
     """Load the density of `cfg.ckpt_path`, changed as the command line asks, on `cfg.device`."""
-    change = partial(apply_overrides, cfg=cfg, overrides=HydraConfig.get().overrides.task)
-    density = load(cfg.ckpt_path, cfg.trust, change)
+    density = load(cfg.ckpt_path, cfg.trust, cfg)
     density.seed = cfg.seed
     torch.backends.cudnn.allow_tf32 = False  # an adaptive method would chase its error
     accelerator = torch.accelerator.current_accelerator(check_available=True) or "cpu"
@@ -212,6 +207,8 @@ def fit(
     cfg = compose_config("train", overrides)
     file = isinstance(rows, str | Path)
     cfg.dataset.path = str(Path(rows).expanduser().absolute()) if file else "rows.parquet"
+    unknown = [name for name in options if name not in cfg.dataset]
+    require(not unknown, f"{unknown}: are no keys of dataset=table, which are {list(cfg.dataset)}")
     cfg.dataset.update(options)
     cfg.trainer.max_time = max_time or cfg.trainer.max_time
     validate("train", cfg)

@@ -9,7 +9,6 @@ from omegaconf import DictConfig, OmegaConf
 from rich.progress import track
 
 from rnode.app.density import Density, from_checkpoint
-from rnode.app.summary import print_numbers
 from rnode.data.folder import Format, decode, find_images
 from rnode.data.tables import read_table
 from rnode.errors import require
@@ -21,18 +20,11 @@ def main(cfg: DictConfig) -> None:
     density = from_checkpoint(cfg)
     rows, identity = read(density, Path(cfg.path).expanduser(), list(cfg.id))
     context = OmegaConf.to_container(cfg.context) or None
-    scores = density.score(rows, context, lambda batches: track(batches, "scores"))
+    scores = pl.DataFrame(density.score(rows, context, lambda parts: track(parts, "scores")))
     path = Path(cfg.folder) / "scores.csv"
     with whole_file(path) as file:
-        identity.with_columns(pl.DataFrame(scores)).write_csv(file)
-    nats = scores["log_prob"]
-    numbers = {
-        "mean log-probability, nats": nats.mean(),
-        "least": nats.min(),
-        "most": nats.max(),
-        "share above 99 % of the validation set in rank": np.mean(scores["rank"] > 0.99),
-    }
-    print_numbers(f"{cfg.path}, {len(identity)} samples", numbers)
+        identity.with_columns(scores).write_csv(file)
+    print(scores.describe())
     print(f"written to {path}")
 
 
