@@ -62,7 +62,7 @@ def config_of(checkpoint: dict, path: str, trust: Collection[str]) -> DictConfig
     for key, value in flatten(config).items():
         would = f"ckpt_path={path}: its configuration would"
         require("${" not in f"{key}{value}", f"{would} interpret {value}")
-        if key.endswith("_target_") and value not in known:
+        if key.endswith("_target_") and str(value) not in known:
             package = str(value).split(".")[0]
             hint = f"which conf/ does not name; if it is yours, add trust=[{package}]"
             require(package in trust, f"{would} call {value}, {hint}")
