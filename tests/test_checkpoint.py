@@ -182,19 +182,14 @@ def test_a_checkpoint_removes_nothing(tiny_run, tmp_path):
     assert (victim / "file").exists()
 
 
-def test_a_resumed_run_says_what_changes_and_changes_it(tiny_run, tmp_path, capsys):
+def test_a_resumed_run_has_the_settings_of_its_command_line(tiny_run, tmp_path, capsys):
     """The command line's settings apply; weights, optimizer state, step and epoch continue."""
     path = tiny_run / "last.ckpt"
     changes = ["optimizer.lr=0.001", "optimizer.weight_decay=0.1", "reg.lambda_k=0.5", "seed=7"]
     options = [*MORE, *changes, "logger.wandb.mode=offline", f"hydra.run.dir={tmp_path}"]
     call("train", *options, f"ckpt_path={path}")
     printed = capsys.readouterr().out.splitlines()
-    assert f"resuming from {path}: weights, optimizer state, step 2" in " ".join(printed)
-    words = "{} from the command line (checkpoint: {})"
-    before = ["0.004", "0.0", "0.01", "0"]
-    for change, value in zip(changes, before, strict=True):
-        assert words.format(change, value) in printed
-    assert not [line for line in printed if "from the command line" in line and "figures" in line]
+    assert f"resuming from {path}, step 2, epoch 0" in printed
     config = yaml.safe_load((tmp_path / "config.yaml").read_text())
     (group,) = load_checkpoint(tmp_path / "last.ckpt")["optimizer_states"][0]["param_groups"]
     assert config["optimizer"]["lr"] == group["lr"] == 0.001

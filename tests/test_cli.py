@@ -32,7 +32,6 @@ MISTAKES = {
     "-m dataset=glob(d*) sed=3,4": "no option sed; did you mean seed?",
     "trainer.detect_anomaly=true": "+trainer.detect_anomaly=… passes it to Lightning",
     "+lamda_k=1": "no option lamda_k",
-    "+trainer.max_epoch=1": "trainer.max_epoch: Trainer has no such option",
     "hydra.run.dirr=x": "no option hydra.run.dirr",
     "~reg.lambda_k": "reg.lambda_k=… is missing (λ_K, weight of the kinetic energy)",
     "dataset=table": "dataset.path=… is missing (file of a table: CSV",
@@ -70,7 +69,6 @@ MISTAKES = {
     # errors of the classes that Hydra builds
     "+trainer.overfit_batches=1.5": "trainer: You have passed invalid value 1.5 for overfit",
     "optimizer._target_=torch.optim.Adan": "Error loading 'torch.optim.Adan'",
-    "+optimizer.momentum=1": "optimizer.momentum: Adam has no such option",
 }
 
 

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 import rnode
-from helpers import call, make_flow, refused
+from helpers import call, make_flow
 from rnode import Density, InputError
 from rnode.app.score import read
 from rnode.data.datamodule import DataModule
@@ -74,10 +74,7 @@ def test_rows_of_any_kind_score_alike(fitted, rows):
     expected = density.log_prob(few)
     given = {name: few[name].to_list() for name in ("level", "slope")}
     np.testing.assert_array_equal(rnode.load(folder).log_prob(few), expected)
-    for same in (
-        few[["slope", "b", "a", "level"]],
-        {name: few[name].to_list() for name in few.columns},
-    ):
+    for same in (few[["slope", "b", "a", "level"]], few.to_dict(as_series=False)):
         np.testing.assert_array_equal(density.log_prob(same), expected)
     for array in (few.select("a", "b").to_numpy(), few.select("a", "b").to_torch()):
         np.testing.assert_array_equal(density.log_prob(array, given), expected)
@@ -99,12 +96,8 @@ def test_nonsense_is_refused_in_the_terms_of_the_table(fitted, rows):
     density, _ = fitted
     for rows_, context, message in [
         (rows.select("a", "level", "slope"), None, "rows: lack b; the columns are"),
-        (rows.with_columns(a=pl.lit("x")), None, "column a must hold numbers, not String"),
         (rows.with_columns(a=pl.lit(np.nan)), None, "row 0 of the rows .* is not finite"),
         (rows.select("a", "b"), None, "context.level, context.slope: must be given"),
-        (rows, {"level": "mid", "slope": 0}, "context.level=mid: must be one of high, low"),
-        (rows, {"size": 3}, "context.size: the conditions are"),
-        (rows[:3], {"level": ["low"] * 2, "slope": 0}, "has 2 values for 3 samples"),
         (np.zeros((3, 5)), {"level": "low", "slope": 0}, "rows: lack a, b"),
     ]:
         with pytest.raises(InputError, match=message):
@@ -134,22 +127,21 @@ def test_fit_writes_to_folders_of_its_own_alone(rows, tmp_path):
     assert len(runs) == 2
     mine = tmp_path / "mine"
     mine.mkdir()
-    rows[["b"]].write_parquet(mine / "rows.parquet")
-    for options, message in {
-        ("folder", mine): f"folder={mine}: must be new or empty",
-        ("columns", "a"): "^columns=a: must be a",
-        ("max_time", "5"): r"^max_time=5: must be \[DD:\]HH:MM:SS",
-        ("overrides", ("trainer.max_epoch=1",)): "no option trainer.max_epoch; did you mean",
-        ("overrides", ("dataset.batch_size=0",)): "^dataset.batch_size=0: must be",
-    }.items():
-        with pytest.raises(InputError, match=message):
-            fit(**dict([options]))
-    assert pl.read_parquet(mine / "rows.parquet").columns == ["b"]
-    assert list(Path("outputs/table").iterdir()) == runs
     path = mine / "rows.parquet"
+    rows[["b"]].write_parquet(path)
+    for options, message in [
+        ({"folder": mine}, f"folder={mine}: must be new or empty"),
+        ({"colums": ["a"]}, "'colums'.: are no keys of dataset=table, which are"),
+        ({"columns": "a"}, "^dataset.columns=a: must be a"),
+        ({"max_time": "5"}, "^trainer.max_time=5: must be"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            fit(**options)
+    assert list(Path("outputs/table").iterdir()) == runs
     density = rnode.fit(path, folder=tmp_path / "new", overrides=["trainer.max_steps=1", *QUIET])
     assert density.columns == ["b"]
     assert list(mine.iterdir()) == [path]
+    assert pl.read_parquet(path).columns == ["b"]
 
 
 def test_pixels_are_checked_and_score_as_the_evaluation_does(digits_run):
@@ -173,17 +165,13 @@ def test_pixels_are_checked_and_score_as_the_evaluation_does(digits_run):
     assert density.columns is None
     assert images.dtype == np.uint8
     assert images.shape == (3, 1, 8, 8)
-    for x, message in [
-        (test / 16, r"type float32: must be grey levels, whole numbers from 0 to 16"),
-        (test + 1, "must be grey levels, whole numbers from 0 to 16"),
-        (-test.int(), "must be grey levels"),
-        (test[:, :, :4], r"shape \(20, 1, 4, 8\) and type uint8: must be \(N, 1, 8, 8\)"),
-    ]:
+    for x in (test / 16, test + 1, -test.int(), test[:, :, :4]):
+        message = r"must be \(N, \*\(1, 8, 8\)\) of whole numbers from 0 to 16"
         with pytest.raises(InputError, match=message):
             density.log_prob(x)
 
 
-def test_the_command_scores_a_file_in_its_order(fitted, rows, tmp_path, capsys):
+def test_the_commands_score_a_file_in_its_order_and_sample(fitted, rows, capsys):
     density, folder = fitted
     shuffled = rows[100:160].sample(fraction=1.0, shuffle=True, seed=1)
     shuffled.write_csv("new.csv")
@@ -195,9 +183,15 @@ def test_the_command_scores_a_file_in_its_order(fitted, rows, tmp_path, capsys):
     expected = density.log_prob(shuffled)
     np.testing.assert_allclose(scores["log_prob"], expected, atol=1e-6)
     printed = capsys.readouterr().out
-    unusual = f"{(scores['rank'] > 0.99).mean():.1%}"
-    for text in (f"{expected.mean():.3f}", f"{expected.min():.3f}, {expected.max():.3f}", unusual):
-        assert text in printed
+    given = {"level": "low", "slope": 0.25}
+    values = [f"context.{name}={value}" for name, value in given.items()]
+    call("sample", str(folder / "best.ckpt"), *values, "n=7", "hydra.run.dir=samples")
+    frame = pl.read_csv("samples/samples.csv")
+    assert frame.columns == ["a", "b", "level", "slope"]
+    assert frame["level"].to_list() == ["low"] * 7
+    np.testing.assert_allclose(frame["b"], density.sample(7, given)["b"], rtol=1e-6)
+    for number in (expected.mean(), expected.min(), expected.max()):
+        assert f"{number:.9f}"[:6] in printed
 
 
 def test_a_folder_of_images_scores_in_the_format_of_the_training_data(digits_run, tmp_path):
@@ -217,36 +211,6 @@ def test_a_folder_of_images_scores_in_the_format_of_the_training_data(digits_run
         read(rnode.load(digits_run), tmp_path, [])
 
 
-def test_the_command_samples_a_table(fitted):
-    density, folder = fitted
-    given = ["context.level=low", "context.slope=0.25", "n=7"]
-    call("sample", str(folder / "best.ckpt"), *given, "hydra.run.dir=a")
-    frame = pl.read_csv("a/samples.csv")
-    assert frame.columns == ["a", "b", "level", "slope"]
-    assert frame["level"].to_list() == ["low"] * 7
-    expected = density.sample(7, {"level": "low", "slope": 0.25})
-    np.testing.assert_allclose(frame["b"], expected["b"], rtol=1e-6)
-    assert not Path("a/plane.png").exists()  # it would need c
-
-
-@pytest.mark.parametrize(
-    ("command", "arguments", "message"),
-    [
-        ("score", ["path=none.csv"], "path=none.csv: there is no such file"),
-        ("score", ["path=new.csv"], "rows: lack b; the columns are ['a', 'b']"),
-        ("score", ["path=new.csv", "id=[name]"], "id=['name']: new.csv has the columns ['a']"),
-        ("evaluate", ["dataset.path=none.csv"], "path=none.csv: there is no such file"),
-        ("sample", [], "context.level, context.slope: must be given"),
-    ],
-)
-def test_a_users_mistake_is_one_line(fitted, capsys, command, arguments, message):
-    Path("new.csv").write_text("a\n1.5\n")
-    line, code = refused(capsys, command, str(fitted[1] / "best.ckpt"), *arguments)
-    assert message in line
-    assert code == 2
-    assert not list(Path().rglob("scores.*"))
-
-
 def test_narrow_tables_are_evaluated_exactly_and_wide_ones_with_four_probes_or_more():
     for columns, probes, expected in ((16, 1, "exact"), (17, 1, "4 gauss"), (17, 6, "6 gauss")):
         rows = np.random.default_rng(0).normal(size=(200, columns))
@@ -254,42 +218,3 @@ def test_narrow_tables_are_evaluated_exactly_and_wide_ones_with_four_probes_or_m
         density = rnode.fit(rows, overrides=overrides)
         assert str(density.flow.test_probes).startswith(expected)
         assert (density.score(rows[:9])["standard_error"].min() > 0) == (columns == 17)
-
-
-def test_classes_of_the_users_own_package_are_called_when_named_again(monkeypatch, capsys):
-    monkeypatch.syspath_prepend(Path.cwd())
-    Path("mydata.py").write_text(
-        "import torch\n"
-        "from rnode import Column, TableTransform, mlp\n"
-        "from rnode.data.splits import Splits\n"
-        "def rows(n):\n"
-        "    transform = TableTransform([Column(name) for name in 'abc'])\n"
-        "    return Splits(*torch.randn(n + 20, 3).split([n, 10, 10]), transform)\n"
-        "def flow(**options):\n"
-        "    return mlp(**options)\n"
-    )
-    Path("own/dataset").mkdir(parents=True)
-    Path("own/dataset/mine.yaml").write_text(
-        "# @package _global_\n"
-        "# my rows\n"
-        "defaults:\n  - override /model: mlp\n  - _self_\n"
-        "dataset:\n  _target_: rnode.data.datamodule.DataModule\n"
-        "  source:\n    _target_: mydata.rows\n    _partial_: true\n"
-        "  n: 40\n  batch_size: 20\n  eval_batch_size: 10\n  seed: 0\n"
-        "model:\n  _target_: mydata.flow\n"
-    )
-    own = ["--config-dir", "own", "dataset=mine", "trainer.max_epochs=1", "hydra.run.dir=run"]
-    call("train", *own, *QUIET)
-    path = "run/best.ckpt"
-    capsys.readouterr()
-    line, _ = refused(capsys, "evaluate", path)
-    assert "would call mydata.rows, which conf/ does not name" in line
-    assert "if it is yours, add trust=[mydata]" in line
-    with pytest.raises(InputError, match="mydata"):
-        rnode.load(path, trust=["mydat"])
-    np.save("new.npy", np.zeros((2, 3)))
-    for name, extra in (("evaluate", []), ("sample", ["n=3"]), ("score", ["path=new.npy"])):
-        call(name, path, "trust=[mydata]", *extra, f"hydra.run.dir={name}")
-    assert len(pl.read_csv("score/scores.csv")) == 2
-    assert pl.read_csv("sample/samples.csv").shape == (3, 3)
-    assert rnode.load(path, trust=["mydata"]).log_prob(np.zeros((2, 3))).shape == (2,)

@@ -1,6 +1,7 @@
 """The commands evaluate and sample, on models that the command train has trained for seconds."""
 
 import json
+import re
 
 import numpy as np
 import polars as pl
@@ -9,11 +10,8 @@ import torch
 from PIL import Image
 
 import rnode
-from helpers import call, column, make_flow, refused
-from rnode.app.sample import interpolate
-from rnode.data.datamodule import DataModule
+from helpers import call, column, refused
 from rnode.data.densities import DENSITIES
-from rnode.data.images import digits
 
 
 def evaluate(folder, run, *overrides):
@@ -24,13 +22,9 @@ def evaluate(folder, run, *overrides):
 def test_an_evaluation_agrees_with_the_test_of_the_run(digits_run, tmp_path, capsys):
     summary = evaluate(tmp_path, digits_run, "samples=3")
     printed = capsys.readouterr().out
-    for name, key in {
-        "bits_per_dim": "bits_per_dim",
-        "standard_error_images": "bits_per_dim_se",
-        "kinetic": "kinetic",
-        "jacobian": "jacobian",
-        "nfe": "nfe_forward",
-    }.items():
+    keys = {"standard_error_images": "bits_per_dim_se", "nfe": "nfe_forward"}
+    for name in ("bits_per_dim", "kinetic", "jacobian", *keys):
+        key = keys.get(name, name)
         assert summary[name] == pytest.approx(column(digits_run, f"test/{key}")[0], abs=2e-5), name
     assert sum(summary["nfe_by_piece"]) == pytest.approx(summary["nfe"])
     assert 0 < summary["standard_error_probes"] < summary["standard_error_images"]
@@ -39,17 +33,11 @@ def test_an_evaluation_agrees_with_the_test_of_the_run(digits_run, tmp_path, cap
     assert summary["bound"] < summary["bits_per_dim"] + summary["standard_error_probes"]
     assert summary["divergence"] == "1 gaussian probe(s) a sample"
     assert (summary["split"], summary["seed"], summary["dimensions"]) == ("test", 0, 64)
+    bits = summary["bits_per_dim"]
     text = (tmp_path / "evaluation.txt").read_text(encoding="utf-8")
-    bits, error = summary["bits_per_dim"], summary["standard_error_images"]
-    nats = 64 * np.log(2)
-    for cell in (
-        f"{bits * nats:.3f} ± {error * nats:.3f}",
-        f"{summary['bound']:.4f} ± {summary['bound_standard_error']:.4f}",
-        "bound, 3 noises",
-        f"{summary['nfe']:.1f} ({summary['nfe_min']} – {summary['nfe_max']})",
-    ):
-        assert cell in text
-        assert cell in printed
+    assert text.strip() in printed
+    for name in ("bits_per_dim", "standard_error_images", "bound", "midpoint", "nfe_max"):
+        assert re.search(rf"{name} .* {summary[name]:.5g} ", text)
     frame = pl.read_csv(tmp_path / "samples.csv")
     assert frame["index"].to_list() == list(range(40))
     assert frame["bits_per_dim"].mean() == pytest.approx(bits)
@@ -61,7 +49,7 @@ def test_an_evaluation_takes_another_split_solver_and_seed(digits_run, tmp_path)
     summary = evaluate(tmp_path / "val", digits_run, "samples=1", "split=val")
     best = min(column(digits_run, "val/bits_per_dim"))
     assert summary["bits_per_dim"] == pytest.approx(best, abs=2e-5)
-    summary = evaluate(tmp_path / "rk4", digits_run, "samples=1", "solver=rk4")
+    summary = evaluate(tmp_path / "rk4", digits_run, "samples=1", "solver.test.method=rk4")
     assert summary["solver"]["method"] == "rk4"
     assert summary["nfe"] == 16 * 3
     finer = ["solver.test.method=rk4", "solver.test.steps=8", "solver.dtype=float64"]
@@ -80,33 +68,23 @@ def test_a_narrow_table_is_evaluated_exactly_and_has_no_bound(toy_run, tmp_path)
     assert summary["divergence"] == "exact"
     assert summary["standard_error_probes"] == 0
     assert "bound" not in summary
-    assert "noises" not in (tmp_path / "evaluation.txt").read_text(encoding="utf-8")
     assert not (tmp_path / "extremes.png").exists()
 
 
 def energy_distance(a, b):
-    between, within_a, within_b = (
-        np.linalg.norm(x[:, None] - y[None], axis=2).mean() for x, y in ((a, b), (a, a), (b, b))
-    )
-    return 2 * between - within_a - within_b
+    pairs = ((a, b), (a, a), (b, b))
+    between, *within = (np.linalg.norm(x[:, None] - y[None], axis=2).mean() for x, y in pairs)
+    return 2 * between - sum(within)
 
 
-def two_sample_p(a, b, rng, permutations=200):
-    """p-value of the energy distance under permutations of the pooled points."""
-    pooled = np.concatenate([a, b])
-    splits = (np.split(rng.permutation(pooled), [len(a)]) for _ in range(permutations))
-    larger = sum(energy_distance(*split) >= energy_distance(a, b) for split in splits)
-    return (larger + 1) / (permutations + 1)
-
-
-def test_samples_of_a_trained_flow_pass_a_two_sample_test(toy_run, tmp_path):
+def test_samples_of_a_trained_flow_are_distributed_as_its_data(toy_run, tmp_path):
     call("sample", f"ckpt_path={toy_run}/best.ckpt", "n=250", f"hydra.run.dir={tmp_path}")
     frame = pl.read_csv(tmp_path / "samples.csv")
     assert frame.columns == ["x1", "x2"]
     rng = np.random.default_rng(0)
     data = DENSITIES["moons"](250, rng)
-    assert two_sample_p(frame.to_numpy(), data, rng) > 0.01
-    assert two_sample_p(rng.standard_normal((250, 2)), data, rng) < 0.01
+    assert energy_distance(frame.to_numpy(), data) < 0.05
+    assert energy_distance(rng.standard_normal((250, 2)), data) > 0.05
     same = rnode.load(toy_run).sample(250)
     np.testing.assert_allclose(frame.to_numpy(), same.to_numpy(), rtol=1e-5, atol=1e-5)
     for name in ("plane.png", "samples.png"):
@@ -125,11 +103,10 @@ def test_a_density_trained_on_2d_data_integrates_to_one(toy_run):
     assert density.sum() * (side[1] - side[0]) ** 2 == pytest.approx(1, abs=0.003)
 
 
-def test_samples_of_images_with_trajectory_and_interpolation(digits_run, tmp_path, capsys):
+def test_samples_of_images_and_their_trajectories(digits_run, tmp_path, capsys):
     a, b, c = (tmp_path / name for name in "abc")
     arguments = [f"ckpt_path={digits_run}/best.ckpt", "n=10", "dataset.eval_batch_size=4"]
-    pictures = ["trajectory=true", "interpolate=[0,1]"]
-    call("sample", *arguments, *pictures, f"hydra.run.dir={a}")
+    call("sample", *arguments, "trajectory=true", f"hydra.run.dir={a}")
     assert "10 samples, NFE" in capsys.readouterr().out
     samples = np.load(a / "samples.npy")
     assert samples.shape == (10, 1, 8, 8)
@@ -138,30 +115,19 @@ def test_samples_of_images_with_trajectory_and_interpolation(digits_run, tmp_pat
     with Image.open(a / "trajectory.gif") as animation:
         assert animation.n_frames == 37
     assert Image.open(a / "strip.png").size[0] > 400
-    width, height = Image.open(a / "interpolation.png").size
-    assert width > 5 * height
     call("sample", *arguments, f"hydra.run.dir={b}")
     assert np.array_equal(samples, np.load(b / "samples.npy"))
     assert not (b / "trajectory.gif").exists()
-    call("sample", *arguments, "seed=1", "temperature=0.5", "solver=rk4", f"hydra.run.dir={c}")
+    call(
+        "sample",
+        *arguments,
+        "seed=1",
+        "temperature=0.5",
+        "solver.test.method=rk4",
+        f"hydra.run.dir={c}",
+    )
     assert not np.array_equal(samples, np.load(c / "samples.npy"))
     assert "NFE 48.0 a batch by rk4" in capsys.readouterr().out
-
-
-def test_an_interpolation_is_an_arc_in_z_between_two_images_and_their_conditions():
-    data = DataModule(digits, 20, 20, context="label")
-    data.setup()
-    flow = make_flow((1, 8, 8), k=10, pieces=1).eval()
-    with torch.no_grad():
-        images = interpolate(flow, data, [5, 359])
-        x, index, c = data.fetch_from("test")([5, 359])
-        z = flow(data.transform(x, index, c, torch.full(x.shape, 0.5)).y, c).z
-        middle = flow.inverse(z.sum(0, keepdim=True) / 2**0.5, c.mean(0))
-    assert not torch.equal(*c)
-    # A pixel of grey level g is at the centre of its bin.
-    torch.testing.assert_close(images[[0, -1]], (x + 0.5) / 17, rtol=0, atol=1e-3)
-    middle = data.transform.inverse(middle).float()
-    torch.testing.assert_close(images[5:6], middle, rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -169,12 +135,9 @@ def test_an_interpolation_is_an_arc_in_z_between_two_images_and_their_conditions
     [
         ("evaluate", [], "ckpt_path"),
         ("evaluate", ["nowhere.ckpt"], "there is no such file"),
-        ("evaluate", ["TOY", "split=train"], "split=train: must be val or test"),
+        ("evaluate", ["TOY", "split=train"], "split=train: must be"),
         ("evaluate", ["DIGITS", "dataset.root=elsewhere"], "dataset.root"),
         ("evaluate", ["DIGITS", "solver.train.method=rk4"], "solver.train.method"),
-        ("sample", ["DIGITS", "temperature=-1"], "temperature=-1: must be at least 0"),
-        ("sample", ["DIGITS", "interpolate=[0,40]"], "[0, 40]: must be two indices of test images"),
-        ("sample", ["TOY", "interpolate=[0,1]"], "interpolate=[0, 1]: needs a flow of images"),
         ("sample", ["TOY", "context.city=Oslo"], "context.city: the conditions are none"),
     ],
 )

@@ -25,7 +25,6 @@ from rnode import (
 )
 from rnode.evaluation import (
     evaluate,
-    importance_bound,
     probe_error,
     solve_and_measure,
     standard_error,
@@ -114,13 +113,6 @@ def test_the_midpoint_is_the_density_at_the_centre_of_each_bin():
     assert summary["midpoint"] == pytest.approx(float(expected.mean()), abs=1e-5)
 
 
-def test_the_bound_by_the_textbook_formula():
-    bits, d = 3 + torch.rand(5, 7, dtype=torch.float64), 11
-    likelihood = 2.0 ** (-bits * d)
-    expected = torch.stack([-(likelihood[: k + 1].mean(0).log2()) / d for k in range(5)])
-    torch.testing.assert_close(importance_bound(bits, d), expected)
-
-
 def test_the_probes_error_is_the_known_one():
     """Var(εᵀAε) = 2 ‖(A + Aᵀ)/2‖_F² for a normal ε: one solve, l in nats, over d log 2."""
     x = torch.randn(4000, 2, dtype=torch.float64)
@@ -156,6 +148,11 @@ def test_straightness_is_zero_for_a_constant_field_and_known_for_a_linear_one():
     assert summary["transport_cost"] == pytest.approx(float(c.square().mean()))
     assert summary["inverse_error"] < 1e-12
 
+    back = evaluate_vectors(flow_of(Constant(c), Constant(-c)), x)  # both pieces are straight
+    assert back["straightness"] == pytest.approx(0, abs=1e-12)
+    assert back["kinetic"] == pytest.approx(2 * float(c.square().mean()))
+    assert back["transport_cost"] == pytest.approx(0, abs=1e-12)
+
     a = 0.9  # z(t) = e^(a t) z(0)
     summary = evaluate_vectors(flow_of(Linear(a * torch.eye(3, dtype=torch.float64))), x)
     expected = 1 - 2 * math.expm1(a) ** 2 / (a * math.expm1(2 * a))
@@ -163,16 +160,6 @@ def test_straightness_is_zero_for_a_constant_field_and_known_for_a_linear_one():
     assert summary["straightness"] == pytest.approx(expected, rel=1e-5)
     cost = float(x.square().mean()) * math.expm1(a) ** 2
     assert summary["transport_cost"] == pytest.approx(cost, rel=1e-6)
-
-
-def test_straightness_adds_the_displacements_of_all_pieces():
-    """Two pieces with constant fields c and −c are straight, although the flow moves nothing."""
-    c = torch.tensor([1.0, -2.0], dtype=torch.float64)
-    x = torch.randn(20, 2, dtype=torch.float64)
-    summary = evaluate_vectors(flow_of(Constant(c), Constant(-c)), x)
-    assert summary["straightness"] == pytest.approx(0, abs=1e-12)
-    assert summary["kinetic"] == pytest.approx(2 * float(c.square().mean()))
-    assert summary["transport_cost"] == pytest.approx(0, abs=1e-12)
 
 
 def test_the_result_belongs_to_the_seed_and_does_not_depend_on_the_batch_size():
@@ -186,15 +173,9 @@ def test_the_result_belongs_to_the_seed_and_does_not_depend_on_the_batch_size():
         assert close(columns[name], columns_of_parts[name], 1e-6), name
     assert whole["bits_per_dim"] == pytest.approx(parts["bits_per_dim"], abs=1e-6)
     assert whole == again
+    assert whole["nfe_by_piece"] == [2.0] * len(flow.pieces)
+    assert whole["nfe"] == whole["nfe_min"] == whole["nfe_max"] == 2 * len(flow.pieces)
     assert abs(whole["bits_per_dim"] - other["bits_per_dim"]) > 1e-4
-
-
-def test_nfe_is_counted_by_piece_and_batch():
-    flow = make_flow((1, 8, 8), test=RK4, pieces=1).eval()
-    x = torch.randint(17, (10, 1, 8, 8), dtype=torch.uint8)
-    summary, _ = evaluate(flow, ImageTransform(17, 1e-5), in_batches(x, 4), noises=2, seed=0)
-    assert summary["nfe_by_piece"] == [16.0] * len(flow.pieces)
-    assert summary["nfe"] == summary["nfe_min"] == summary["nfe_max"] == 16 * len(flow.pieces)
 
 
 def test_measures_are_bits_and_the_integrals_per_dimension():

@@ -60,5 +60,4 @@ def test_a_run_prints_it_and_logs_it_at_each_validation(run, capsys):
     folder = run(*TWO_STEPS)
     printed = capsys.readouterr().out
     assert "a Gaussian with full covariance has 2.3" in printed
-    assert "bits/dim of a Gaussian, validation set" in printed
     assert column(folder, "val/bits_per_dim_gaussian") == pytest.approx([2.328], abs=0.01)

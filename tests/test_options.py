@@ -97,5 +97,5 @@ def another(overrides):
 )
 def test_options_pass_through(run, overrides):
     folder = run(*TWO_STEPS, *overrides.split())
-    without = re.search("checkpointing=false|fast_dev_run", overrides)
+    without = re.search("save=null|fast_dev_run", overrides)
     assert (folder / "last.ckpt").exists() == (without is None)

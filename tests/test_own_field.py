@@ -1,34 +1,50 @@
-"""docs/own-field.md: its files and commands work as printed."""
+"""docs/own-field.md and docs/own-data.md: files and commands of the user's own work as printed."""
 
+import json
 import re
 import shlex
 from pathlib import Path
 
 import pytest
 
-from helpers import ROOT, TWO_STEPS, call, metrics, refused
+import rnode
+from helpers import EPOCHS, ROOT, call, column, refused
+from rnode import InputError
 
 pytestmark = pytest.mark.usefixtures("blank_figures")
 
 
-def test_a_field_of_the_users_own_trains_and_is_evaluated(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("page", "source", "config", "sizes"),
+    [
+        ("own-field", "mynet.py", "mine/model/residual.yaml", ["dataset.train=8"]),
+        ("own-data", "mydata.py", "own/dataset/mine.yaml", ["model.hidden=4"]),
+    ],
+)
+def test_a_class_of_the_users_own_is_called_when_trusted(
+    tmp_path, monkeypatch, capsys, page, source, config, sizes
+):
     monkeypatch.chdir(tmp_path)
-    page = (ROOT / "docs" / "own-field.md").read_text(encoding="utf-8")
-    files = dict(re.findall(r"```(python|yaml)\n(.*?)```", page, re.DOTALL))
-    Path("mynet.py").write_text(files["python"])
-    Path("mine/model").mkdir(parents=True)
-    Path("mine/model/residual.yaml").write_text(files["yaml"])
-    (train, evaluate) = re.findall("^    rnode (.*)$", page, re.MULTILINE)
-    small = [*TWO_STEPS, "dataset.train=8", "dataset.validation=4", "dataset.test=4"]
-    small = [option for option in small if "hidden" not in option]
+    monkeypatch.syspath_prepend(tmp_path)
+    text = (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
+    files = dict(re.findall(r"```(python|yaml)\n(.*?)```", text, re.DOTALL))  # the last of each
+    Path(source).write_text(files["python"])
+    Path(config).parent.mkdir(parents=True)
+    Path(config).write_text(files["yaml"])
+    train, evaluate = re.findall("^    rnode (.*)$", text, re.MULTILINE)[-2:]
+    small = [option for option in EPOCHS if "hidden" not in option] + sizes
+    small += ["trainer.limit_test_batches=null", "dataset.eval_batch_size=1000"]
     call(*shlex.split(train), *small, "hydra.run.dir=run")
     command, _, trust = shlex.split(evaluate)
-    line, code = refused(capsys, command, "run/best.ckpt")
-    assert "if it is yours, add trust=[mynet]" in line
-    assert code == 2
+    for options in ([], ["--config-dir", config.split("/")[0]]):
+        line, code = refused(capsys, command, *options, "run/best.ckpt")
+        assert f"which conf/ does not name; if it is yours, add {trust}" in line
+        assert code == 2
+    with pytest.raises(InputError, match=source.removesuffix(".py")):
+        rnode.load("run", trust=["my"])
     call(command, "run/best.ckpt", trust, "hydra.run.dir=evaluation")
-    call(command, "--config-dir", "mine", "run/best.ckpt", "hydra.run.dir=again")
-    (row,) = (row for row in metrics(Path("run")) if row.get("test/bits_per_dim"))
-    bits = f"{float(row['test/bits_per_dim']):.4f}"
-    for folder in ("evaluation", "again"):
-        assert bits in Path(folder, "evaluation.txt").read_text(encoding="utf-8")
+    summary = json.loads(Path("evaluation/evaluation.json").read_text(encoding="utf-8"))
+    (bits,) = column(Path("run"), "test/bits_per_dim")
+    assert summary["bits_per_dim"] == pytest.approx(bits, abs=1e-5)
+    density = rnode.load("run", trust=[source.removesuffix(".py")])
+    assert density.log_prob(density.sample(2)).shape == (2,)

@@ -89,6 +89,6 @@ def test_a_users_own_data_set_trains_and_is_sampled(rnode, tmp_path):
     options = ["--config-dir", "own", "dataset=stripes", *TWO_STEPS, "model.pieces=1"]
     assert "dataset.count" in succeed(rnode, "train", *options, "--help", cwd=tmp_path)
     succeed(rnode, "train", *options, "hydra.run.dir=run", cwd=tmp_path)
-    sample = ["--config-dir", "own", "run/last.ckpt", "n=4", "hydra.run.dir=samples"]
+    sample = ["trust=[own]", "run/last.ckpt", "n=4", "hydra.run.dir=samples"]
     succeed(rnode, "sample", *sample, cwd=tmp_path)
     assert (tmp_path / "samples" / "samples.png").exists()

@@ -7,7 +7,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rnode.distributed import gather_lists
 from rnode.errors import Diverged
 from rnode.flow import Flow, Solution
 from rnode.loss import bits_per_dim, log_normal
@@ -73,20 +72,19 @@ def evaluate(
     Args:
         flow: the flow, in evaluation mode.
         transform: from the data to what the flow models.
-        batches: the share of this process of data (B, *shape), indices (B,) and c (B, k).
+        batches: data (B, *shape), indices (B,) and c (B, k).
         noises: number of dequantizations of each image in the importance-weighted bound.
         seed: seed of noise and probes.
 
     Returns:
-        Plain numbers, and columns with a value for each sample, (N,), of the whole split.
+        Plain numbers, and columns with a value for each sample, (N,), but `bounds`, (noises, N).
     """
-    parts = []
+    parts, nfe = [], []
     for rows in batches:
         columns, by_piece = evaluate_batch(flow, transform, rows, noises, seed)
-        parts.append(({name: column.double().cpu() for name, column in columns.items()}, by_piece))
-    parts, nfe = zip(*gather_lists(parts), strict=True)
-    order = torch.cat([part["index"] for part in parts]).argsort()
-    columns = {name: torch.cat([part[name] for part in parts], -1)[..., order] for name in parts[0]}
+        parts.append({name: column.double().cpu() for name, column in columns.items()})
+        nfe.append(by_piece)
+    columns = {name: torch.cat([part[name] for part in parts], -1) for name in parts[0]}
     return summarize(columns, torch.tensor(nfe, dtype=torch.float64)), columns
 
 
@@ -107,7 +105,6 @@ def evaluate_batch(
     measures = measure(flow, batch, solution)
     z = solution.state.z
     columns = {
-        "index": index,
         **measures._asdict(),
         "transport_cost": (flow.as_x(z) - batch.y).square().flatten(1).sum(1) / flow.d,
         "displacement": torch.stack([p.displacement for p in solution.pieces]).sum(0) / flow.d,

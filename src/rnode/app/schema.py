@@ -244,14 +244,14 @@ class FromCheckpoint(Section):
     divergence: Literal[DIVERGENCES] | None = key("null: exact up to 16 dimensions, else the run's")
     probes: Count | None = key("random probes of a sample, 4 or more of a table; null: the run's")
     solver: Solver = key("solver=… and solver.test.…=… replace the run's own; nothing trains")
-    trainer: Devices = key("the devices")
+    device: Literal["auto", "cpu", "cuda", "mps"] = key("auto: an accelerator if there is one")
     dataset: CheckpointData = key("the data")
 
 
 class Evaluate(FromCheckpoint):
     """Measure a trained flow on its data: rnode evaluate outputs/…/best.ckpt"""
 
-    split: Literal["test", "val", "train"] = key("the split that is evaluated")
+    split: Literal["test", "val"] = key("the split that is evaluated")
     samples: Count = key("dequantizations of each image in the importance-weighted bound")
 
 
@@ -262,9 +262,6 @@ class Sample(FromCheckpoint):
     context: dict[str, Any] = key("what a conditional density is given, as context.COLUMN=VALUE")
     temperature: NonNegative = key("standard deviation of z")
     trajectory: bool = key("save the way from noise to images, as a strip and an animation")
-    interpolate: Annotated[list[Whole], Field(min_length=2, max_length=2)] | None = key(
-        "two test images, such as [0, 1], to interpolate between through z"
-    )
 
 
 class Score(FromCheckpoint):

@@ -3,88 +3,81 @@
 import contextlib
 import math
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytorch_lightning as pl
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
-from omegaconf import DictConfig, ListConfig, OmegaConf
-from pytorch_lightning.callbacks import Checkpoint, ProgressBar
-from pytorch_lightning.loggers import Logger, WandbLogger
+from omegaconf import DictConfig, OmegaConf
+from pytorch_lightning.callbacks import ProgressBar
 
 from rnode.app import sweep
-from rnode.app.banner import banner
-from rnode.app.build import build, make_partial, require_options
-from rnode.app.printing import print_table
+from rnode.app.build import build
 from rnode.app.processes import cluster_plugins, is_first_process, launched, match_processes
 from rnode.app.quoting import quote, shell_quote
 from rnode.app.report import write_report
 from rnode.app.runs import Run
-from rnode.app.schema import flatten
-from rnode.app.summary import make_table
+from rnode.app.summary import print_numbers
 from rnode.errors import Diverged, Stopped, require
-from rnode.training.checkpoint import AtomicCheckpointIO, load_checkpoint, load_to_resume
+from rnode.training.checkpoint import AtomicCheckpointIO, load_to_resume
 from rnode.training.loggers import MetricsCSV, finish_wandb
 from rnode.training.module import RNODE
 from rnode.training.pretraining import Pretraining
 from rnode.training.results import CONFIG, DIVERGED, METRICS, OVERRIDES, RESULT, write_result
-from rnode.training.run_folder import ENVIRONMENT, environment, lock, transcript, whole_file
+from rnode.training.run_folder import ENVIRONMENT, environment, lock, whole_file
+from rnode.transforms import TableTransform
 
 ADVICE = "try a smaller optimizer.lr, a larger reg.lambda_j or more steps of solver.train"
 
 
 def main(cfg: DictConfig) -> float | list[float]:
     """Train one flow in the run folder, and return what a guided sweep minimizes."""
-    folder, overrides = Path(cfg.folder), list(HydraConfig.get().overrides.task)
+    folder = Path(cfg.folder)
+    overrides = list(HydraConfig.get().overrides.task)
     last = folder / "last.ckpt"
     match_processes(cfg.trainer, overrides)
-    name_loggers(cfg, overrides)
+    name_wandb(cfg.logger.get("wandb"), folder, overrides)
     if sweep.in_sweep():
-        require_one_device(cfg.trainer.devices)
+        devices = cfg.trainer.devices  # the process of another device would run the sweep again
+        require(devices == 1 or launched(), f"trainer.devices={devices}: must be 1 in a sweep")
         result = sweep.earlier_result(cfg, folder)
         if result is not None:
             print(f"{folder} has finished and is skipped")
             return sweep.metric_values(cfg, result)
         cfg.ckpt_path = "auto" if last.exists() else cfg.ckpt_path
-    resumes = cfg.ckpt_path == "auto"
-    if resumes:
+    if cfg.ckpt_path == "auto":
         cfg.ckpt_path = str(last) if last.exists() else None
-    elif cfg.ckpt_path is not None:
-        resumes = Path(cfg.ckpt_path).resolve().parent == folder.resolve()
-    with contextlib.ExitStack() as stack:
-        if is_first_process():
-            stack.enter_context(lock(folder, resumes))
-            stack.enter_context(
-                transcript(folder / "train.log", banner(cfg, HydraConfig.get().runtime.choices))
-            )
-        try:
+    resumes = cfg.ckpt_path is not None and Path(cfg.ckpt_path).resolve().parent == folder.resolve()
+    try:
+        with lock(folder, resumes) if is_first_process() else contextlib.nullcontext():
             return sweep.metric_values(cfg, fit(cfg, overrides))
-        except Diverged as error:
-            if not is_first_process():
-                sys.exit()  # the first process prints the error and returns the exit code
-            good = last if last.exists() else "none yet"
-            message = f"{error}; {ADVICE}; last good checkpoint: {good}"
-            (folder / DIVERGED).write_text(f"{message}\n", encoding="utf-8")
-            raise Diverged(message) from error
-        except Stopped as stopped:
-            kept = "no checkpoint yet"
-            if last.exists():
-                place = f"hydra.run.dir={quote(str(folder))}"
-                resume = ["rnode", "train", *overrides, place, "ckpt_path=auto"]
-                kept = f"last checkpoint: {last}; to resume: {' '.join(map(shell_quote, resume))}"
-            raise Stopped(f"{stopped}; {kept}", stopped.signal) from None
+    except Diverged as error:
+        if not is_first_process():
+            sys.exit()  # the first process prints the error and returns the exit code
+        message = (
+            f"{error}; {ADVICE}; last good checkpoint: {last if last.exists() else 'none yet'}"
+        )
+        (folder / DIVERGED).write_text(f"{message}\n", encoding="utf-8")
+        raise Diverged(message) from error
+    except Stopped as stopped:
+        place = f"hydra.run.dir={quote(str(folder))}"
+        resume = ["rnode", "train", *overrides, place, "ckpt_path=auto"]
+        message = f"{stopped}; to resume: {' '.join(map(shell_quote, resume))}"
+        raise Stopped(message, stopped.signal) from None
 
 
-def require_one_device(devices: int | str | ListConfig) -> None:
-    """Raise InputError if a job of a sweep would start processes: each would run the sweep."""
-    single = devices in (1, "1") or (isinstance(devices, ListConfig) and len(devices) == 1)
-    require(
-        single or launched() is not None,
-        f"trainer.devices={devices}: must be 1 in a sweep, unless a cluster starts the processes "
-        "(hydra.launcher.tasks_per_node=… of submitit_slurm)",
-    )
+def name_wandb(wandb: DictConfig | None, folder: Path, overrides: list[str]) -> None:
+    """Name W&B's run after its folder, or in a sweep after the swept overrides, and tag it."""
+    if not wandb:
+        return
+    choices = HydraConfig.get().runtime.choices
+    groups = [group for group in ("dataset", "model", "solver", "experiment") if choices[group]]
+    wandb.tags = [*(f"{group}={choices[group]}" for group in groups), *wandb.tags]
+    if sweep.in_sweep():
+        wandb.group = wandb.group or folder.parent.name
+        wandb.name = wandb.name or " ".join(sweep.swept(overrides))
+    wandb.name = wandb.name or folder.name
 
 
 def fit(cfg: DictConfig, overrides: Sequence[str] = ()) -> dict[str, float | None]:
@@ -92,18 +85,15 @@ def fit(cfg: DictConfig, overrides: Sequence[str] = ()) -> dict[str, float | Non
 
     The run folder records the `overrides` of the command line, from which `cfg` was composed.
     """
-    start, folder = time.monotonic(), Path(cfg.folder)
-    pl.seed_everything(cfg.seed, verbose=False)
+    folder = Path(cfg.folder)
     config = OmegaConf.to_container(cfg, resolve=True)
+    pl.seed_everything(cfg.seed, verbose=False)
     data, flow = build(cfg)
-    checkpoint = None
-    if cfg.ckpt_path is not None:
-        checkpoint = load_to_resume(cfg.ckpt_path, config)
-        report_resume(cfg.ckpt_path, checkpoint, config)
+    checkpoint = load_to_resume(cfg.ckpt_path, config) if cfg.ckpt_path else None
     callbacks = instantiate_all(cfg.callbacks)
     module = RNODE(
         flow,
-        make_partial(cfg, "optimizer"),
+        instantiate(cfg.optimizer),
         **cfg.reg,
         warmup_steps=cfg.warmup_steps,
         decay=cfg.decay,
@@ -113,15 +103,29 @@ def fit(cfg: DictConfig, overrides: Sequence[str] = ()) -> dict[str, float | Non
     )
     if is_first_process():
         (folder / RESULT).unlink(missing_ok=True)
-        files = {CONFIG: cfg, ENVIRONMENT: environment()}
-        for name, content in (files | {OVERRIDES: list(overrides)}).items():
+        files = {CONFIG: cfg, ENVIRONMENT: environment(), OVERRIDES: list(overrides)}
+        for name, content in files.items():
             with whole_file(folder / name, "w") as file:
                 OmegaConf.save(content, file, resolve=True)
+    if not cfg.trainer.enable_progress_bar:
+        callbacks = [callback for callback in callbacks if not isinstance(callback, ProgressBar)]
+    max_time = cfg.trainer.max_time and f"00:{cfg.trainer.max_time}"[-11:]  # DD:HH:MM:SS
     try:
         loggers = [MetricsCSV(folder / METRICS, checkpoint), *instantiate_all(cfg.logger)]
-        trainer = make_trainer(cfg, callbacks, loggers)
+        trainer = instantiate(
+            cfg.trainer,
+            max_time=max_time,
+            callbacks=callbacks,
+            logger=loggers,
+            enable_checkpointing=cfg.callbacks.get("best") is not None,
+            plugins=[AtomicCheckpointIO(), *cluster_plugins()],
+            default_root_dir=cfg.folder,
+        )
         for logger in loggers:
             logger.log_hyperparams(config)
+        if checkpoint is not None:
+            step, epoch = checkpoint["global_step"], checkpoint["epoch"]
+            trainer.print(f"resuming from {cfg.ckpt_path}, step {step}, epoch {epoch}")
         trainer.fit(module, data, ckpt_path=cfg.ckpt_path, weights_only=True)
         best = trainer.checkpoint_callback
         tested = best.best_model_path if best else None
@@ -134,22 +138,16 @@ def fit(cfg: DictConfig, overrides: Sequence[str] = ()) -> dict[str, float | Non
         metrics = {k: float(v) for k, v in (trained | trainer.callback_metrics).items()}
         score = best.best_model_score if tested else metrics.get("val/bits_per_dim", math.nan)
         result = write_result(folder, metrics, float(score))
-        metrics |= {
-            "train/seconds": result["train/seconds"] or 0.0,
-            "all": time.monotonic() - start,
-        }
-        epoch = load_checkpoint(tested)["epoch"] + 1 if tested else trainer.current_epoch
-        table = make_table(metrics, flow, data.transform, f"test set, weights of epoch {epoch}")
-        print_table(table)
-        for logger in (logger for logger in loggers if isinstance(logger, WandbLogger)):
-            columns = [list(column.cells) for column in table.columns]
-            logger.log_table("result", ["quantity", "value"], list(zip(*columns, strict=True)))
+        numbers = {name: number for name, number in result.items() if number is not None}
+        numbers["test/nats"] = nats = math.log(2) * flow.d * metrics["test/bits_per_dim"]
+        if isinstance(data.transform, TableTransform):
+            log_det = metrics["test/log_det"] - data.transform.log_det_whitening
+            numbers["test/nats_standardized"] = nats + log_det
+        print_numbers("test set", numbers)
     finally:
         finish_wandb()
     write_report([Run(folder.resolve())], folder / "report.html")
     print(f"run folder: {folder}")
-    if runs := sorted(map(str, folder.glob("wandb/offline-run-*"))):
-        print(f"W&B: wandb sync {' '.join(runs)}")
     return result
 
 
@@ -157,50 +155,3 @@ def instantiate_all(section: DictConfig) -> list:
     """Instantiate the entries of a section that have a `_target_`; a logger may be turned off."""
     entries = [entry for entry in section.values() if entry and "_target_" in entry]
     return [made for made in map(instantiate, entries) if made is not None]
-
-
-def make_trainer(
-    cfg: DictConfig, callbacks: list[pl.Callback], loggers: list[Logger]
-) -> pl.Trainer:
-    """Make Lightning's Trainer of a run."""
-    options = dict(cfg.trainer)
-    require_options("trainer", options.keys() - {"_target_"}, pl.Trainer)
-    if options["max_time"] is not None and options["max_time"].count(":") == 2:
-        options["max_time"] = f"00:{options['max_time']}"  # with the days
-    if not options["enable_progress_bar"]:
-        callbacks = [c for c in callbacks if not isinstance(c, ProgressBar)]
-    return instantiate(
-        {"enable_checkpointing": any(isinstance(c, Checkpoint) for c in callbacks)} | options,
-        callbacks=callbacks,
-        logger=loggers,
-        plugins=[AtomicCheckpointIO(), *cluster_plugins()],
-        default_root_dir=cfg.folder,
-    )
-
-
-def report_resume(path: str, checkpoint: dict, config: dict) -> None:
-    """Print what a resumed run takes from the checkpoint and what from the command line."""
-    if not is_first_process():
-        return
-    step, epoch = checkpoint["global_step"], checkpoint["epoch"]
-    print(f"resuming from {path}: weights, optimizer state, step {step}, epoch {epoch}")
-    theirs, ours = flatten(checkpoint["config"]), flatten(config)
-    for key in sorted(theirs.keys() | ours.keys()):
-        if theirs.get(key) != ours.get(key) and not sweep.is_irrelevant(key):
-            print(f"{key}={ours.get(key)} from the command line (checkpoint: {theirs.get(key)})")
-
-
-def name_loggers(cfg: DictConfig, overrides: list[str]) -> None:
-    """Name a run after its folder; in a sweep after the swept overrides, in the sweep's group."""
-    name, group = Path(cfg.folder).name, None
-    if sweep.in_sweep():
-        name = " ".join(sweep.swept(overrides)) or name
-        group = Path(cfg.folder).parent.name
-    if wandb := cfg.logger.get("wandb"):
-        chosen = HydraConfig.get().runtime.choices
-        groups = [key for key in ("dataset", "model", "solver", "experiment") if chosen[key]]
-        wandb.tags = [*(f"{key}={chosen[key]}" for key in groups), *wandb.tags]
-        wandb.name = wandb.name or name
-        wandb.group = wandb.group or group
-    if cfg.logger.get("mlflow"):
-        OmegaConf.update(cfg, "logger.mlflow.run_name", name, force_add=True)
