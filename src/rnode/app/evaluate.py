@@ -50,7 +50,8 @@ def main(cfg: DictConfig) -> float:
     frame.write_csv(folder / "samples.csv")
     if isinstance(data.transform, ImageTransform):
         bits = columns["bits_per_dim"]
-        plot_extremes(rows, bits, data.transform, EXTREMES, folder / "extremes.png")
+        levels = data.transform.levels
+        plot_extremes(rows, bits, levels, EXTREMES, folder / "extremes.png")
     (folder / "evaluation.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     (folder / "evaluation.txt").write_text(print_table(make_table(summary)), encoding="utf-8")
     print(f"folder: {folder}")

@@ -11,11 +11,10 @@ import pytorch_lightning as pl
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
-from pytorch_lightning.callbacks import Checkpoint, ProgressBar
+from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.loggers import Logger, WandbLogger
 
 from rnode.app import sweep
-from rnode.app.banner import banner
 from rnode.app.build import build, make_partial, require_options
 from rnode.app.printing import print_table
 from rnode.app.processes import cluster_plugins, is_first_process, launched, match_processes
@@ -29,8 +28,9 @@ from rnode.training.checkpoint import AtomicCheckpointIO, load_checkpoint, load_
 from rnode.training.loggers import MetricsCSV, finish_wandb
 from rnode.training.module import RNODE
 from rnode.training.pretraining import Pretraining
+from rnode.training.progress import Progress
 from rnode.training.results import CONFIG, DIVERGED, METRICS, OVERRIDES, RESULT, write_result
-from rnode.training.run_folder import ENVIRONMENT, environment, lock, transcript, whole_file
+from rnode.training.run_folder import ENVIRONMENT, environment, lock, whole_file
 
 ADVICE = "try a smaller optimizer.lr, a larger reg.lambda_j or more steps of solver.train"
 
@@ -53,12 +53,7 @@ def main(cfg: DictConfig) -> float | list[float]:
         cfg.ckpt_path = str(last) if last.exists() else None
     elif cfg.ckpt_path is not None:
         resumes = Path(cfg.ckpt_path).resolve().parent == folder.resolve()
-    with contextlib.ExitStack() as stack:
-        if is_first_process():
-            stack.enter_context(lock(folder, resumes))
-            stack.enter_context(
-                transcript(folder / "train.log", banner(cfg, HydraConfig.get().runtime.choices))
-            )
+    with lock(folder, resumes) if is_first_process() else contextlib.nullcontext():
         try:
             return sweep.metric_values(cfg, fit(cfg, overrides))
         except Diverged as error:
@@ -168,7 +163,8 @@ def make_trainer(
     if options["max_time"] is not None and options["max_time"].count(":") == 2:
         options["max_time"] = f"00:{options['max_time']}"  # with the days
     if not options["enable_progress_bar"]:
-        callbacks = [c for c in callbacks if not isinstance(c, ProgressBar)]
+        callbacks = [c for c in callbacks if not isinstance(c, Progress)]
+    options["enable_progress_bar"] &= sys.stdout.isatty()
     return instantiate(
         {"enable_checkpointing": any(isinstance(c, Checkpoint) for c in callbacks)} | options,
         callbacks=callbacks,

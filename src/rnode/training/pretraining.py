@@ -12,9 +12,8 @@ from rnode.matching import require_one_path
 class Pretraining(Callback):
     """Decides which loss a step has: flow matching for a `share` of a run, then equation (17).
 
-    The run is as long as the first of its limits allows: max_epochs, max_steps or max_time. The
-    optimizer starts anew for equation (17), whose gradients have another scale, and so does the
-    linear rise of the learning rate. With a share of 0 every step has equation (17).
+    The run ends at the first of max_epochs, max_steps and max_time. The optimizer starts anew for
+    equation (17), whose gradients have another scale, and so does the rise of the learning rate.
     """
 
     def __init__(self, share: float = 0.0):
@@ -24,9 +23,8 @@ class Pretraining(Callback):
         self.resumed = False
 
     def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
-        if self.share == 0:
-            return
-        require_one_path(module.flow)
+        if self.share > 0:
+            require_one_path(module.flow)
         if trainer.ckpt_path is not None and not self.resumed:
             self.matching = False  # the run of the checkpoint had no flow matching
 
@@ -34,7 +32,8 @@ class Pretraining(Callback):
         if self.matching and passed(trainer) >= self.share:
             self.matching = False
             self.start = trainer.global_step
-            module.restart_optimizer()
+            trainer.optimizers[0].state.clear()
+            module.on_train_start()  # the learning rate rises anew
             trainer.print(f"step {self.start}: flow matching ends, equation (17) begins")
 
     def state_dict(self) -> dict:
@@ -60,9 +59,6 @@ def time_passed(trainer: Trainer) -> float:
 def passed(trainer: Trainer) -> float:
     """Return how much of the run has passed, from 0 to 1."""
     steps = trainer.estimated_stepping_batches  # of max_epochs and max_steps
-    require(
-        steps < math.inf or timer_of(trainer) is not None,
-        "pretrain=flow_matching: the run has no end; trainer.max_epochs, trainer.max_steps or "
-        "trainer.max_time must be set",
-    )
+    ends = steps < math.inf or timer_of(trainer) is not None
+    require(ends, "pretrain=flow_matching: needs trainer.max_epochs, max_steps or max_time")
     return max(trainer.global_step / steps, time_passed(trainer))

@@ -42,10 +42,8 @@ def write_result(folder: Path, tested: dict, best: float) -> dict[str, float | N
     rows = read_metrics(folder / METRICS)
     validated = [row for row in rows if BITS in row]
     chosen = min(validated, key=lambda row: abs(float(row[BITS]) - best), default={})
-    last = {name: cell for row in rows for name, cell in row.items()}
-    measured = tested | last
-    measured[BITS] = best
-    measured["val/nfe_forward"] = chosen.get("val/nfe_forward", "nan")
+    measured = tested | {name: cell for row in rows for name, cell in row.items()}
+    measured |= {BITS: best, "val/nfe_forward": chosen.get("val/nfe_forward", "nan")}
     seconds = sum(float(row.get("train/seconds_per_epoch", 0)) for row in rows)
     measured["train/seconds"] = seconds or "nan"
     numbers = {name: float(measured.get(name, "nan")) for name in RESULTS}

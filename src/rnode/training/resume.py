@@ -17,7 +17,6 @@ These are all places where a run reaches into the state of Lightning that is not
 import contextlib
 import math
 import signal
-from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -46,12 +45,13 @@ class SaveAndStop(Callback):
         self.step = self.saved = trainer.global_step
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self.receive)  # Lightning restores the handlers at the end
+        if trainer.world_size > 1:  # on the CPU, so that no process waits for its accelerator
+            self.group = torch.distributed.new_group(backend="gloo")
 
     def receive(self, number: int, frame: object) -> None:
         self.received = number
         with contextlib.suppress(RuntimeError):  # the signal came while another line was printed
-            line = f"{signal.Signals(number).name}: stopping after this batch"
-            rank_zero_only(print)(line, flush=True)
+            rank_zero_only(print)("stopping after this batch", flush=True)
         default = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
         signal.signal(number, default)
 
@@ -62,10 +62,8 @@ class SaveAndStop(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, *_) -> None:
         self.agree(trainer)  # the validation and the logs of the last step are complete here
-        if self.agreed:
+        if self.agreed or self.step % self.every_n_steps == 0:
             self.save(trainer)
-        elif self.step % self.every_n_steps == 0 and self.save(trainer):
-            trainer.print(f"step {self.step}: {self.path.name} written")
         self.stop(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, *_) -> None:
@@ -77,13 +75,11 @@ class SaveAndStop(Callback):
 
     on_test_start, on_test_batch_end = on_train_start, on_train_epoch_start
 
-    def save(self, trainer: Trainer) -> bool:
-        """Write a checkpoint unless there is one of this step; return whether it was written."""
-        new = self.step > self.saved and not trainer.fast_dev_run
-        if new:
+    def save(self, trainer: Trainer) -> None:
+        """Write a checkpoint unless there is one of this step."""
+        if self.step > self.saved and not trainer.fast_dev_run:
             self.saved = self.step
             trainer.save_checkpoint(self.path, weights_only=False)
-        return new
 
     def on_save_checkpoint(self, trainer: Trainer, module: RNODE, checkpoint: dict) -> None:
         epoch = trainer.current_epoch
@@ -92,7 +88,7 @@ class SaveAndStop(Callback):
             count_batches(checkpoint["loops"]["fit_loop"], epoch, used, self.step)
 
     def agree(self, trainer: Trainer) -> None:
-        """Stop all processes at the same step if any of them received a signal."""
+        """Set `agreed` to the signal that any process received: all stop at the same step."""
         received = torch.tensor(self.received)
         if trainer.world_size > 1:
             torch.distributed.all_reduce(received, torch.distributed.ReduceOp.MAX, group=self.group)
@@ -102,11 +98,6 @@ class SaveAndStop(Callback):
         if self.agreed:
             name = signal.Signals(self.agreed).name
             raise Stopped(f"by {name} after {trainer.global_step} training steps", self.agreed)
-
-    @cached_property
-    def group(self) -> object:
-        """A group of processes on the CPU, so that no process waits for its accelerator."""
-        return torch.distributed.new_group(backend="gloo")
 
 
 def count_batches(loops: dict, epoch: int, used: int, step: int) -> None:
@@ -128,14 +119,9 @@ class BestCheckpoint(callbacks.ModelCheckpoint):
     """Keeps best.ckpt in the folder of this run, whatever folder a resumed checkpoint names."""
 
     def __init__(self, folder: str):
-        super().__init__(
-            folder,
-            filename="best",
-            monitor="val/bits_per_dim",
-            enable_version_counter=False,
-            # After the validation, before last.ckpt: a run that resumes from there has its best.
-            save_on_train_epoch_end=False,
-        )
+        # After the validation, before last.ckpt: a run that resumes from there has its best.
+        name = {"filename": "best", "enable_version_counter": False}
+        super().__init__(folder, **name, monitor="val/bits_per_dim", save_on_train_epoch_end=False)
 
     def load_state_dict(self, state_dict: dict) -> None:
         path = str(Path(self.dirpath) / "best.ckpt")
@@ -147,10 +133,7 @@ class BestCheckpoint(callbacks.ModelCheckpoint):
 
 
 class EarlyStopping(callbacks.EarlyStopping):
-    """Stops a run after `patience` validations without a better one; None: never.
-
-    Validations while flow matching trains do not count.
-    """
+    """Stops a run after `patience` validations without a better one; None: never."""
 
     def __init__(self, patience: int | None):
         patience = math.inf if patience is None else patience
