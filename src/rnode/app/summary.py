@@ -21,8 +21,7 @@ TABLE = {  # quantities, and their texts from metrics; what was not measured is 
     "NFE forward per batch, test": "{test/nfe_forward:.0f}",
     "kinetic energy / d": "{test/kinetic:.4f}",
     "squared Jacobian norm / d": "{test/jacobian:.4f}",
-    "seconds per training step": "{train/seconds_per_step:.3g}",
-    "seconds: training, validation, whole run": "{train/seconds:.0f}, {val/seconds:.0f}, {all:.0f}",
+    "seconds: training, whole run": "{train/seconds:.0f}, {all:.0f}",
 }
 
 

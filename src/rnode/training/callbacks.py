@@ -1,9 +1,7 @@
 """Lightning callbacks: what training has cost, and figures of samples and curves."""
 
 import gc
-import statistics
 import time
-from collections import deque
 from pathlib import Path
 
 import torch
@@ -21,60 +19,37 @@ IMAGES, POINTS = 64, 2000  # samples in a figure
 
 
 class Cost(Callback):
-    """Logs what training batches have cost, and validation apart.
+    """Logs seconds_total and nfe_total: what all training steps so far have cost, from step 0 on.
 
-    These are train/seconds_per_step, the mean of the last log_every_n_steps steps,
-    train/seconds_per_epoch, and so far, including earlier processes of the run, seconds_total,
-    nfe_total and val/seconds.
+    Validation does not count. Both stand beside validation metrics too, to plot them against.
     """
 
     def __init__(self):
-        self.seconds = 0.0  # in this epoch so far
-        self.seconds_total, self.nfe_total, self.validation = 0.0, 0, 0.0
-
-    def on_train_start(self, trainer: Trainer, module: RNODE) -> None:
-        self.mark = time.perf_counter()
-        # A device is behind its host, which waits for it in log steps alone.
-        self.steps: deque[float] = deque(maxlen=max(1, trainer.log_every_n_steps))
+        self.seconds = 0.0
+        self.nfe = 0
 
     def on_train_epoch_start(self, *_) -> None:
-        self.seconds, self.mark = 0.0, time.perf_counter()
-
-    def on_train_batch_end(self, trainer: Trainer, module: RNODE, *_) -> None:
-        before, self.mark = self.mark, time.perf_counter()
-        step = self.mark - before
-        self.steps.append(step)
-        self.seconds += step
-        self.seconds_total += step
-        self.nfe_total += module.nfe
-        totals = {"seconds_total": self.seconds_total, "nfe_total": self.nfe_total}
-        module.log_step(totals | {"seconds_per_step": statistics.mean(self.steps)})
-
-    def on_validation_start(self, *_) -> None:
         self.mark = time.perf_counter()
 
+    def on_train_batch_end(self, trainer: Trainer, module: RNODE, *_) -> None:
+        now = time.perf_counter()
+        self.seconds += now - self.mark
+        self.mark = now
+        self.nfe += module.nfe
+        module.log_step({"seconds_total": self.seconds, "nfe_total": self.nfe})
+
     def on_validation_epoch_end(self, *_) -> None:
-        self.validation += time.perf_counter() - self.mark
-        self.log("val/seconds", self.validation, sync_dist=True)
-        self.log("val/seconds_total", self.seconds_total, sync_dist=True)
-        self.log("val/nfe_total", float(self.nfe_total), sync_dist=True)
+        self.log("val/seconds_total", self.seconds, sync_dist=True)
+        self.log("val/nfe_total", float(self.nfe), sync_dist=True)
 
-    def on_validation_end(self, *_) -> None:
-        self.mark = time.perf_counter()  # in the middle of an epoch, training goes on
-
-    def on_train_epoch_end(self, *_) -> None:
-        self.log("train/seconds_per_epoch", self.seconds, sync_dist=True)
+    on_train_start = on_validation_end = on_train_epoch_start
 
     def state_dict(self) -> dict:
-        return {
-            "seconds": self.seconds,
-            "seconds_total": self.seconds_total,
-            "nfe_total": self.nfe_total,
-            "validation": self.validation,
-        }
+        return {"seconds": self.seconds, "nfe": self.nfe}
 
     def load_state_dict(self, state: dict) -> None:
-        vars(self).update(state)
+        self.seconds = state["seconds"]
+        self.nfe = state["nfe"]
 
 
 class Figures(Callback):
@@ -99,10 +74,9 @@ class Figures(Callback):
     def draw(self, trainer: Trainer, module: RNODE, stage: str, name: str) -> None:
         path, transform = self.folder / "samples" / f"{name}.png", trainer.datamodule.transform
         bits = float(trainer.callback_metrics[f"{stage}/bits_per_dim"])
+        held_out, samples = held_out_and_samples(trainer, module)
         title = f"samples (step {trainer.global_step}, {stage} {bits:.3f} bits/dim)"
-        panels = dict(
-            zip(("held-out data", title), held_out_and_samples(trainer, module), strict=True)
-        )
+        panels = {"held-out data": held_out, title: samples}
         if isinstance(transform, TableTransform):
             plot_corner(path, panels, [column.name for column in transform.columns])
         else:

@@ -11,8 +11,10 @@ from rnode.errors import InputError, one_line, require
 from rnode.training.run_folder import whole_file
 
 FORMAT = 4  # of a checkpoint's contents; format 3 had other configuration keys
-# Keys of `dataset` that say which data it is
-DATA = "source name shape levels alpha columns context integer log logit".split()
+DATA = (  # keys of `dataset` that say which data it is
+    *("source", "name", "shape", "levels", "alpha"),
+    *("columns", "context", "integer", "log", "logit"),
+)
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):

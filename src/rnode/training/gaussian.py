@@ -22,15 +22,14 @@ class GaussianBaseline(Callback):
     def on_fit_start(self, trainer: Trainer, module: RNODE) -> None:
         data, limit = trainer.datamodule, trainer.limit_val_batches
         rows = len(data.splits.val)
-        if isinstance(limit, int):
-            rows = min(rows, limit * data.eval_batch_size * trainer.world_size)
-        else:
-            rows = int(rows * limit)
-        bits = gaussian_bits(data, rows, module.seed) if trainer.is_global_zero else None
+        share = isinstance(limit, float)
+        limit = int(limit * rows) if share else limit * data.eval_batch_size * trainer.world_size
+        bits = None
+        if trainer.is_global_zero:
+            bits = gaussian_bits(data, min(limit, rows), module.seed)
         self.bits: float | None = trainer.strategy.broadcast(bits)
-        if self.bits is not None:
-            line = f"a Gaussian with full covariance has {self.bits:.4f} validation bits/dim"
-            trainer.print(line)
+        if bits is not None:
+            print(f"a Gaussian with full covariance has {bits:.4f} validation bits/dim")
 
     def on_validation_epoch_end(self, *_) -> None:
         if self.bits is not None:
@@ -42,8 +41,7 @@ def gaussian_bits(data: DataModule, rows: int, seed: int) -> float | None:
     """Fit a Gaussian, whose mean is linear in c, to the training data as a flow sees them.
 
     Returns:
-        Its mean bits/dim of the first `rows` of the validation data, or None if there are too few
-        samples or too many dimensions.
+        Bits/dim of the first `rows` of the validation data; None for too few samples or too large.
     """
     d, count = math.prod(data.shape), min(FIT, len(data.splits.train))
     if d > MAX_DIMENSIONS or count <= 1 + data.conditions.size + d or rows == 0:

@@ -57,15 +57,8 @@ class MetricsCSV(Logger):
 
 def rows_before(checkpoint: dict, rows: list[dict]) -> list[dict]:
     """Return the rows that a run which resumes from the checkpoint does not log again."""
-    last = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["is_last_batch"]
-    epoch = None if last else str(checkpoint["epoch"])  # which the run goes on with
-    return [
-        row
-        for row in rows
-        if int(row["step"]) < checkpoint["global_step"]
-        and not any(key.startswith("test/") for key in row)
-        and not ("train/seconds_per_epoch" in row and row.get("epoch") == epoch)
-    ]
+    rows = [row for row in rows if int(row["step"]) < checkpoint["global_step"]]
+    return [row for row in rows if not any(key.startswith("test/") for key in row)]
 
 
 def wandb_logger(

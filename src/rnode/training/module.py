@@ -28,10 +28,9 @@ NEVER = torch.iinfo(torch.int64).max
 class RNODE(LightningModule):
     """A flow that trains by equation (17).
 
-    It logs under train/, val/ and test/: bits_per_dim; kinetic and jacobian, E and n per dimension;
-    nfe_forward and nfe_backward, evaluations of f summed over the pieces. In training it also logs
-    the loss, the norm of its gradient, and the learning rate. The loss of flow matching, which may
-    come first, has no bits/dim.
+    It logs bits_per_dim; kinetic and jacobian, E and n per dimension; nfe_forward and nfe_backward,
+    evaluations of f summed over the pieces. The loss of flow matching, which may come first, has
+    none of these.
     """
 
     def __init__(
@@ -47,16 +46,20 @@ class RNODE(LightningModule):
         pretraining: Pretraining | None = None,  # which steps have the loss of flow matching
     ):
         super().__init__()
-        self.flow, self.optimizer = flow, optimizer
-        self.lambda_k, self.lambda_j = lambda_k, lambda_j
-        self.warmup_steps, self.decay = warmup_steps, decay
-        self.seed, self.config = seed, config or {}
+        self.flow = flow
+        self.optimizer = optimizer
+        self.lambda_k = lambda_k
+        self.lambda_j = lambda_j
+        self.warmup_steps = warmup_steps
+        self.decay = decay
+        self.seed = seed
+        self.config = config or {}
         self.pretraining = pretraining or Pretraining()
         # A row per sample: index, log_det, bits/dim, E/d, n/d. NaN is kept: the run has diverged.
         self.evaluated = CatMetric(nan_strategy="disable")
         self.validation_bits = torch.zeros(0)  # bits/dim of the validation samples, ascending
         self.first_bad_step = torch.tensor(NEVER)  # on the device, so that no step waits for it
-        self.reason: str | None = None  # why a solver gave up in this process
+        self.reason = ""  # why a solver gave up in this process
         self.step = 0  # the training step that runs
         self.solution: Solution | None = None  # of this step; None for flow matching
         self.nfe = 0  # evaluations of f in the last training step
@@ -70,15 +73,11 @@ class RNODE(LightningModule):
 
     def on_fit_start(self) -> None:
         trainer, solver = self.trainer, self.flow.solver
-        if (
-            self.device.type == "cuda"
-            and trainer.world_size == 1
-            and trainer.accumulate_grad_batches == 1  # a replay overwrites the gradients
-            and solver.train.one_step
-            and solver.gradient == "backprop"
-            # A graph may not be able to record a user's own field.
-            and all(isinstance(piece.field, Field) for piece in self.flow.pieces)
-        ):
+        alone = self.device.type == "cuda" and trainer.world_size == 1
+        window = trainer.accumulate_grad_batches  # a replay overwrites the gradients
+        ours = all(isinstance(piece.field, Field) for piece in self.flow.pieces)
+        recordable = solver.train.one_step and solver.gradient == "backprop" and ours
+        if alone and window == 1 and recordable:
             data = trainer.datamodule
             self.integrate = RecordedSolves(min(data.batch_size, len(data.splits.train)))
             trainer.print("the first step records the solves of training steps as CUDA graphs")
@@ -97,7 +96,7 @@ class RNODE(LightningModule):
         try:
             self.solution = self.flow.solve(batch.y, batch.c, generator, self.integrate)
         except Diverged as error:
-            self.reason = str(error)
+            self.reason = f"{error}; "
             # NaN for the gradient of every parameter: all processes of DDP then stop together.
             return math.nan * sum(parameter.sum() for parameter in self.parameters())
         state, d = self.solution.state, self.flow.d
@@ -116,8 +115,11 @@ class RNODE(LightningModule):
             self.log(f"train/{name}", value)
 
     def backward(self, loss: Tensor) -> None:
-        with solver_errors():
-            loss.backward()
+        try:
+            with solver_errors():
+                loss.backward()
+        except Diverged as error:
+            raise Diverged(f"{error} in the gradient at training step {self.step}") from None
 
     def on_after_backward(self) -> None:
         self.nfe = len(self.flow.pieces) if self.pretraining.matching else 0
@@ -140,18 +142,15 @@ class RNODE(LightningModule):
         """Raise Diverged if a gradient was NaN or infinite, which all processes see together."""
         step = int(self.first_bad_step)
         if step < NEVER:
-            raise self.diverged(f"the gradient became NaN or infinite at training step {step}")
-
-    def diverged(self, message: str) -> Diverged:
-        """Return the exception, with the reason before its message if this process knows one."""
-        return Diverged("; ".join(filter(None, [self.reason, message])))
+            what = "the gradient became NaN or infinite"
+            raise Diverged(f"{self.reason}{what} at training step {step}")
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         try:
             solution, measures = solve_and_measure(self.flow, batch, self.seed)
             nfe = solution.nfe_forward
         except Diverged as error:
-            self.reason = str(error)
+            self.reason = f"{error}; "
             nfe, measures = 0, 3 * [torch.full_like(batch.log_det, math.nan)]
         self.evaluated.update(torch.stack([batch.index, batch.log_det, *measures], dim=1))
         stage, size = "test" if self.trainer.testing else "val", len(batch.index)
@@ -166,8 +165,8 @@ class RNODE(LightningModule):
         log_det, bits, kinetic, jacobian = rows.mean(0)
         stage = "test" if self.trainer.testing else "val"
         if not bits.isfinite():
-            step = self.global_step
-            raise self.diverged(f"{stage} bits/dim is {bits:.3g} after training step {step}")
+            what = f"{stage} bits/dim is {bits:.3g}"
+            raise Diverged(f"{self.reason}{what} after training step {self.global_step}")
         means = {"bits_per_dim": bits, "bits_per_dim_se": standard_error(rows[:, 1])}
         means |= {"log_det": log_det, "kinetic": kinetic, "jacobian": jacobian}
         self.log_dict({f"{stage}/{name}": value for name, value in means.items()}, sync_dist=True)
@@ -176,35 +175,28 @@ class RNODE(LightningModule):
 
     test_step, on_test_epoch_end = validation_step, on_validation_epoch_end
 
-    def configure_optimizers(self) -> dict:
+    def configure_optimizers(self) -> torch.optim.Optimizer:
         optimizer = self.optimizer(self.parameters())
         self.options = {k: v for k, v in optimizer.param_groups[0].items() if k != "params"}
-        if self.warmup_steps == 0 and not self.decay:
-            return {"optimizer": optimizer}
-        trainer, steps = self.trainer, math.inf
-        if self.decay:
-            steps = trainer.estimated_stepping_batches  # counts the batches of an epoch too
-            if trainer.max_epochs not in (None, -1):  # max_steps may end the run earlier
-                window = trainer.accumulate_grad_batches
-                steps = trainer.max_epochs * math.ceil(trainer.num_training_batches / window)
+        return optimizer
 
-        def factor(step: int) -> float:
-            rise = min(1.0, (step - self.pretraining.start + 1) / (self.warmup_steps + 1))
-            late = self.decay and step > 0  # the time before the first step does not count
-            share = max(step / max(steps, 1), time_passed(trainer) if late else 0.0)
-            return rise * (1 + math.cos(math.pi * min(share, 1.0))) / 2
+    def on_train_batch_start(self, *_) -> None:
+        """Set the learning rate of this step, and the options that a checkpoint has put back."""
+        lr = self.options["lr"] * self.schedule(self.global_step)
+        self.trainer.optimizers[0].param_groups[0].update(self.options | {"lr": lr})
 
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-    def on_train_start(self) -> None:
-        """Set the command line's options of the optimizer: a checkpoint has put back its own."""
-        group = self.trainer.optimizers[0].param_groups[0]
-        group.update(self.options)
-        for schedule in (config.scheduler for config in self.trainer.lr_scheduler_configs):
-            group["initial_lr"] = group["lr"]
-            schedule.base_lrs, schedule.last_epoch = [group["lr"]], self.trainer.global_step
-            group["lr"] *= schedule.lr_lambdas[0](schedule.last_epoch)
+    def schedule(self, step: int) -> float:
+        """Return the share of the learning rate that a step has: linear warmup, cosine decay."""
+        rise = min(1.0, (step - self.pretraining.start + 1) / (self.warmup_steps + 1))
+        if not self.decay:
+            return rise
+        trainer = self.trainer
+        steps = trainer.estimated_stepping_batches
+        if trainer.max_epochs not in (None, -1):  # max_steps may end the run earlier
+            window = trainer.accumulate_grad_batches
+            steps = trainer.max_epochs * math.ceil(trainer.num_training_batches / window)
+        share = max(step / max(steps, 1), time_passed(trainer))
+        return rise * (1 + math.cos(math.pi * min(share, 1.0))) / 2
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         self.raise_if_diverged()  # rather than overwrite the last good checkpoint
@@ -212,4 +204,4 @@ class RNODE(LightningModule):
         checkpoint["validation_bits"] = self.validation_bits
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
-        self.validation_bits = checkpoint.get("validation_bits", self.validation_bits)
+        self.validation_bits = checkpoint["validation_bits"]

@@ -23,8 +23,6 @@ plt.rcParams.update(
         "axes.prop_cycle": cycler(color=COLOURS),  # Okabe and Ito: colour-blind people tell them
         "axes.spines.top": False,
         "axes.spines.right": False,
-        "axes.titlesize": "medium",
-        "font.size": 11,
         "legend.frameon": False,
         "svg.fonttype": "none",
     }

@@ -13,34 +13,30 @@ class Pretraining(Callback):
     """Decides which loss a step has: flow matching for a `share` of a run, then equation (17).
 
     The run ends at the first of max_epochs, max_steps and max_time. The optimizer starts anew for
-    equation (17), whose gradients have another scale, and so does the rise of the learning rate.
+    equation (17), whose gradients have another scale, and the learning rate rises anew.
     """
 
     def __init__(self, share: float = 0.0):
         self.share = share
         self.matching = share > 0  # whether the loss is that of flow matching
         self.start = 0  # the first step of equation (17); 0 while `matching`
-        self.resumed = False
 
     def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
         if self.share > 0:
             require_one_path(module.flow)
-        if trainer.ckpt_path is not None and not self.resumed:
-            self.matching = False  # the run of the checkpoint had no flow matching
 
     def on_train_batch_start(self, trainer: Trainer, module: LightningModule, *_) -> None:
         if self.matching and passed(trainer) >= self.share:
             self.matching = False
             self.start = trainer.global_step
             trainer.optimizers[0].state.clear()
-            module.on_train_start()  # the learning rate rises anew
             trainer.print(f"step {self.start}: flow matching ends, equation (17) begins")
 
     def state_dict(self) -> dict:
         return {"matching": self.matching, "start": self.start}
 
     def load_state_dict(self, state: dict) -> None:
-        vars(self).update(state, resumed=True)
+        vars(self).update(state)
 
 
 def timer_of(trainer: Trainer) -> Timer | None:

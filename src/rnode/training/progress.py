@@ -15,12 +15,11 @@ ESTIMATE_STEP = 3  # step after which the duration is estimated; the first step 
 
 
 class Progress(Callback):
-    """Prints the data, the flow and the device, the time that the run will take, and validations."""
+    """Prints the data, the flow and the device, how long the run will take, and validations."""
 
-    def __init__(self):
-        self.steps = 0  # steps of this process by the current loss
-        self.start = 0  # the first step of equation (17)
-        self.began = 0.0  # time after the first step
+    steps = 0  # steps of this process by the current loss
+    start = 0  # the first step of equation (17)
+    began = 0.0  # time after the first step
 
     def on_fit_start(self, trainer: Trainer, module: RNODE) -> None:
         splits, flow = trainer.datamodule.splits, module.flow
@@ -42,12 +41,9 @@ class Progress(Callback):
         if self.steps == ESTIMATE_STEP:
             seconds = (time.monotonic() - self.began) / (ESTIMATE_STEP - 1)
             loss = "flow matching" if module.pretraining.matching else "equation (17)"
-            epoch = timedelta(seconds=round(seconds * trainer.num_training_batches))
             left = seconds_left(trainer, seconds)
             end = f"{timedelta(seconds=round(left))} to go" if left < math.inf else "no end is set"
-            trainer.print(
-                f"a step of {loss} takes {module.nfe} NFE and {seconds:.2g} s, an epoch {epoch}, {end}"
-            )
+            trainer.print(f"a step of {loss} takes {module.nfe} NFE and {seconds:.2g} s; {end}")
 
     def on_validation_end(self, trainer: Trainer, module: RNODE) -> None:
         metrics, best = trainer.callback_metrics, None

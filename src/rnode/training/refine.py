@@ -7,12 +7,12 @@ from functools import partial
 import torch
 from pytorch_lightning import Callback, Trainer
 
-from rnode.data.datamodule import DataModule
 from rnode.errors import Diverged
 from rnode.evaluation import solve_and_measure
 from rnode.flow import Flow
 from rnode.solver import Solver
 from rnode.training.module import RNODE
+from rnode.transforms import Batch
 
 LARGEST_GRID = 32  # times the steps of the first grid
 
@@ -20,10 +20,9 @@ LARGEST_GRID = 32  # times the steps of the first grid
 class RefineGrid(Callback):
     """Doubles the steps of the training grid when that changes bits/dim by more than `tolerance`.
 
-    A network can learn to exploit the error of a coarse grid, and its training loss does not show
-    it. So this measures a batch of validation images on both grids. (The paper chose its step by
-    hand, section 6.) A flow that needs a grid LARGEST_GRID times as fine as the first has diverged.
-    Adaptive methods have no grid and are left alone.
+    A network can learn to exploit the error of a coarse grid, which its training loss does not
+    show: a batch of validation data is measured on both grids. (The paper chose its step by hand,
+    section 6.) A flow that needs more than LARGEST_GRID times the first steps has diverged.
     """
 
     def __init__(self, tolerance: float):
@@ -36,10 +35,15 @@ class RefineGrid(Callback):
             module.flow.solver = with_steps(module.flow.solver, self.steps)
 
     def on_train_batch_start(self, trainer: Trainer, module: RNODE, *_) -> None:
-        if module.pretraining.matching or module.flow.solver.train.adaptive:
+        step = trainer.global_step - module.pretraining.start
+        adaptive = module.flow.solver.train.adaptive  # it has no grid
+        if module.pretraining.matching or adaptive or doublings(step) == 0:
             return
-        bits = partial(self.bits, trainer.datamodule, module)
-        for _ in range(doublings(trainer.global_step - module.pretraining.start)):
+        data = trainer.datamodule
+        index = torch.arange(min(data.batch_size, len(data.splits.val)))
+        batch = data.evaluation_batch("val", index, module.seed).to(module.device)
+        bits = partial(training_bits, module.flow, batch, module.seed)
+        for _ in range(doublings(step)):
             change = refine(module.flow, bits, self.tolerance)
             if change is None:
                 return
@@ -48,13 +52,6 @@ class RefineGrid(Callback):
             if self.steps > self.most:
                 raise Diverged(f"{line}, and the grid has {self.most} steps already")
             trainer.print(f"{line}; from here on {self.steps} steps")
-
-    @torch.no_grad()
-    def bits(self, data: DataModule, module: RNODE) -> float:
-        """Mean bits/dim in training mode, of the same images, noise and probes each time."""
-        index = torch.arange(min(data.batch_size, len(data.splits.val)))
-        batch = data.evaluation_batch("val", index, module.seed).to(module.device)
-        return float(solve_and_measure(module.flow, batch, module.seed)[1].bits_per_dim.mean())
 
     def state_dict(self) -> dict:
         return {"steps": self.steps}
@@ -66,20 +63,21 @@ class RefineGrid(Callback):
 def doublings(step: int) -> int:
     """How often the grid may be doubled at a step of equation (17).
 
-    Flow matching leaves a flow that may need a grid several times as fine at step 0. Up to step 30,
-    errors come and go, and a grid that is refined once stays so.
+    Flow matching may leave a flow that needs a much finer grid. Up to step 30, errors come and go.
     """
     if step == 0:
         return 4
     return int(step >= 30 and step % (10 if step < 100 else 25) == 0)
 
 
-def refine(flow: Flow, bits: Callable[[], float], tolerance: float) -> float | None:
-    """Double the steps of the training grid if that changes `bits()` by more than `tolerance`.
+@torch.no_grad()
+def training_bits(flow: Flow, batch: Batch, seed: int) -> float:
+    """Mean bits/dim of a batch in training mode, with the same probes each time."""
+    return float(solve_and_measure(flow, batch, seed)[1].bits_per_dim.mean())
 
-    Returns:
-        The change, or None if the grid stays as it is.
-    """
+
+def refine(flow: Flow, bits: Callable[[], float], tolerance: float) -> float | None:
+    """Double the steps if that changes `bits()` by more than `tolerance`; return the change."""
     coarse, before = flow.solver, bits()
     flow.solver = with_steps(coarse, 2 * coarse.train.steps)
     change = bits() - before
@@ -90,7 +88,6 @@ def refine(flow: Flow, bits: Callable[[], float], tolerance: float) -> float | N
 
 
 def with_steps(solver: Solver, steps: int) -> Solver:
-    """Return the solver with another number of training steps."""
     return replace(solver, train=replace(solver.train, steps=steps))
 
 

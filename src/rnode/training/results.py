@@ -44,8 +44,7 @@ def write_result(folder: Path, tested: dict, best: float) -> dict[str, float | N
     chosen = min(validated, key=lambda row: abs(float(row[BITS]) - best), default={})
     measured = tested | {name: cell for row in rows for name, cell in row.items()}
     measured |= {BITS: best, "val/nfe_forward": chosen.get("val/nfe_forward", "nan")}
-    seconds = sum(float(row.get("train/seconds_per_epoch", 0)) for row in rows)
-    measured["train/seconds"] = seconds or "nan"
+    measured["train/seconds"] = measured.get("train/seconds_total", "nan")
     numbers = {name: float(measured.get(name, "nan")) for name in RESULTS}
     result = {name: v if math.isfinite(v) else None for name, v in numbers.items()}
     with whole_file(folder / RESULT, "w") as file:

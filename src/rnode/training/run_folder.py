@@ -22,7 +22,7 @@ PACKAGES = ("torch", "torchvision", "pytorch-lightning", "torchdiffeq", "numpy")
 def whole_file(path: Path, mode: str = "wb") -> Iterator[IO]:
     """Open a file that replaces `path` once it is complete and on the disk, or raise WriteError."""
     part = path.with_name(f"{path.name}.part")
-    text = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
+    text = {"encoding": "utf-8", "newline": ""} if mode == "w" else {}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(part, mode, **text) as file:
