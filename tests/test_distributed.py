@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from helpers import HANG, ROOT, column
-from rnode.app.processes import launched, run_name
 from rnode.data.datamodule import DataModule
 from rnode.data.splits import Splits
 from rnode.transforms import Column, TableTransform
@@ -108,16 +107,6 @@ def test_samples_by_two_processes_are_those_of_one(folder, tmp_path):
     assert np.array_equal(*samples)
 
 
-@pytest.mark.slow(reason="starts three processes")
-def test_another_number_of_devices_than_torchrun_started_is_refused(tmp_path):
-    options = ["trainer.devices=3", f"hydra.run.dir={tmp_path / 'run'}"]
-    done = start(*TWO, ROOT / "src" / "train.py", *options, cwd=tmp_path)
-    assert done.returncode != 0
-    line = "error: trainer.devices=3: must be 2, as torchrun has started, or left out (process 0)"
-    assert line in done.stderr
-    assert not list(tmp_path.rglob("*.ckpt"))
-
-
 def test_each_process_gets_its_share_of_a_split():
     rows = torch.arange(11, dtype=torch.float32)[:, None]
     splits = Splits(rows, rows, rows, TableTransform([Column("x")]))
@@ -127,21 +116,3 @@ def test_each_process_gets_its_share_of_a_split():
     for x, index, _ in batches:
         assert torch.equal(x[:, 0].long(), index)
     assert sorted(torch.cat([index for _, index, _ in batches]).tolist()) == list(range(11))
-
-
-@pytest.mark.parametrize(
-    ("variables", "name"),
-    [
-        ({"SLURM_PROCID": "1", "SLURM_JOB_ID": "77", "SLURM_STEP_ID": "0"}, "slurm-77"),
-        ({"SLURM_PROCID": "0", "SLURM_JOB_ID": "77", "SLURM_STEP_ID": "2"}, "slurm-77.2"),
-    ],
-)
-def test_a_slurm_job_is_named_by_its_number(monkeypatch, variables, name):
-    size = {"SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_NUM_NODES": "2"}
-    for key, value in (variables | size | {"SLURM_JOB_NAME": "train"}).items():
-        monkeypatch.setenv(key, value)
-    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
-    assert run_name() == name
-    assert (launched().per_node, launched().nodes) == (2, 2)
-    monkeypatch.setenv("SLURM_JOB_NAME", "bash")
-    assert launched() is None

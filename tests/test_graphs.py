@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -58,7 +59,7 @@ def test_recorded_solves_train_as_solves_do(device, k, bf16, monkeypatch):
         grids = [2, 2, 2, 4, 4, 8]  # refined after a short batch
         for steps, size in zip(grids, [8, 8, 5, 8, 8, 8], strict=True):
             gradient = "checkpoint" if steps == 8 else "backprop"
-            flow.solver = with_steps(flow.solver, steps, gradient)
+            flow.solver = replace(with_steps(flow.solver, steps), gradient=gradient)
             torch.manual_seed(len(results))
             x, c = torch.randn(size, 1, 4, 4).to(device), torch.randn(size, k).to(device)
             optimizer.zero_grad()
