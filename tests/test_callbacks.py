@@ -1,6 +1,5 @@
 """Callbacks and loggers of a run, each alone."""
 
-import math
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +10,6 @@ from pytorch_lightning.trainer.states import TrainerFn
 
 from rnode.app.schema import CONF
 from rnode.app.train import instantiate_all
-from rnode.training import progress
 from rnode.training.loggers import MetricsCSV, rows_before
 from rnode.training.pretraining import Pretraining, passed
 from rnode.training.resume import EarlyStopping
@@ -80,13 +78,12 @@ def test_a_resumed_run_keeps_the_rows_that_it_does_not_log_again(tmp_path):
     assert not path.exists()
 
 
-def trainer_at(step, steps, timer=None, window=1):
+def trainer_at(step, steps, timer=None):
     strategy = SimpleNamespace(broadcast=lambda value: value)
     return SimpleNamespace(
         callbacks=[timer] if timer else [],
         global_step=step,
         estimated_stepping_batches=steps,
-        accumulate_grad_batches=window,
         strategy=strategy,
     )
 
@@ -94,10 +91,6 @@ def trainer_at(step, steps, timer=None, window=1):
 def test_a_run_lasts_until_the_first_of_its_limits(monkeypatch):
     timer = Timer("00:00:01:40")
     monkeypatch.setattr(timer, "time_elapsed", lambda *_: 40.0)
-    assert progress.seconds_left(trainer_at(10, 30, window=2), 0.5) == 20.0
-    assert progress.seconds_left(trainer_at(10, 30, timer), 0.5) == 10.0
-    assert progress.seconds_left(trainer_at(10, math.inf, timer), 0.5) == 60.0
-    assert progress.seconds_left(trainer_at(31, 30), 0.5) == 0.0
     assert passed(trainer_at(6, 30)) == 0.2
     assert passed(trainer_at(6, 30, timer)) == pytest.approx(0.4)
     assert passed(trainer_at(15, 30, timer)) == 0.5

@@ -163,7 +163,7 @@ def test_any_flipped_bit_of_a_record_is_found(tiny_run, tmp_path):
         records = [archive.read(info) for info in archive.infolist()]
     assert sum(map(len, records)) > len(good) // 2
     choose = random.Random(0)
-    for record in records:
+    for record in filter(None, records):
         position = good.index(record) + choose.randrange(len(record))
         flipped = bytearray(good)
         flipped[position] ^= 1 << choose.randrange(8)

@@ -16,10 +16,9 @@ from helpers import (
     ROOT,
     TWO_STEPS,
     assert_same_run,
-    refused,
 )
 from rnode.app.processes import cluster_plugins, launched
-from rnode.app.quoting import quote, shell_quote
+from rnode.app.quoting import quote
 
 LEFTOVERS = {  # of SLURM, in the shell or notebook of a job
     "SLURM_JOB_ID": "7",
@@ -63,30 +62,6 @@ def test_a_stopped_run_prints_a_command_that_works_when_pasted(start, whole, tmp
     done = subprocess.run(shell, env=ONE_THREAD | {"PATH": path}, check=False, **options)
     assert done.returncode == 0, done.stderr[-3000:]
     assert_same_run(folder, whole)
-
-
-@pytest.mark.parametrize(
-    ("override", "words"),
-    [
-        ("dataset.root=/data/a=b", """write "dataset.root='/data/a=b'\""""),
-        ("dataset.root=~/data", """write "dataset.root='~/data'\""""),
-        ("dataset.root=$(x)", """write 'dataset.root='"'"'$(x)'"'"''"""),
-    ],
-)
-def test_a_value_that_needs_quotes_is_shown_quoted(capsys, override, words):
-    line, code = refused(capsys, "train", "dataset=mnist", override)
-    assert line.startswith(f"error: {override}: ")
-    assert words in line
-    assert code == 2
-    (argument,) = shlex.split(words.removeprefix("write "))
-    line, _ = refused(capsys, "train", "dataset=mnist", argument, "seed=-1")
-    assert "seed=-1" in line  # the argument itself is read
-
-
-@pytest.mark.parametrize("value", ["plain/v-1.0", "a b", "it's", "\\", "{x}", "a,b", "$x`!"])
-def test_quotes_survive_the_shell(value):
-    shell = ["bash", "-c", f"printf %s {shell_quote(value)}"]
-    assert subprocess.run(shell, capture_output=True, text=True, check=True).stdout == value
 
 
 def test_variables_of_slurm_count_only_where_srun_has_started_the_process(monkeypatch):

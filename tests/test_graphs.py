@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from helpers import make_flow
+from helpers import DOPRI5, make_flow
 from rnode import Method, objective
 from rnode.solver import integrate
 from rnode.training.graphs import RecordedSolves
@@ -82,32 +82,19 @@ def test_recorded_solves_train_as_solves_do(device, k, bf16, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("case", "records"),
-    [
-        ({}, True),
-        ({"gradient": "checkpoint"}, False),
-        ({"train": Method("dopri5")}, False),
-        ({"device": "cpu"}, False),
-        ({"world_size": 2}, False),
-        ({"accumulate_grad_batches": 2}, False),
-        ({"field": torch.nn.Identity()}, False),
-    ],
-    ids=str,
+    ("world_size", "window", "train", "records"),
+    [(1, 1, RADAU, True), (2, 1, RADAU, False), (1, 2, RADAU, False), (1, 1, DOPRI5, False)],
 )
-def test_a_run_records_solves_where_it_can(case, records, monkeypatch):
-    options = {"gradient": "backprop", "train": RADAU, "device": "cuda", "world_size": 1}
-    options |= {"accumulate_grad_batches": 1, "field": None} | case
-    flow = make_flow((1, 4, 4), train=options["train"], gradient=options["gradient"])
-    flow.pieces[-1].field = options["field"] or flow.pieces[-1].field
-    module = RNODE(flow, torch.optim.Adam, 0.01, 0.01)
+def test_a_run_records_solves_where_it_can(world_size, window, train, records, monkeypatch):
+    module = RNODE(make_flow((1, 4, 4), train=train), torch.optim.Adam, 0.01, 0.01)
     data = SimpleNamespace(batch_size=8, splits=SimpleNamespace(train=torch.zeros(5)))
-    trainer = SimpleNamespace(datamodule=data, print=print)
-    trainer.world_size = options["world_size"]
-    trainer.accumulate_grad_batches = options["accumulate_grad_batches"]
+    trainer = SimpleNamespace(datamodule=data, print=print, world_size=world_size)
+    trainer.accumulate_grad_batches = window
     monkeypatch.setattr(RNODE, "trainer", trainer)
-    monkeypatch.setattr(RNODE, "device", torch.device(options["device"]))
-    module.on_fit_start()
-    assert isinstance(module.integrate, RecordedSolves) == records
+    for device in ("cpu", "cuda"):
+        monkeypatch.setattr(RNODE, "device", torch.device(device))
+        module.on_fit_start()
+        assert isinstance(module.integrate, RecordedSolves) == (records and device == "cuda")
     assert not records or module.integrate.size == 5
     module.on_fit_end()
     assert module.integrate is integrate

@@ -69,9 +69,9 @@ def test_a_training_step_on_a_fixed_grid_never_waits(gradient, monkeypatch):
     fetch_from = DataModule.fetch_from
 
     def fetch_uncounted(self, split):  # a batch has to be copied
-        def fetch(indices, fetch=fetch_from(self, split)):
+        def fetch(indices):
             with _disable_current_modes():
-                return fetch(indices)
+                return fetch_from(self, split)(indices)
 
         return fetch
 

@@ -130,8 +130,7 @@ def crash():
         slow(MATCHING, terminate, 8),
         *(slow((), terminate, batch) for batch in (3, 6, 11)),
         *(slow((ACCUMULATE,), terminate, batch) for batch in (3, 5, 9)),
-        *(slow((OFTEN,), terminate, batch) for batch in (3, 5, 9)),
-        *(slow(DECAY, terminate, batch) for batch in (3, 6, 9)),
+        *(slow((OFTEN, *DECAY), terminate, batch) for batch in (3, 6, 9)),
     ],
 )
 def test_a_signal_or_a_crash_in_any_batch(undisturbed, tmp_path, monkeypatch, options, end, batch):

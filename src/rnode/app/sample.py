@@ -13,7 +13,7 @@ from rnode.data.datamodule import DataModule
 from rnode.distributed import gather_lists, rank_and_world_size
 from rnode.errors import require
 from rnode.flow import Flow
-from rnode.training.plots import plot_corner, plot_plane, plot_strip, plot_trajectory, save_images
+from rnode.training.plots import plot_corner, plot_grids, plot_plane, plot_strip, plot_trajectory
 from rnode.transforms import ImageTransform
 
 FRAMES = 36  # of an animation, about
@@ -43,7 +43,7 @@ def main(cfg: DictConfig) -> None:
     y = torch.cat(y)[torch.cat(index).argsort()]
     folder, x = Path(cfg.folder), data.transform.inverse(y)
     if density.columns is None:
-        save_images(x.float(), folder / "samples.png")
+        plot_grids(folder / "samples.png", {"samples": x.float()})
         np.save(folder / "samples.npy", density.decode(y))
     else:
         plot_corner(folder / "samples.png", {"samples": x}, density.columns)

@@ -10,7 +10,7 @@ from pytorch_lightning.loggers import WandbLogger
 from pytorch_lightning.utilities import rank_zero_only
 
 from rnode.training.module import RNODE
-from rnode.training.plots import plot_corner, plot_curves, plot_pair
+from rnode.training.plots import plot_corner, plot_curves, plot_grids
 from rnode.training.results import METRICS
 from rnode.training.run_folder import whole_file
 from rnode.transforms import ImageTransform, TableTransform
@@ -80,7 +80,7 @@ class Figures(Callback):
         if isinstance(transform, TableTransform):
             plot_corner(path, panels, [column.name for column in transform.columns])
         else:
-            plot_pair(path, panels)
+            plot_grids(path, panels)
         with whole_file(self.folder / "samples.png") as file:
             file.write(path.read_bytes())
         for logger in (each for each in trainer.loggers if isinstance(each, WandbLogger)):

@@ -86,7 +86,7 @@ class RNODE(LightningModule):
         self.integrate = integrate  # the test needs the memory of the graphs
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        self.step, self.solution = self.global_step, None
+        self.step = self.global_step
         place = (self.seed, self.current_epoch, batch_idx, self.global_rank)
         generator = step_generator(self.device, *place, PROBES)
         if self.pretraining.matching:
@@ -109,10 +109,8 @@ class RNODE(LightningModule):
 
     def log_step(self, metrics: dict[str, Tensor | float]) -> None:
         """Log what a training step has measured, if it is a log step or the last of an epoch."""
-        for name, value in metrics.items() if self.logs else ():
-            if not isinstance(value, Tensor):  # Lightning would copy a number to the device
-                value = torch.full((), float(value), device=self.device)
-            self.log(f"train/{name}", value)
+        if self.logs:
+            self.log_dict({f"train/{name}": value for name, value in metrics.items()})
 
     def backward(self, loss: Tensor) -> None:
         try:

@@ -36,10 +36,11 @@ def save_figure(figure: plt.Figure, path: Path) -> None:
     plt.close(figure)
 
 
-def plot_pair(path: Path, panels: dict[str, Tensor]) -> None:
-    """Plot two sets of images (N, C, H, W) side by side; `panels` holds them by their titles."""
-    figure, axes = plt.subplots(ncols=2, figsize=(10, 5.3), layout="constrained")
-    for ax, (title, images) in zip(axes, panels.items(), strict=True):
+def plot_grids(path: Path, panels: dict[str, Tensor]) -> None:
+    """Plot images (N, C, H, W) in [0, 1] as square grids; `panels` holds them by their titles."""
+    size = {"figsize": (5 * len(panels), 5.3), "layout": "constrained"}
+    figure, axes = plt.subplots(ncols=len(panels), squeeze=False, **size)
+    for ax, (title, images) in zip(axes.flat, panels.items(), strict=True):
         ax.set_title(title)
         plot_images(ax, images)
     save_figure(figure, path)
@@ -124,20 +125,13 @@ def plot_corner(path: Path, panels: dict[str, Tensor], names: list[str]) -> None
     save_figure(figure, path)
 
 
-def save_images(images: Tensor, path: Path) -> None:
-    """Plot images (N, C, H, W) in [0, 1] as a grid."""
-    figure, ax = plt.subplots(figsize=(7, 7), layout="constrained")
-    plot_images(ax, images)
-    save_figure(figure, path)
-
-
 def plot_extremes(rows: Tensor, bits: Tensor, levels: int, count: int, path: Path) -> None:
     """Plot the `count` most and least likely images (N, C, H, W) of integers, by `bits` (N,)."""
     order, panels = bits.argsort(), {}
     for name, chosen in (("most", order[:count]), ("least", order.flip(0)[:count])):
         title = f"{name} likely: {bits[chosen].min():.2f} to {bits[chosen].max():.2f} bits/dim"
         panels[title] = rows[chosen] / (levels - 1)
-    plot_pair(path, panels)
+    plot_grids(path, panels)
 
 
 def plot_strip(frames: Tensor, shares: Tensor, label: str, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Flow matching first, equation (17) after it; and how much of a run has passed."""
+"""Flow matching before equation (17), and how much of a run has passed."""
 
 import math
 

@@ -1,6 +1,5 @@
-"""What a run prints while it trains: what it is, how long it will take, what validations found."""
+"""What a run prints while it trains: what it is, how long an epoch takes, and validations."""
 
-import math
 import time
 from datetime import timedelta
 
@@ -9,13 +8,12 @@ from pytorch_lightning import Callback, Trainer
 
 from rnode.data.datamodule import SPLIT_NAMES
 from rnode.training.module import RNODE
-from rnode.training.pretraining import timer_of
 
 ESTIMATE_STEP = 3  # step after which the duration is estimated; the first step is not timed
 
 
 class Progress(Callback):
-    """Prints the data, the flow and the device, how long the run will take, and validations."""
+    """Prints the data, the flow and the device, the time of an epoch, and validations."""
 
     steps = 0  # steps of this process by the current loss
     start = 0  # the first step of equation (17)
@@ -41,9 +39,9 @@ class Progress(Callback):
         if self.steps == ESTIMATE_STEP:
             seconds = (time.monotonic() - self.began) / (ESTIMATE_STEP - 1)
             loss = "flow matching" if module.pretraining.matching else "equation (17)"
-            left = seconds_left(trainer, seconds)
-            end = f"{timedelta(seconds=round(left))} to go" if left < math.inf else "no end is set"
-            trainer.print(f"a step of {loss} takes {module.nfe} NFE and {seconds:.2g} s; {end}")
+            epoch = timedelta(seconds=round(seconds * trainer.num_training_batches))
+            cost = f"{module.nfe} NFE and {seconds:.2g} s, an epoch {epoch}"
+            trainer.print(f"a step of {loss} takes {cost}")
 
     def on_validation_end(self, trainer: Trainer, module: RNODE) -> None:
         metrics, best = trainer.callback_metrics, None
@@ -55,11 +53,3 @@ class Progress(Callback):
             f"epoch {trainer.current_epoch + 1}, step {trainer.global_step}: "
             f"validation {bits:.4f} ± {error:.4f} bits/dim{better}"
         )
-
-
-def seconds_left(trainer: Trainer, seconds: float) -> float:
-    """Seconds until the run ends, if a batch takes so many."""
-    steps = trainer.estimated_stepping_batches - trainer.global_step
-    left = steps * trainer.accumulate_grad_batches * seconds
-    timer = timer_of(trainer)
-    return max(0.0, left if timer is None else min(left, timer.time_remaining()))

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 
 import torch
 from pytorch_lightning import Callback, Trainer
@@ -12,7 +11,6 @@ from rnode.evaluation import solve_and_measure
 from rnode.flow import Flow
 from rnode.solver import Solver
 from rnode.training.module import RNODE
-from rnode.transforms import Batch
 
 LARGEST_GRID = 32  # times the steps of the first grid
 
@@ -42,7 +40,12 @@ class RefineGrid(Callback):
         data = trainer.datamodule
         index = torch.arange(min(data.batch_size, len(data.splits.val)))
         batch = data.evaluation_batch("val", index, module.seed).to(module.device)
-        bits = partial(training_bits, module.flow, batch, module.seed)
+
+        @torch.no_grad()
+        def bits() -> float:  # in training mode, with the same probes each time
+            measures = solve_and_measure(module.flow, batch, module.seed)[1]
+            return float(measures.bits_per_dim.mean())
+
         for _ in range(doublings(step)):
             change = refine(module.flow, bits, self.tolerance)
             if change is None:
@@ -68,12 +71,6 @@ def doublings(step: int) -> int:
     if step == 0:
         return 4
     return int(step >= 30 and step % (10 if step < 100 else 25) == 0)
-
-
-@torch.no_grad()
-def training_bits(flow: Flow, batch: Batch, seed: int) -> float:
-    """Mean bits/dim of a batch in training mode, with the same probes each time."""
-    return float(solve_and_measure(flow, batch, seed)[1].bits_per_dim.mean())
 
 
 def refine(flow: Flow, bits: Callable[[], float], tolerance: float) -> float | None:

@@ -17,11 +17,9 @@ MEASURES = {  # of training, validation and test, as figures call them
     "kinetic": "kinetic energy / d",
     "jacobian": "squared Jacobian norm / d",
 }
-RESULTS = (  # the names in result.json
-    *(BITS, "val/nfe_forward", "train/seconds", "train/nfe_forward", "train/nfe_backward"),
-    *("test/bits_per_dim", "test/bits_per_dim_se", "test/nfe_forward"),
-    *("test/kinetic", "test/jacobian"),
-)
+TESTED = tuple(f"test/{name}" for name in (*MEASURES, "bits_per_dim_se"))
+TRAINED = ("train/seconds", "train/nfe_forward", "train/nfe_backward")
+RESULTS = (BITS, "val/nfe_forward", *TRAINED, *TESTED)  # the names in result.json
 
 
 def read_metrics(path: Path) -> list[dict[str, str]]:
@@ -65,9 +63,9 @@ def is_run(folder: Path) -> bool:
 
 def read_status(folder: Path) -> tuple[str, str]:
     """Return finished, failed, diverged or unfinished, and why the run has not finished."""
-    for status, name in (("failed", FAILED), ("diverged", DIVERGED)):
-        if (folder / name).exists():
-            return status, (folder / name).read_text(encoding="utf-8").strip()
+    for path in (folder / FAILED, folder / DIVERGED):
+        if path.exists():
+            return path.stem, path.read_text(encoding="utf-8").strip()
     if (folder / RESULT).exists():
         return "finished", ""
     return "unfinished", "was interrupted, or is still running"
