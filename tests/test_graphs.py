@@ -1,7 +1,5 @@
 """CUDA graphs of solves. Without a CUDA device, plain calls on fixed tensors stand in for them."""
 
-import gc
-import weakref
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -98,34 +96,3 @@ def test_a_run_records_solves_where_it_can(world_size, window, train, records, m
     assert not records or module.integrate.size == 5
     module.on_fit_end()
     assert module.integrate is integrate
-
-
-def test_the_graphs_of_a_grid_are_freed_before_a_finer_one_is_recorded(monkeypatch):
-    """A CUDA graph holds the memory of its solve. A finer grid may need all there is."""
-    graphs = []
-
-    def record(function, samples, allow_unused_input):
-        assert sum(graph() is not None for graph in graphs) < 2  # those of this grid
-
-        class Graph:  # refers to itself, as the class that torch makes of a graph does
-            @staticmethod
-            def replay(*inputs):
-                outputs = function(*inputs)
-                outputs[0].register_hook(lambda gradient: Graph and None)
-                return outputs
-
-        function(*samples)
-        graphs.append(weakref.ref(Graph))
-        return Graph.replay
-
-    monkeypatch.setattr(torch.cuda, "make_graphed_callables", record)
-    flow, recorded = make_flow((1, 4, 4), train=RADAU), RecordedSolves(8)
-    gc.disable()  # it might free them by chance
-    try:
-        for steps in (1, 2, 3):
-            flow.solver = with_steps(flow.solver, steps)
-            x = torch.randn(8, 1, 4, 4, dtype=torch.float64)
-            objective(flow.solve(x, integrate=recorded).state, 0.01, 0.01).backward()
-    finally:
-        gc.enable()
-    assert len(graphs) == 3 * len(flow.pieces) == 6

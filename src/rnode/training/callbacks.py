@@ -48,8 +48,7 @@ class Cost(Callback):
         return {"seconds": self.seconds, "nfe": self.nfe}
 
     def load_state_dict(self, state: dict) -> None:
-        self.seconds = state["seconds"]
-        self.nfe = state["nfe"]
+        vars(self).update(state)
 
 
 class Figures(Callback):

@@ -22,11 +22,9 @@ class GaussianBaseline(Callback):
     def on_fit_start(self, trainer: Trainer, module: RNODE) -> None:
         data, limit = trainer.datamodule, trainer.limit_val_batches
         rows = len(data.splits.val)
-        share = isinstance(limit, float)
-        limit = int(limit * rows) if share else limit * data.eval_batch_size * trainer.world_size
-        bits = None
-        if trainer.is_global_zero:
-            bits = gaussian_bits(data, min(limit, rows), module.seed)
+        batch = data.eval_batch_size * trainer.world_size
+        rows = int(limit * rows) if isinstance(limit, float) else min(limit * batch, rows)
+        bits = gaussian_bits(data, rows, module.seed) if trainer.is_global_zero else None
         self.bits: float | None = trainer.strategy.broadcast(bits)
         if bits is not None:
             print(f"a Gaussian with full covariance has {bits:.4f} validation bits/dim")
@@ -49,9 +47,9 @@ def gaussian_bits(data: DataModule, rows: int, seed: int) -> float | None:
     index = torch.linspace(0, len(data.splits.train) - 1, count).long().tolist()
     generator = torch.Generator().manual_seed(seed)
     batch = data.transform(*data.fetch_from("train")(index), generator=generator)
-    y, ones_c = batch.y.flatten(1).double(), with_ones(batch.c)
-    weights = torch.linalg.lstsq(ones_c, y).solution
-    y = y - ones_c @ weights
+    y = batch.y.flatten(1).double()
+    weights = torch.linalg.lstsq(with_ones(batch.c), y).solution
+    y = y - with_ones(batch.c) @ weights
     factor, failed = torch.linalg.cholesky_ex(y.T @ y / count)
     if failed:
         return None
