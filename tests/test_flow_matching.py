@@ -105,6 +105,3 @@ def test_mistakes_are_one_line(tmp_path, capsys):
     message, code = refused(capsys, "train", "pretrain=flow_matching", *SMALL, at)
     assert code == 2
     assert "FactorOut and Squeeze, so no straight line" in message
-    endless = ["trainer.max_epochs=-1"]
-    message, _ = refused(capsys, "train", *TABLE, *endless, at + "2")
-    assert "pretrain=flow_matching: needs trainer.max_epochs" in message

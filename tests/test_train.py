@@ -6,7 +6,6 @@ import re
 import urllib.request
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 import yaml
@@ -129,13 +128,6 @@ def test_a_multirun_has_a_folder_and_a_wandb_run_for_each_job(tmp_path):
     table = json.loads(table.read_text())
     assert table["columns"][:3] == ["job", "reg.lambda_k", "status"]
     assert [row[:3] for row in table["data"]] == [["0", "0", "finished"], ["1", "0.1", "finished"]]
-
-
-def test_seconds_per_step_are_the_mean_since_the_last_log_step(run):
-    folder = run(*EPOCHS, "trainer.max_epochs=3", "trainer.log_every_n_steps=2")
-    total, mean = (column(folder, f"train/seconds_{name}") for name in ("total", "per_step"))
-    assert len(total) == 3
-    np.testing.assert_allclose(mean[1:], np.diff(total) / 2, rtol=1e-3)
 
 
 @pytest.mark.slow(reason="MLflow takes seconds to import")

@@ -1,11 +1,8 @@
 """Flow matching before equation (17), and how much of a run has passed."""
 
-import math
-
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import Timer
 
-from rnode.errors import require
 from rnode.matching import require_one_path
 
 
@@ -39,14 +36,10 @@ class Pretraining(Callback):
         vars(self).update(state)
 
 
-def timer_of(trainer: Trainer) -> Timer | None:
-    """Return what ends a run after trainer.max_time. Lightning then validates the last weights."""
-    return next((used for used in trainer.callbacks if isinstance(used, Timer)), None)
-
-
 def time_passed(trainer: Trainer) -> float:
     """Return how much of trainer.max_time has passed, from 0 to 1; 0 if it is not set."""
-    if (timer := timer_of(trainer)) is None:
+    timer = next((each for each in trainer.callbacks if isinstance(each, Timer)), None)
+    if timer is None:
         return 0.0
     spent = timer.time_elapsed()
     return trainer.strategy.broadcast(spent / (spent + max(timer.time_remaining(), 0.0)))
@@ -55,6 +48,4 @@ def time_passed(trainer: Trainer) -> float:
 def passed(trainer: Trainer) -> float:
     """Return how much of the run has passed, from 0 to 1."""
     steps = trainer.estimated_stepping_batches  # of max_epochs and max_steps
-    ends = steps < math.inf or timer_of(trainer) is not None
-    require(ends, "pretrain=flow_matching: needs trainer.max_epochs, max_steps or max_time")
     return max(trainer.global_step / steps, time_passed(trainer))

@@ -37,7 +37,7 @@ class SaveAndStop(Callback):
 
     def __init__(self, folder: str, every_n_steps: int):
         self.path, self.every_n_steps = Path(folder) / "last.ckpt", every_n_steps
-        self.received = self.agreed = 0  # the signal that this process, or any process, received
+        self.received = 0  # the signal that this process received
         self.step = self.saved = 0  # the last training step, and the one of the last checkpoint
         self.epoch = self.used = 0  # that step used the batches of this epoch up to `used`
 
@@ -61,19 +61,18 @@ class SaveAndStop(Callback):
             self.used = batch[-1] + 1
 
     def on_train_batch_start(self, trainer: Trainer, *_) -> None:
-        self.agree(trainer)  # the validation and the logs of the last step are complete here
-        if self.agreed or self.step % self.every_n_steps == 0:
-            self.save(trainer)
+        if self.step % self.every_n_steps == 0:
+            self.save(trainer)  # the validation and the logs of the last step are complete here
         self.stop(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, *_) -> None:
         self.save(trainer)
 
     def on_train_epoch_start(self, trainer: Trainer, *_) -> None:
-        self.agree(trainer)
         self.stop(trainer)
 
-    on_test_start, on_test_batch_end = on_train_start, on_train_epoch_start
+    on_test_start = on_train_start
+    on_test_batch_end = on_train_epoch_start
 
     def save(self, trainer: Trainer) -> None:
         """Write a checkpoint unless there is one of this step."""
@@ -87,17 +86,15 @@ class SaveAndStop(Callback):
         if used < trainer.num_training_batches:
             count_batches(checkpoint["loops"]["fit_loop"], epoch, used, self.step)
 
-    def agree(self, trainer: Trainer) -> None:
-        """Set `agreed` to the signal that any process received: all stop at the same step."""
+    def stop(self, trainer: Trainer) -> None:
+        """Raise Stopped, in all processes at the same step, if any of them received a signal."""
         received = torch.tensor(self.received)
         if trainer.world_size > 1:
             torch.distributed.all_reduce(received, torch.distributed.ReduceOp.MAX, group=self.group)
-        self.agreed = int(received)
-
-    def stop(self, trainer: Trainer) -> None:
-        if self.agreed:
-            name = signal.Signals(self.agreed).name
-            raise Stopped(f"by {name} after {trainer.global_step} training steps", self.agreed)
+        if received:
+            self.save(trainer)
+            name = signal.Signals(int(received)).name
+            raise Stopped(f"by {name} after {trainer.global_step} training steps", int(received))
 
 
 def count_batches(loops: dict, epoch: int, used: int, step: int) -> None:
