@@ -49,7 +49,6 @@ class Progress(Callback):
             best = trainer.checkpoint_callback.best_model_score
         bits, error = (float(metrics[f"val/bits_per_dim{end}"]) for end in ("", "_se"))
         better = "" if best is not None and bits >= best else ", the best so far"
-        trainer.print(
-            f"epoch {trainer.current_epoch + 1}, step {trainer.global_step}: "
-            f"validation {bits:.4f} ± {error:.4f} bits/dim{better}"
-        )
+        last = f" of {trainer.max_epochs}" if (trainer.max_epochs or 0) > 0 else ""
+        place = f"epoch {trainer.current_epoch + 1}{last}, step {trainer.global_step}"
+        trainer.print(f"{place}: validation {bits:.4f} ± {error:.4f} bits/dim{better}")
