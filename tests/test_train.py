@@ -173,10 +173,8 @@ def test_validation_takes_nothing_from_trainings_random_stream(run):
 
 
 def test_the_learning_rate_rises_linearly_and_falls_as_half_a_cosine(run, monkeypatch):
-    folder = run(*EPOCHS, "warmup_steps=3", "decay=true", "optimizer.lr=1e-3")
-    (state,) = load(folder / "last.ckpt")["lr_schedulers"]
-    assert state["last_epoch"] == 2
-    assert state["_last_lr"] == [pytest.approx(0, abs=1e-12)]  # 2 of 2 steps
+    folder = run(*EPOCHS, "warmup_steps=1", "decay=true", "optimizer.lr=1e-3")
+    assert column(folder, "train/lr") == pytest.approx([1e-3 / 2, 1e-3 / 2])
 
     half = Timer("00:00:00:10")
     monkeypatch.setattr(half, "time_elapsed", lambda *_: 5.0)
@@ -187,17 +185,11 @@ def test_the_learning_rate_rises_linearly_and_falls_as_half_a_cosine(run, monkey
     for decay, timers in ((False, []), (True, []), (True, [half])):
         trainer.callbacks = timers
         module = RNODE(make_flow((2,)), torch.optim.Adam, **options, decay=decay)
-        optimizers = module.configure_optimizers()
-        rates = []
-        for _ in range(8):
-            rates.append(optimizers["optimizer"].param_groups[0]["lr"])
-            optimizers["optimizer"].step()
-            optimizers["lr_scheduler"]["scheduler"].step()
         rise = [1 / 4, 2 / 4, 3 / 4, 1, 1, 1, 1, 1]
-        shares = [max(step / 8, 0.5 * bool(step and timers)) for step in range(8)]
+        shares = [max(step / 8, 0.5 * bool(timers)) for step in range(8)]
         fall = [(1 + math.cos(math.pi * share)) / 2 if decay else 1 for share in shares]
-        expected = [1e-3 * a * b for a, b in zip(rise, fall, strict=True)]
-        assert rates == pytest.approx(expected)
+        expected = [a * b for a, b in zip(rise, fall, strict=True)]
+        assert [module.schedule(step) for step in range(8)] == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("dataset", ["mnist", "fashion_mnist", "cifar10"])
