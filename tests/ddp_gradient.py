@@ -35,18 +35,10 @@ def sample(self, z, generators=None):
 
 
 class Keep(Callback):
-    """Saves, from every process, the gradient that the optimizer gets and the weights after."""
-
-    def __init__(self, path):
-        self.path = path
+    """Keeps the gradient that the optimizer gets."""
 
     def on_before_optimizer_step(self, trainer, module, optimizer):
         self.gradient = torch.cat([p.grad.flatten() for p in module.parameters()])
-
-    def on_train_end(self, trainer, module):
-        weights = torch.cat([p.detach().flatten() for p in module.parameters()])
-        content = {"gradient": self.gradient, "weights": weights}
-        torch.save(content, f"{self.path}.{trainer.global_rank}")
 
 
 def main() -> None:
@@ -56,6 +48,7 @@ def main() -> None:
     torch.manual_seed(0)
     flow = make_flow((6,), gradient=gradient, pieces=2)
     module = RNODE(flow, torch.optim.Adam, lambda_k=0.01, lambda_j=0.01)
+    keep = Keep()
     trainer = Trainer(
         accelerator="cpu",
         devices=1 if started is None else started.per_node,
@@ -64,11 +57,12 @@ def main() -> None:
         limit_val_batches=0,
         logger=False,
         enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[Keep(path)],
+        callbacks=[keep],
     )
-    trainer.fit(module, DataModule(source, [6], int(batch), 10))
+    trainer.fit(module, DataModule(source, int(batch), 10))
+    weights = torch.cat([p.detach().flatten() for p in module.parameters()])
+    result = {"gradient": keep.gradient, "weights": weights}
+    torch.save(result, f"{path}.{trainer.global_rank}")
 
 
 if __name__ == "__main__":

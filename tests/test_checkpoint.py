@@ -9,8 +9,7 @@ import pytest
 import torch
 import yaml
 
-from data_files import wandb_records
-from helpers import TWO_STEPS, call, refused, same
+from helpers import TWO_STEPS, call, refused
 from rnode.app import density
 from rnode.errors import InputError
 from rnode.training.checkpoint import FORMAT, AtomicCheckpointIO, load_checkpoint
@@ -35,10 +34,6 @@ def as_pickle(content, path):
     path.write_bytes(pickle.dumps(content))
 
 
-def as_legacy(content, path):
-    torch.save(content, path, _use_new_zipfile_serialization=False)
-
-
 def put(checkpoint, value, *place):
     """Set one place of nested containers; return the checkpoint."""
     part = checkpoint
@@ -50,21 +45,17 @@ def put(checkpoint, value, *place):
 
 @pytest.mark.parametrize(
     "place",
-    [(), ("config", "seed"), ("state_dict", WEIGHT), ("callbacks", "Cost")],
+    [(), ("config", "seed"), ("state_dict", WEIGHT)],
     ids=lambda place: place[0] if place else "all of it",
 )
-@pytest.mark.parametrize("write", [torch.save, as_pickle, as_legacy])
-def test_nothing_in_a_checkpoint_is_executed(tiny_run, tmp_path, capsys, write, place):
+@pytest.mark.parametrize("write", [torch.save, as_pickle])
+def test_nothing_in_a_checkpoint_is_executed(tiny_run, tmp_path, write, place):
     made, path = tmp_path / "made", tmp_path / "evil.ckpt"
     evil = Evil(made)
     write(put(load_checkpoint(tiny_run / "last.ckpt"), evil, *place) if place else evil, path)
     for load in (load_checkpoint, density.load, AtomicCheckpointIO().load_checkpoint):
         with pytest.raises(InputError, match="is damaged or not a checkpoint"):
             load(str(path))
-    for command in ("train", "evaluate", "sample") if write is torch.save and not place else ():
-        line, code = refused(capsys, command, str(path), f"hydra.run.dir={tmp_path / 'out'}")
-        assert f"ckpt_path={path}: is damaged or not a checkpoint" in line
-        assert code == 2
     assert not made.exists()
     with open(path, "rb") as file:  # a reader that trusts the file would have made it
         pickle.load(file) if write is as_pickle else torch.load(file, weights_only=False)
@@ -75,11 +66,8 @@ def test_nothing_in_a_checkpoint_is_executed(tiny_run, tmp_path, capsys, write, 
     ("place", "value", "words"),
     [
         ("model", {"_target_": "os.system", "_args_": ["true"]}, "would call os.system"),
-        ("model._target_", "builtins.eval", "would call builtins.eval"),
-        ("model.hidden", {"_target_": "os.system"}, "would call os.system"),
         ("dataset.source._target_", "rnode.flow.torch.load", "would call rnode.flow.torch.load"),
         ("dataset.test", [1, [{"a": [{"_target_": "os.system"}]}], 8], "would call os.system"),
-        ("probes", [{"_target_": "os.system"}], "would call os.system"),
         ("model._target_", ["os.system"], "would call ['os.system']"),
         ("model.hidden", "${oc.env:HOME}", "would interpret ${oc.env:HOME}"),
         ("model.${seed}", 1, "would interpret"),
@@ -106,55 +94,6 @@ def test_another_format_is_refused(tiny_run, tmp_path):
             load_checkpoint(path)
 
 
-def test_any_flipped_bit_of_a_checkpoint_is_found(tiny_run, tmp_path):
-    """Some bytes between the records of the archive say nothing; those may change."""
-    good, path = (tiny_run / "last.ckpt").read_bytes(), tmp_path / "flipped.ckpt"
-    whole = load_checkpoint(tiny_run / "last.ckpt")
-    records = []  # the bytes of all weights and other contents
-    with zipfile.ZipFile(tiny_run / "last.ckpt") as archive:
-        for info in archive.infolist():
-            name, extra = (
-                int.from_bytes(good[info.header_offset + i :][:2], "little") for i in (26, 28)
-            )
-            start = info.header_offset + 30 + name + extra
-            records += range(start, start + info.file_size)
-    assert len(records) > len(good) // 2
-    choose = random.Random(0)
-    places = [(choose.choice(records), True) for _ in range(40)]
-    for position, refusal in [*places, *((choose.randrange(len(good)), False) for _ in range(40))]:
-        flipped = bytearray(good)
-        flipped[position] ^= 1 << choose.randrange(8)
-        path.write_bytes(flipped)
-        try:
-            loaded = load_checkpoint(path)
-        except InputError:
-            continue
-        assert not refusal, position
-        same(loaded, whole)
-        assert loaded["config"] == whole["config"]
-
-
-@pytest.mark.parametrize(
-    "place",
-    [
-        *(("state_dict",), ("state_dict", WEIGHT), ("optimizer_states",)),
-        *(("config",), ("config", "model"), ("global_step",)),
-    ],
-    ids=".".join,
-)
-def test_a_checkpoint_without_a_part_gets_one_line(tiny_run, tmp_path, capsys, place):
-    checkpoint, path = load_checkpoint(tiny_run / "last.ckpt"), tmp_path / "partial.ckpt"
-    part = checkpoint
-    for key in place[:-1]:
-        part = part[key]
-    del part[place[-1]]
-    torch.save(checkpoint, path)
-    folder = tmp_path / "out"
-    _, code = refused(capsys, "train", *MORE, f"ckpt_path={path}", f"hydra.run.dir={folder}")
-    assert code in (1, 2)
-    assert not list(folder.glob("*.ckpt"))
-
-
 def test_a_run_resumes_with_its_own_model_and_data_alone(tiny_run, tmp_path, capsys):
     resume = [*MORE, f"ckpt_path={tiny_run / 'last.ckpt'}", f"hydra.run.dir={tmp_path}"]
     line, code = refused(capsys, "train", *resume, "model.hidden=5")
@@ -162,6 +101,8 @@ def test_a_run_resumes_with_its_own_model_and_data_alone(tiny_run, tmp_path, cap
     assert code == 2
     line, _ = refused(capsys, "train", *resume, "dataset.alpha=0.01")
     assert "dataset.alpha is 1e-05 there and 0.01 here; a run resumes with the same data" in line
+    line, _ = refused(capsys, "train", *resume, "optimizer._target_=torch.optim.SGD")
+    assert "optimizer._target_ is torch.optim.Adam there and torch.optim.SGD here" in line
 
 
 def test_a_checkpoint_removes_nothing(tiny_run, tmp_path):
@@ -185,29 +126,28 @@ def test_a_checkpoint_removes_nothing(tiny_run, tmp_path):
 def test_a_resumed_run_has_the_settings_of_its_command_line(tiny_run, tmp_path, capsys):
     """The command line's settings apply; weights, optimizer state, step and epoch continue."""
     path = tiny_run / "last.ckpt"
-    changes = ["optimizer.lr=0.001", "optimizer.weight_decay=0.1", "reg.lambda_k=0.5", "seed=7"]
-    options = [*MORE, *changes, "logger.wandb.mode=offline", f"hydra.run.dir={tmp_path}"]
+    changes = ["optimizer.lr=0.001", "optimizer.weight_decay=0.1", "warmup_steps=9", "seed=7"]
+    options = [*MORE, *changes, f"hydra.run.dir={tmp_path}"]
     call("train", *options, f"ckpt_path={path}")
     printed = capsys.readouterr().out.splitlines()
     assert f"resuming from {path}, step 2, epoch 0" in printed
     config = yaml.safe_load((tmp_path / "config.yaml").read_text())
     (group,) = load_checkpoint(tmp_path / "last.ckpt")["optimizer_states"][0]["param_groups"]
-    assert config["optimizer"]["lr"] == group["lr"] == 0.001
+    assert group["lr"] == pytest.approx(0.001 * 4 / 10)  # the last step is the fourth
     assert config["optimizer"]["weight_decay"] == group["weight_decay"] == 0.1
-    assert (config["reg"]["lambda_k"], config["seed"]) == (0.5, 7)
     assert load_checkpoint(tmp_path / "last.ckpt")["config"] == config
-    (records,) = wandb_records(tmp_path).values()
-    updates = [update for record in records for update in record.run.config.update]
-    updates += [update for record in records for update in record.config.update]
-    logged = {update.key: yaml.safe_load(update.value_json) for update in updates}
-    assert {key: logged[key] for key in config} == config
 
 
-def test_a_resumed_schedule_continues_from_the_new_learning_rate(tiny_run, tmp_path):
-    options = ["optimizer.lr=0.002", "warmup_steps=9", f"hydra.run.dir={tmp_path}"]
-    call("train", *MORE, "warmup_steps=9", f"hydra.run.dir={tmp_path}", "trainer.max_steps=2")
-    call("train", *MORE, *options, "ckpt_path=auto")
-    end = load_checkpoint(tmp_path / "last.ckpt")
-    (group,) = end["optimizer_states"][0]["param_groups"]
-    assert group["lr"] == pytest.approx(0.002 * 5 / 10)  # of the step after the last
-    assert end["lr_schedulers"][0]["base_lrs"] == [0.002]
+def test_any_flipped_bit_of_a_record_is_found(tiny_run, tmp_path):
+    good, path = (tiny_run / "last.ckpt").read_bytes(), tmp_path / "flipped.ckpt"
+    with zipfile.ZipFile(tiny_run / "last.ckpt") as archive:
+        records = [archive.read(info) for info in archive.infolist()]
+    assert sum(map(len, records)) > len(good) // 2
+    choose = random.Random(0)
+    for record in filter(None, records):
+        position = good.index(record) + choose.randrange(len(record))
+        flipped = bytearray(good)
+        flipped[position] ^= 1 << choose.randrange(8)
+        path.write_bytes(flipped)
+        with pytest.raises(InputError, match="is damaged"):
+            load_checkpoint(path)

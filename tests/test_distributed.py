@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from helpers import HANG, ROOT, column
-from rnode.app.processes import launched, run_name
 
 ONE = [sys.executable]
 TWO = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
@@ -49,51 +48,16 @@ def test_two_processes_have_the_gradient_of_one_with_twice_the_batch(tmp_path, g
         assert torch.equal(first[name], second[name]), name
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A run by torchrun, in its default folder."""
-    cwd = tmp_path_factory.mktemp("torchrun")
+@pytest.mark.slow(reason="starts two processes")
+def test_torchrun_starts_one_run(tmp_path):
     options = ["model.hidden=4", "model.pieces=1", "dataset.batch_size=64"]
     options += ["trainer.accelerator=cpu", "trainer.log_every_n_steps=1"]
     options += ["trainer.max_epochs=1", "trainer.limit_train_batches=3"]
     options += ["dataset.validation=31", "dataset.test=31", "dataset.eval_batch_size=10"]
-    out = succeed(*TWO, ROOT / "src" / "train.py", *options, cwd=cwd)
+    out = succeed(*TWO, ROOT / "src" / "train.py", *options, cwd=tmp_path)
     assert out.count("test/bits_per_dim ") == 1
-    (run_folder,) = (cwd / "outputs" / "digits").iterdir()
-    return run_folder
-
-
-@pytest.mark.slow(reason="starts three processes")
-def test_torchrun_starts_one_run(folder):
+    (folder,) = (tmp_path / "outputs" / "digits").iterdir()
     assert len(column(folder, "train/loss")) == 3
     assert sorted(path.name for path in folder.glob("*.ckpt")) == ["best.ckpt", "last.ckpt"]
     assert len(list(folder.glob("wandb/offline-run-*"))) == 1
     assert (folder / ".hydra" / "overrides.yaml").exists()
-
-
-@pytest.mark.slow(reason="starts three processes")
-def test_another_number_of_devices_than_torchrun_started_is_refused(tmp_path):
-    options = ["trainer.devices=3", f"hydra.run.dir={tmp_path / 'run'}"]
-    done = start(*TWO, ROOT / "src" / "train.py", *options, cwd=tmp_path)
-    assert done.returncode != 0
-    line = "error: trainer.devices=3: must be 2, as torchrun has started, or left out (process 0)"
-    assert line in done.stderr
-    assert not list(tmp_path.rglob("*.ckpt"))
-
-
-@pytest.mark.parametrize(
-    ("variables", "name"),
-    [
-        ({"SLURM_PROCID": "1", "SLURM_JOB_ID": "77", "SLURM_STEP_ID": "0"}, "slurm-77"),
-        ({"SLURM_PROCID": "0", "SLURM_JOB_ID": "77", "SLURM_STEP_ID": "2"}, "slurm-77.2"),
-    ],
-)
-def test_a_slurm_job_is_named_by_its_number(monkeypatch, variables, name):
-    size = {"SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_NUM_NODES": "2"}
-    for key, value in (variables | size | {"SLURM_JOB_NAME": "train"}).items():
-        monkeypatch.setenv(key, value)
-    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
-    assert run_name() == name
-    assert (launched().per_node, launched().nodes) == (2, 2)
-    monkeypatch.setenv("SLURM_JOB_NAME", "bash")
-    assert launched() is None

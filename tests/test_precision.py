@@ -54,14 +54,7 @@ class Float64(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("gradient", ["backprop", "checkpoint", "adjoint"])
-@pytest.mark.parametrize(
-    "name",
-    [
-        "rk4",
-        "dopri5",
-        pytest.param("bosh3", marks=pytest.mark.slow(reason="adaptive as dopri5 is")),
-    ],
-)
+@pytest.mark.parametrize("name", ["rk4", "dopri5"])
 def test_a_float32_flow_makes_nothing_float64(name, gradient):
     """Some accelerators do not have float64."""
     method = Method(name)

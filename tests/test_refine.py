@@ -5,7 +5,6 @@ import itertools
 from collections import Counter
 from functools import partial
 
-import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
@@ -13,13 +12,12 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from helpers import DOPRI5, QUICK, RK4, column
 from rnode import Method, Probes, Solver, multiscale
-from rnode.data import datamodule
+from rnode.data.datamodule import DataModule
 from rnode.data.images import digits
 from rnode.training import refine
 from rnode.training.module import RNODE
 from rnode.training.progress import Progress
-from rnode.training.refine import TF32, RefineGrid
-from rnode.training.watch import Watch
+from rnode.training.refine import TF32
 
 SLOW = pytest.mark.slow(reason="a run; another one is among the quick tests")
 READS = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select")
@@ -28,8 +26,7 @@ READS = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select
 def fit(solver, callbacks, **options):
     """Train a small flow on digits."""
     flow = multiscale((1, 8, 8), solver, Probes(), hidden=4, pieces=1)
-    sizes = {"shape": [1, 8, 8], "batch_size": 8, "eval_batch_size": 8}
-    data = datamodule.DataModule(digits, **sizes, levels=17, alpha=1e-5)
+    data = DataModule(digits, 8, 8, alpha=1e-5)
     # Adam keeps its count of steps on the host unless it is fused.
     adam = partial(torch.optim.Adam, lr=1e-3, fused=True)
     quiet = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
@@ -68,16 +65,19 @@ class CountWaits(pl.Callback):
 
 @pytest.mark.parametrize("gradient", ["backprop", pytest.param("checkpoint", marks=SLOW)])
 def test_a_training_step_on_a_fixed_grid_never_waits(gradient, monkeypatch):
-    """Forward, backward, optimizer, logs, progress and the watch for NaN of a whole run."""
-    fetch = datamodule.fetch
+    """Forward, backward, optimizer, logs, progress and the check for NaN of a whole run."""
+    fetch_from = DataModule.fetch_from
 
-    def fetch_uncounted(*arguments):  # a batch has to be copied
-        with _disable_current_modes():
-            return fetch(*arguments)
+    def fetch_uncounted(self, split):  # a batch has to be copied
+        def fetch(indices):
+            with _disable_current_modes():
+                return fetch_from(self, split)(indices)
 
-    monkeypatch.setattr(datamodule, "fetch", fetch_uncounted)
+        return fetch
+
+    monkeypatch.setattr(DataModule, "fetch_from", fetch_uncounted)
     # An accelerator is asked at log steps alone, a processor always.
-    monkeypatch.setattr(Watch, "raise_if_diverged", lambda self: None)
+    monkeypatch.setattr(RNODE, "raise_if_diverged", lambda self: None)
     counter = CountWaits()
     solver = Solver(Method("rk4", "radau", steps=2), RK4, gradient)
     fit(solver, [counter, TF32(), Progress()], max_steps=8, limit_val_batches=0)
@@ -121,11 +121,6 @@ def test_a_grid_is_refined_when_a_finer_one_changes_the_likelihood_by_more(chang
     assert flow.solver.train.steps == steps
 
 
-def test_an_adaptive_method_has_no_grid_to_refine():
-    flow = fit(Solver(DOPRI5, DOPRI5), [RefineGrid(0.0)], max_steps=1, limit_val_batches=0)
-    assert flow.solver.train == DOPRI5
-
-
 FEW = [*QUICK, "model.pieces=1", "dataset.batch_size=32", "logger=csv", "optimizer.lr=0.05"]
 FEW += ["trainer.log_every_n_steps=1", "trainer.limit_test_batches=1", "dataset.eval_batch_size=4"]
 FEW += ["trainer.limit_val_batches=1", "callbacks.figures=null", "trainer.max_epochs=2"]
@@ -152,52 +147,3 @@ def test_a_run_whose_grid_would_be_refined_for_ever_has_diverged(run, monkeypatc
     with pytest.raises(SystemExit, match="1"):
         run(*FEW, "callbacks.refine_grid.tolerance=0", "trainer.max_steps=5")
     assert "and the grid has 8 steps already; try a smaller optimizer.lr" in capsys.readouterr().err
-
-
-def test_a_refined_grid_that_needs_too_much_memory_is_solved_again_in_the_backward_pass(
-    run, monkeypatch, capsys
-):
-    """The gradient is that of backprop, and a run that resumes goes on so."""
-    monkeypatch.setattr(refine, "doublings", lambda step: int(step == 1))
-    folders, folder = [], "stored"
-    for fits in (True, False):
-        monkeypatch.setattr(refine, "fits_twice", lambda device, fits=fits: fits)
-        for more in (["trainer.max_steps=3"], ["trainer.max_steps=5", "ckpt_path=auto"]):
-            folders.append(run(*FEW, "callbacks.refine_grid.tolerance=0", *more, folder=folder))
-        folder = "recomputed"
-    assert "4 steps and solver.gradient=checkpoint" in capsys.readouterr().out
-    stored, recomputed = folders[::2]
-    assert column(stored, "train/nfe_backward") == [0] * 5
-    assert column(recomputed, "train/nfe_backward") == [0, *[48] * 4]
-    losses = [column(path, "train/loss") for path in (stored, recomputed)]
-    np.testing.assert_allclose(*losses, rtol=1e-5)
-
-
-@pytest.mark.parametrize(("free", "fits"), [(61, True), (59, False)])
-def test_twice_the_memory_so_far_has_to_be_free_or_reserved(free, fits, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 1000))
-    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 40)
-    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: 50)
-    assert refine.fits_twice(torch.device("cuda")) == fits
-    assert refine.fits_twice(torch.device("cpu"))
-
-
-@pytest.mark.slow(reason="two runs of 158 steps")
-def test_a_flow_that_exploits_the_error_of_its_grid_is_noticed(run, capsys):
-    """With one node, the rule for l sees div f at t = 0 alone, which soon grows without bound.
-
-    The entropy of the density is 0.71 bits/dim, less than which no flow can have.
-    """
-    toy = ["dataset=toy", "solver=radau", "solver.train.steps=1", "optimizer.lr=1.5e-2"]
-    toy += ["dataset.batch_size=256", "trainer.max_steps=158", "trainer.log_every_n_steps=1"]
-    toy += ["trainer.limit_val_batches=2", "trainer.limit_test_batches=1", "warmup_steps=0"]
-    toy += ["trainer.enable_progress_bar=false", "logger=csv", "callbacks.figures=null"]
-    gaps = []
-    for grid in ("callbacks.refine_grid=null", "callbacks.refine_grid.tolerance=2e-3"):
-        folder = run(*toy, grid, folder=grid)
-        train, val = (column(folder, f"{stage}/bits_per_dim") for stage in ("train", "val"))
-        gaps.append(val[-1] - np.median(train[-10:]))  # one step in ten may be hundreds above
-        printed = capsys.readouterr().out
-    assert gaps[0] > 3
-    assert abs(gaps[1]) < 0.3
-    assert int(printed.split(": a finer grid changes bits")[0].rsplit("step ", 1)[1]) <= 50

@@ -23,7 +23,7 @@ def make_run(folder, recipe, seed, bits, seconds, *, diverged=False, data="digit
         logged = [
             {"val/bits_per_dim": value},
             {"train/nfe_forward": 100 + epoch, "train/jacobian": 1 + epoch, "train/kinetic": 2},
-            {"train/seconds_per_epoch": seconds},
+            {"val/seconds_total": seconds * (epoch + 1)},
         ]
         rows += [{"epoch": epoch, "step": epoch, **row} for row in logged]
     if diverged:

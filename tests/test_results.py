@@ -7,13 +7,13 @@ import pytest
 from rnode.training.results import read_status, write_result
 
 METRICS = """step,val/bits_per_dim,val/nfe_forward,train/nfe_forward,train/nfe_backward,\
-train/seconds_per_epoch,test/bits_per_dim
+train/seconds_total,test/bits_per_dim
 0,,,20,30,,
-1,3.5,45,,,1.5,
-2,,,24,36,,
-3,3.0,51,,,2.5,
-4,,,26,38,,
-5,3.2,57,,,2.0,
+1,3.5,45,,,,
+2,,,24,36,1.5,
+3,3.0,51,,,,
+4,,,26,38,6.0,
+5,3.2,57,,,,
 5,,,,,,3.25
 6,,,99"""  # a full disk cut the last line
 

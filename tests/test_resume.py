@@ -4,17 +4,15 @@ that nothing disturbed."""
 import os
 import shutil
 import signal
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from pytorch_lightning.callbacks import timer
 
-from helpers import RATE, assert_same_run, call, column, curves, refused
-from rnode.training.checkpoint import AtomicCheckpointIO, load_checkpoint
+from helpers import RATE, assert_same_run, call, column, curves
+from rnode.training.checkpoint import load_checkpoint
 from rnode.training.module import RNODE
-from rnode.training.resume import SaveAndStop
 
 pytestmark = pytest.mark.usefixtures("blank_figures")
 
@@ -132,8 +130,7 @@ def crash():
         slow(MATCHING, terminate, 8),
         *(slow((), terminate, batch) for batch in (3, 6, 11)),
         *(slow((ACCUMULATE,), terminate, batch) for batch in (3, 5, 9)),
-        *(slow((OFTEN,), terminate, batch) for batch in (3, 5, 9)),
-        *(slow(DECAY, terminate, batch) for batch in (3, 6, 9)),
+        *(slow((OFTEN, *DECAY), terminate, batch) for batch in (3, 6, 9)),
     ],
 )
 def test_a_signal_or_a_crash_in_any_batch(undisturbed, tmp_path, monkeypatch, options, end, batch):
@@ -186,69 +183,3 @@ def test_a_run_with_nothing_left_tests_its_best_checkpoint(undisturbed, tmp_path
     call("train", *SHORT, f"hydra.run.dir={folder}", "ckpt_path=auto")
     assert_same_run(folder, undisturbed())
     assert (folder / "result.json").read_text() == (undisturbed() / "result.json").read_text()
-
-
-def test_a_run_in_another_folder_keeps_its_own_best_checkpoint(undisturbed, tmp_path):
-    path = undisturbed() / "last.ckpt"
-    before = (undisturbed() / "best.ckpt").read_bytes()
-    more = ["trainer.max_epochs=3", "optimizer.lr=0.05", f"ckpt_path={path}"]
-    call("train", *SHORT, *more, f"hydra.run.dir={tmp_path}")
-    assert (tmp_path / "best.ckpt").exists()
-    assert (undisturbed() / "best.ckpt").read_bytes() == before
-
-
-def test_another_class_of_optimizer_is_refused(undisturbed, tmp_path, capsys):
-    other = ["optimizer._target_=torch.optim.SGD", f"ckpt_path={undisturbed() / 'last.ckpt'}"]
-    line, code = refused(capsys, "train", *SHORT, *other, f"hydra.run.dir={tmp_path}")
-    assert "optimizer._target_ is torch.optim.Adam there and torch.optim.SGD here" in line
-    assert code == 2
-
-
-@pytest.mark.slow(reason="the learning rate has a quick test for a schedule that was there")
-def test_a_schedule_that_was_not_there_before_continues_at_the_true_step(undisturbed, tmp_path):
-    path = undisturbed() / "last.ckpt"
-    more = ["trainer.max_epochs=3", *DECAY, f"ckpt_path={path}", f"hydra.run.dir={tmp_path}"]
-    call("train", *SHORT, *more)
-    (group,) = load_checkpoint(tmp_path / "last.ckpt")["optimizer_states"][0]["param_groups"]
-    assert group["lr"] == pytest.approx(0, abs=1e-12)  # half a cosine over 18 steps has ended
-
-
-def test_the_checkpoint_counts_only_batches_of_completed_steps(tmp_path, monkeypatch):
-    counted = []
-    save = SaveAndStop.save
-
-    def note(self, trainer):
-        save(self, trainer)
-        counted.append((self.step, self.used))
-
-    monkeypatch.setattr(SaveAndStop, "save", note)
-    every = [ACCUMULATE, "callbacks.save.every_n_steps=1", f"hydra.run.dir={tmp_path}"]
-    call("train", *SHORT, *every)
-    assert {(1, 4), (2, 6), (3, 4), (4, 6)} <= set(counted)
-    assert not {used for _, used in counted} - {0, 4, 6}
-
-
-def test_a_run_resumes_from_its_best_checkpoint(undisturbed, tmp_path):
-    """From the end of the first epoch, whose weights are the best of a run of one epoch."""
-    first, second = tmp_path / "first", tmp_path / "second"
-    call("train", *SHORT, "trainer.max_epochs=1", f"hydra.run.dir={first}")
-    call("train", *SHORT, f"ckpt_path={first / 'best.ckpt'}", f"hydra.run.dir={second}")
-    ends = [load_checkpoint(f / "last.ckpt") for f in (second, undisturbed())]
-    for weight, expected in zip(*(end["state_dict"].values() for end in ends), strict=True):
-        assert torch.equal(weight, expected)
-    assert [end["global_step"] for end in ends] == [12, 12]
-    assert column(second, "train/loss") == column(undisturbed(), "train/loss")[6:]
-
-
-def test_best_is_written_before_last(tmp_path, monkeypatch):
-    """A run that dies between the two resumes from before the validation, and makes it again."""
-    written = []
-    save = AtomicCheckpointIO.save_checkpoint
-
-    def note(self, checkpoint, path, storage_options=None):
-        written.append(Path(path).name)
-        save(self, checkpoint, path, storage_options)
-
-    monkeypatch.setattr(AtomicCheckpointIO, "save_checkpoint", note)
-    call("train", *SHORT, f"hydra.run.dir={tmp_path}")
-    assert written == 2 * ["best.ckpt", "last.ckpt"]

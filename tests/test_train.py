@@ -161,17 +161,11 @@ def test_the_learning_rate_rises_linearly_and_falls_as_half_a_cosine(monkeypatch
     for decay, timers in ((False, []), (True, []), (True, [half])):
         trainer.callbacks = timers
         module = RNODE(make_flow((2,)), torch.optim.Adam, **options, decay=decay)
-        optimizers = module.configure_optimizers()
-        rates = []
-        for _ in range(8):
-            rates.append(optimizers["optimizer"].param_groups[0]["lr"])
-            optimizers["optimizer"].step()
-            optimizers["lr_scheduler"]["scheduler"].step()
         rise = [1 / 4, 2 / 4, 3 / 4, 1, 1, 1, 1, 1]
-        shares = [max(step / 8, 0.5 * bool(step and timers)) for step in range(8)]
+        shares = [max(step / 8, 0.5 * bool(timers)) for step in range(8)]
         fall = [(1 + math.cos(math.pi * share)) / 2 if decay else 1 for share in shares]
-        expected = [1e-3 * a * b for a, b in zip(rise, fall, strict=True)]
-        assert rates == pytest.approx(expected)
+        expected = [a * b for a, b in zip(rise, fall, strict=True)]
+        assert [module.schedule(step) for step in range(8)] == pytest.approx(expected)
 
 
 def test_last_ckpt_is_of_the_last_epoch_even_if_it_is_not_the_best(run):

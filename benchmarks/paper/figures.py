@@ -19,7 +19,7 @@ import rnode
 from rnode.data.datamodule import DataModule
 from rnode.evaluation import evaluate
 from rnode.flow import Flow
-from rnode.training.plots import plot_band, plot_points, save_figure, set_log_scale
+from rnode.training.plots import plot_band, plot_images, save_figure
 
 SAME = 0.02  # bits/dim within which two likelihoods count as equal at these sizes
 COLOURS = {"ffjord": "C0", "fast": "C1", "rnode": "C2", "rnode_adaptive": "C5"}
@@ -195,7 +195,7 @@ def plot_figure_4(runs: list[Job], path: Path) -> str:
                 ax.plot(epochs[-1:], curve[-1:], "x", color=COLOURS[run.recipe], markersize=10)
     for ax, label in zip(axes, ("squared Jacobian norm / d", "kinetic energy / d"), strict=True):
         ax.set(xlabel="epoch", ylabel=label)
-        set_log_scale(ax)
+        ax.set_yscale("log")
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=2)
     save(figure, path, ("recipe", "epoch", "jacobian", "kinetic"), rows)
@@ -220,7 +220,7 @@ def plot_figure_5(runs: list[Job], path: Path) -> str:
         z = torch.randn(64, flow.d, device=like.device, dtype=like.dtype)
         frames, nfe = flow.solve_inverse(z)
         ax = axes[names.index(run.data)][0 if run.recipe == "ffjord" else 1]
-        plot_points(ax, data.transform.inverse(frames[-1]).float().cpu())
+        plot_images(ax, data.transform.inverse(frames[-1]).float().cpu())
         ax.set_title(f"{run.data}, {LABELS[run.recipe]}")
         bits = run.test("bits_per_dim")
         rows.append((run.data, run.recipe, bits, nfe))

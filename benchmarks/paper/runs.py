@@ -103,7 +103,7 @@ class Job:
     @property
     def seconds(self) -> list[float]:
         """Time on training batches up to the end of each epoch; validation does not count."""
-        return list(itertools.accumulate(self.by_epoch("train/seconds_per_epoch")))
+        return self.by_epoch("val/seconds_total")
 
     def seconds_to(self, bits: float) -> float | None:
         """Return when the validation bits/dim first fell to `bits`; None if they never did.

@@ -30,7 +30,7 @@ def main(cfg: DictConfig) -> float:
     frame.with_row_index().write_csv(folder / "samples.csv")
     if isinstance(data.transform, ImageTransform):
         rows, bits = getattr(data.splits, cfg.split), columns["bits_per_dim"]
-        plot_extremes(rows, bits, data.transform, EXTREMES, folder / "extremes.png")
+        plot_extremes(rows, bits, data.transform.levels, EXTREMES, folder / "extremes.png")
     numbers = {name: value for name, value in summary.items() if not isinstance(value, list)}
     text = print_numbers(f"{cfg.split} set, {flow.test_probes}", numbers)
     (folder / "evaluation.txt").write_text(text, encoding="utf-8")

@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.progress import track
 
 from rnode.app.density import from_checkpoint
-from rnode.training.plots import plot_corner, plot_plane, plot_trajectory, save_points
+from rnode.training.plots import plot_corner, plot_grids, plot_plane, plot_trajectory
 
 FRAMES = 36  # of an animation, about
 
@@ -33,7 +33,7 @@ def main(cfg: DictConfig) -> None:
     y = torch.cat(parts)
     x = data.transform.inverse(y)
     if density.columns is None:
-        save_points(x.float(), folder / "samples.png")
+        plot_grids(folder / "samples.png", {"samples": x.float()})
         np.save(folder / "samples.npy", density.decode(y))
     else:
         plot_corner(folder / "samples.png", {"samples": x}, density.columns)

@@ -180,7 +180,7 @@ class Callbacks(Entries):
     figures: Figures = key("figures of the run", None)
     early_stopping: EarlyStopping = key("when a run stops before its last epoch", None)
     tf32: Entry = key("TF32 in the convolutions of training steps on a fixed grid", None)
-    progress: Entry = key("the progress bar and the lines of a run", None)
+    progress: Entry = key("the lines of a run; on a terminal Lightning draws its bar", None)
     pretraining: Pretraining = key("flow matching before equation (17)", None)
     refine_grid: RefineGrid = key("a finer grid where it changes the likelihood", None)
 

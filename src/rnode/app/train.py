@@ -10,7 +10,6 @@ import pytorch_lightning as pl
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
-from pytorch_lightning.callbacks import ProgressBar
 
 from rnode.app import sweep
 from rnode.app.build import build
@@ -24,6 +23,7 @@ from rnode.training.checkpoint import AtomicCheckpointIO, load_to_resume
 from rnode.training.loggers import MetricsCSV, finish_wandb
 from rnode.training.module import RNODE
 from rnode.training.pretraining import Pretraining
+from rnode.training.progress import Progress
 from rnode.training.results import CONFIG, DIVERGED, METRICS, OVERRIDES, RESULT, write_result
 from rnode.training.run_folder import ENVIRONMENT, environment, lock, whole_file
 from rnode.transforms import TableTransform
@@ -107,14 +107,15 @@ def fit(cfg: DictConfig, overrides: Sequence[str] = ()) -> dict[str, float | Non
         for name, content in files.items():
             with whole_file(folder / name, "w") as file:
                 OmegaConf.save(content, file, resolve=True)
-    if not cfg.trainer.enable_progress_bar:
-        callbacks = [callback for callback in callbacks if not isinstance(callback, ProgressBar)]
+    talks = cfg.trainer.enable_progress_bar
+    callbacks = [c for c in callbacks if talks or not isinstance(c, Progress)]
     max_time = cfg.trainer.max_time and f"00:{cfg.trainer.max_time}"[-11:]  # DD:HH:MM:SS
     try:
         loggers = [MetricsCSV(folder / METRICS, checkpoint), *instantiate_all(cfg.logger)]
         trainer = instantiate(
             cfg.trainer,
             max_time=max_time,
+            enable_progress_bar=talks and sys.stdout.isatty(),
             callbacks=callbacks,
             logger=loggers,
             enable_checkpointing=cfg.callbacks.get("best") is not None,

@@ -11,10 +11,10 @@ from rnode.errors import InputError, one_line, require
 from rnode.training.run_folder import whole_file
 
 FORMAT = 4  # of a checkpoint's contents; format 3 had other configuration keys
-DATA = (  # keys of `dataset` that say which data it is
-    *("source", "name", "shape", "levels", "alpha"),
-    *("columns", "context", "integer", "log", "logit"),
-)
+IDENTITY = {  # keys that a run which resumes may not change
+    "dataset": ("source", "name", "alpha", "columns", "context", "integer", "log", "logit"),
+    "optimizer": ("_target_",),
+}
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -48,26 +48,20 @@ def load_checkpoint(path: str | Path) -> dict:
         reason = one_line(error)[:100]
         raise InputError(f"ckpt_path={path}: is damaged or not a checkpoint ({reason})") from None
     found = checkpoint.get("format") if isinstance(checkpoint, dict) else None
-    require(
-        found == FORMAT,
-        f"ckpt_path={path}: has format {found or 'none'}, and this version of rnode reads format "
-        f"{FORMAT}; use the version that wrote it",
-    )
+    reads = f"this version of rnode reads format {FORMAT}; use the version that wrote it"
+    require(found == FORMAT, f"ckpt_path={path}: has format {found or 'none'}, and {reads}")
     return checkpoint
 
 
 def load_to_resume(path: str | Path, config: dict) -> dict:
     """Read the checkpoint of a run with the model, data and optimizer of `config`."""
     checkpoint = load_checkpoint(path)
-    model = sorted(checkpoint["config"]["model"].keys() | config["model"].keys())
-    for section, keys in {"model": model, "dataset": DATA, "optimizer": ("_target_",)}.items():
+    for section, keys in (IDENTITY | {"model": config["model"]}).items():
         for key in keys:
             there, here = (part[section].get(key) for part in (checkpoint["config"], config))
             differs = f"{section}.{key} is {there} there and {here} here"
-            require(
-                there == here,
-                f"ckpt_path={path}: {differs}; a run resumes with the same {section}",
-            )
+            same = f"a run resumes with the same {section}"
+            require(there == here, f"ckpt_path={path}: {differs}; {same}")
     return checkpoint
 
 

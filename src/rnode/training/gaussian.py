@@ -11,66 +11,54 @@ from rnode.data.datamodule import DataModule
 from rnode.loss import bits_per_dim
 from rnode.training.module import RNODE
 from rnode.training.results import GAUSSIAN
-from rnode.transforms import Batch
 
-FIT, EVALUATE = 50_000, 10_000  # samples at most
+FIT = 20_000  # training samples at most
 MAX_DIMENSIONS = 4096  # beyond, the covariance would cost minutes
-CHUNK = 2000
 
 
 class GaussianBaseline(Callback):
     """Logs val/bits_per_dim_gaussian: validation bits/dim of a Gaussian with full covariance."""
 
     def on_fit_start(self, trainer: Trainer, module: RNODE) -> None:
-        bits = gaussian_bits(trainer.datamodule, module.seed) if trainer.is_global_zero else None
+        data, limit = trainer.datamodule, trainer.limit_val_batches
+        rows = len(data.splits.val)
+        batch = data.eval_batch_size * trainer.world_size
+        rows = int(limit * rows) if isinstance(limit, float) else min(limit * batch, rows)
+        bits = gaussian_bits(data, rows, module.seed) if trainer.is_global_zero else None
         self.bits: float | None = trainer.strategy.broadcast(bits)
-        if self.bits is not None:
-            trainer.print(
-                f"a Gaussian with full covariance has {self.bits:.4f} validation bits/dim"
-            )
+        if bits is not None:
+            print(f"a Gaussian with full covariance has {bits:.4f} validation bits/dim")
 
-    def on_validation_epoch_end(self, trainer: Trainer, module: RNODE) -> None:
+    def on_validation_epoch_end(self, *_) -> None:
         if self.bits is not None:
             self.log(GAUSSIAN, self.bits)
 
 
 @torch.no_grad()
-def gaussian_bits(data: DataModule, seed: int) -> float | None:
-    """Fit a Gaussian to the training data as a flow sees them, and measure the validation data.
+def gaussian_bits(data: DataModule, rows: int, seed: int) -> float | None:
+    """Fit a Gaussian, whose mean is linear in c, to the training data as a flow sees them.
 
-    Its mean is linear in c, for a density of x given c. None is returned if the data have too few
-    samples or too many dimensions.
+    Returns:
+        Bits/dim of the first `rows` of the validation data; None for too few samples or too large.
     """
-    if math.prod(data.shape) > MAX_DIMENSIONS:
+    d, count = math.prod(data.shape), min(FIT, len(data.splits.train))
+    if d > MAX_DIMENSIONS or count <= 1 + data.conditions.size + d or rows == 0:
         return None
+    index = torch.linspace(0, len(data.splits.train) - 1, count).long().tolist()
     generator = torch.Generator().manual_seed(seed)
-    count, moments = 0, 0.0
-    for index in evenly_spaced(data.splits.train, FIT):
-        x, index, c = data.fetch_from("train")(index.tolist())
-        ones_c, y = design(data.transform(x, index, c, generator=generator))
-        rows = torch.cat([ones_c, y], 1)
-        count, moments = count + len(rows), moments + rows.T @ rows
-    k, d = ones_c.shape[1], y.shape[1]
-    weights = torch.linalg.pinv(moments[:k, :k]) @ moments[:k, k:]  # least squares
-    covariance = (moments[k:, k:] - moments[k:, :k] @ weights) / count
-    factor, failed = torch.linalg.cholesky_ex(covariance)
-    if failed or count <= k + d:
-        return None
-    gaussian, bits = MultivariateNormal(y.new_zeros(d), scale_tril=factor), []
-    for index in evenly_spaced(data.splits.val, EVALUATE):
-        batch = data.evaluation_batch("val", index, seed)
-        ones_c, y = design(batch)
-        log_prob = gaussian.log_prob(y - ones_c @ weights)
-        bits.append(bits_per_dim(log_prob, batch.log_det, d))
-    return float(torch.cat(bits).mean())
-
-
-def design(batch: Batch) -> tuple[Tensor, Tensor]:
-    """Return 1 and c, (B, 1 + k), and y (B, d), in float64."""
+    batch = data.transform(*data.fetch_from("train")(index), generator=generator)
     y = batch.y.flatten(1).double()
-    return torch.cat([y.new_ones(len(y), 1), batch.c.double()], 1), y
+    weights = torch.linalg.lstsq(with_ones(batch.c), y).solution
+    y = y - with_ones(batch.c) @ weights
+    factor, failed = torch.linalg.cholesky_ex(y.T @ y / count)
+    if failed:
+        return None
+    batch = data.evaluation_batch("val", torch.arange(rows), seed)
+    y = batch.y.flatten(1).double() - with_ones(batch.c) @ weights
+    log_prob = MultivariateNormal(y.new_zeros(d), scale_tril=factor).log_prob(y)
+    return float(bits_per_dim(log_prob, batch.log_det, d).mean())
 
 
-def evenly_spaced(rows, most: int) -> tuple[Tensor, ...]:
-    """Indices of at most `most` rows, evenly spaced, in chunks."""
-    return torch.linspace(0, len(rows) - 1, min(most, len(rows))).long().split(CHUNK)
+def with_ones(c: Tensor) -> Tensor:
+    """c (B, k) → (B, 1 + k) in float64."""
+    return torch.cat([c.new_ones(len(c), 1), c], 1).double()

@@ -1,17 +1,14 @@
-"""CUDA graphs: the kernels of a piece's solve, recorded once and launched together.
-
-A training step launches thousands of small kernels. A device runs them faster than its host can
-launch them one by one.
-"""
+"""CUDA graphs: the thousands of kernels of a piece's solve, recorded once, launched together."""
 
 import gc
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import functional_call
 
 from rnode.dynamics import Dynamics, State, VectorField
+from rnode.flow import Piece
 from rnode.solver import Method, integrate
 
 Replay = Callable[..., tuple[Tensor, ...]]
@@ -52,11 +49,16 @@ def record(field: VectorField, inputs: tuple[Tensor, ...], method: Method) -> tu
     Returns:
         A function from inputs to z, l, E and n, and the evaluations of f.
     """
-    piece = Solve(field, method)
+    piece = Piece(field)
+    nfe = 0
     names = [f"field.{name}" for name, _ in field.named_parameters()]
 
     def function(z: Tensor, c: Tensor, eps: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
-        return functional_call(piece, dict(zip(names, weights, strict=True)), (z, c, eps))
+        nonlocal nfe
+        by_name = dict(zip(names, weights, strict=True))
+        solution = functional_call(piece, by_name, (z, c, eps, method, "backprop"))
+        nfe = solution.nfe_forward
+        return tuple(solution.state)
 
     samples = [x.detach().clone().requires_grad_(x.requires_grad) for x in inputs[:3]]
     # Other leaves of the same memory: the weights' own belong to the stream that trains.
@@ -67,18 +69,4 @@ def record(field: VectorField, inputs: tuple[Tensor, ...], method: Method) -> tu
         replay = torch.cuda.make_graphed_callables(
             function, (*samples, *weights), allow_unused_input=True
         )
-    return replay, piece.nfe
-
-
-class Solve(nn.Module):
-    """A solve as a module from tensors to tensors."""
-
-    def __init__(self, field: VectorField, method: Method):
-        super().__init__()
-        self.field, self.method = field, method
-
-    def forward(self, z: Tensor, c: Tensor, eps: Tensor) -> tuple[Tensor, ...]:
-        dynamics = Dynamics(self.field, c, eps)
-        state = integrate(dynamics, z, self.method, "backprop")
-        self.nfe = dynamics.nfe
-        return tuple(state)
+    return replay, nfe

@@ -16,12 +16,11 @@ from rnode.training.run_folder import whole_file
 class MetricsCSV(Logger):
     """Appends each row to a file as it is logged; a new column rewrites the whole file.
 
-    A run that resumes from a `checkpoint` drops the rows that it logs again: those from its step
-    on, those of a test, and, in the middle of an epoch, the time of this epoch. Lightning's
-    CSVLogger would delete all rows.
+    A run that resumes from a `checkpoint` drops the rows that it logs again, where Lightning's
+    CSVLogger would delete all.
     """
 
-    name = version = ""
+    name = version = None
 
     def __init__(self, path: Path, checkpoint: dict | None = None):
         super().__init__()
@@ -58,26 +57,16 @@ class MetricsCSV(Logger):
 
 def rows_before(checkpoint: dict, rows: list[dict]) -> list[dict]:
     """Return the rows that a run which resumes from the checkpoint does not log again."""
-    last = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["is_last_batch"]
-    epoch = None if last else str(checkpoint["epoch"])
-
-    def again(row: dict) -> bool:
-        return (
-            int(row["step"]) >= checkpoint["global_step"]
-            or any(key.startswith("test/") for key in row)
-            or ("train/seconds_per_epoch" in row and row.get("epoch") == epoch)
-        )
-
-    return [row for row in rows if not again(row)]
+    rows = [row for row in rows if int(row["step"]) < checkpoint["global_step"]]
+    return [row for row in rows if not any(key.startswith("test/") for key in row)]
 
 
 def wandb_logger(
     folder: str, mode: str, name: str | None, group: str | None, tags: list[str], **options: object
 ) -> WandbLogger | None:
-    """Return the logger of W&B, whose summary keeps the least validation bits/dim.
+    """Return the logger of W&B, whose summary keeps the least validation bits/dim; None: disabled.
 
-    The W&B run of a resumed run has the same name and another offline folder, which `wandb sync`
-    joins to the first. Other options are those of WandbLogger. With mode="disabled" there is none.
+    A resumed run continues its W&B run. Other options are those of WandbLogger.
     """
     if mode == "disabled":
         return None
@@ -87,18 +76,11 @@ def wandb_logger(
     resumes = any(Path(folder).glob("*.ckpt"))
     earlier = Path(folder).glob("wandb/*run-*-*") if resumes else ()  # …run-DATE_TIME-ID
     identity = max((path.name.split("-")[-2:] for path in earlier), default=[None])[-1]
-    logger = WandbLogger(
-        name=name,
-        save_dir=os.environ.get("WANDB_DIR", folder),
-        id=identity,
-        mode=mode,
-        group=group,
-        tags=list(tags),
-        **options,
-    )
-    logger.experiment.define_metric(
-        "val/bits_per_dim", summary="min", step_metric="trainer/global_step"
-    )
+    options |= {"name": name, "group": group, "tags": list(tags), "mode": mode}
+    place = os.environ.get("WANDB_DIR", folder)
+    logger = WandbLogger(save_dir=place, id=identity, **options)
+    step = "trainer/global_step"
+    logger.experiment.define_metric("val/bits_per_dim", summary="min", step_metric=step)
     return logger
 
 

@@ -6,9 +6,9 @@ from collections.abc import Callable
 import torch
 from pytorch_lightning import LightningModule
 from torch import Tensor
+from torch.nn.utils import get_total_norm
 from torchmetrics import CatMetric
 
-from rnode.distributed import gather_lists
 from rnode.errors import Diverged
 from rnode.evaluation import solve_and_measure, standard_error
 from rnode.flow import Flow, Solution
@@ -20,17 +20,17 @@ from rnode.solver import integrate, solver_errors
 from rnode.training.checkpoint import FORMAT
 from rnode.training.graphs import RecordedSolves
 from rnode.training.pretraining import Pretraining, time_passed
-from rnode.training.watch import Watch, nan_loss
 from rnode.transforms import Batch
+
+NEVER = torch.iinfo(torch.int64).max
 
 
 class RNODE(LightningModule):
     """A flow that trains by equation (17).
 
-    It logs under train/, val/ and test/: bits_per_dim; kinetic and jacobian, E and n per dimension;
-    nfe_forward and nfe_backward, evaluations of f summed over the pieces. In training it also logs
-    the loss, the norm of its gradient, and the learning rate. The loss of flow matching, which may
-    come first, has no bits/dim.
+    It logs bits_per_dim; kinetic and jacobian, E and n per dimension; nfe_forward and nfe_backward,
+    evaluations of f summed over the pieces. The loss of flow matching, which may come first, has
+    none of these.
     """
 
     def __init__(
@@ -46,15 +46,20 @@ class RNODE(LightningModule):
         pretraining: Pretraining | None = None,  # which steps have the loss of flow matching
     ):
         super().__init__()
-        self.flow, self.optimizer = flow, optimizer
-        self.lambda_k, self.lambda_j = lambda_k, lambda_j
-        self.warmup_steps, self.decay = warmup_steps, decay
-        self.seed, self.config = seed, config or {}
+        self.flow = flow
+        self.optimizer = optimizer
+        self.lambda_k = lambda_k
+        self.lambda_j = lambda_j
+        self.warmup_steps = warmup_steps
+        self.decay = decay
+        self.seed = seed
+        self.config = config or {}
         self.pretraining = pretraining or Pretraining()
         # A row per sample: index, log_det, bits/dim, E/d, n/d. NaN is kept: the run has diverged.
         self.evaluated = CatMetric(nan_strategy="disable")
         self.validation_bits = torch.zeros(0)  # bits/dim of the validation samples, ascending
-        self.watch = Watch(flow)
+        self.first_bad_step = torch.tensor(NEVER)  # on the device, so that no step waits for it
+        self.reason = ""  # why a solver gave up in this process
         self.step = 0  # the training step that runs
         self.solution: Solution | None = None  # of this step; None for flow matching
         self.nfe = 0  # evaluations of f in the last training step
@@ -68,15 +73,11 @@ class RNODE(LightningModule):
 
     def on_fit_start(self) -> None:
         trainer, solver = self.trainer, self.flow.solver
-        if (
-            self.device.type == "cuda"
-            and trainer.world_size == 1
-            and trainer.accumulate_grad_batches == 1  # a replay overwrites the gradients
-            and solver.train.one_step
-            and solver.gradient == "backprop"
-            # A graph may not be able to record a user's own field.
-            and all(isinstance(piece.field, Field) for piece in self.flow.pieces)
-        ):
+        alone = self.device.type == "cuda" and trainer.world_size == 1
+        window = trainer.accumulate_grad_batches  # a replay overwrites the gradients
+        ours = all(isinstance(piece.field, Field) for piece in self.flow.pieces)
+        recordable = solver.train.one_step and solver.gradient == "backprop" and ours
+        if alone and window == 1 and recordable:
             data = trainer.datamodule
             self.integrate = RecordedSolves(min(data.batch_size, len(data.splits.train)))
             trainer.print("the first step records the solves of training steps as CUDA graphs")
@@ -85,7 +86,7 @@ class RNODE(LightningModule):
         self.integrate = integrate  # the test needs the memory of the graphs
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        self.step, self.solution = self.global_step, None
+        self.step = self.global_step
         place = (self.seed, self.current_epoch, batch_idx, self.global_rank)
         generator = step_generator(self.device, *place, PROBES)
         if self.pretraining.matching:
@@ -95,63 +96,59 @@ class RNODE(LightningModule):
         try:
             self.solution = self.flow.solve(batch.y, batch.c, generator, self.integrate)
         except Diverged as error:
-            self.watch.gave_up(f"{error} at training step {self.step}")
-            return nan_loss(self.parameters())
+            self.reason = f"{error}; "
+            # NaN for the gradient of every parameter: all processes of DDP then stop together.
+            return math.nan * sum(parameter.sum() for parameter in self.parameters())
         state, d = self.solution.state, self.flow.d
         loss = objective(state, self.lambda_k, self.lambda_j)
         bits = bits_per_dim(log_normal(state.z) + state.l, batch.log_det, d).mean()
-        kinetic, jacobian = state.E.mean() / d, state.n.mean() / d
-        self.log_step({"loss": loss, "kinetic": kinetic, "jacobian": jacobian})
-        self.log_step({"bits_per_dim": bits, "nfe_forward": self.solution.nfe_forward})
+        measures = {"kinetic": state.E.mean() / d, "jacobian": state.n.mean() / d}
+        measures |= {"bits_per_dim": bits, "nfe_forward": self.solution.nfe_forward}
+        self.log_step({"loss": loss} | measures)
         return loss
 
     def log_step(self, metrics: dict[str, Tensor | float]) -> None:
         """Log what a training step has measured, if it is a log step or the last of an epoch."""
-        for name, value in metrics.items() if self.logs else ():
-            if not isinstance(value, Tensor):  # Lightning would copy a number to the device
-                value = torch.full((), float(value), device=self.device)
-            self.log(f"train/{name}", value)
+        if self.logs:
+            self.log_dict({f"train/{name}": value for name, value in metrics.items()})
 
     def backward(self, loss: Tensor) -> None:
-        self.loss = loss.detach()
         try:
             with solver_errors():
                 loss.backward()
         except Diverged as error:
-            # The backward pass visits the pieces from last to first; the one visited last failed.
-            piece = 1 + [piece.nfe_backward > 0 for piece in self.solution.pieces].index(True)
-            self.watch.gave_up(
-                f"{error} in the gradient of piece {piece} at training step {self.step}"
-            )
-            # A parameter with a gradient was sent already: after the first accumulated batch, all.
-            unsent = [parameter for parameter in self.parameters() if parameter.grad is None]
-            if unsent:
-                nan_loss(unsent).backward()
-            self.loss = self.loss * math.nan
+            raise Diverged(f"{error} in the gradient at training step {self.step}") from None
 
     def on_after_backward(self) -> None:
-        forward = len(self.flow.pieces) if self.pretraining.matching else 0
-        backward = 0
+        self.nfe = len(self.flow.pieces) if self.pretraining.matching else 0
         if self.solution is not None:
-            forward, backward = self.solution.nfe_forward, self.solution.nfe_backward
-        self.nfe = forward + backward
-        norm = self.watch.check(self.step, self.solution, self.loss)
-        lr = self.trainer.optimizers[0].param_groups[0]["lr"]
-        self.log_step({"nfe_backward": backward, "gradient_norm": norm, "lr": lr})
+            self.log_step({"nfe_backward": self.solution.nfe_backward})
+            self.nfe = self.solution.nfe_forward + self.solution.nfe_backward
         self.solution = None  # its graph is freed before the optimizer's step
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        norm = get_total_norm(p.grad for p in self.parameters() if p.grad is not None)
+        self.log_step({"gradient_norm": norm, "lr": optimizer.param_groups[0]["lr"]})
+        now = torch.full_like(norm, self.step, dtype=torch.int64)
+        now = now.masked_fill(norm.isfinite(), NEVER)
+        self.first_bad_step = torch.minimum(self.first_bad_step.to(norm.device), now)
         # An accelerator would wait for every check, so it checks when its metrics are read.
         if self.device.type == "cpu" or self.logs:
-            self.watch.raise_if_diverged()
+            self.raise_if_diverged()
 
-    def on_validation_start(self) -> None:
-        self.watch.raise_if_diverged()
+    def raise_if_diverged(self) -> None:
+        """Raise Diverged if a gradient was NaN or infinite, which all processes see together."""
+        step = int(self.first_bad_step)
+        if step < NEVER:
+            what = "the gradient became NaN or infinite"
+            raise Diverged(f"{self.reason}{what} at training step {step}")
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         try:
             solution, measures = solve_and_measure(self.flow, batch, self.seed)
             nfe = solution.nfe_forward
         except Diverged as error:
-            self.watch.gave_up(str(error))
+            self.reason = f"{error}; "
             nfe, measures = 0, 3 * [torch.full_like(batch.log_det, math.nan)]
         self.evaluated.update(torch.stack([batch.index, batch.log_det, *measures], dim=1))
         stage, size = "test" if self.trainer.testing else "val", len(batch.index)
@@ -166,65 +163,43 @@ class RNODE(LightningModule):
         log_det, bits, kinetic, jacobian = rows.mean(0)
         stage = "test" if self.trainer.testing else "val"
         if not bits.isfinite():
-            messages = filter(None, gather_lists([self.watch.message]))
-            message = f"{stage} bits/dim is {bits:.3g} after training step {self.global_step}"
-            raise Diverged(next(messages, message))
-        self.log(f"{stage}/bits_per_dim", bits, sync_dist=True)
-        self.log(f"{stage}/bits_per_dim_se", standard_error(rows[:, 1]), sync_dist=True)
-        self.log(f"{stage}/log_det", log_det, sync_dist=True)
-        self.log(f"{stage}/kinetic", kinetic, sync_dist=True)
-        self.log(f"{stage}/jacobian", jacobian, sync_dist=True)
+            what = f"{stage} bits/dim is {bits:.3g}"
+            raise Diverged(f"{self.reason}{what} after training step {self.global_step}")
+        means = {"bits_per_dim": bits, "bits_per_dim_se": standard_error(rows[:, 1])}
+        means |= {"log_det": log_det, "kinetic": kinetic, "jacobian": jacobian}
+        self.log_dict({f"{stage}/{name}": value for name, value in means.items()}, sync_dist=True)
         if stage == "val":
             self.validation_bits = rows[:, 1].sort().values.cpu()
 
     test_step, on_test_epoch_end = validation_step, on_validation_epoch_end
 
-    def configure_optimizers(self) -> dict:
+    def configure_optimizers(self) -> torch.optim.Optimizer:
         optimizer = self.optimizer(self.parameters())
         self.options = {k: v for k, v in optimizer.param_groups[0].items() if k != "params"}
-        if self.warmup_steps == 0 and not self.decay:
-            return {"optimizer": optimizer}
-        steps = self.decay_steps() if self.decay else math.inf
+        return optimizer
 
-        def factor(step: int) -> float:
-            rise = min(1.0, (step - self.pretraining.start + 1) / (self.warmup_steps + 1))
-            late = self.decay and step > 0  # the time before the first step does not count
-            share = max(step / max(steps, 1), time_passed(self.trainer) if late else 0.0)
-            return rise * (1 + math.cos(math.pi * min(share, 1.0))) / 2
+    def on_train_batch_start(self, *_) -> None:
+        """Set the learning rate of this step, and the options that a checkpoint has put back."""
+        lr = self.options["lr"] * self.schedule(self.global_step)
+        self.trainer.optimizers[0].param_groups[0].update(self.options | {"lr": lr})
 
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-    def decay_steps(self) -> float:
-        """Return the steps of max_epochs, whether or not max_steps ends the run earlier."""
+    def schedule(self, step: int) -> float:
+        """Return the share of the learning rate that a step has: linear warmup, cosine decay."""
+        rise = min(1.0, (step - self.pretraining.start + 1) / (self.warmup_steps + 1))
+        if not self.decay:
+            return rise
         trainer = self.trainer
-        steps = trainer.estimated_stepping_batches  # counts the batches of an epoch too
-        if trainer.max_epochs in (None, -1):
-            return steps
-        window = trainer.accumulate_grad_batches
-        return trainer.max_epochs * math.ceil(trainer.num_training_batches / window)
-
-    def on_train_start(self) -> None:
-        """Set the optimizer's options to the command line's, and its learning rate to this step's.
-
-        A checkpoint has put back its own.
-        """
-        group = self.trainer.optimizers[0].param_groups[0]
-        group.update(self.options)
-        for schedule in (config.scheduler for config in self.trainer.lr_scheduler_configs):
-            group["initial_lr"] = group["lr"]
-            schedule.base_lrs, schedule.last_epoch = [group["lr"]], self.trainer.global_step
-            group["lr"] *= schedule.lr_lambdas[0](schedule.last_epoch)
-
-    def restart_optimizer(self) -> None:
-        """Forget what the optimizer knows of the gradients, and let its rate rise anew."""
-        self.trainer.optimizers[0].state.clear()
-        self.on_train_start()
+        steps = trainer.estimated_stepping_batches
+        if trainer.max_epochs not in (None, -1):  # max_steps may end the run earlier
+            window = trainer.accumulate_grad_batches
+            steps = trainer.max_epochs * math.ceil(trainer.num_training_batches / window)
+        share = max(step / max(steps, 1), time_passed(trainer))
+        return rise * (1 + math.cos(math.pi * min(share, 1.0))) / 2
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
-        self.watch.raise_if_diverged()  # rather than overwrite the last good checkpoint
+        self.raise_if_diverged()  # rather than overwrite the last good checkpoint
         checkpoint |= {"format": FORMAT, "config": self.config}
         checkpoint["validation_bits"] = self.validation_bits
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
-        self.validation_bits = checkpoint.get("validation_bits", self.validation_bits)
+        self.validation_bits = checkpoint["validation_bits"]

@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from cycler import cycler
 from matplotlib import pyplot as plt
-from matplotlib.ticker import LogLocator
 from PIL import Image
 from torch import Tensor
 from torchvision.utils import make_grid
@@ -16,7 +15,6 @@ from torchvision.utils import make_grid
 from rnode.flow import Flow
 from rnode.training.results import GAUSSIAN, MEASURES, read_metrics
 from rnode.training.run_folder import whole_file
-from rnode.transforms import ImageTransform, Transform
 
 matplotlib.use("Agg")  # figures go to files and need no display
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#666666")
@@ -25,14 +23,10 @@ plt.rcParams.update(
         "axes.prop_cycle": cycler(color=COLOURS),  # Okabe and Ito: colour-blind people tell them
         "axes.spines.top": False,
         "axes.spines.right": False,
-        "axes.titlesize": "medium",
-        "font.size": 11,
         "legend.frameon": False,
         "svg.fonttype": "none",
     }
 )
-
-PAIR = {"ncols": 2, "figsize": (10, 5.3), "layout": "constrained"}
 
 
 def save_figure(figure: plt.Figure, path: Path) -> None:
@@ -42,20 +36,13 @@ def save_figure(figure: plt.Figure, path: Path) -> None:
     plt.close(figure)
 
 
-def set_log_scale(ax: plt.Axes) -> None:
-    """Make the y-axis logarithmic, with numbers at 1, 1.5, 2, 3, 4, 5 and 7 of each decade."""
-    ax.set_yscale("log")
-    ticks = {"major_formatter": "{x:g}", "minor_formatter": "{x:g}"}
-    ax.yaxis.set(**ticks, minor_locator=LogLocator(subs=(1.5, 2, 3, 4, 5, 7)))
-
-
-def plot_pair(path: Path, panels: dict[str, Tensor]) -> None:
-    """Plot two sets of points or images side by side; `panels` holds them by their titles."""
-    figure, axes = plt.subplots(**PAIR)
-    first = next(iter(panels.values()))
-    for ax, (title, points) in zip(axes, panels.items(), strict=True):
+def plot_grids(path: Path, panels: dict[str, Tensor]) -> None:
+    """Plot images (N, C, H, W) in [0, 1] as square grids; `panels` holds them by their titles."""
+    size = {"figsize": (5 * len(panels), 5.3), "layout": "constrained"}
+    figure, axes = plt.subplots(ncols=len(panels), squeeze=False, **size)
+    for ax, (title, images) in zip(axes.flat, panels.items(), strict=True):
         ax.set_title(title)
-        plot_points(ax, points, first)
+        plot_images(ax, images)
     save_figure(figure, path)
 
 
@@ -96,88 +83,55 @@ def limits_of(points: Tensor) -> np.ndarray:
     return np.stack([low - margin, high + margin])
 
 
-def plot_points(ax: plt.Axes, points: Tensor, like: Tensor | None = None) -> None:
-    """Plot images (N, C, H, W) in [0, 1] as a square grid, or vectors (N, 1 or 2) as points.
-
-    The axes show the vectors `like`, by default the points themselves.
-    """
-    if points.dim() == 4:
-        ax.imshow(image_grid(points), interpolation="nearest")
-        ax.axis("off")
-        return
-    limits = limits_of(points if like is None else like)
-    if points.shape[1] == 1:
-        ax.hist(points[:, 0].numpy(), bins=80, range=tuple(limits[:, 0]), density=True)
-        return
-    ax.scatter(points[:, 0], points[:, 1], s=2)
-    ax.set(xlim=limits[:, 0], ylim=limits[:, 1], aspect="equal")
-    outside = ((points.numpy() < limits[0]) | (points.numpy() > limits[1])).any(1).mean()
-    ax.set_xlabel(f"{outside:.1%} of the points lie outside" if outside > 0 else "")
+def plot_images(ax: plt.Axes, images: Tensor) -> None:
+    """Plot images (N, C, H, W) in [0, 1] as a square grid."""
+    ax.imshow(image_grid(images), interpolation="nearest")
+    ax.axis("off")
 
 
-def image_grid(images: Tensor, columns: int | None = None, size: int = 0) -> np.ndarray:
-    """Images (N, C, H, W) → a grid (H', W', 3), square by default, enlarged to about `size`."""
+def image_grid(images: Tensor, columns: int | None = None) -> np.ndarray:
+    """Images (N, C, H, W) → a grid (H', W', 3), square by default."""
     columns = columns or math.ceil(len(images) ** 0.5)
-    grid = make_grid(images, nrow=columns, padding=1, pad_value=0.5).permute(1, 2, 0).numpy()
-    scale = max(1, round(size / max(grid.shape[:2])))
-    return grid.repeat(scale, 0).repeat(scale, 1)
+    return make_grid(images, nrow=columns, padding=1, pad_value=0.5).permute(1, 2, 0).numpy()
 
 
-def plot_corner(
-    path: Path, panels: dict[str, Tensor], names: list[str], max_columns: int = 10
-) -> None:
-    """Plot columns of one or two tables (N, d): histograms, and pairs on each side of them.
+def plot_corner(path: Path, panels: dict[str, Tensor], names: list[str]) -> None:
+    """Plot the first ten columns of one or two tables (N, d): histograms, and pairs beside them.
 
     `panels` holds the tables by their titles. The pairs of the first are below the diagonal, and
     the axes show it.
     """
-    count, (first, *_) = min(len(names), max_columns), panels.values()
+    names = names[:10]
+    count, first = len(names), next(iter(panels.values()))
     low, high = limits_of(first[:, :count])
-    side = max(4.0, 1.9 * count)
-    figure, axes = plt.subplots(
-        count, count, figsize=(side, side), layout="constrained", squeeze=False
-    )
+    size = {"figsize": (2 * count + 2, 2 * count + 2), "layout": "constrained"}
+    figure, axes = plt.subplots(count, count, squeeze=False, **size)
     for k, (title, points) in enumerate(panels.items()):
         for i, j in np.ndindex(count, count):
             ax, color = axes[i, j], f"C{k}"
             if i == j:
-                bins = {"bins": 50, "range": (low[i], high[i]), "density": True}
-                ax.hist(points[:, i].numpy(), **bins, histtype="step", color=color, label=title)
+                bins = np.linspace(low[i], high[i], 51)
+                values = points[:, i].numpy()
+                ax.hist(values, bins, density=True, histtype="step", color=color, label=title)
             elif (i < j) == bool(k):
                 ax.scatter(points[:, j], points[:, i], s=1, color=color)
                 ax.set_ylim(low[i], high[i])
             ax.set_xlim(low[j], high[j])
-            ax.tick_params(
-                labelsize=7, labelrotation=30, labelleft=j == 0, labelbottom=i == count - 1
-            )
-    for i, name in enumerate(names[:count]):
+            ax.tick_params(labelsize=7, labelleft=j == 0, labelbottom=i == count - 1)
+    for i, name in enumerate(names):
         axes[-1, i].set_xlabel(name)
         axes[i, 0].set_ylabel(name)
-    axes[0, 0].set(ylabel="", yticks=[])
-    if count < len(names):
-        figure.suptitle(f"the first {count} of {len(names)} columns")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
     save_figure(figure, path)
 
 
-def save_points(points: Tensor, path: Path) -> None:
-    """Write images (N, C, H, W) in [0, 1] as an enlarged grid, or vectors (N, d) as a plot."""
-    if points.dim() == 4:
-        plt.imsave(path, image_grid(points, size=800))
-        return
-    figure, ax = plt.subplots(figsize=(5, 5), layout="constrained")
-    plot_points(ax, points)
-    save_figure(figure, path)
-
-
-def plot_extremes(rows: Tensor, bits: Tensor, transform: Transform, count: int, path: Path) -> None:
-    """Plot the `count` most and least likely of the source's data (N, *shape), by `bits` (N,)."""
+def plot_extremes(rows: Tensor, bits: Tensor, levels: int, count: int, path: Path) -> None:
+    """Plot the `count` most and least likely images (N, C, H, W) of integers, by `bits` (N,)."""
     order, panels = bits.argsort(), {}
-    scale = transform.levels - 1 if isinstance(transform, ImageTransform) else 1
     for name, chosen in (("most", order[:count]), ("least", order.flip(0)[:count])):
         title = f"{name} likely: {bits[chosen].min():.2f} to {bits[chosen].max():.2f} bits/dim"
-        panels[title] = rows[chosen] / scale
-    plot_pair(path, panels)
+        panels[title] = rows[chosen] / (levels - 1)
+    plot_grids(path, panels)
 
 
 def plot_strip(frames: Tensor, shares: Tensor, label: str, path: Path) -> None:
@@ -197,21 +151,21 @@ def plot_trajectory(frames: Tensor, folder: Path) -> None:
     times = torch.linspace(0, len(frames) - 1, min(len(frames), 12)).round().long()
     label = "share of the way from noise to image"
     plot_strip(frames[times, :8], times / (len(frames) - 1), label, folder / "strip.png")
-    grids = ((255 * image_grid(frame, size=400)).round().astype(np.uint8) for frame in frames)
-    first, *others = map(Image.fromarray, grids)
-    milliseconds = [80] * len(others) + [2000]
-    options = {"append_images": others, "duration": milliseconds, "loop": 0}
-    first.save(folder / "trajectory.gif", save_all=True, **options)
+    grids = ((255 * image_grid(frame)).round().astype(np.uint8) for frame in frames)
+    first, *others = (Image.fromarray(grid.repeat(4, 0).repeat(4, 1)) for grid in grids)
+    durations = [80] * len(others) + [2000]  # milliseconds
+    path = folder / "trajectory.gif"
+    first.save(path, save_all=True, append_images=others, duration=durations, loop=0)
 
 
 @torch.no_grad()
-def plot_plane(flow: Flow, frames: Tensor, path: Path, side: int = 150) -> None:
-    """Plot the density of a 2-D flow at `side`² points, and the paths `frames` (times, N, 2)."""
+def plot_plane(flow: Flow, frames: Tensor, path: Path) -> None:
+    """Plot the density of a 2-D flow, and the paths `frames` (times, N, 2)."""
     limits = limits_of(torch.cat([frames[0], frames[-1]]).cpu()).T  # of noise and samples
-    across, up = (torch.linspace(*map(float, pair), side) for pair in limits)
+    across, up = (torch.linspace(*map(float, pair), 150) for pair in limits)
     points = torch.cartesian_prod(across, up).to(frames)
-    density = flow.log_prob(points).exp().view(side, side).T.float().cpu()
-    figure, (left, right) = plt.subplots(**PAIR)
+    density = flow.log_prob(points).exp().view(150, 150).T.float().cpu()
+    figure, (left, right) = plt.subplots(ncols=2, figsize=(10, 5.3), layout="constrained")
     left.imshow(density, origin="lower", extent=limits.flatten())
     left.set_title("density")
     paths = frames[:, :200].cpu().numpy()

@@ -1,53 +1,23 @@
-"""What a run prints while it trains: what it is, how long it will take, how far it is."""
+"""What a run prints while it trains: what it is, how long an epoch takes, and validations."""
 
-import math
-import sys
 import time
 from datetime import timedelta
 
 import torch
-from pytorch_lightning import Trainer
-from pytorch_lightning.callbacks import RichProgressBar
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    ProgressColumn,
-    TextColumn,
-    TimeRemainingColumn,
-)
+from pytorch_lightning import Callback, Trainer
 
 from rnode.data.datamodule import SPLIT_NAMES
 from rnode.training.module import RNODE
-from rnode.training.pretraining import timer_of
 
-LIKELIHOOD = {"bits/dim": "train/bits_per_dim", "NFE": "train/nfe_forward"}
-MATCHING = {"loss of flow matching": "train/loss"}
 ESTIMATE_STEP = 3  # step after which the duration is estimated; the first step is not timed
-INTERVAL = 60.0  # seconds from one line to the next where there is no terminal
 
 
-class Progress(RichProgressBar):
-    """Prints the data, the flow and the device, the time that the run will take, and validations.
+class Progress(Callback):
+    """Prints the data, the flow and the device, the time of an epoch, and validations."""
 
-    On a terminal it draws a bar with the metrics of the last log step; elsewhere it prints a line
-    each minute.
-    """
-
-    def __init__(self):
-        super().__init__(refresh_rate=4 if sys.stdout.isatty() else 0)
-        self.metrics: dict[str, str] = {}
-        self.steps = 0  # steps of this process by the current loss
-        self.start = 0  # the first step of equation (17)
-        self.began = self.printed = 0.0  # times: after the first step, and of the last line
-
-    def configure_columns(self, trainer: Trainer) -> list[ProgressColumn]:
-        counts = MofNCompleteColumn(), TimeRemainingColumn()
-        return [TextColumn("{task.description}"), BarColumn(bar_width=15), *counts]
-
-    def get_metrics(self, trainer: Trainer, module: RNODE) -> dict[str, str]:
-        if module.logs:  # in every step, the host would wait for the device
-            self.metrics = read_metrics(trainer, module)
-        return self.metrics
+    steps = 0  # steps of this process by the current loss
+    start = 0  # the first step of equation (17)
+    began = 0.0  # time after the first step
 
     def on_fit_start(self, trainer: Trainer, module: RNODE) -> None:
         splits, flow = trainer.datamodule.splits, module.flow
@@ -59,84 +29,26 @@ class Progress(RichProgressBar):
             f"{module.device}, precision={trainer.precision}"
         )
 
-    def on_train_batch_end(self, trainer: Trainer, module: RNODE, *batch: object) -> None:
-        super().on_train_batch_end(trainer, module, *batch)
+    def on_train_batch_end(self, trainer: Trainer, module: RNODE, *_) -> None:
         self.steps = self.steps + 1 if self.start == module.pretraining.start else 1
         self.start = module.pretraining.start
         if self.steps in (1, ESTIMATE_STEP) and torch.accelerator.is_available():
             torch.accelerator.synchronize()
-        now = time.monotonic()
         if self.steps == 1:
-            self.began = now
-            return
-        seconds = (now - self.began) / (self.steps - 1)
+            self.began = time.monotonic()
         if self.steps == ESTIMATE_STEP:
-            self.printed = now
-            trainer.print(estimate(trainer, module, seconds))
-        elif self.steps > ESTIMATE_STEP and self.is_disabled and now > self.printed + INTERVAL:
-            self.printed = now
-            metrics = [f"{name} {value}" for name, value in read_metrics(trainer, module).items()]
-            left = to_go(seconds_left(trainer, seconds))
-            trainer.print(f"{position(trainer)}: {', '.join(metrics)}; {left}")
-
-    # One row at a time: rows that move up and down would leave their traces in the run's log.
-    def on_validation_start(self, trainer: Trainer, module: RNODE) -> None:
-        super().on_validation_start(trainer, module)
-        self.show_training(False)
+            seconds = (time.monotonic() - self.began) / (ESTIMATE_STEP - 1)
+            loss = "flow matching" if module.pretraining.matching else "equation (17)"
+            epoch = timedelta(seconds=round(seconds * trainer.num_training_batches))
+            cost = f"{module.nfe} NFE and {seconds:.2g} s, an epoch {epoch}"
+            trainer.print(f"a step of {loss} takes {cost}")
 
     def on_validation_end(self, trainer: Trainer, module: RNODE) -> None:
-        super().on_validation_end(trainer, module)
-        self.show_training(True)
         metrics, best = trainer.callback_metrics, None
         if trainer.checkpoint_callback is not None:
             best = trainer.checkpoint_callback.best_model_score
         bits, error = (float(metrics[f"val/bits_per_dim{end}"]) for end in ("", "_se"))
         better = "" if best is not None and bits >= best else ", the best so far"
-        trainer.print(f"{position(trainer)}: validation {bits:.4f} ± {error:.4f} bits/dim{better}")
-
-    def show_training(self, visible: bool) -> None:
-        if self.train_progress_bar_id is not None:
-            self.progress.update(self.train_progress_bar_id, visible=visible)
-
-    def _get_train_description(self, current_epoch: int) -> str:
-        return epoch_of(self.trainer)
-
-
-def read_metrics(trainer: Trainer, module: RNODE) -> dict[str, str]:
-    names, metrics = (
-        MATCHING if module.pretraining.matching else LIKELIHOOD,
-        trainer.callback_metrics,
-    )
-    return {k: f"{float(metrics[name]):.4g}" for k, name in names.items() if name in metrics}
-
-
-def estimate(trainer: Trainer, module: RNODE, seconds: float) -> str:
-    """Say how long a step, an epoch and the run will take, if a batch takes so many seconds."""
-    left = to_go(seconds_left(trainer, seconds))
-    epoch = timedelta(seconds=round(seconds * trainer.num_training_batches))
-    line = f"takes {module.nfe} NFE and {seconds:.2g} s, an epoch {epoch}, {left}"
-    if module.pretraining.matching:
-        return f"a step of flow matching {line}; those of equation (17) will take longer"
-    return f"a step {line}"
-
-
-def seconds_left(trainer: Trainer, seconds: float) -> float:
-    """Seconds until the run ends, if a batch takes so many."""
-    steps = trainer.estimated_stepping_batches - trainer.global_step
-    left = steps * trainer.accumulate_grad_batches * seconds
-    timer = timer_of(trainer)
-    return max(0.0, left if timer is None else min(left, timer.time_remaining()))
-
-
-def to_go(seconds: float) -> str:
-    return f"{timedelta(seconds=round(seconds))} to go" if seconds < math.inf else "no end is set"
-
-
-def epoch_of(trainer: Trainer) -> str:
-    last = f" of {trainer.max_epochs}" if (trainer.max_epochs or 0) > 0 else ""
-    return f"epoch {trainer.current_epoch + 1}{last}"
-
-
-def position(trainer: Trainer) -> str:
-    step = f"step {trainer.global_step}"
-    return f"{epoch_of(trainer)}, {step}" if trainer.state.fn == "fit" else step
+        last = f" of {trainer.max_epochs}" if (trainer.max_epochs or 0) > 0 else ""
+        place = f"epoch {trainer.current_epoch + 1}{last}, step {trainer.global_step}"
+        trainer.print(f"{place}: validation {bits:.4f} ± {error:.4f} bits/dim{better}")

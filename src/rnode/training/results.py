@@ -17,11 +17,9 @@ MEASURES = {  # of training, validation and test, as figures call them
     "kinetic": "kinetic energy / d",
     "jacobian": "squared Jacobian norm / d",
 }
-RESULTS = (  # the names in result.json
-    *(BITS, "val/nfe_forward", "train/seconds", "train/nfe_forward", "train/nfe_backward"),
-    *("test/bits_per_dim", "test/bits_per_dim_se", "test/nfe_forward"),
-    *("test/kinetic", "test/jacobian"),
-)
+TESTED = tuple(f"test/{name}" for name in (*MEASURES, "bits_per_dim_se"))
+TRAINED = ("train/seconds", "train/nfe_forward", "train/nfe_backward")
+RESULTS = (BITS, "val/nfe_forward", *TRAINED, *TESTED)  # the names in result.json
 
 
 def read_metrics(path: Path) -> list[dict[str, str]]:
@@ -42,12 +40,9 @@ def write_result(folder: Path, tested: dict, best: float) -> dict[str, float | N
     rows = read_metrics(folder / METRICS)
     validated = [row for row in rows if BITS in row]
     chosen = min(validated, key=lambda row: abs(float(row[BITS]) - best), default={})
-    last = {name: cell for row in rows for name, cell in row.items()}
-    measured = tested | last
-    measured[BITS] = best
-    measured["val/nfe_forward"] = chosen.get("val/nfe_forward", "nan")
-    seconds = sum(float(row.get("train/seconds_per_epoch", 0)) for row in rows)
-    measured["train/seconds"] = seconds or "nan"
+    measured = tested | {name: cell for row in rows for name, cell in row.items()}
+    measured |= {BITS: best, "val/nfe_forward": chosen.get("val/nfe_forward", "nan")}
+    measured["train/seconds"] = measured.get("train/seconds_total", "nan")
     numbers = {name: float(measured.get(name, "nan")) for name in RESULTS}
     result = {name: v if math.isfinite(v) else None for name, v in numbers.items()}
     with whole_file(folder / RESULT, "w") as file:
@@ -68,9 +63,9 @@ def is_run(folder: Path) -> bool:
 
 def read_status(folder: Path) -> tuple[str, str]:
     """Return finished, failed, diverged or unfinished, and why the run has not finished."""
-    for status, name in (("failed", FAILED), ("diverged", DIVERGED)):
-        if (folder / name).exists():
-            return status, (folder / name).read_text(encoding="utf-8").strip()
+    for path in (folder / FAILED, folder / DIVERGED):
+        if path.exists():
+            return path.stem, path.read_text(encoding="utf-8").strip()
     if (folder / RESULT).exists():
         return "finished", ""
     return "unfinished", "was interrupted, or is still running"

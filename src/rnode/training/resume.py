@@ -5,8 +5,8 @@ These are all places where a run reaches into the state of Lightning that is not
 - `SaveAndStop.on_save_checkpoint` and `count_batches` set the counters of Lightning's loops in a
   checkpoint. Lightning's own also count batches whose gradients were still being accumulated, and
   an epoch that max_steps cut short as a whole one.
-- `EarlyStopping` keeps the patience of the command line, and does not count while flow matching
-  trains. Lightning's takes the patience of the checkpoint.
+- `EarlyStopping` keeps the patience of the command line, not that of the checkpoint, and does not
+  count while flow matching trains.
 - `BestCheckpoint.load_state_dict` sets what ModelCheckpoint knows of the best checkpoint. Lightning
   forgets it if the folder of the run has moved, and trusts the names that a checkpoint holds.
 - `rnode.training.module.RNODE.logs` and `rnode.data.datamodule` read
@@ -17,7 +17,6 @@ These are all places where a run reaches into the state of Lightning that is not
 import contextlib
 import math
 import signal
-from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -38,7 +37,7 @@ class SaveAndStop(Callback):
 
     def __init__(self, folder: str, every_n_steps: int):
         self.path, self.every_n_steps = Path(folder) / "last.ckpt", every_n_steps
-        self.received = self.agreed = 0  # the signal that this process, or any process, received
+        self.received = 0  # the signal that this process received
         self.step = self.saved = 0  # the last training step, and the one of the last checkpoint
         self.epoch = self.used = 0  # that step used the batches of this epoch up to `used`
 
@@ -46,12 +45,13 @@ class SaveAndStop(Callback):
         self.step = self.saved = trainer.global_step
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self.receive)  # Lightning restores the handlers at the end
+        if trainer.world_size > 1:  # on the CPU, so that no process waits for its accelerator
+            self.group = torch.distributed.new_group(backend="gloo")
 
     def receive(self, number: int, frame: object) -> None:
         self.received = number
         with contextlib.suppress(RuntimeError):  # the signal came while another line was printed
-            line = f"{signal.Signals(number).name}: stopping after this batch"
-            rank_zero_only(print)(line, flush=True)
+            rank_zero_only(print)("stopping after this batch", flush=True)
         default = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
         signal.signal(number, default)
 
@@ -61,29 +61,24 @@ class SaveAndStop(Callback):
             self.used = batch[-1] + 1
 
     def on_train_batch_start(self, trainer: Trainer, *_) -> None:
-        self.agree(trainer)  # the validation and the logs of the last step are complete here
-        if self.agreed:
-            self.save(trainer)
-        elif self.step % self.every_n_steps == 0 and self.save(trainer):
-            trainer.print(f"step {self.step}: {self.path.name} written")
+        if self.step % self.every_n_steps == 0:
+            self.save(trainer)  # the validation and the logs of the last step are complete here
         self.stop(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, *_) -> None:
         self.save(trainer)
 
     def on_train_epoch_start(self, trainer: Trainer, *_) -> None:
-        self.agree(trainer)
         self.stop(trainer)
 
-    on_test_start, on_test_batch_end = on_train_start, on_train_epoch_start
+    on_test_start = on_train_start
+    on_test_batch_end = on_train_epoch_start
 
-    def save(self, trainer: Trainer) -> bool:
-        """Write a checkpoint unless there is one of this step; return whether it was written."""
-        new = self.step > self.saved and not trainer.fast_dev_run
-        if new:
+    def save(self, trainer: Trainer) -> None:
+        """Write a checkpoint unless there is one of this step."""
+        if self.step > self.saved and not trainer.fast_dev_run:
             self.saved = self.step
             trainer.save_checkpoint(self.path, weights_only=False)
-        return new
 
     def on_save_checkpoint(self, trainer: Trainer, module: RNODE, checkpoint: dict) -> None:
         epoch = trainer.current_epoch
@@ -91,22 +86,15 @@ class SaveAndStop(Callback):
         if used < trainer.num_training_batches:
             count_batches(checkpoint["loops"]["fit_loop"], epoch, used, self.step)
 
-    def agree(self, trainer: Trainer) -> None:
-        """Stop all processes at the same step if any of them received a signal."""
+    def stop(self, trainer: Trainer) -> None:
+        """Raise Stopped, in all processes at the same step, if any of them received a signal."""
         received = torch.tensor(self.received)
         if trainer.world_size > 1:
             torch.distributed.all_reduce(received, torch.distributed.ReduceOp.MAX, group=self.group)
-        self.agreed = int(received)
-
-    def stop(self, trainer: Trainer) -> None:
-        if self.agreed:
-            name = signal.Signals(self.agreed).name
-            raise Stopped(f"by {name} after {trainer.global_step} training steps", self.agreed)
-
-    @cached_property
-    def group(self) -> object:
-        """A group of processes on the CPU, so that no process waits for its accelerator."""
-        return torch.distributed.new_group(backend="gloo")
+        if received:
+            self.save(trainer)
+            name = signal.Signals(int(received)).name
+            raise Stopped(f"by {name} after {trainer.global_step} training steps", int(received))
 
 
 def count_batches(loops: dict, epoch: int, used: int, step: int) -> None:
@@ -128,14 +116,9 @@ class BestCheckpoint(callbacks.ModelCheckpoint):
     """Keeps best.ckpt in the folder of this run, whatever folder a resumed checkpoint names."""
 
     def __init__(self, folder: str):
-        super().__init__(
-            folder,
-            filename="best",
-            monitor="val/bits_per_dim",
-            enable_version_counter=False,
-            # After the validation, before last.ckpt: a run that resumes from there has its best.
-            save_on_train_epoch_end=False,
-        )
+        # After the validation, before last.ckpt: a run that resumes from there has its best.
+        name = {"filename": "best", "enable_version_counter": False}
+        super().__init__(folder, **name, monitor="val/bits_per_dim", save_on_train_epoch_end=False)
 
     def load_state_dict(self, state_dict: dict) -> None:
         path = str(Path(self.dirpath) / "best.ckpt")
@@ -147,10 +130,7 @@ class BestCheckpoint(callbacks.ModelCheckpoint):
 
 
 class EarlyStopping(callbacks.EarlyStopping):
-    """Stops a run after `patience` validations without a better one; None: never.
-
-    Validations while flow matching trains do not count.
-    """
+    """Stops a run after `patience` validations without a better one; None: never."""
 
     def __init__(self, patience: int | None):
         patience = math.inf if patience is None else patience

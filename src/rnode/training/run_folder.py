@@ -1,15 +1,13 @@
-"""The folder of a run: atomic files, its lock, its log, and what its result depends on."""
+"""The folder of a run: atomic files, its lock, and what its result depends on."""
 
 import contextlib
 import os
 import platform
-import re
 import subprocess
-import sys
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import IO, Any, TextIO
+from typing import IO
 
 from filelock import FileLock, Timeout
 
@@ -24,7 +22,7 @@ PACKAGES = ("torch", "torchvision", "pytorch-lightning", "torchdiffeq", "numpy")
 def whole_file(path: Path, mode: str = "wb") -> Iterator[IO]:
     """Open a file that replaces `path` once it is complete and on the disk, or raise WriteError."""
     part = path.with_name(f"{path.name}.part")
-    text = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
+    text = {"encoding": "utf-8", "newline": ""} if mode == "w" else {}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(part, mode, **text) as file:
@@ -37,45 +35,6 @@ def whole_file(path: Path, mode: str = "wb") -> Iterator[IO]:
             part.unlink()
         kept = "the earlier file is intact" if path.exists() else "there is no earlier file"
         raise WriteError(f"{path} could not be written ({one_line(error)}); {kept}") from error
-
-
-class Copy:
-    """A stream whose lines also go to a file, without what draws a progress bar."""
-
-    CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
-
-    def __init__(self, stream: TextIO, file: TextIO):
-        self.stream, self.file, self.line = stream, file, ""
-
-    def write(self, text: str) -> int:
-        *lines, self.line = (self.line + text).split("\n")
-        for line in lines:
-            last = self.CONTROL.sub("", line).rstrip("\r").rsplit("\r", 1)[-1]
-            if last.strip():
-                print(last.rstrip(), file=self.file, flush=True)
-        # A bar ends its line once an epoch; only its last state is kept until then.
-        self.line = self.line[self.line.rstrip("\r").rfind("\r") + 1 :]
-        return self.stream.write(text)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.stream, name)
-
-
-@contextlib.contextmanager
-def transcript(path: Path, printed: str) -> Iterator[None]:
-    """Append `printed`, all further output and a final exception to the log file `path`."""
-    with (
-        open(path, "a", encoding="utf-8") as file,
-        contextlib.redirect_stdout(Copy(sys.stdout, file)),
-        contextlib.redirect_stderr(Copy(sys.stderr, file)),
-    ):
-        print(printed, file=file, flush=True)
-        try:
-            yield
-        except BaseException as error:
-            with contextlib.suppress(OSError):  # the exception may be about a full disk
-                print(f"{type(error).__name__}: {one_line(error)}", file=file, flush=True)
-            raise
 
 
 @contextlib.contextmanager
@@ -110,6 +69,5 @@ def environment() -> dict[str, str]:
     if (checkout / ".git").exists():
         command = ["git", "-C", checkout, "describe", "--always", "--dirty", "--abbrev=12"]
         with contextlib.suppress(OSError, subprocess.CalledProcessError):  # git is not installed
-            done = subprocess.run(command, check=True, capture_output=True, text=True)
-            found["commit"] = done.stdout.strip()
+            found["commit"] = subprocess.check_output(command, text=True).strip()
     return found
