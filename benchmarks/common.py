@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from rich.table import Table
 
 from rnode import Flow, Method, Probes, Solver, TimeConv2d, multiscale
-from rnode.app.printing import print_table
+from rnode.app.summary import print_table
 from rnode.training.refine import doublings, refine
 
 SHAPES = {

@@ -51,14 +51,13 @@ class Keep(Callback):
 
 def main() -> None:
     path, batch, gradient = sys.argv[1:]
-    started = launched()
     Probes.sample = sample
     torch.manual_seed(0)
     flow = make_flow((6,), gradient=gradient, pieces=2)
     module = RNODE(flow, torch.optim.Adam, lambda_k=0.01, lambda_j=0.01)
     trainer = Trainer(
         accelerator="cpu",
-        devices=1 if started is None else started.per_node,
+        devices=2 if launched() else 1,
         precision="64-true",
         max_steps=1,
         limit_val_batches=0,

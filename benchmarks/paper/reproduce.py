@@ -16,7 +16,7 @@ from rnode.paper import discussion
 from rnode.paper.figures import PLOTS
 from rnode.paper.runs import DATA, DOWNLOADED, FIGURES, Job
 
-from rnode.app.printing import print_table
+from rnode.app.summary import print_table
 from rnode.errors import require
 
 LONGEST = 30  # rows of a CSV that is printed; a longer one holds curves

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rnode.app import train
 from rnode.app.build import apply_overrides, build, config_of
-from rnode.app.processes import cluster_plugins, match_processes, prepare_process
+from rnode.app.processes import prepare_process
 from rnode.app.schema import CONF
 from rnode.app.validation import compose_config, validate
 from rnode.data.datamodule import DataModule, require_finite
@@ -59,7 +59,7 @@ def load(
 def from_checkpoint(cfg: DictConfig) -> tuple["Density", Fabric]:
     """Load the density of `cfg.ckpt_path`, changed as the command line asks.
 
-    From here on as many processes run as `cfg.trainer` asks for, each with the flow on its device.
+    The flow is on `cfg.device`.
     """
     hydra = HydraConfig.get()
     overrides = list(hydra.overrides.task)
@@ -67,9 +67,8 @@ def from_checkpoint(cfg: DictConfig) -> tuple["Density", Fabric]:
     change = partial(apply_overrides, cfg=cfg, overrides=overrides)
     density = load(cfg.ckpt_path, cfg.trust, folders, change)
     density.seed = cfg.seed
-    match_processes(cfg.trainer, overrides)
     torch.backends.cudnn.allow_tf32 = False  # an adaptive method would chase its error
-    fabric = Fabric(**cfg.trainer, plugins=cluster_plugins())
+    fabric = Fabric(accelerator=cfg.device, devices=1)
     fabric.launch()
     density.flow.to(fabric.device)
     return density, fabric

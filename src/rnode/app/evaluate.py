@@ -11,7 +11,7 @@ from rich.progress import track
 from rich.table import Table
 
 from rnode.app.density import from_checkpoint
-from rnode.app.printing import print_table, quantities
+from rnode.app.summary import print_table, quantities
 from rnode.distributed import rank_and_world_size
 from rnode.errors import require
 from rnode.evaluation import evaluate

@@ -17,8 +17,8 @@ from omegaconf import DictConfig
 from rich.table import Table
 
 from rnode.app.figures import choose_colours, plot_penalties, plot_training
-from rnode.app.printing import print_table
 from rnode.app.runs import Run, best, read_runs, tabulate
+from rnode.app.summary import print_table
 from rnode.errors import require
 from rnode.training.loggers import finish_wandb
 from rnode.training.results import RESULTS

@@ -9,12 +9,8 @@ from omegaconf import DictConfig, OmegaConf
 from rich.progress import track
 
 from rnode.app.density import from_checkpoint
-from rnode.data.datamodule import DataModule
 from rnode.distributed import gather_lists, rank_and_world_size
-from rnode.errors import require
-from rnode.flow import Flow
-from rnode.training.plots import plot_corner, plot_plane, plot_strip, plot_trajectory, save_points
-from rnode.transforms import ImageTransform
+from rnode.training.plots import plot_corner, plot_plane, plot_trajectory, save_points
 
 FRAMES = 36  # of an animation, about
 
@@ -23,14 +19,13 @@ FRAMES = 36  # of an animation, about
 def main(cfg: DictConfig) -> None:
     """Write samples.png and samples.npy, or samples.csv for a table, and plane.png for 2-D flows.
 
-    Where the configuration asks for them: strip.png, trajectory.gif and interpolation.png.
+    Where the configuration asks for them: strip.png and trajectory.gif.
     """
     density, fabric = from_checkpoint(cfg)
     data, flow, device = density.data, density.flow, fabric.device
     context = OmegaConf.to_container(cfg.context)
     c = data.conditions.encode(context, cfg.n).to(device)
     z = density.sample_z(cfg.n, cfg.seed, cfg.temperature).to(device)
-    path = interpolate(flow, data, cfg.interpolate) if cfg.interpolate else None
     rank, processes = rank_and_world_size()
     batches = torch.arange(cfg.n).split(data.eval_batch_size)[rank::processes]
     parts = []
@@ -54,27 +49,5 @@ def main(cfg: DictConfig) -> None:
     if cfg.trajectory and density.columns is None:
         frames = flow.trajectory(z[:16], c[:16], max(3, FRAMES // len(flow.pieces)))
         plot_trajectory(data.transform.inverse(frames).float().cpu(), folder)
-    if path is not None:
-        shares = torch.linspace(0, 1, len(path))
-        plot_strip(path[:, None], shares, "share of the path in z", folder / "interpolation.png")
     print(f"{cfg.n} samples, NFE {np.mean(nfe):.1f} a batch by {flow.solver.test.method}")
     print(f"folder: {folder}")
-
-
-def interpolate(flow: Flow, data: DataModule, pair: list[int]) -> torch.Tensor:
-    """Return images from one test image of the `pair` to the other, (11, C, H, W)."""
-    images = isinstance(data.transform, ImageTransform)
-    require(images, f"interpolate={pair}: needs a flow of images")
-    data.setup()
-    last = len(data.splits.test) - 1
-    message = f"interpolate={pair}: must be two indices of test images, 0 to {last}"
-    require(max(pair) <= last, message)
-    x, index, c = data.fetch_from("test")(list(pair))
-    bin_centre = torch.full(x.shape, 0.5)
-    batch = data.transform(x, index, c, bin_centre).to(next(flow.parameters()).device)
-    first, second = flow(batch.y, batch.c).z
-    # Points on this arc are normal as its ends are; those on a straight line are shorter.
-    angle = torch.linspace(0, torch.pi / 2, 11).to(first)[:, None]
-    c = torch.lerp(batch.c[:1], batch.c[1:], (angle * 2 / torch.pi).to(batch.c))
-    y = flow.inverse(angle.cos() * first + angle.sin() * second, c)
-    return data.transform.inverse(y).float().cpu()

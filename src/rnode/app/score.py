@@ -8,7 +8,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.progress import track
 
 from rnode.app.density import Density, from_checkpoint
-from rnode.app.printing import print_table, quantities
+from rnode.app.summary import print_table, quantities
 from rnode.data.folder import Format, decode, find_images
 from rnode.data.tables import read_table
 from rnode.errors import require
@@ -17,8 +17,7 @@ from rnode.training.run_folder import whole_file
 
 def main(cfg: DictConfig) -> None:
     """Write scores.csv: a row for each row or image of `cfg.path`, in order."""
-    density, fabric = from_checkpoint(cfg)
-    require(fabric.world_size == 1, "trainer.devices: must be 1; scores are computed on one device")
+    density, _ = from_checkpoint(cfg)
     rows, identity = read(density, Path(cfg.path).expanduser(), list(cfg.id))
     context = OmegaConf.to_container(cfg.context) or None
     if context is None and "file" in identity and "label" in density.data.conditions.columns:

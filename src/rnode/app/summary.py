@@ -2,10 +2,11 @@
 
 import contextlib
 import math
+import sys
 
-from rich.table import Table
+from rich.console import Console
+from rich.table import Column, Table
 
-from rnode.app.printing import quantities
 from rnode.flow import Flow
 from rnode.transforms import TableTransform, Transform
 
@@ -43,3 +44,17 @@ def make_table(metrics: dict, flow: Flow, transform: Transform, title: str) -> T
         with contextlib.suppress(KeyError):
             table.add_row(name, text.format_map(values))
     return table
+
+
+def quantities(title: str) -> Table:
+    """Return an empty table of quantities and their values."""
+    value = Column("value", justify="right")
+    return Table("quantity", value, title=title, title_justify="left")
+
+
+def print_table(table: Table) -> str:
+    """Print a table, and return its text. In a file or a pipe no cell is cut off."""
+    width = None if sys.stdout.isatty() else 1000
+    console = Console(record=True, markup=False, highlight=False, width=width)
+    console.print(table)
+    return console.export_text()

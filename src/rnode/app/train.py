@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -15,15 +16,13 @@ from pytorch_lightning.callbacks import Checkpoint, ProgressBar
 from pytorch_lightning.loggers import Logger, WandbLogger
 
 from rnode.app import sweep
-from rnode.app.banner import banner
 from rnode.app.build import build, make_partial, require_options
-from rnode.app.printing import print_table
 from rnode.app.processes import cluster_plugins, is_first_process, launched, match_processes
-from rnode.app.quoting import quote, shell_quote
 from rnode.app.report import write_report
 from rnode.app.runs import Run
 from rnode.app.schema import flatten
-from rnode.app.summary import make_table
+from rnode.app.summary import make_table, print_table
+from rnode.app.validation import quote
 from rnode.errors import Diverged, Stopped, require
 from rnode.training.checkpoint import AtomicCheckpointIO, load_checkpoint, load_to_resume
 from rnode.training.loggers import MetricsCSV, finish_wandb
@@ -39,7 +38,7 @@ def main(cfg: DictConfig) -> float | list[float]:
     """Train one flow in the run folder, and return what a guided sweep minimizes."""
     folder, overrides = Path(cfg.folder), list(HydraConfig.get().overrides.task)
     last = folder / "last.ckpt"
-    match_processes(cfg.trainer, overrides)
+    match_processes(cfg.trainer)
     name_loggers(cfg, overrides)
     if sweep.in_sweep():
         require_one_device(cfg.trainer.devices)
@@ -56,9 +55,7 @@ def main(cfg: DictConfig) -> float | list[float]:
     with contextlib.ExitStack() as stack:
         if is_first_process():
             stack.enter_context(lock(folder, resumes))
-            stack.enter_context(
-                transcript(folder / "train.log", banner(cfg, HydraConfig.get().runtime.choices))
-            )
+            stack.enter_context(transcript(folder / "train.log"))
         try:
             return sweep.metric_values(cfg, fit(cfg, overrides))
         except Diverged as error:
@@ -73,7 +70,7 @@ def main(cfg: DictConfig) -> float | list[float]:
             if last.exists():
                 place = f"hydra.run.dir={quote(str(folder))}"
                 resume = ["rnode", "train", *overrides, place, "ckpt_path=auto"]
-                kept = f"last checkpoint: {last}; to resume: {' '.join(map(shell_quote, resume))}"
+                kept = f"last checkpoint: {last}; to resume: {shlex.join(resume)}"
             raise Stopped(f"{stopped}; {kept}", stopped.signal) from None
 
 

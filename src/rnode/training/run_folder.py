@@ -62,14 +62,13 @@ class Copy:
 
 
 @contextlib.contextmanager
-def transcript(path: Path, printed: str) -> Iterator[None]:
-    """Append `printed`, all further output and a final exception to the log file `path`."""
+def transcript(path: Path) -> Iterator[None]:
+    """Append all further output and a final exception to the log file `path`."""
     with (
         open(path, "a", encoding="utf-8") as file,
         contextlib.redirect_stdout(Copy(sys.stdout, file)),
         contextlib.redirect_stderr(Copy(sys.stderr, file)),
     ):
-        print(printed, file=file, flush=True)
         try:
             yield
         except BaseException as error:
