@@ -5,7 +5,6 @@ Each test tries the same few cases. This tries a hundred times as many, others e
     TIMES=100 pytest -n 0 tests/test_properties.py
 """
 
-import gzip
 import itertools
 import os
 import shutil
@@ -72,9 +71,7 @@ def overrides(draw, command, data):
 @pytest.mark.parametrize(
     ("command", "options", "count"),
     [
-        pytest.param("train", TINY, 4, marks=pytest.mark.slow(reason="runs of convolutions")),
         ("train", [*TINY, *TOY], 3),
-        ("evaluate", ["samples=1"], 3),
         ("sample", ["n=2"], 3),
     ],
 )
@@ -114,7 +111,7 @@ def damaged(draw, content):
     return content
 
 
-@pytest.mark.parametrize("name", ["images", "images.gz", "last.ckpt"])
+@pytest.mark.parametrize("name", ["images", "last.ckpt"])
 def test_any_bytes_as_a_file(tmp_path, tiny_run, name):
     path, read = tmp_path / name, density.load if name == "last.ckpt" else read_idx
     if name == "last.ckpt":
@@ -122,12 +119,9 @@ def test_any_bytes_as_a_file(tmp_path, tiny_run, name):
     else:
         write_idx(path, np.arange(9 * 28 * 28).reshape(9, 28, 28) % 251)
     whole = path.read_bytes()
-    any_bytes = damaged(whole)
-    if name == "images.gz":
-        any_bytes |= damaged(gzip.decompress(whole)).map(gzip.compress)
 
     @cases(60)
-    @given(any_bytes)
+    @given(damaged(whole))
     def check(content):
         path.write_bytes(content)
         try:
