@@ -14,8 +14,7 @@ ENTRIES = {"callbacks.": Callback, "logger.": Logger}
 def help_text(command: str, overrides: list[str]) -> str:
     """Describe a command, its groups, and its keys with the values that a command line gives."""
     config = OmegaConf.to_container(compose_config(command, overrides), resolve=True)
-    usage = f"usage: rnode {command} [group=option …] [key=value …]"
-    lines = [COMMANDS[command].__doc__, "", usage]
+    lines = [COMMANDS[command].__doc__, f"\nusage: rnode {command} [group=option …] [key=value …]"]
     for group, choice in HydraConfig.get().runtime.choices.items():
         if "/" in group or "@" in group:
             continue
@@ -24,9 +23,8 @@ def help_text(command: str, overrides: list[str]) -> str:
             text = file.read_text("utf-8").removeprefix("# @package _global_\n")
             first = text.removeprefix("# @package reg\n").splitlines()[0]
             lines.append(f"  {file.stem:<20}{first[2:]}")
-    lines += ["", "keys, with their values in brackets:"]
-    lines += describe_keys(COMMANDS[command], config)
-    return "\n".join([*lines, "", "--cfg job --resolve prints this configuration as YAML."])
+    lines += ["", "keys, with their values in brackets; --cfg job --resolve prints them as YAML:"]
+    return "\n".join([*lines, *describe_keys(COMMANDS[command], config)])
 
 
 def describe_keys(schema: type, config: dict, path: str = "") -> list[str]:
