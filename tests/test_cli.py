@@ -15,7 +15,7 @@ from rnode.app import cli, train
 from rnode.app.exits import describe_error
 from rnode.app.schema import COMMANDS, CONF
 from rnode.app.validation import known_keys
-from rnode.errors import Diverged, InputError, Stopped, WriteError
+from rnode.errors import Diverged, InputError, Stopped
 
 MISTAKES = {
     # a group has no such option
@@ -23,7 +23,6 @@ MISTAKES = {
     "-m dataset=digits,toy,cifar11": "there is no dataset/cifar11; the options are",
     # there is no such key
     "trainer.max_epoch=3": "no option trainer.max_epoch; did you mean trainer.max_epochs?",
-    "lr=1": "no option lr; did you mean optimizer.lr?",
     "epochs=3": "no option epochs; did you mean trainer.max_epochs?",
     "dataset=mnist dataset.rot=1": "no option dataset.rot; did you mean dataset.root?",
     "-m dataset=glob(d*) sed=3,4": "no option sed; did you mean seed?",
@@ -33,18 +32,14 @@ MISTAKES = {
     # a type
     "optimizer.lr=abc": "optimizer.lr=abc: must be a valid number",
     "reg.lambda_k=null": "reg.lambda_k=null: must be a valid number",
-    "-m reg.lambda_k=0.1,0.2 seed=x": "error: seed=x: must be a valid integer",
     "-m reg.lambda_k=interval(0,1) seed=x": "error: seed=x: must be a valid integer",
     "solver.train=rk4": "solver.train=rk4: must be a valid dictionary",
     # a range
-    "optimizer.lr=-1": "optimizer.lr=-1: must be at least 0",
     "-m optimizer.lr=-1,1": "optimizer.lr=-1: must be at least 0",
     "reg.lambda_j=nan": "reg.lambda_j=nan: must be a finite number",
-    "seed=99999999999": "seed=99999999999: must be at most 4294967295",
     "dataset.validation=0": "dataset.validation=0: must be at least 1",
     "trainer.max_time=5": "trainer.max_time=5: must be a valid string",
     "logger.wandb.mode=on": "logger.wandb.mode=on: must be 'offline', 'online' or 'disabled'",
-    "callbacks.figures.every_n_epochs=0": "every_n_epochs=0: must be at least 1",
     # values that do not go together
     "dataset=patches dataset.size=9": "the scales cannot halve 9×9; use images of 8×8",
     # Hydra's grammar, flags and paths
@@ -175,7 +170,6 @@ def test_a_bug_gets_one_line_and_its_traceback_is_saved(tmp_path, capsys, monkey
         (InputError("levels=1:\n must be 2"), "levels=1: must be 2$", 2),
         (InputError("x" * 9999), "x{1500}$", 2),
         (Diverged("z became NaN"), "z became NaN$", 1),
-        (WriteError("x could not be written"), "x could not be written$", 1),
         (Stopped("by SIGTERM", signal.SIGTERM), "by SIGTERM$", 143),
         (RuntimeError("CUDA out of memory"), "try a smaller dataset.batch_size .*error.log", 1),
         (ZeroDivisionError("x" * 9999), "ZeroDivisionError: x{500}; the traceback is in", 1),

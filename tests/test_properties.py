@@ -68,19 +68,13 @@ def overrides(draw, command, data):
     return found
 
 
-@pytest.mark.parametrize(
-    ("command", "options", "count"),
-    [
-        ("train", [*TINY, *TOY], 3),
-        ("sample", ["n=2"], 3),
-    ],
-)
-def test_any_overrides(fork_server, tmp_path, tiny_run, command, options, count):
+@pytest.mark.parametrize(("command", "options"), [("train", [*TINY, *TOY]), ("sample", ["n=2"])])
+def test_any_overrides(fork_server, tmp_path, tiny_run, command, options):
     numbers = itertools.count()
     if command != "train":
         options = [f"ckpt_path={tiny_run / 'last.ckpt'}", *options]
 
-    @cases(count)
+    @cases(3)
     @given(overrides(command, [option for option in options if option == "dataset=toy"]))
     def check(overrides):
         folder = tmp_path / str(next(numbers)) / "run"
