@@ -5,14 +5,11 @@ process id. {"wait": pid} waits for its end; the answer is its exit code. Other 
 
     command          another command than train
     out              a file for stdout, which otherwise goes to `err` too
-    memory           limit of the address space in bytes
-    seconds          SIGALRM ends the run after that time, by default after 30 minutes
     network          false: downloads fail
 """
 
 import json
 import os
-import resource
 import signal
 import sys
 import traceback
@@ -49,9 +46,7 @@ def run(request: dict) -> None:
                 os.dup2(file.fileno(), descriptor)
         else:
             os.dup2(2, descriptor)
-    if "memory" in request:
-        resource.setrlimit(resource.RLIMIT_AS, (request["memory"],) * 2)
-    signal.alarm(request.get("seconds", HANG))
+    signal.alarm(HANG)
     if not request.get("network", True):
         urllib.request.urlopen = no_network
     command = request.get("command", "train")

@@ -103,10 +103,7 @@ def call(command, *overrides):
 
 @functools.cache
 def freeze():
-    """Import what runs need, and exempt it from garbage collection, which runs do after pictures.
-
-    Else each of hundreds of short runs would spend half a second on it.
-    """
+    """Import what runs need, and exempt it from garbage collection, which takes half a second."""
     import rnode.app.train  # noqa: F401
 
     gc.collect()

@@ -108,8 +108,8 @@ def known_keys(config: dict) -> list[str]:
 
 def validate(command: str, cfg: DictConfig) -> None:
     """Raise InputError if a key is missing or wrong."""
-    for key in sorted(OmegaConf.missing_keys(cfg)):
-        raise InputError(f"{key}=… is missing; --help describes it")
+    missing = OmegaConf.missing_keys(cfg)
+    require(not missing, f"{', '.join(sorted(missing))}=… is missing; --help describes it")
     config = OmegaConf.to_container(cfg, resolve=True)
     try:
         COMMANDS[command].model_validate(config)
