@@ -1,12 +1,10 @@
 """Two processes over gloo, as torchrun and Lightning start them: one run, one gradient."""
 
-import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
@@ -75,38 +73,6 @@ def test_torchrun_starts_one_run(folder):
     assert sorted(path.name for path in folder.glob("*.ckpt")) == ["best.ckpt", "last.ckpt"]
     assert len(list(folder.glob("wandb/offline-run-*"))) == 1
     assert (folder / ".hydra" / "overrides.yaml").exists()
-
-
-@pytest.mark.slow(reason="starts three processes")
-def test_an_evaluation_by_two_processes_is_that_of_one(folder, tmp_path):
-    results, indices = [], []
-    for name, launcher in (("one", ONE), ("two", TWO)):
-        options = [f"ckpt_path={folder / 'best.ckpt'}", "samples=2", "trainer.accelerator=cpu"]
-        options.append(f"hydra.run.dir={tmp_path / name}")
-        out = succeed(*launcher, ROOT / "src" / "evaluate.py", *options, cwd=tmp_path)
-        assert out.count("importance-weighted bound") == 1
-        results.append(json.loads((tmp_path / name / "evaluation.json").read_text()))
-        lines = (tmp_path / name / "samples.csv").read_text().splitlines()
-        indices.append([line.split(",")[0] for line in lines])
-    one, two = results
-    assert one["samples"] == two["samples"] == 31
-    assert one["bits_per_dim"] == pytest.approx(column(folder, "test/bits_per_dim")[0], abs=2e-5)
-    for key in ("bits_per_dim", "standard_error_images", "bound", "midpoint", "transport_cost"):
-        assert one[key] == pytest.approx(two[key], abs=2e-5), key
-    assert indices[0] == indices[1]
-
-
-@pytest.mark.slow(reason="starts three processes")
-def test_samples_by_two_processes_are_those_of_one(folder, tmp_path):
-    samples = []
-    for name, devices in (("one", 1), ("two", 2)):
-        options = [f"ckpt_path={folder / 'best.ckpt'}", "n=25", "dataset.eval_batch_size=10"]
-        options += ["trainer.accelerator=cpu", f"trainer.devices={devices}"]
-        options.append(f"hydra.run.dir={tmp_path / name}")
-        succeed(*ONE, ROOT / "src" / "sample.py", *options, cwd=tmp_path)
-        samples.append(np.load(tmp_path / name / "samples.npy"))
-    assert samples[0].shape == (25, 1, 8, 8)
-    assert np.array_equal(*samples)
 
 
 def test_each_process_gets_its_share_of_a_split():

@@ -69,7 +69,11 @@ def run_name() -> str:
 def prepare_process() -> None:
     """Set what holds for a whole process. Must be called before Lightning and matplotlib load."""
     os.environ["MPLBACKEND"] = "Agg"  # a notebook's may not exist here, and none needs a display
-    for library in ("lightning_fabric", "pytorch_lightning"):  # info that the run prints itself
-        logging.getLogger(f"{library}.utilities.rank_zero").setLevel(logging.WARNING)
+    for library in (  # their lines repeat what the run prints, or advertise another logger
+        "lightning_fabric.utilities.distributed",
+        "pytorch_lightning.accelerators.cuda",
+        "pytorch_lightning.utilities.rank_zero",
+    ):
+        logging.getLogger(library).setLevel(logging.WARNING)
     for message in MISLEADING_WARNINGS:
         warnings.filterwarnings("ignore", f".*{message}")

@@ -114,14 +114,10 @@ class Trainer(Section):
     limit_train_batches: Share | None = key("number or share of the training batches of an epoch")
     limit_val_batches: Share | None = key("number or share of the validation batches")
     limit_test_batches: Share | None = key("number or share of the test batches")
-    num_sanity_val_steps: Limit = key("validation batches before training")
     enable_progress_bar: bool = key("print how far the run is")
-    enable_model_summary: bool = key("print every layer")
-    inference_mode: bool = key("evaluate in torch's inference mode")
 
 
 class Callback(Section):
-    folder: str | None = key("the run folder", None)
     every_n_steps: Count | None = key("training steps from one last.ckpt to the next", None)
     every_n_epochs: Count | None = key("epochs from one samples.png to the next", None)
     patience: Count | None = key("validations without a better one that stop a run", None)
@@ -130,7 +126,6 @@ class Callback(Section):
 
 
 class Logger(Section):
-    folder: str | None = key("the run folder", None)
     mode: Literal["offline", "online", "disabled"] = key("offline, online or disabled", "offline")
     project: str | None = key("W&B project", None)
     name: str | None = key("name of the run; null: its folder, or its swept overrides", None)
