@@ -14,6 +14,7 @@ from PIL import Image
 from helpers import ONE_THREAD, TWO_STEPS, Run, call, randomize
 from rnode import Field, TimeConv2d, TimeLinear
 
+SILENT = ["trainer.enable_progress_bar=false", "logger.wandb.mode=disabled"]
 torch.set_num_threads(1)  # the tests' tensors are small, and pytest-xdist runs one process a core
 
 
@@ -29,13 +30,12 @@ def blank_figures(monkeypatch):
     """Figures are made, but their files hold a pixel: drawing them takes most of a short run."""
     pixel = io.BytesIO()
     Image.new("RGB", (1, 1)).save(pixel, "png")
-    blank = {"png": pixel.getvalue(), "svg": b"<svg></svg>"}
 
-    def save(self, file, *, format="png", **options):
+    def save(self, file, **options):
         if isinstance(file, Path):
-            file.write_bytes(blank[format])
+            file.write_bytes(pixel.getvalue())
         else:
-            file.write(blank[format])
+            file.write(pixel.getvalue())
 
     monkeypatch.setattr(Figure, "savefig", save)
 
@@ -103,12 +103,7 @@ def digits_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("digits")
     sizes = ["model.hidden=8", "model.pieces=1", "dataset.batch_size=128"]
     splits = ["dataset.test=40", "dataset.validation=40"]
-    once = [
-        "trainer.max_epochs=1",
-        "trainer.enable_progress_bar=false",
-        "logger.wandb.mode=disabled",
-    ]
-    call("train", *sizes, *splits, *once, f"hydra.run.dir={folder}")
+    call("train", *sizes, *splits, *SILENT, "trainer.max_epochs=1", f"hydra.run.dir={folder}")
     return folder
 
 
@@ -117,11 +112,6 @@ def toy_run(tmp_path_factory):
     """The folder of a run on a density in the plane. Tests must not change it."""
     folder = tmp_path_factory.mktemp("toy")
     data = ["dataset=toy", "dataset.name=moons", "dataset.test=500", "dataset.validation=200"]
-    short = [
-        "trainer.max_epochs=4",
-        "trainer.enable_progress_bar=false",
-        "logger.wandb.mode=disabled",
-    ]
-    short += ["dataset.train=10000", "model.hidden=32"]
-    call("train", *data, *short, f"hydra.run.dir={folder}")
+    short = ["trainer.max_epochs=4", "dataset.train=10000", "model.hidden=32"]
+    call("train", *data, *short, *SILENT, f"hydra.run.dir={folder}")
     return folder

@@ -43,7 +43,6 @@ class Keep(Callback):
 
 def main() -> None:
     path, batch, gradient = sys.argv[1:]
-    started = launched()
     Probes.sample = sample
     torch.manual_seed(0)
     flow = make_flow((6,), gradient=gradient, pieces=2)
@@ -51,7 +50,7 @@ def main() -> None:
     keep = Keep()
     trainer = Trainer(
         accelerator="cpu",
-        devices=1 if started is None else started.per_node,
+        devices=2 if launched() else 1,
         precision="64-true",
         max_steps=1,
         limit_val_batches=0,

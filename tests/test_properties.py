@@ -5,28 +5,24 @@ Each test tries the same few cases. This tries a hundred times as many, others e
     TIMES=100 pytest -n 0 tests/test_properties.py
 """
 
-import gzip
+import contextlib
 import itertools
 import os
 import shutil
 
-import numpy as np
 import pytest
 from hydra import compose, initialize_config_dir
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from data_files import write_idx
-from helpers import HANG, TWO_STEPS, Run
+from helpers import TWO_STEPS, Run
 from rnode.app import density
 from rnode.app.schema import CONF
 from rnode.app.validation import known_keys
-from rnode.data.images import read_idx
 from rnode.errors import InputError
 
 TIMES = int(os.environ.get("TIMES", "1"))
-LIMITS = {"memory": 6 * 2**30, "seconds": HANG, "network": False}
 TINY = [*TWO_STEPS, "model.pieces=1", "dataset.test=12", "dataset.validation=12"]
 TOY = ["dataset=toy", "dataset.train=40", "model.layers=2"]
 # By these keys a larger value asks for more work, or for other processes, as it should.
@@ -69,27 +65,19 @@ def overrides(draw, command, data):
     return found
 
 
-@pytest.mark.parametrize(
-    ("command", "options", "count"),
-    [
-        pytest.param("train", TINY, 4, marks=pytest.mark.slow(reason="runs of convolutions")),
-        ("train", [*TINY, *TOY], 3),
-        ("evaluate", ["samples=1"], 3),
-        ("sample", ["n=2"], 3),
-    ],
-)
-def test_any_overrides(fork_server, tmp_path, tiny_run, command, options, count):
+@pytest.mark.parametrize(("command", "options"), [("train", [*TINY, *TOY]), ("sample", ["n=2"])])
+def test_any_overrides(fork_server, tmp_path, tiny_run, command, options):
     numbers = itertools.count()
     if command != "train":
         options = [f"ckpt_path={tiny_run / 'last.ckpt'}", *options]
 
-    @cases(count)
+    @cases(3)
     @given(overrides(command, [option for option in options if option == "dataset=toy"]))
     def check(overrides):
         folder = tmp_path / str(next(numbers)) / "run"
         folder.parent.mkdir()
         arguments = [*options, *overrides, f"hydra.run.dir={folder}"]
-        request = {"run": arguments, "command": command, "out": f"{folder}.out", **LIMITS}
+        request = {"run": arguments, "command": command, "out": f"{folder}.out", "network": False}
         run = Run(fork_server, folder, **request)
         code, printed = run.ask({"wait": run.pid}), run.err.read_text()
         lines = printed.strip().splitlines()
@@ -114,30 +102,14 @@ def damaged(draw, content):
     return content
 
 
-@pytest.mark.parametrize("name", ["images", "images.gz", "last.ckpt"])
-def test_any_bytes_as_a_file(tmp_path, tiny_run, name):
-    path, read = tmp_path / name, density.load if name == "last.ckpt" else read_idx
-    if name == "last.ckpt":
-        shutil.copy(tiny_run / name, path)
-    else:
-        write_idx(path, np.arange(9 * 28 * 28).reshape(9, 28, 28) % 251)
-    whole = path.read_bytes()
-    any_bytes = damaged(whole)
-    if name == "images.gz":
-        any_bytes |= damaged(gzip.decompress(whole)).map(gzip.compress)
+def test_any_bytes_as_a_checkpoint(tmp_path, tiny_run):
+    path = tmp_path / "last.ckpt"
 
     @cases(60)
-    @given(any_bytes)
+    @given(damaged((tiny_run / "last.ckpt").read_bytes()))
     def check(content):
         path.write_bytes(content)
-        try:
-            read(path)
-        except InputError as error:
-            refusal = str(error)
-        else:
-            return
-        assert "\n" not in refusal
-        assert len(refusal) < 1000
+        with contextlib.suppress(InputError):
+            density.load(path)
 
-    read(path)
     check()

@@ -1,7 +1,6 @@
 """The command reproduce: what is read from runs, figures and verdicts of made-up runs, a figure."""
 
 import csv
-import itertools
 import json
 
 import pytest
@@ -11,7 +10,7 @@ from rnode.paper import runs as paper
 from rnode.paper.figures import PLOTS
 from rnode.paper.runs import FIGURES, Job, speed_ups
 
-from helpers import ROOT, call, refused
+from helpers import call, refused
 
 
 def make_run(folder, recipe, seed, bits, seconds, *, diverged=False, data="digits"):
@@ -79,52 +78,32 @@ def test_figures_and_table_are_plotted_from_runs(tmp_path):
     assert "Runs that diverged: no penalty (rk4)" in verdicts["figure4"]
 
 
-def test_every_figure_names_runs_that_can_be_trained(tmp_path):
-    assert FIGURES.keys() == PLOTS.keys()
-    for name, figure in FIGURES.items():
-        for scale in ("small", "paper"):
-            runs = figure.runs(scale, tmp_path)
-            for run in runs:
-                options = dict(text.split("=") for text in run.overrides)
-                for group in ("solver", "regularizer"):
-                    assert (ROOT / "conf" / group / f"{options[group]}.yaml").exists(), name
-            assert {run.data for run in runs} <= paper.DATA.keys(), name
-            assert len({run.folder for run in runs}) == len(runs), name
-
-
 @pytest.mark.slow(reason="four training runs in processes of their own")
-@pytest.mark.parametrize(
-    ("figure", "data", "rows"), [("figure1", "line", 2 * 41 * 65), ("figure5", "digits", 2)]
-)
-def test_a_figure_trains_its_runs_once(tmp_path, monkeypatch, capsys, figure, data, rows):
+def test_a_figure_trains_its_runs_once(tmp_path, monkeypatch, capsys):
     limits = ("train", "val", "test")
     short = ["trainer.max_epochs=1", *(f"trainer.limit_{stage}_batches=2" for stage in limits)]
-    monkeypatch.setitem(paper.DATA, data, [*paper.DATA[data], *short])
-    monkeypatch.setitem(FIGURES, figure, FIGURES[figure]._replace(seeds=1))
+    monkeypatch.setitem(paper.DATA, "digits", [*paper.DATA["digits"], *short])
+    monkeypatch.setitem(FIGURES, "figure5", FIGURES["figure5"]._replace(seeds=1))
     times = []
     for _ in range(2):
-        call("reproduce", f"figure={figure[-1]}", f"hydra.run.dir={tmp_path}")
+        call("reproduce", "figure=5", f"hydra.run.dir={tmp_path}")
         assert "The paper" in capsys.readouterr().out
         files = sorted((tmp_path / "runs").glob("*/metrics.csv"))
         times.append([path.stat().st_mtime_ns for path in files])
     assert len(files) == 2
     assert times[0] == times[1]
-    assert Image.open(tmp_path / f"{figure}.png").size[0] > 800
-    with open(tmp_path / f"{figure}.csv", newline="") as file:
+    assert Image.open(tmp_path / "figure5.png").size[0] > 800
+    with open(tmp_path / "figure5.csv", newline="") as file:
         written = list(csv.DictReader(file))
-    assert len(written) == rows
-    assert len({row["recipe"] for row in written}) == 2
+    assert len(written) == len({row["recipe"] for row in written}) == 2
 
 
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        ([], "give one of figure=1 to figure=5, table=1 and discussion=1"),
         (["figure=1", "table=1"], "give one of figure=1 to figure=5, table=1 and discussion=1"),
         (["figure=6"], "figure=6: must be at most 5"),
-        (["figure=2", "scale=large"], "scale=large: must be 'small' or 'paper'"),
         (["figure=2"], "holds no finished run for figure2"),
-        (["figur=2"], "figure"),
     ],
 )
 def test_mistakes_get_one_line(overrides, words, tmp_path, capsys):
@@ -136,26 +115,11 @@ def test_mistakes_get_one_line(overrides, words, tmp_path, capsys):
 
 def test_a_classifier_trains_and_is_measured():
     splits, levels = discussion.load_splits("digits", "")
-    discussion.cut(splits, (64, 64, 64))
+    for name in ("train", "val", "test"):
+        setattr(splits, name, getattr(splits, name)[:64])
+        splits.c[name] = splits.c[name][:64]
     validation, test = discussion.classify(splits, levels, "rnode", seed=0, epochs=1)
     assert validation.keys() == {*discussion.MEASURES, "seconds"}
     assert test["nfe"] >= 13  # dopri5, whatever it trains by
     assert test["kinetic"] > 0
     assert 0 <= test["noisy"] <= 1
-
-
-@pytest.mark.parametrize(("nfe", "held"), [(20.0, "holds"), (40.0, "does not hold")])
-def test_the_verdict_on_classifiers(nfe, held, tmp_path):
-    def curve(recipe, seed):
-        ours = recipe != "ffjord"
-        row = {"accuracy": 0.9, "noisy": 0.8, "nfe": nfe if ours else 30.0}
-        row |= {"jacobian": 0.1, "kinetic": 1.0}
-        return [row | {"seconds": (5.0 if ours else 10.0) * epoch} for epoch in (1, 2, 2)]
-
-    keys = itertools.product(("digits", "fashion14"), discussion.RECIPES, range(2))
-    curves = {(data, recipe, seed): curve(recipe, seed) for data, recipe, seed in keys}
-    verdict = discussion.plot(curves, tmp_path / "discussion1")
-    assert verdict.startswith(f"The paper's belief that the penalties help classifiers {held} here")
-    assert "2.00 (2.00 – 2.00) times as fast" in verdict
-    with open(tmp_path / "discussion1.csv", newline="") as file:
-        assert len(list(csv.DictReader(file))) == 2 * len(discussion.RECIPES)

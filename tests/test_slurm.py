@@ -15,10 +15,8 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-import yaml
 
-from helpers import HANG, ROOT, SMALL, assert_same_run, logged_step, rows, wait_until
+from helpers import ROOT, SMALL, assert_same_run, logged_step, rows, wait_until
 
 SBATCH = ROOT / "scripts" / "train.sbatch"
 SHORT = [*SMALL, "trainer.limit_train_batches=20"]  # 60 steps
@@ -73,11 +71,6 @@ def whole_job(tmp_path_factory):
     return job
 
 
-def test_the_docs_name_the_script_that_these_tests_run():
-    page = (ROOT / "docs" / "resuming.md").read_text(encoding="utf-8")
-    assert f"sbatch {SBATCH.relative_to(ROOT)}" in page
-
-
 @pytest.mark.slurm
 def test_two_tasks_make_one_run(whole_job):
     run = whole_job.run
@@ -112,24 +105,3 @@ def test_a_job_that_reaches_its_time_limit_is_requeued_and_resumes(whole_job, tm
     slurm("scancel", job.id)
     job.finish("CANCELLED")
     assert job.show("Restarts") == restarts  # a cancelled job is not requeued
-
-
-@pytest.mark.slurm
-def test_a_sweep_by_submitit(whole_job, tmp_path):
-    launcher = ["hydra/launcher=submitit_slurm", "hydra.launcher.partition=low"]
-    sweep = [*launcher, "hydra.launcher.timeout_min=30", *SMALL, "reg.lambda_k=0,0.1"]
-    subprocess.run(
-        [sys.executable, ROOT / "src" / "train.py", "-m", *sweep],
-        cwd=tmp_path,
-        env=ENVIRONMENT,
-        timeout=HANG,
-        check=True,
-    )
-    (folder,) = (tmp_path / "outputs" / "multirun").iterdir()
-    for job, lambda_k in enumerate((0, 0.1)):
-        run = folder / str(job)
-        config = yaml.safe_load((run / "config.yaml").read_text())
-        assert config["reg"]["lambda_k"] == lambda_k
-        assert torch.load(run / "last.ckpt", weights_only=True)["global_step"] == 90
-        assert "test/bits_per_dim" in rows(run)[-1]
-    assert len(list(folder.glob(".submitit/*/*_result.pkl"))) == 2

@@ -40,8 +40,8 @@ RECIPES = {  # their overrides of `rnode train`
     "ffjord": ("solver=dopri5", "regularizer=none"),
     "rnode_adaptive": ("solver=dopri5", "regularizer=rnode"),
     "rnode": ("solver=rk4", "regularizer=rnode"),
-    "kinetic": ("solver=rk4", "regularizer=kinetic"),
-    "jacobian": ("solver=rk4", "regularizer=jacobian"),
+    "kinetic": ("solver=rk4", "reg.lambda_j=0"),
+    "jacobian": ("solver=rk4", "reg.lambda_k=0"),
     "unregularized": ("solver=rk4", "regularizer=none"),
     "fast": ("solver=auto", "regularizer=rnode"),
 }

@@ -10,10 +10,9 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
-from rnode.app.processes import is_first_process, launched
+from rnode.app.processes import is_first_process
 from rnode.errors import Diverged, InputError, Stopped, one_line
 
-LONGEST_LINE = 1500  # characters; a value that a message repeats may be longer
 MEMORY = "try a smaller dataset.batch_size or model.hidden, or solver.gradient=checkpoint"
 
 
@@ -25,32 +24,21 @@ def describe_error(error: Exception) -> tuple[str, int]:
     if isinstance(error, HydraException) and isinstance(cause := error.__cause__, Exception):
         # Hydra wraps what a class that it builds raises. One that is not found has a wrong name.
         return describe_error(InputError(cause) if isinstance(cause, ImportError) else cause)
-    line = one_line(error)[:LONGEST_LINE]
+    line, name = one_line(error)[:1500], type(error).__name__
     if isinstance(error, Stopped):
         return line, 128 + error.signal
     if isinstance(error, InputError | HydraException | OmegaConfBaseException):
         return line, 2
-    if isinstance(error, Diverged | OSError):
-        return line, 1
-    name = type(error).__name__
     if name == "MisconfigurationException":  # of Lightning, which may not be loaded
         return f"trainer: {line}", 2
-    line = f"{name}: {line[:500]}; {save_traceback(error)}"
-    if isinstance(error, MemoryError) or "out of memory" in line or "can't allocate" in line:
-        line = f"not enough memory; {MEMORY}: {line}"
-    return line, 1
-
-
-def save_traceback(error: Exception) -> str:
-    """Write the traceback to error.log in the run folder and return where it is."""
+    if isinstance(error, Diverged | OSError):
+        return line, 1
     folder = Path(HydraConfig.get().runtime.output_dir if HydraConfig.initialized() else "outputs")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        text = "".join(traceback.format_exception(error))
-        (folder / "error.log").write_text(text, encoding="utf-8")
-    except OSError as refused:
-        return f"the traceback could not be written ({one_line(refused)})"
-    return f"the traceback is in {folder / 'error.log'}"
+    folder.mkdir(parents=True, exist_ok=True)
+    text = "".join(traceback.format_exception(error))
+    (folder / "error.log").write_text(text, encoding="utf-8")
+    advice = f"{MEMORY}: " if isinstance(error, MemoryError) or "out of memory" in line else ""
+    return f"{advice}{name}: {line[:500]}; the traceback is in {folder / 'error.log'}", 1
 
 
 @contextlib.contextmanager
@@ -63,8 +51,5 @@ def one_line_errors() -> Iterator[None]:
         stopped = isinstance(error, Stopped)
         if stopped and not is_first_process():  # all stop together; the first process says so
             sys.exit(0)
-        started = launched()
-        if started is not None and started.per_node * started.nodes > 1:
-            line = f"{line} (process {started.rank})"
         print(f"{'stopped' if stopped else 'error'}: {line}", file=sys.stderr)
         sys.exit(code)

@@ -4,48 +4,40 @@ import json
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
-from pydantic import BaseModel
 
-from rnode.app.schema import COMMANDS, CONF
+from rnode.app.schema import COMMANDS, CONF, Callback, Logger
 from rnode.app.validation import compose_config
+
+ENTRIES = {"callbacks.": Callback, "logger.": Logger}
 
 
 def help_text(command: str, overrides: list[str]) -> str:
     """Describe a command, its groups, and its keys with the values that a command line gives."""
     config = OmegaConf.to_container(compose_config(command, overrides), resolve=True)
-    usage = f"usage: rnode {command} [group=option …] [key=value …]"
-    sweep = " [-m for a sweep over a=1,2 b=3,4]" if command == "train" else ""
-    lines = [
-        COMMANDS[command].__doc__,
-        "",
-        f"{usage}{sweep}",
-        f"       python src/{command}.py …",
-    ]
+    lines = [COMMANDS[command].__doc__, f"\nusage: rnode {command} [group=option …] [key=value …]"]
     for group, choice in HydraConfig.get().runtime.choices.items():
         if "/" in group or "@" in group:
             continue
         lines += ["", f"{group}={choice or ''}"]
         for file in sorted((CONF / group).glob("*.yaml")):
-            comments = (text for text in file.read_text("utf-8").splitlines() if text[:2] == "# ")
-            first = next(text for text in comments if "@package" not in text)
+            text = file.read_text("utf-8").removeprefix("# @package _global_\n")
+            first = text.removeprefix("# @package reg\n").splitlines()[0]
             lines.append(f"  {file.stem:<20}{first[2:]}")
-    lines += ["", "keys, with their values in brackets:"]
-    lines += describe_keys(COMMANDS[command], config)
-    lines += ["", "--cfg job --resolve prints the configuration that a command line makes."]
-    return "\n".join(lines)
+    lines += ["", "keys, with their values in brackets; --cfg job --resolve prints them as YAML:"]
+    return "\n".join([*lines, *describe_keys(COMMANDS[command], config)])
 
 
-def describe_keys(schema: type[BaseModel], config: dict, path: str = "") -> list[str]:
+def describe_keys(schema: type, config: dict, path: str = "") -> list[str]:
     """One line for each key of a section: its name, its sentence and its value."""
     lines = []
     for name, value in config.items():
         if name.startswith("_") or name == "source":  # for Hydra
             continue
-        field = schema.model_fields.get(name)
-        about = field.description if field else "an option of your own class"
+        field = getattr(schema, "model_fields", {}).get(name)
+        about = field.description if field else "an option of the class"
         if isinstance(value, dict):
-            section = field.annotation if field else BaseModel
-            lines.append(f"{path}{name}: {about}")
+            lines.append(f"{path}{name}: {value.get('_target_', about)}")
+            section = field.annotation if field else ENTRIES.get(path)
             lines += describe_keys(section, value, f"{path}{name}.")
         else:
             text = value if isinstance(value, str) else json.dumps(value)

@@ -2,97 +2,68 @@
 
 import logging
 import os
-import time
 import warnings
-from typing import NamedTuple
+from datetime import datetime
 
 from omegaconf import DictConfig
 
-from rnode.errors import require
-
 MISLEADING_WARNINGS = (
-    "Checkpoint directory .* exists and is not empty",  # train.log of this very run lies there
+    "Checkpoint directory .* exists and is not empty",  # the run's own files are there
     "your dataloader is not resumable",  # a run resumes at the batch at which it stopped
     "Using `DistributedSampler` with the dataloaders",  # no sample is evaluated twice
     "`isinstance\\(treespec, LeafSpec\\)` is deprecated",  # in code of Lightning
-    "The `srun` command is available",  # without it a run starts its processes itself
     "AccumulateGrad node's stream",  # CUDA graphs are recorded on a stream of their own
 )
 
 
-class Launched(NamedTuple):  # this process among those that torchrun or srun started
-    by: str
-    rank: int
-    per_node: int
-    nodes: int
-
-
-def launched() -> Launched | None:
-    """Return None if no launcher started this process; then Lightning starts the others."""
-    env = os.environ
-    if "TORCHELASTIC_RUN_ID" in env:
-        world, per_node = int(env["WORLD_SIZE"]), int(env["LOCAL_WORLD_SIZE"])
-        return Launched("torchrun", int(env["RANK"]), per_node, world // per_node)
+def launched() -> str | None:
+    """Return torchrun or srun if it started this process; else Lightning starts the others."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return "torchrun"
     # srun alone sets SLURM_STEP_…; a shell or notebook in a job has other variables of SLURM.
-    if "SLURM_STEP_NUM_TASKS" in env and env.get("SLURM_JOB_NAME") not in ("bash", "interactive"):
-        nodes = int(env.get("SLURM_STEP_NUM_NODES", "1"))
-        per_node = int(env["SLURM_STEP_NUM_TASKS"]) // nodes
-        return Launched("srun", int(env["SLURM_PROCID"]), per_node, nodes)
-    return None
+    interactive = os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive")
+    return "srun" if "SLURM_STEP_NUM_TASKS" in os.environ and not interactive else None
+
+
+def match_processes(trainer: DictConfig) -> None:
+    """Set `devices` and `num_nodes` to the processes that a launcher started."""
+    if launched() == "torchrun":
+        trainer.devices = int(os.environ["LOCAL_WORLD_SIZE"])
+        trainer.num_nodes = int(os.environ["WORLD_SIZE"]) // trainer.devices
+    elif launched() == "srun":
+        trainer.num_nodes = int(os.environ["SLURM_STEP_NUM_NODES"])
+        trainer.devices = int(os.environ["SLURM_STEP_NUM_TASKS"]) // trainer.num_nodes
 
 
 def cluster_plugins() -> list:
     """Return plugins that say who starts the processes, where Lightning would guess wrong."""
     from lightning_fabric.plugins.environments import LightningEnvironment, SLURMEnvironment
 
-    started = launched()
-    if started is None:  # with variables of SLURM Lightning would wait for processes of SLURM
-        return [LightningEnvironment()] if SLURMEnvironment.detect() else []
-    # Lightning's requeueing writes other files.
-    return [SLURMEnvironment(auto_requeue=False)] if started.by == "srun" else []
+    if launched() == "srun":
+        return [SLURMEnvironment(auto_requeue=False)]  # Lightning's requeueing writes other files
+    return [LightningEnvironment()] if not launched() and SLURMEnvironment.detect() else []
 
 
 def is_first_process() -> bool:
     """Return whether this process writes the files of the run."""
-    started = launched()
-    ranks = (os.environ.get(name, "0") for name in ("NODE_RANK", "LOCAL_RANK"))  # set by Lightning
-    return all(rank == "0" for rank in ranks) if started is None else started.rank == 0
+    ranks = ("RANK", "NODE_RANK", "LOCAL_RANK", "SLURM_PROCID")  # of torchrun, Lightning and srun
+    return all(os.environ.get(name, "0") == "0" for name in ranks)
 
 
 def run_name() -> str:
     """Return the default name of a run folder, equal in all processes: the time, or SLURM's job."""
-    started = launched()
-    if started is not None and started.by == "srun":
-        step = os.environ.get("SLURM_STEP_ID", "0")
-        return f"slurm-{os.environ['SLURM_JOB_ID']}" + ("" if step in ("0", "") else f".{step}")
-    now = time.time()
-    name = time.strftime("%Y-%m-%d_%H-%M-%S", time.localtime(now)) + f"-{int(now % 1 * 1e6):06d}"
-    return name if started is None else agree_on(name)
+    if launched() == "srun":
+        step = os.environ["SLURM_STEP_ID"]
+        return f"slurm-{os.environ['SLURM_JOB_ID']}" + ("" if step == "0" else f".{step}")
+    name = f"{datetime.now():%Y-%m-%d_%H-%M-%S-%f}"
+    if launched() == "torchrun":  # the first process's; a restarted one gets it again
+        from torch.distributed import rendezvous  # --help and mistakes do not wait for torch
 
-
-def agree_on(value: str) -> str:
-    """Return the `value` of the first process of torchrun; a restarted process gets it again."""
-    from torch.distributed import rendezvous  # --help and mistakes do not wait for torch
-
-    store, _, _ = next(rendezvous("env://"))
-    while hasattr(store, "underlying_store"):  # each attempt of torchrun has its own prefix
-        store = store.underlying_store
-    return store.compare_set("rnode/run_name", "", value).decode()
-
-
-def match_processes(trainer: DictConfig, overrides: list[str]) -> None:
-    """Set `devices` and `num_nodes` to the processes that a launcher started, or refuse others."""
-    started = launched()
-    if started is None:
-        return
-    for key, value in (("devices", started.per_node), ("num_nodes", started.nodes)):
-        overridden = any(text.lstrip("+").startswith(f"trainer.{key}=") for text in overrides)
-        right = f"{value}, as {started.by} has started, or left out"
-        require(
-            not overridden or trainer[key] == value,
-            f"trainer.{key}={trainer[key]}: must be {right}",
-        )
-        trainer[key] = value
+        store, _, _ = next(rendezvous("env://"))
+        while hasattr(store, "underlying_store"):  # each attempt of torchrun has its own prefix
+            store = store.underlying_store
+        name = store.compare_set("rnode/run_name", "", name).decode()
+    return name
 
 
 def prepare_process() -> None:

@@ -1,6 +1,7 @@
 """What run folders contain: how runs differ, how they ended, and what they measured."""
 
 import re
+import shlex
 from collections.abc import Iterable
 from os.path import commonpath
 from pathlib import Path
@@ -9,7 +10,6 @@ import numpy as np
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from rnode.app.quoting import shell_quote
 from rnode.app.schema import flatten
 from rnode.errors import one_line
 from rnode.training import results
@@ -31,7 +31,7 @@ class Run:
     def __init__(self, folder: Path):
         self.folder, self.name = folder, folder.name
         texts = [str(text) for text in OmegaConf.load(folder / results.OVERRIDES)]
-        self.command = " ".join(["rnode", "train", *map(shell_quote, texts)])
+        self.command = shlex.join(["rnode", "train", *texts])
         parsed = OverridesParser.create().parse_overrides(texts)
         self.overrides = {override.key_or_group: override.value() for override in parsed}
         config = load(folder / results.CONFIG)

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field
 
 from rnode.names import ADAPTIVE, DIVERGENCES, FIXED_GRID, GRADIENTS, INTEGRALS
 
@@ -17,38 +17,28 @@ Limit = Annotated[int, Field(ge=-1, le=2**32 - 1)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Bounds = Annotated[list[float], Field(min_length=2, max_length=2)]
-
-
 Share = Whole | Annotated[float, Field(ge=0, le=1)]  # so many batches, or a share of them
-Time = Annotated[str, BeforeValidator(str), Field(pattern=r"^(\d\d:)?\d\d:\d\d:\d\d$")]
-
-
-def check_size(value: float) -> float:
-    if value <= 0 or (isinstance(value, float) and value >= 1):
-        raise ValueError("a whole number from 1 on, or a share between 0 and 1")
-    return value
-
-
-Size = Annotated[int | float, AfterValidator(check_size)]
+Size = Count | Annotated[float, Field(gt=0, lt=1)]
+Time = Annotated[str, Field(pattern=r"^(\d\d:)?\d\d:\d\d:\d\d$")]  # [DD:]HH:MM:SS
 
 
 class Section(BaseModel):
-    """A section in which an unknown key is an error."""
+    """The options of a class or function, which refuses those that it does not take."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(strict=True)
 
 
-class OpenSection(BaseModel):
-    """A section of a class that takes more options, and may be the user's own."""
+class Command(BaseModel):
+    """What a command takes."""
 
-    model_config = ConfigDict(extra="allow", strict=True)
+    model_config = ConfigDict(strict=True, extra="forbid")
 
 
 def key(description: str, default: Any = ...) -> Any:
     return Field(default, description=description)
 
 
-class Dataset(OpenSection):
+class Dataset(Section):
     batch_size: Count = key("samples in a training step (section 6: 200)")
     eval_batch_size: Count = key("samples at a time in validation and test")
     seed: Whole = key("seed of data order and noise")
@@ -77,7 +67,7 @@ class Dataset(OpenSection):
     split_column: str | None = key("column that says train, val or test; null: by chance", None)
 
 
-class Model(OpenSection):
+class Model(Section):
     hidden: Annotated[int, Field(ge=1, le=65536)] = key("channels, or units, of a hidden layer", 64)
     layers: Annotated[int, Field(ge=2, le=100)] = key("layers of a piece's network", 4)
     pieces: Annotated[int, Field(ge=1, le=100)] = key("pieces before and after each squeeze", 1)
@@ -104,108 +94,47 @@ class Regularizer(Section):
     lambda_j: NonNegative = key("λ_J, weight of the Jacobian's squared Frobenius norm")
 
 
-class Optimizer(OpenSection):
+class Optimizer(Section):
     lr: NonNegative = key("learning rate")
     weight_decay: NonNegative = key("L2 penalty of the weights")
 
 
-class Devices(Section):
+class Trainer(Section):
+    max_epochs: Limit | None = key("epochs to train for (section 6: 100)")
+    max_steps: Limit = key("training steps after which the run stops; -1: no limit")
+    max_time: Time | None = key("time after which the run stops, as [DD:]HH:MM:SS")
     accelerator: str = key("cpu, gpu, mps, … or auto")
     devices: Count | str | list[Whole] = key("number of devices, their indices, or auto")
     num_nodes: Count = key("number of machines")
     strategy: str | dict = key("how devices share the work; ddp for several")
-
-
-class Trainer(Devices, OpenSection):
-    max_epochs: Limit | None = key("epochs to train for (section 6: 100)")
-    max_steps: Limit = key("training steps after which the run stops; -1: no limit")
-    max_time: Time | None = key("time after which the run stops, as [DD:]HH:MM:SS")
-    precision: Literal["32-true", "bf16-mixed", "64-true"] | None = key(
-        "32-true, bf16-mixed (bfloat16 inside f alone) or 64-true"
-    )
+    precision: Literal["32-true", "bf16-mixed", "64-true"] | None = key("bf16-mixed: inside f only")
     gradient_clip_val: NonNegative | None = key("largest norm of the gradient; null: any")
     accumulate_grad_batches: Count = key("batches of a training step")
     log_every_n_steps: Whole = key("training steps from one row of metrics.csv to the next")
     limit_train_batches: Share | None = key("number or share of the training batches of an epoch")
     limit_val_batches: Share | None = key("number or share of the validation batches")
     limit_test_batches: Share | None = key("number or share of the test batches")
-    num_sanity_val_steps: Limit = key("validation batches before training")
     enable_progress_bar: bool = key("print how far the run is")
-    enable_model_summary: bool = key("print every layer")
-    inference_mode: bool = key("evaluate in torch's inference mode")
 
 
-class Entry(OpenSection):
-    """A callback or a logger; without `_target_` it is not made."""
-
-    folder: str | None = key("the run folder", None)
-
-
-class Save(Entry):
-    every_n_steps: Count = key("training steps from one last.ckpt to the next within an epoch")
+class Callback(Section):
+    every_n_steps: Count | None = key("training steps from one last.ckpt to the next", None)
+    every_n_epochs: Count | None = key("epochs from one samples.png to the next", None)
+    patience: Count | None = key("validations without a better one that stop a run", None)
+    share: Annotated[float, Field(ge=0, le=1)] = key("share of the run by flow matching", 0.0)
+    tolerance: NonNegative = key("bits/dim from a finer grid at which the grid is refined", 0.0)
 
 
-class Figures(Entry):
-    every_n_epochs: Count = key("epochs from one samples.png and curves.png to the next")
+class Logger(Section):
+    mode: Literal["offline", "online", "disabled"] = key("offline, online or disabled", "offline")
+    project: str | None = key("W&B project", None)
+    name: str | None = key("name of the run; null: its folder, or its swept overrides", None)
+    group: str | None = key("group of the run; null: its sweep", None)
+    tags: list[str] = key("tags of the run, beside its choices of data set, model and solver", [])
 
 
-class EarlyStopping(Entry):
-    patience: Count | None = key("validations without a better one that stop a run; null: never")
-
-
-class Pretraining(Entry):
-    share: Annotated[float, Field(ge=0, le=1)] = key("share of the run by flow matching")
-
-
-class RefineGrid(Entry):
-    tolerance: NonNegative = key("bits/dim from a finer grid at which the grid is refined")
-
-
-class Entries(OpenSection):
-    """Entries by their names; null leaves one out."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def without_null(cls, entries: Any) -> Any:
-        if not isinstance(entries, dict):
-            return entries
-        return {name: entry for name, entry in entries.items() if entry is not None}
-
-
-class Callbacks(Entries):
-    gaussian: Entry = key("the likelihood of a Gaussian, as a baseline", None)
-    cost: Entry = key("times and evaluations of f", None)
-    save: Save = key("last.ckpt, from which a stopped run resumes", None)
-    best: Entry = key("best.ckpt, of the least validation bits/dim", None)
-    figures: Figures = key("figures of the run", None)
-    early_stopping: EarlyStopping = key("when a run stops before its last epoch", None)
-    tf32: Entry = key("TF32 in the convolutions of training steps on a fixed grid", None)
-    progress: Entry = key("the lines of a run; on a terminal Lightning draws its bar", None)
-    pretraining: Pretraining = key("flow matching before equation (17)", None)
-    refine_grid: RefineGrid = key("a finer grid where it changes the likelihood", None)
-
-
-class Wandb(Entry):
-    mode: Literal["offline", "online", "disabled"] = key("offline, online or disabled")
-    project: str | None = key("W&B project")
-    name: str | None = key("name of the run; null: its folder, or how it differs in its sweep")
-    group: str | None = key("group of the run; null: its sweep")
-    tags: list[str] = key("tags of the run, beside its choices of data set, model and solver")
-
-
-class MLflow(Entry):
-    experiment_name: str = key("MLflow's name of the experiment")
-    tracking_uri: str = key("where MLflow writes: a server, or a file as sqlite:///FILE")
-
-
-class Loggers(Entries):
-    wandb: Wandb = key("+logger.wandb.OPTION=… sets any other option of WandbLogger", None)
-    tensorboard: Entry = key("options of Lightning's TensorBoardLogger", None)
-    mlflow: MLflow = key("options of Lightning's MLFlowLogger", None)
-
-
-class Train(Section):
-    """Train a continuous normalizing flow by maximum likelihood (RNODE)."""
+class Train(Command):
+    """Train a continuous normalizing flow (RNODE); -m sweeps over a=1,2 b=3,4."""
 
     seed: Whole = key("seed of weights, data order, noise and probes")
     folder: str = key("the run folder, which hydra.run.dir=… sets")
@@ -215,19 +144,15 @@ class Train(Section):
     warmup_steps: Whole = key("steps over which the learning rate rises linearly")
     decay: bool = key("let the learning rate fall to 0 by max_epochs or max_time (half a cosine)")
     ckpt_path: str | None = key("checkpoint to resume; auto: last.ckpt of the run folder, if any")
-    sweep_metrics: Annotated[list[str], Field(min_length=1)] = key(
-        "names of result.json that a guided sweep optimizes"
-    )
+    sweep_metrics: list[str] = key("names of result.json that a guided sweep optimizes")
     dataset: Dataset = key("the data")
     model: Model = key("the flow")
     solver: Solver = key("the ODE methods")
     reg: Regularizer = key("the penalties of equation (17)")
     optimizer: Optimizer = key("torch.optim.Adam, or another class by optimizer._target_")
     trainer: Trainer = key("Lightning's Trainer; +trainer.OPTION=… sets any other option of it")
-    callbacks: Callbacks = key("Lightning callbacks; +callbacks.NAME={_target_: …} adds one")
-    logger: Loggers = key(
-        "Lightning loggers beside metrics.csv; +logger.NAME={_target_: …} adds one"
-    )
+    callbacks: dict[str, Callback | None] = key("Lightning's; +callbacks.NAME._target_=… adds one")
+    logger: dict[str, Logger | None] = key("Lightning's; +logger.NAME._target_=… adds one")
 
 
 class CheckpointData(Section):
@@ -236,7 +161,7 @@ class CheckpointData(Section):
     eval_batch_size: Count | None = key("samples at a time; null: the run's own")
 
 
-class FromCheckpoint(Section):
+class FromCheckpoint(Command):
     folder: str = key("where files are written, which hydra.run.dir=… sets")
     ckpt_path: str = key("checkpoint of a run, such as outputs/…/best.ckpt")
     seed: Whole = key("seed of noise, probes and samples")
@@ -272,7 +197,7 @@ class Score(FromCheckpoint):
     context: dict[str, Any] = key("what a conditional density is given, as context.COLUMN=VALUE")
 
 
-class Reproduce(Section):
+class Reproduce(Command):
     """Reproduce a figure or the table of the paper: rnode reproduce figure=2"""
 
     figure: Annotated[int, Field(ge=1, le=5)] | None = key("figure of the paper, 1 to 5")
@@ -284,7 +209,7 @@ class Reproduce(Section):
     launcher: str = key("Hydra's launcher of the runs")
 
 
-class Report(Section):
+class Report(Command):
     """Compare runs in a browser: rnode report outputs/… outputs/…"""
 
     folders: list[str] = key("folders that are or hold runs, sweeps and evaluations")
@@ -295,7 +220,7 @@ class Project(Section):
     project: str = key("W&B project")
 
 
-class Dashboard(Section):
+class Dashboard(Command):
     """Add the views of the paper's figures to a W&B project: wandb.entity=NAME"""
 
     wandb: Project = key("where the runs are")

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,10 +15,10 @@ from omegaconf import DictConfig, OmegaConf
 from rnode.app import sweep
 from rnode.app.build import build
 from rnode.app.processes import cluster_plugins, is_first_process, launched, match_processes
-from rnode.app.quoting import quote, shell_quote
 from rnode.app.report import write_report
 from rnode.app.runs import Run
 from rnode.app.summary import print_numbers
+from rnode.app.validation import quote
 from rnode.errors import Diverged, Stopped, require
 from rnode.training.checkpoint import AtomicCheckpointIO, load_to_resume
 from rnode.training.loggers import MetricsCSV, finish_wandb
@@ -36,7 +37,7 @@ def main(cfg: DictConfig) -> float | list[float]:
     folder = Path(cfg.folder)
     overrides = list(HydraConfig.get().overrides.task)
     last = folder / "last.ckpt"
-    match_processes(cfg.trainer, overrides)
+    match_processes(cfg.trainer)
     name_wandb(cfg.logger.get("wandb"), folder, overrides)
     if sweep.in_sweep():
         devices = cfg.trainer.devices  # the process of another device would run the sweep again
@@ -63,7 +64,7 @@ def main(cfg: DictConfig) -> float | list[float]:
     except Stopped as stopped:
         place = f"hydra.run.dir={quote(str(folder))}"
         resume = ["rnode", "train", *overrides, place, "ckpt_path=auto"]
-        message = f"{stopped}; to resume: {' '.join(map(shell_quote, resume))}"
+        message = f"{stopped}; to resume: {shlex.join(resume)}"
         raise Stopped(message, stopped.signal) from None
 
 

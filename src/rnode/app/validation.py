@@ -1,24 +1,21 @@
 """The check of a command line before Hydra starts, by Hydra's grammar, conf/ and the schema."""
 
 import difflib
-import os
 import re
-from collections.abc import Collection
-from itertools import accumulate, islice
-from typing import Any
+import shlex
+from itertools import accumulate
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import IntervalSweep, Override
+from hydra.core.override_parser.types import Override, Quote, QuotedString
 from hydra.errors import ConfigCompositionException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
-from rnode.app.quoting import quote, shell_quote
 from rnode.app.schema import COMMANDS, CONF, flatten
-from rnode.errors import InputError, one_line, require
+from rnode.errors import InputError, require
 
 SYNONYMS = {  # what people type for keys of another name
     "learning_rate": "optimizer.lr",
@@ -26,29 +23,32 @@ SYNONYMS = {  # what people type for keys of another name
     "steps": "trainer.max_steps",
     "gpus": "trainer.devices",
     "data": "dataset",
-    "batch": "dataset.batch_size",
     "channels": "model.hidden",
-    "width": "model.hidden",
     "resume": "ckpt_path",
-}
-WORDS = {  # where pydantic's are not plain
-    "model_type": "a section, whose keys are set one by one",
-    "string_pattern_mismatch": "[DD:]HH:MM:SS",
 }
 
 
 def check(command: str, overrides: list[str]) -> None:
-    """Raise InputError if the configuration of a run, or of the jobs of a sweep, is wrong.
+    """Raise InputError if the configuration of a run, or of the first job of a sweep, is wrong.
 
-    Every option of the groups that a sweep varies must exist. The values of other keys that it
-    varies are left to its jobs: where one is wrong, the others still run.
+    Of a sweep, every option of a group must exist too.
     """
-    parsed = parse(overrides)
-    swept = [override.key_or_group for override in parsed if override.is_sweep_override()]
-    choices = [values(override) for override in parsed]
+    choices = []
+    for override in parse(overrides):
+        if override.is_discrete_sweep():
+            key = override.get_key_element()
+            values = [f"{key}={value}" for value in override.sweep_string_iterator()]
+            choices.append(values if (CONF / key).is_dir() else values[:1])
+        elif not override.is_sweep_override():  # Optuna draws the values of an interval
+            choices.append([override.input_line])
     for k in range(max(map(len, choices), default=1)):
-        job = [options[k % len(options)] for options in choices]
-        validate(command, compose_config(command, job), swept)
+        validate(command, compose_config(command, [values[k % len(values)] for values in choices]))
+
+
+def quote(value: str) -> str:
+    """Quote the value of an override if Hydra cannot read it without quotes."""
+    plain = re.fullmatch(r"[\w/.:+@%-]+", value, re.ASCII)
+    return value if plain else QuotedString(value, Quote.double).with_quotes()
 
 
 def parse(overrides: list[str]) -> list[Override]:
@@ -59,22 +59,10 @@ def parse(overrides: list[str]) -> list[Override]:
             return OverridesParser.create(loader).parse_overrides(overrides)
     except OverrideParseException as error:
         key, equals, value = error.override.partition("=")
-        folder = "; that folder holds no checkpoint of a run" if os.path.isdir(key) else ""
-        require(equals == "=", f"{error.override}: must be KEY=VALUE{folder}")
-        quoted = shell_quote(f"{key}={quote(value)}")
-        reason = "= ~ [ ] ( ) and letters like λ need quotes"
-        raise InputError(f"{error.override}: {reason}; write {quoted}") from error
-
-
-def values(override: Override) -> list[str]:
-    """Return an override for each option of a swept group, or for one value of a swept key."""
-    key, sweep = override.get_key_element(), override.value()
-    if not override.is_sweep_override():
-        return [override.input_line]
-    if isinstance(sweep, IntervalSweep):
-        return [f"{key}={sweep.start}"]
-    count = None if (CONF / key).is_dir() else 1
-    return [f"{key}={value}" for value in islice(override.sweep_string_iterator(), count)]
+        require(equals == "=", f"{error.override}: must be KEY=VALUE")
+        right = shlex.quote(f"{key}={quote(value)}")
+        reason = f"= ~ [ ] ( ) and letters like λ need quotes; write {right}"
+        raise InputError(f"{error.override}: {reason}") from error
 
 
 def compose_config(command: str, overrides: list[str]) -> DictConfig:
@@ -84,14 +72,13 @@ def compose_config(command: str, overrides: list[str]) -> DictConfig:
         with initialize_config_dir(str(CONF), version_base="1.3"):
             config = compose(command, overrides, return_hydra_config=True)
     except MissingConfigException as error:
-        file, options = error.missing_cfg_file or "", ", ".join(error.options or [])
-        extra = "; pip install -e '.[sweep]' brings more" if file.startswith("hydra/") else ""
-        raise InputError(f"there is no {file}; the options are {options}{extra}") from error
+        options = f"the options are {', '.join(error.options or [])}"
+        raise InputError(f"there is no {error.missing_cfg_file}; {options}") from error
     except ConfigCompositionException as error:
         key = re.match(r"Could not override '([\w.]+)'", str(error))
-        raise InputError(
-            no_such_option(key[1], command, overrides) if key else one_line(error)
-        ) from error
+        if key is None:
+            raise
+        raise InputError(no_such_option(key[1], command, overrides)) from error
     with open_dict(config), read_write(config.hydra):
         config.hydra.runtime.output_dir = "outputs"  # the run folder, once Hydra has started
         HydraConfig.instance().set_config(config)  # for interpolations ${hydra:…}
@@ -102,16 +89,14 @@ def compose_config(command: str, overrides: list[str]) -> DictConfig:
 def no_such_option(key: str, command: str, overrides: list[str]) -> str:
     """Say that a key does not exist, and suggest one that does."""
     groups = [path.name for path in CONF.iterdir() if path.is_dir()]
-    choices = {*groups, "hydra.searchpath"}
-    chosen = [text for text in overrides if text.partition("=")[0] in choices]
-    config = OmegaConf.to_container(compose_config(command, chosen))
-    known = [*known_keys(config), *groups]
+    chosen = [o for o in overrides if o.partition("=")[0] in (*groups, "hydra.searchpath")]
+    known = [*known_keys(OmegaConf.to_container(compose_config(command, chosen))), *groups]
     last = key.rpartition(".")[2]
     same = [name for name in known if name == SYNONYMS.get(last) or name.endswith(f".{last}")]
     close = same or difflib.get_close_matches(key, known, n=1)
     hint = f"did you mean {close[0]}? " if close else ""
     if key.partition(".")[0] in ("trainer", "logger"):
-        hint = f"{hint}+{key}=… passes it to Lightning; "
+        hint += f"+{key}=… passes it to Lightning; "
     return f"there is no option {key}; {hint}rnode {command} --help lists them"
 
 
@@ -121,43 +106,24 @@ def known_keys(config: dict) -> list[str]:
     return list(dict.fromkeys(key for path in parts for key in accumulate(path, "{}.{}".format)))
 
 
-def validate(command: str, cfg: DictConfig, swept: Collection[str] = ()) -> None:
-    """Raise InputError if a key is missing or wrong, unless it is among those `swept`."""
-    for key in sorted(OmegaConf.missing_keys(cfg)):
-        raise InputError(missing(COMMANDS[command], key))
+def validate(command: str, cfg: DictConfig) -> None:
+    """Raise InputError if a key is missing or wrong."""
+    missing = OmegaConf.missing_keys(cfg)
+    require(not missing, f"{', '.join(sorted(missing))}=… is missing; --help describes it")
     config = OmegaConf.to_container(cfg, resolve=True)
     try:
-        COMMANDS[command].model_validate(without_targets(config))
+        COMMANDS[command].model_validate(config)
     except ValidationError as error:
-        known = known_keys(config)
-        for detail in error.errors():
-            key = ".".join(map(str, detail["loc"]))
-            if detail["type"] == "missing":
-                raise InputError(missing(COMMANDS[command], key)) from None
-            while key not in known:  # the end of `loc` names an alternative of a type
-                key = key.rpartition(".")[0]
-            require(detail["type"] != "extra_forbidden", f"there is no option {key}")
-            words = detail["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
-            words = words.replace("greater than or equal to", "at least")
-            words = words.replace("less than or equal to", "at most")
-            value = (
-                "null" if detail["input"] is None else " ".join(str(detail["input"]).split())[:200]
-            )
-            right = WORDS.get(detail["type"], words)
-            require(key in swept, f"{key}={value}: must be {right}")
+        raise InputError(describe(error.errors()[0], known_keys(config))) from None
 
 
-def without_targets(value: Any) -> Any:
-    """Leave out what Hydra interprets: `source`, _target_, _partial_ and the like."""
-    if not isinstance(value, dict):
-        return value
-    return {k: without_targets(v) for k, v in value.items() if str(k)[:1] != "_" and k != "source"}
-
-
-def missing(schema: type[BaseModel], key: str) -> str:
-    """Say that a key is missing, and what it is."""
-    about = ""
-    for part in key.split("."):
-        field = getattr(schema, "model_fields", {}).get(part)
-        schema, about = (field.annotation, f" ({field.description})") if field else (None, "")
-    return f"{key}=… is missing{about}"
+def describe(detail: dict, known: list[str]) -> str:
+    """Say what is wrong, from an error of pydantic and the `known` keys."""
+    key = ".".join(map(str, detail["loc"]))
+    if detail["type"] in ("missing", "extra_forbidden"):
+        return f"{key}: {detail['msg']}; --help lists the keys"
+    while key not in known:  # the end of `loc` names an alternative of a type
+        key = key.rpartition(".")[0]
+    right = detail["msg"].partition(" should ")[2].replace("greater than or equal to", "at least")
+    value = "null" if detail["input"] is None else " ".join(str(detail["input"]).split())
+    return f"{key}={value[:200]}: must {right.replace('less than or equal to', 'at most')}"
