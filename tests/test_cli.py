@@ -19,7 +19,7 @@ from rnode.errors import Diverged, InputError, Stopped, WriteError
 
 MISTAKES = {
     # a group has no such option
-    "dataset=cifar11": "there is no dataset/cifar11; the options are celeba, cifar10, digits",
+    "dataset=cifar11": "there is no dataset/cifar11; the options are arrays, cifar10, digits",
     "hydra/launcher=pbs": "there is no hydra/launcher/pbs; & pip install -e '.[sweep]' brings",
     "-m dataset=digits,toy,cifar11": "there is no dataset/cifar11; the options are",
     # there is no such key

@@ -12,9 +12,6 @@ import torch
 
 from helpers import HANG, ROOT, column
 from rnode.app.processes import launched, run_name
-from rnode.data.datamodule import DataModule
-from rnode.data.splits import Splits
-from rnode.transforms import Column, TableTransform
 
 ONE = [sys.executable]
 TWO = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
@@ -116,17 +113,6 @@ def test_another_number_of_devices_than_torchrun_started_is_refused(tmp_path):
     line = "error: trainer.devices=3: must be 2, as torchrun has started, or left out (process 0)"
     assert line in done.stderr
     assert not list(tmp_path.rglob("*.ckpt"))
-
-
-def test_each_process_gets_its_share_of_a_split():
-    rows = torch.arange(11, dtype=torch.float32)[:, None]
-    splits = Splits(rows, rows, rows, TableTransform([Column("x")]))
-    data = DataModule(lambda: splits, 4, 3)
-    data.setup()
-    batches = [batch for rank in range(3) for batch in data.eval_dataloader("test", rank, 3)]
-    for x, index, _ in batches:
-        assert torch.equal(x[:, 0].long(), index)
-    assert sorted(torch.cat([index for _, index, _ in batches]).tolist()) == list(range(11))
 
 
 @pytest.mark.parametrize(

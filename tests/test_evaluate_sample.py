@@ -154,7 +154,7 @@ def test_an_interpolation_is_an_arc_in_z_between_two_images_and_their_conditions
     flow = make_flow((1, 8, 8), k=10, pieces=1).eval()
     with torch.no_grad():
         images = interpolate(flow, data, [5, 359])
-        x, index, c = data.fetch_from("test")([5, 359])
+        x, index, c = data.fetch("test", [5, 359])
         z = flow(data.transform(x, index, c, torch.full(x.shape, 0.5)).y, c).z
         middle = flow.inverse(z.sum(0, keepdim=True) / 2**0.5, c.mean(0))
     assert not torch.equal(*c)

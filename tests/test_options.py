@@ -7,19 +7,16 @@ import pytest
 
 from data_files import (
     array_files,
-    celeba_files,
     cifar10_files,
     image_files,
     mnist_files,
-    svhn_files,
 )
 from helpers import TWO_STEPS, column
 from rnode.app.schema import CONF
-from rnode.data.images import FILES
 
 pytestmark = pytest.mark.usefixtures("blank_figures")
 # Their files are read as those of another data set are.
-ALIKE = ("emnist", "kmnist", "qmnist", "fashion_mnist", "imagenet32", "imagenet64", "celeba")
+ALIKE = ("kmnist", "fashion_mnist", "imagenet32", "imagenet64")
 
 
 def data_of(name, root, monkeypatch):
@@ -27,20 +24,14 @@ def data_of(name, root, monkeypatch):
     root.mkdir()
     at = [f"dataset.root={root}", "model.pieces=1"]
     if "mnist" in name:
-        mnist_files(root, FILES.get(name.upper(), FILES["MNIST"]))
+        mnist_files(root)
         return [*at, "dataset.validation=5"]
     if "cifar10" in name:
         cifar10_files(root, monkeypatch)
         return [*at, "dataset.validation=5"]
-    if name == "svhn":
-        svhn_files(root, monkeypatch)
-        return [*at, "dataset.validation=4"]
     if size := re.search(r"imagenet(\d+)|arrays", name):
         array_files(root, int(size[1] or 8))
         return at
-    if "celeba" in name:
-        celeba_files(root)
-        return [*at, "dataset.size=8"]
     if name == "folder":
         image_files(root)
         return [*at, "dataset.size=8"]

@@ -34,7 +34,7 @@ def classify(splits: Splits, levels: int, recipe: str, seed: int, epochs: int) -
     device = "cuda" if torch.cuda.is_available() else "cpu"
     train_data, val, test = (
         ((x / (levels - 1)).to(device), label.argmax(1).to(device))
-        for x, label in zip((splits.train, splits.val, splits.test), splits.contexts, strict=True)
+        for x, label in zip((splits.train, splits.val, splits.test), splits.c.values(), strict=True)
     )
     _, method, penalty = RECIPES[recipe]
     model = Classifier(10, Solver(method, DOPRI5), WIDTH, LAYERS).to(device)

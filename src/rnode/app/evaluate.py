@@ -12,7 +12,6 @@ from rich.table import Table
 
 from rnode.app.density import from_checkpoint
 from rnode.app.printing import print_table, quantities
-from rnode.distributed import rank_and_world_size
 from rnode.errors import require
 from rnode.evaluation import evaluate
 from rnode.training.plots import plot_extremes
@@ -29,7 +28,7 @@ def main(cfg: DictConfig) -> float:
     rows = getattr(data.splits, cfg.split)
     fixed = isinstance(rows, torch.Tensor)
     require(fixed, f"split={cfg.split}: must be val or test; these training data change each epoch")
-    batches = data.eval_dataloader(cfg.split, *rank_and_world_size())
+    batches = data.eval_dataloader(cfg.split)
     batches = track(batches, f"{cfg.split} set", disable=not fabric.is_global_zero)
     summary, columns = evaluate(flow, data.transform, batches, cfg.samples, cfg.seed)
     if not fabric.is_global_zero:

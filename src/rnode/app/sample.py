@@ -69,7 +69,7 @@ def interpolate(flow: Flow, data: DataModule, pair: list[int]) -> torch.Tensor:
     last = len(data.splits.test) - 1
     message = f"interpolate={pair}: must be two indices of test images, 0 to {last}"
     require(max(pair) <= last, message)
-    x, index, c = data.fetch_from("test")(list(pair))
+    x, index, c = data.fetch("test", list(pair))
     bin_centre = torch.full(x.shape, 0.5)
     batch = data.transform(x, index, c, bin_centre).to(next(flow.parameters()).device)
     first, second = flow(batch.y, batch.c).z

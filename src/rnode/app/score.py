@@ -9,7 +9,7 @@ from rich.progress import track
 
 from rnode.app.density import Density, from_checkpoint
 from rnode.app.printing import print_table, quantities
-from rnode.data.folder import Format, decode, find_images
+from rnode.data.folder import decode, find_images
 from rnode.data.tables import read_table
 from rnode.errors import require
 from rnode.training.run_folder import whole_file
@@ -48,20 +48,13 @@ def read(density: Density, path: Path, names: list[str]) -> tuple[object, pl.Dat
         return rows, rows.select(pl.int_range(pl.len()).alias("row"), *names)
     require(not names, f"id={names}: is not supported here; images have no columns")
     if path.is_dir():
-        form, files = image_format(density), find_images(path)
-        images = [decode(file, form) for file in track(files, "decoding")]
+        levels = density.data.transform.levels
+        require(levels == 256, f"path: must be a .npy file; {levels} grey levels are not 8 bits")
+        files = find_images(path)
+        images = [decode(file, density.data.shape) for file in track(files, "decoding")]
         names = [file.relative_to(path).as_posix() for file in files]
         return np.stack(images), pl.DataFrame({"file": names})
     image_file = path.suffix == ".npy" and path.is_file()
     require(image_file, f"path={path}: must be a folder of images, or a .npy file")
     rows = np.load(path)
     return rows, pl.DataFrame({"row": np.arange(len(rows))})
-
-
-def image_format(density: Density) -> Format:
-    """Return the format of the images that the flow was trained on."""
-    (channels, *size), levels = density.data.shape, density.data.transform.levels
-    bits = levels.bit_length() - 1
-    wrong = f"path: must be a .npy file; {levels} grey levels are not the bits of a pixel"
-    require(levels == 2**bits <= 256, wrong)
-    return Format(channels, size, density.data.arguments.get("crop"), bits)

@@ -46,7 +46,7 @@ def gaussian_bits(data: DataModule, seed: int) -> float | None:
     generator = torch.Generator().manual_seed(seed)
     count, moments = 0, 0.0
     for index in evenly_spaced(data.splits.train, FIT):
-        x, index, c = data.fetch_from("train")(index.tolist())
+        x, index, c = data.fetch("train", index)
         ones_c, y = design(data.transform(x, index, c, generator=generator))
         rows = torch.cat([ones_c, y], 1)
         count, moments = count + len(rows), moments + rows.T @ rows
@@ -58,7 +58,7 @@ def gaussian_bits(data: DataModule, seed: int) -> float | None:
         return None
     gaussian, bits = MultivariateNormal(y.new_zeros(d), scale_tril=factor), []
     for index in evenly_spaced(data.splits.val, EVALUATE):
-        batch = data.evaluation_batch("val", index, seed)
+        batch = data.transform.for_evaluation(*data.fetch("val", index), seed)
         ones_c, y = design(batch)
         log_prob = gaussian.log_prob(y - ones_c @ weights)
         bits.append(bits_per_dim(log_prob, batch.log_det, d))

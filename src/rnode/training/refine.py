@@ -62,7 +62,8 @@ class RefineGrid(Callback):
     def bits(self, data: DataModule, module: RNODE) -> float:
         """Mean bits/dim in training mode, of the same images, noise and probes each time."""
         index = torch.arange(min(data.batch_size, len(data.splits.val)))
-        batch = data.evaluation_batch("val", index, module.seed).to(module.device)
+        batch = data.transform.for_evaluation(*data.fetch("val", index), module.seed)
+        batch = batch.to(module.device)
         return float(solve_and_measure(module.flow, batch, module.seed)[1].bits_per_dim.mean())
 
     def state_dict(self) -> dict:
