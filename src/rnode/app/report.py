@@ -16,11 +16,11 @@ from rich.table import Table
 
 from rnode.app.figures import choose_colours, plot_penalties, plot_training
 from rnode.app.printing import print_table
-from rnode.app.runs import Run, best, read_runs, tabulate
+from rnode.app.runs import Run, read_runs, tabulate
 from rnode.errors import require
 from rnode.training.loggers import finish_wandb
 from rnode.training.plots import save_figure
-from rnode.training.results import RESULTS
+from rnode.training.results import BITS, RESULTS
 from rnode.training.run_folder import whole_file
 
 
@@ -45,10 +45,21 @@ def report_sweep(folder: Path, wandb: DictConfig | None) -> None:
     if jobs:
         header, rows = tabulate(jobs)
         table = Table(*header)
-        for job, row in zip(jobs, rows, strict=True):
-            table.add_row(*map(as_text, row), style="bold" if job is best(jobs) else None)
+        for row in rows:
+            table.add_row(*map(as_text, row))
         print_table(table)
-        write_sweep(jobs, folder, wandb)
+        (_, *columns), rows = tabulate(jobs, RESULTS)
+        frame = pl.DataFrame(rows, ["job", *columns], orient="row", infer_schema_length=None)
+        frame.write_csv(folder / "sweep.csv")
+        figure = plot_penalties(jobs)
+        if figure:
+            save_figure(figure, folder / "sweep.png")
+        options = {"folder": str(folder), "name": "sweep", "group": folder.name}
+        if logger := wandb and instantiate(wandb, **options):
+            logger.log_table("sweep", frame.columns, rows)
+            if figure:
+                logger.log_image("sweep.png", [str(folder / "sweep.png")])
+            finish_wandb()
         write_report(jobs, folder / "report.html", problems)
         print(f"written to {folder / 'sweep.csv'} and report.html")
     for job in (job for job in jobs if job.status != "finished"):
@@ -59,33 +70,20 @@ def report_sweep(folder: Path, wandb: DictConfig | None) -> None:
         sys.exit(1)
 
 
-def write_sweep(jobs: list[Run], folder: Path, wandb: DictConfig | None) -> None:
-    """Write the results and their map; log them as a W&B run in the group of the jobs."""
-    header, rows = tabulate(jobs, RESULTS)
-    table = pl.DataFrame(rows, header, orient="row", infer_schema_length=None)
-    table.write_csv(folder / "sweep.csv")
-    if figure := plot_penalties(jobs):
-        save_figure(figure, folder / "sweep.png")
-    if logger := wandb and instantiate(wandb, folder=str(folder), name="sweep", group=folder.name):
-        logger.log_table("sweep", header, rows)
-        if figure:
-            logger.log_image("sweep.png", [str(folder / "sweep.png")])
-        finish_wandb()
-
-
 def write_report(runs: list[Run], path: Path, problems: Sequence[str] = ()) -> None:
-    """Write a page about runs; `problems` says what it leaves out."""
+    """Write a page about runs; `problems` says what it leaves out. The best run is bold."""
     template = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
     colours = choose_colours(runs)
     header, rows = tabulate(runs)
     samples = {run.name: file for run in runs for file in sorted(run.folder.glob("samples/*.png"))}
+    bits = {run: run.result[BITS] for run in runs if run.result.get(BITS) is not None}
     figure = plot_penalties(runs)
     text = Template(template, autoescape=True).render(
         title=path.absolute().parent.name,
         header=header,
         table=[(run, map(as_text, row)) for run, row in zip(runs, rows, strict=True)],
         runs=runs,
-        best=best(runs),
+        best=min(bits, key=bits.get, default=None),
         colours=colours,
         curves=map(draw, plot_training(runs, colours)),
         penalties=figure and draw(figure),
@@ -101,7 +99,6 @@ def as_text(cell: str | float | None) -> str:
 
 
 def draw(figure: plt.Figure) -> str:
-    """Return a figure as an address that contains it."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg")
     plt.close(figure)
@@ -109,4 +106,5 @@ def draw(figure: plt.Figure) -> str:
 
 
 def embed(picture: bytes, kind: str) -> str:
+    """Return a picture as an address that contains it."""
     return f"data:image/{kind};base64,{base64.b64encode(picture).decode()}"

@@ -77,12 +77,6 @@ def read_runs(folders: Sequence[Path]) -> tuple[list[Run], list[str]]:
     return runs, problems
 
 
-def best(runs: list[Run]) -> Run | None:
-    """Return the finished run of the least validation bits/dim."""
-    measured = [run for run in runs if run.result.get(BITS) is not None]
-    return min(measured, key=lambda run: run.result[BITS], default=None)
-
-
 def tabulate(runs: list[Run], columns: Sequence[str] = COLUMNS) -> tuple[list[str], list[list]]:
     """Return a header, and a row for each run."""
     rows = [

@@ -287,7 +287,7 @@ class Reproduce(Section):
 class Report(Section):
     """Compare runs in a browser: rnode report outputs/… outputs/…"""
 
-    folders: list[str] = key("folders that are or hold runs, sweeps and evaluations")
+    folders: list[str] = key("folders that are or hold runs and sweeps")
 
 
 class Project(Section):

@@ -18,7 +18,7 @@ class Numeric(NamedTuple):
     mean: float
     std: float
 
-    size = 1
+    size = 1  # of its part of c
 
     def encode(self, name: str, values: np.ndarray) -> Tensor:
         """Values (N,) → (N, 1)."""

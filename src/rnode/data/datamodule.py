@@ -23,8 +23,8 @@ def require_finite(rows: Tensor, where: str) -> None:
     """Raise InputError with the first row and column that is NaN or infinite."""
     if rows.is_floating_point() and not rows.isfinite().all():
         row, column = (~rows.isfinite()).nonzero()[0, :2].tolist()
-        place = f"column {column} is {rows[row, column]}"
-        raise InputError(f"row {row} of {where} is not finite: {place}")
+        value = rows[row, column]
+        raise InputError(f"row {row} of {where} is not finite: column {column} is {value}")
 
 
 class EpochOrder(DistributedSampler):

@@ -2,7 +2,6 @@
 
 import contextlib
 import gzip
-import itertools
 import zlib
 from functools import partial
 from pathlib import Path
@@ -42,14 +41,12 @@ def patches(size: int = 32, stride: int = 8, alpha: float = 0.05) -> Splits:
     the test. No pixel is in two splits.
     """
     photos = torch.from_numpy(np.stack(load_sample_images().images)).permute(0, 3, 1, 2)
-    edges = [0, 448, 544, 640]
     require(size <= 96, f"size={size}: must be at most 96, the width of a split's region")
-
-    def cut(left: int, right: int) -> Tensor:
+    splits = []
+    for left, right in ((0, 448), (448, 544), (544, 640)):
         windows = photos[..., left:right].unfold(2, size, stride).unfold(3, size, stride)
-        return windows.permute(0, 2, 3, 1, 4, 5).reshape(-1, 3, size, size)
-
-    return Splits(*itertools.starmap(cut, itertools.pairwise(edges)), ImageTransform(256, alpha))
+        splits.append(windows.permute(0, 2, 3, 1, 4, 5).reshape(-1, 3, size, size))
+    return Splits(*splits, ImageTransform(256, alpha))
 
 
 def named_images(name: str, root: str, resize: int, **options: Any) -> Splits:
@@ -70,23 +67,21 @@ def named_images(name: str, root: str, resize: int, **options: Any) -> Splits:
 def load_idx(name: str, root: Path, part: str) -> tuple[Tensor, np.ndarray]:
     """Return images (N, 1, H, W) of IDX files, and the labels in the file beside them."""
     path = find_idx(name, root, part)
-    if path is None:
-        from_torchvision(name, root, part)
-        path = find_idx(name, root, part)
     images = read_idx(path)[:, None]
     beside = path.with_name(path.name.replace("images", "labels").replace("idx3", "idx1"))
     return images, read_idx(beside).numpy() if beside.is_file() else np.full(len(images), "")
 
 
-def find_idx(name: str, root: Path, part: str) -> Path | None:
-    """Find a file of images: with a dot before idx3 or without, gzipped or plain."""
+def find_idx(name: str, root: Path, part: str) -> Path:
+    """Find a file of images, which is downloaded if it is missing."""
     file = {"train": "train", "test": "t10k"}[part] + "-images[-.]idx3-ubyte*"
     for folder in ("", f"{name}/raw/", "*/"):
         if paths := sorted(root.glob(folder + file)):
             several = f"root={root}: {paths[0]} and {paths[-1]}: name one of their folders as root"
             require(paths[0].parent == paths[-1].parent, several)
             return paths[0]
-    return None
+    from_torchvision(name, root, part)
+    return find_idx(name, root, part)
 
 
 def read_idx(path: Path) -> Tensor:
