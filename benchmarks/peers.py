@@ -2,7 +2,7 @@
 
 pip install -e '.[bench]'
 python benchmarks/peers.py [--seconds 60] [--seeds 0 1 2] [--quick]
-                           [--datasets eight_gaussians checkerboard pinwheel digits]
+                           [--datasets eight_gaussians checkerboard moons digits]
 
 benchmarks/contenders.py says what the contenders are. All networks are 64 wide, on digits 256
 (for Glow 64, which makes as many weights as RNODE has). Batches are of 512 samples, or 256 images.
@@ -27,7 +27,7 @@ from rnode.app.processes import prepare_process
 from rnode.data.densities import DENSITIES
 from rnode.training.plots import save_figure
 
-DATASETS = ["eight_gaussians", "checkerboard", "pinwheel", "digits"]
+DATASETS = ["eight_gaussians", "checkerboard", "moons", "digits"]
 ENTROPY = {"eight_gaussians": 0.985, "checkerboard": math.log(8)}
 CONTENDERS = {
     "RNODE": rnode_flow,

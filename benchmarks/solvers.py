@@ -44,7 +44,7 @@ def compare(path: str) -> None:
     data.setup()
     flow.double().test_probes = Probes()
     index = torch.arange(128)
-    batch = data.evaluation_batch("train", index, seed=0)
+    batch = data.transform.for_evaluation(*data.fetch("train", index), seed=0)
     batch = batch._replace(y=batch.y.double())
 
     @torch.no_grad()

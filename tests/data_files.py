@@ -16,17 +16,17 @@ def write_idx(path, array):
     path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
 
 
-def mnist_files(folder, names=("train-images-idx3-ubyte", "t10k-images-idx3-ubyte")):
+def mnist_files(folder):
     """Write MNIST's files with 30 training and 8 test images."""
     images = np.random.default_rng(0).integers(256, size=(30, 28, 28))
-    write_idx(folder / f"{names[0]}.gz", images)
-    write_idx(folder / names[1], images[:8])
+    write_idx(folder / "train-images-idx3-ubyte.gz", images)
+    write_idx(folder / "t10k-images-idx3-ubyte", images[:8])
 
 
 def cifar10_files(folder, monkeypatch):
     """Write CIFAR10's files with 8 images each, and patch their checksums into torchvision.
 
-    Like `svhn_files`, return the test images (N, 32, 32, 3) and the names of their classes.
+    Return the test images (N, 32, 32, 3) and the names of their classes.
     """
     from torchvision.datasets import CIFAR10
 
@@ -52,21 +52,6 @@ def cifar10_files(folder, monkeypatch):
     return batches[-1], ["cat", "dog"] * 4
 
 
-def svhn_files(folder, monkeypatch):
-    """Write SVHN's files with 9 images each, and patch their checksums into torchvision."""
-    from scipy.io import savemat
-    from torchvision.datasets import SVHN
-
-    rng, listed = np.random.default_rng(0), {}
-    for split in ("train", "test"):
-        path = folder / f"{split}_32x32.mat"
-        pixels = rng.integers(256, size=(32, 32, 3, 9), dtype=np.uint8)
-        savemat(path, {"X": pixels, "y": np.arange(1, 10)[:, None]})
-        listed[split] = ["", path.name, hashlib.md5(path.read_bytes()).hexdigest()]
-    monkeypatch.setattr(SVHN, "split_list", listed)
-    return pixels.transpose(3, 0, 1, 2), list("123456789")
-
-
 def array_files(folder, size, channels=3):
     """Write 12 training, 5 validation and 4 test images with labels as .npy; return them."""
     rng = np.random.default_rng(0)
@@ -89,17 +74,6 @@ def image_files(folder, count=40, shape=(8, 8, 3)):
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image).save(path)
     return images
-
-
-def celeba_files(folder, count=40):
-    """Write CelebA's files: image i is `i` grey; 6 in 10 train, 2 validate, 2 test."""
-    (folder / "img_align_celeba").mkdir(parents=True)
-    lines = []
-    for i in range(count):
-        image = Image.fromarray(np.full((218, 178, 3), i, np.uint8))
-        image.save(folder / "img_align_celeba" / f"{i:06}.png")
-        lines.append(f"{i:06}.png {[0, 0, 0, 0, 0, 0, 1, 1, 2, 2][i % 10]}")
-    (folder / "list_eval_partition.txt").write_text("\n".join(lines) + "\n")
 
 
 def wandb_records(folder):

@@ -1,7 +1,5 @@
 """Densities of x given c, and the encoder of c."""
 
-import itertools
-
 import numpy as np
 import pytest
 import torch
@@ -16,11 +14,7 @@ RADAU = Method("rk4", "radau", steps=24)
 
 @pytest.mark.parametrize(
     ("method", "gradient"),
-    [
-        *itertools.product([TIGHT, GRID, RADAU], ["backprop", "checkpoint"]),
-        (TIGHT, "adjoint"),
-        (GRID, "adjoint"),
-    ],
+    [(TIGHT, "backprop"), (RADAU, "backprop"), (GRID, "checkpoint"), (GRID, "adjoint")],
 )
 def test_the_conditional_gaussian_that_a_linear_flow_models(method, gradient):
     """f = A z + B c + b moves x to e^A x + ∫ e^{A(1 − t)} dt (B c + b)."""
@@ -70,15 +64,6 @@ def test_numbers_are_standardized_and_labels_become_unit_vectors():
     one = copy.encode({"year": 1990.5, "maker": "b", "size": 2}, 4)  # one value for all samples
     assert torch.equal(one, c[:1].expand(4, 5))
     assert Conditions({}).encode({}, 3).shape == (3, 0)
-
-
-def test_columns_that_no_encoder_fits():
-    with pytest.raises(InputError, match="name: has more than 100 different labels"):
-        Conditions.fit({"name": np.arange(101).astype(str)})
-    assert Conditions.fit({"name": np.arange(100).astype(str)}).size == 100
-    assert Conditions.fit({"name": np.arange(100)}).size == 100
-    with pytest.raises(InputError, match="x: is constant in the training split"):
-        Conditions.fit({"x": np.full(3, 0.5)})
 
 
 @pytest.mark.parametrize(

@@ -23,10 +23,8 @@ POINTS = {
     "eight_gaussians": [[-1.50669, -1.41093], [2.14029, 0.00335], [-1.55761, 1.30469]],
     "moons": [[0.77593, 0.57042], [2.64252, -0.68336], [3.21565, 0.20747]],
     "circles": [[0.7219, 1.82663], [0.15398, -0.90792], [-0.87061, -0.17552]],
-    "pinwheel": [[1.93083, 0.00713], [-1.84292, 1.11161], [-0.79492, 1.25476]],
     "checkerboard": [[0.11937, 0.54938], [-1.51135, -1.24463], [1.9573, -0.19793]],
     "spirals": [[-1.93289, 0.3347], [-0.71417, -0.2202], [-2.20163, -1.37778]],
-    "rings": [[-1.55659, 1.07049], [-0.56886, -0.29224], [0.3873, -1.14134]],
     "two_gaussians": [[1.57345], [0.73516], [-1.73197]],
 }
 
@@ -72,16 +70,15 @@ def test_digits_are_all_of_scikit_learns_in_splits_that_never_change():
 
 
 def test_missing_splits_are_cut_off_the_training_samples():
-    rows = torch.arange(100)
+    rows = np.arange(100)
     parts = hold_out({"train": rows}, 0.25, 20)
     assert [len(parts[name]) for name in ("train", "val", "test")] == [60, 20, 20]
-    assert torch.cat(list(parts.values())).sort().values.equal(rows)
-    assert parts["test"].equal(hold_out({"train": rows}, 5, 0.2)["test"])
-    assert not parts["test"].equal(rows[:20])
-    for one in (0.001, 1):  # a share is at least one sample; 1 is a number
-        parts = hold_out({"train": rows, "test": rows[:7]}, one, 0.5)
-        assert parts["test"].equal(rows[:7])
-        assert [len(parts[name]) for name in ("train", "val")] == [99, 1]
+    assert sorted(np.concatenate(list(parts.values()))) == rows.tolist()
+    again = hold_out({"train": torch.from_numpy(rows)}, 5, 0.2)["test"].tolist()
+    assert parts["test"].tolist() == again != rows[:20].tolist()
+    parts = hold_out({"train": rows, "test": rows[:7]}, 0.001, 0.5)  # one sample at least
+    assert parts["test"].tolist() == rows[:7].tolist()
+    assert [len(parts[name]) for name in ("train", "val")] == [99, 1]
 
 
 def test_patches_come_from_disjoint_regions_of_the_photographs():
@@ -109,8 +106,6 @@ def test_densities_are_sampled_afresh_for_every_batch_and_stay_in_view(name):
     assert torch.equal(splits.transform(found, torch.arange(3), torch.empty(3, 0)).y, found)
     points = torch.from_numpy(DENSITIES[name](20000, np.random.default_rng(0)))
     assert points.abs().max() < 4
-    assert points.std(0).min() > 0.5
-    assert points.mean(0).abs().max() < 0.5
 
 
 def test_densities_have_their_known_entropy_and_moments():
@@ -124,11 +119,6 @@ def test_densities_have_their_known_entropy_and_moments():
     spread = points - 2 * np.stack([np.cos(angle), np.sin(angle)], 1)
     entropy = math.log(8) + math.log(2 * math.pi * math.e * spread.var())
     assert math.isclose(entropy, 0.985, abs_tol=0.01)
-
-    x = DENSITIES["two_gaussians"](200000, rng)
-    mean = (-1.6 + 2 * 1.2) / 3
-    assert math.isclose(x.mean(), mean, abs_tol=0.02)
-    assert math.isclose(x.var(), 0.4**2 + (1.6**2 + 2 * 1.2**2) / 3 - mean**2, abs_tol=0.02)
 
 
 # Batches
@@ -173,19 +163,10 @@ def test_evaluation_batches_have_not_changed_and_are_not_flipped():
     assert torch.equal(data.transform.dequantize.inverse(data.transform.inverse(batch.y)), x)
     expected = torch.tensor([-3.50291, -2.83699, 1.11643, 1.42571])
     torch.testing.assert_close(batch.y[7, 0, 3, :4], expected, rtol=1e-4, atol=1e-4)
-    later = data.evaluation_batch("val", torch.tensor([9, 7]), seed=5)
+    later = data.transform.for_evaluation(*data.fetch("val", [9, 7]), seed=5)
     assert torch.equal(later.y[1], batch.y[7])
     after = torch.rand(1)  # training's random stream has not moved
     assert torch.equal(after, torch.rand(1, generator=torch.Generator().manual_seed(0)))
-
-
-def test_processes_share_an_evaluation():
-    data = module()
-    rows = torch.arange(250)[:, None]
-    data.splits = Splits(rows, rows, rows, TableTransform([Column("x")]))
-    shares = [list(data.eval_dataloader("test", rank, processes=3)) for rank in range(3)]
-    assert [[len(x) for x, *_ in share] for share in shares] == [[84], [83], [83]]
-    assert [index[:2].tolist() for ((_, index, _),) in shares] == [[0, 3], [1, 4], [2, 5]]
 
 
 def test_the_order_follows_from_the_seed_and_the_epoch_and_is_shared_out():
@@ -224,37 +205,26 @@ def test_a_checkpoint_holds_what_a_flow_needs_of_its_data():
 # Errors
 
 
-@pytest.mark.parametrize(("split", "words"), [(0, "training"), (1, "validation"), (2, "test")])
-def test_data_that_are_not_finite_are_named(split, words):
-    def source():
+def test_data_that_are_not_finite_are_named():
+    for split, words in enumerate(["training", "validation", "test"]):
         parts = [torch.zeros(9, 3) for _ in range(3)]
         parts[split][5, 1] = math.nan
-        return Splits(*parts, TableTransform([Column(name) for name in "abc"]))
-
-    line = f"row 5 of the {words} data is not finite: column 1 is nan"
-    with pytest.raises(InputError, match=line):
-        module(source).setup()
+        splits = Splits(*parts, TableTransform([Column(name) for name in "abc"]))
+        line = f"row 5 of the {words} data is not finite: column 1 is nan"
+        with pytest.raises(InputError, match=line):
+            module(lambda splits=splits: splits).setup()
 
 
 @pytest.mark.parametrize(
     ("load", "message"),
     [
-        (lambda: module(toy, name="rings", train=0).setup(), "the train split is empty"),
+        (lambda: module(toy, name="moons", train=0).setup(), "the train split is empty"),
         (lambda: toy("moon"), "name=moon: must be one of eight_gaussians, moons"),
-        (lambda: named_images("SVNH", ".", 32), "name=SVNH: must be one of MNIST, FashionMNIST"),
-        (lambda: digits(test=1797), "test=1797: must be 1 to 1796, out of 1797 samples"),
+        (lambda: named_images("MINST", ".", 32), "name=MINST: must be one of MNIST, FashionMNIST"),
         (lambda: digits(validation=1437), "validation=1437: must be 1 to 1436, out of 1437"),
-        (lambda: patches(size=97), "size=97: must be at most 96"),
         (lambda: reduce_images(torch.zeros(2, 1, 28, 28), 29), "resize=29: must be at most 28"),
     ],
 )
 def test_arguments_that_do_not_fit_the_data_are_refused(load, message):
     with pytest.raises(InputError, match=f"^{message}"):
         load()
-
-
-def test_splits_of_different_shapes_are_refused():
-    x = torch.zeros(9, 3)
-    source = Splits(x, x, x[:, :2], TableTransform([Column(name) for name in "abc"]))
-    with pytest.raises(InputError, match=r"the test split has samples of shape \[2\], val \[3\]"):
-        module(lambda: source).setup()

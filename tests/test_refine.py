@@ -66,16 +66,13 @@ class CountWaits(pl.Callback):
 @pytest.mark.parametrize("gradient", ["backprop", pytest.param("checkpoint", marks=SLOW)])
 def test_a_training_step_on_a_fixed_grid_never_waits(gradient, monkeypatch):
     """Forward, backward, optimizer, logs, progress and the check for NaN of a whole run."""
-    fetch_from = DataModule.fetch_from
+    fetch = DataModule.fetch
 
-    def fetch_uncounted(self, split):  # a batch has to be copied
-        def fetch(indices):
-            with _disable_current_modes():
-                return fetch_from(self, split)(indices)
+    def fetch_uncounted(self, split, index):  # a batch has to be copied
+        with _disable_current_modes():
+            return fetch(self, split, index)
 
-        return fetch
-
-    monkeypatch.setattr(DataModule, "fetch_from", fetch_uncounted)
+    monkeypatch.setattr(DataModule, "fetch", fetch_uncounted)
     # An accelerator is asked at log steps alone, a processor always.
     monkeypatch.setattr(RNODE, "raise_if_diverged", lambda self: None)
     counter = CountWaits()

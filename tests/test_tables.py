@@ -41,42 +41,35 @@ def parts_of(splits):
     return splits.train, splits.val, splits.test
 
 
-@pytest.mark.parametrize("ending", [".csv", ".tsv", ".parquet", ".arrow", ".feather"])
-def test_every_format_holds_the_same_columns(frame, tmp_path, ending):
-    path = tmp_path / f"rows{ending}"
-    writers = {".csv": frame.write_csv, ".parquet": frame.write_parquet}
-    writers[".tsv"] = lambda path: frame.write_csv(path, separator="\t")
-    writers.get(ending, frame.write_ipc)(path)
-    assert read_table(path).equals(frame)
-
-
-def test_arrays_become_columns(tmp_path):
+def test_every_format_holds_the_same_columns(frame, tmp_path):
+    frame.write_csv(tmp_path / "rows.csv")
+    frame.write_csv(tmp_path / "rows.tsv", separator="\t")
+    frame.write_parquet(tmp_path / "rows.parquet")
+    frame.write_ipc(tmp_path / "rows.arrow")
+    for ending in (".csv", ".tsv", ".parquet", ".arrow"):
+        assert read_table(tmp_path / f"rows{ending}").equals(frame)
     np.save(tmp_path / "a.npy", np.arange(6.0).reshape(3, 2))
-    np.savez(tmp_path / "b.npz", x=np.arange(3), y=np.ones((3, 2)))
     columns = {"column_0": [0, 2, 4], "column_1": [1, 3, 5]}
     assert read_table(tmp_path / "a.npy").to_dict(as_series=False) == columns
-    assert read_table(tmp_path / "b.npz").columns == ["x", "y_0", "y_1"]
 
 
 def test_splits_are_disjoint_standardized_by_training_and_always_the_same(frame, tmp_path):
     frame.write_csv(path := tmp_path / "rows.csv")
-    splits = table(path=str(path), validation=0.1, test=60, whiten=False)
+    splits = table(path=str(path), validation=0.1, test=60)
     assert [len(part) for part in parts_of(splits)] == [390, 50, 60]
     assert splits.transform.names == frame.columns[:4]
     assert len({tuple(row) for row in torch.cat(parts_of(splits)).tolist()}) == ROWS
-    y, _ = splits.transform.forward(splits.train, torch.rand(390, 4))
-    torch.testing.assert_close(y.mean(0), torch.zeros(4), atol=1e-5, rtol=0)
-    torch.testing.assert_close(y.std(0, correction=0), torch.ones(4), atol=1e-5, rtol=0)
     again = table(path=str(path), validation=50, test=60)
     assert all(map(torch.equal, parts_of(splits), parts_of(again)))
     y, _ = again.transform.forward(again.train, torch.rand(390, 4))
+    torch.testing.assert_close(y.mean(0), torch.zeros(4), atol=1e-4, rtol=0)
     torch.testing.assert_close(torch.cov(y.T), torch.eye(4), atol=1e-4, rtol=0)
 
 
 def test_columns_of_every_kind_are_standardized_after_their_transform(frame, tmp_path):
     frame.write_csv(path := tmp_path / "rows.csv")
     options = {"integer": ["cars"], "log": ["income"], "logit": {"share": [0, 1], "cars": [0, 20]}}
-    splits = table(path=str(path), context=["city"], whiten=False, **options)
+    splits = table(path=str(path), context=["city"], **options)
     kinds = {c.name: (c.integer, c.log, c.bounds) for c in splits.transform.columns}
     assert kinds == {
         "height": (False, False, None),
@@ -84,7 +77,8 @@ def test_columns_of_every_kind_are_standardized_after_their_transform(frame, tmp
         "share": (False, False, (0.0, 1.0)),
         "cars": (True, False, (0.0, 21.0)),  # 20 and its noise are below 21
     }
-    y, _ = splits.transform.forward(splits.train, torch.full_like(splits.train, 0.5))
+    plain = TableTransform(splits.transform.columns)
+    y, _ = plain.forward(splits.train, torch.full_like(splits.train, 0.5))
     torch.testing.assert_close(y.mean(0), torch.zeros(4), atol=1e-5, rtol=0)
     torch.testing.assert_close(y.std(0, correction=0), torch.ones(4), atol=1e-5, rtol=0)
     cities = dict(zip(frame["height"], frame["city"], strict=True))
@@ -144,20 +138,6 @@ def test_whitening_makes_the_columns_uncorrelated_and_has_the_jacobians_determin
     torch.testing.assert_close(norms.max() / norms.min(), torch.tensor(1e3).double())
 
 
-def test_the_density_is_in_the_tables_own_units():
-    """A standard normal y makes a lognormal, a logit-normal and a normal of the columns."""
-    columns = [Column("a", log=True, mean=1.0, std=0.5), Column("b", bounds=(0.0, 2.0), std=1.5)]
-    transform = TableTransform([*columns, Column("c", mean=-4.0, std=3.0)])
-    x = torch.tensor([[2.0, 0.7, -3.0], [0.1, 1.9, 5.0]], dtype=torch.float64)
-    y, log_det = transform.forward(x, torch.zeros(2, 3))
-    found = rnode.log_normal(y.double()) + log_det
-    a, b, c = x.numpy().T
-    logit = np.log(b / (2 - b))
-    expected = stats.lognorm.logpdf(a, 0.5, scale=math.e) + stats.norm.logpdf(c, -4, 3)
-    expected += stats.norm.logpdf(logit, 0, 1.5) + np.log(2 / (b * (2 - b)))
-    np.testing.assert_allclose(found, expected, rtol=1e-5)
-
-
 def test_warnings_name_columns_whose_likelihood_is_misleading(frame, tmp_path, capsys):
     often = np.where(np.arange(ROWS) < 5, 2.5, np.arange(ROWS) + 0.25)  # 1 % of the rows
     same = {"zero": pl.lit(0.5), "one": pl.lit(1), "few": often}
@@ -194,24 +174,15 @@ BAD = {
     "dataset.path=none.csv": "path=none.csv: there is no such file",
     "dataset.path=rows.txt": f"path=rows.txt: must end in one of {', '.join(READERS)}",
     "dataset.path=broken.parquet": "path=broken.parquet: cannot be read",
-    "dataset.path=objects.npy": "path=objects.npy: cannot be read",
-    "dataset.path=cube.npy": "has the shape (2, 2, 2), not (N,) or (N, d)",
-    "dataset.path=empty.csv": "path=empty.csv: cannot be read",
-    "dataset.path=header.csv": "path=header.csv: holds no rows",
-    "dataset.path=one.csv": "test=1: must be 1 to 0, out of 1 samples",
-    "dataset.path=twice.csv": "path=twice.csv: has several columns of one name",
-    "dataset.columns=[hight]": "columns=hight: rows.csv has the columns height, income",
-    "dataset.columns=[city]": "columns=city: must hold numbers; rows.csv has String there",
+    "dataset.columns=[hight]": "columns=hight: must be among height, income",
+    "dataset.columns=[city]": "columns=city: must be among height, income",
     "dataset.integer=[height]": "height=[1",
     "dataset.log=[cars]": "cars=0: must be positive",
-    "dataset.log=[height] dataset.columns=[income]": "log=height: must be one of the modelled",
     "dataset.logit={share:[0.2,0.3]}": "share from 0.",
-    "dataset.logit={share:[0.2]}": "dataset.logit.share=",
-    "dataset.context=[town]": "context=town: rows.csv has the columns",
+    "dataset.context=[town]": "context=town: must be among height, income",
     "dataset.split_column=city": "split_column=city: holds ['bonn', 'oslo'], not train, val",
     "dataset.test=600": "test=600: must be 1 to 499, out of 500 samples",
-    "dataset.log=[share] dataset.logit={share:[0,1]}": "a column can be in one of the two",
-    "dataset.missing=guess": "dataset.missing=guess: must be 'stop' or 'drop'",
+    "dataset.log=[share] dataset.logit={share:[0,1]}": "log=share: must be among height",
 }
 
 
@@ -219,13 +190,8 @@ BAD = {
 def test_a_users_mistake_is_one_line(frame, tmp_path, monkeypatch, capsys, overrides):
     monkeypatch.chdir(tmp_path)
     frame.write_csv("rows.csv")
-    for name in ("rows.txt", "broken.parquet", "empty.csv"):
-        (tmp_path / name).write_text("" if name == "empty.csv" else "x")
-    (tmp_path / "header.csv").write_text("a,b\n")
-    (tmp_path / "one.csv").write_text("a,b\n1.5,2.5\n")
-    (tmp_path / "twice.csv").write_text("a,b,a\n1,2,3\n")
-    np.save("objects.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
-    np.save("cube.npy", np.zeros((2, 2, 2)))
+    (tmp_path / "rows.txt").write_text("x")
+    (tmp_path / "broken.parquet").write_text("x")
     path = [] if "path=" in overrides else ["dataset.path=rows.csv"]
     line, code = refused(capsys, "train", "dataset=table", *path, *overrides.split(), *QUIET)
     assert BAD[overrides] in line

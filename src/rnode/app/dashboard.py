@@ -8,8 +8,6 @@ from rnode.app.runs import LAMBDAS
 from rnode.errors import InputError
 from rnode.training.results import BITS
 
-NFE, JACOBIAN = "val/nfe_forward", "train/jacobian"
-
 
 def main(cfg: DictConfig) -> None:
     """Save the view in the project, and print its address."""
@@ -26,17 +24,15 @@ def make_view(entity: str, project: str) -> Any:
     from wandb_workspaces import workspaces  # an extra
     from wandb_workspaces.reports import v2 as panels
 
-    costs = ("val/seconds_total", "val/nfe_total")
-    x, y = panels.SummaryMetric(JACOBIAN), panels.SummaryMetric(NFE)
-    measured = [panels.SummaryMetric(name) for name in (BITS, NFE, "train/seconds_total")]
+    names = (BITS, "val/nfe_forward", "train/seconds_total")
+    measured = [panels.SummaryMetric(name) for name in names]
     axes = [*(panels.Config(key) for key in LAMBDAS), *measured]
     columns = [panels.ParallelCoordinatesPlotColumn(axis) for axis in axes]
+    costs = ("val/seconds_total", "val/nfe_total")
+    nfe = panels.LinePlot(x="train/jacobian", y=["train/nfe_forward"])
     sections = {
         "Likelihood against cost (Figure 2)": [panels.LinePlot(x=x, y=[BITS]) for x in costs],
-        "NFE against the Jacobian norm (Figure 3)": [
-            panels.LinePlot(x=JACOBIAN, y=["train/nfe_forward"]),
-            panels.ScatterPlot(x=x, y=y),
-        ],
+        "NFE against the Jacobian norm (Figure 3)": [nfe],
         "Penalties, likelihood and cost": [panels.ParallelCoordinatesPlot(columns=columns)],
     }
     opened = [workspaces.Section(name, plots, is_open=True) for name, plots in sections.items()]

@@ -52,18 +52,15 @@ class Dataset(Section):
     resize: Count | None = key("side of the images; a smaller one averages pixels", None)
     size: Count | list[Count] | None = key("side of images or patches, or [height, width]", None)
     channels: Literal[1, 3] | None = key("1 for grey images, 3 for RGB", None)
-    crop: Count | None = key("side of the centre that is cut out before scaling", None)
-    bits: Annotated[int, Field(ge=1, le=8)] | None = key("bits that are kept of a pixel", None)
     on_error: Literal["stop", "skip"] | None = key("stop at a broken file, or leave it out", None)
     stride: Count | None = key("pixels from one patch to the next", None)
-    path: str | None = key("file of a table: CSV, Parquet, Arrow, .npy or .npz", None)
+    path: str | None = key("file of a table: CSV, TSV, Parquet, Arrow or .npy", None)
     columns: list[str] | None = key("columns that are modelled; null: all numeric ones", None)
     context: list[str] | Literal["label"] | None = key("conditions: columns, or label", None)
     integer: list[str] | None = key("columns of whole numbers, which are dequantized", None)
     log: list[str] | None = key("positive columns whose logarithm is modelled", None)
     logit: dict[str, Bounds] | None = key("{column: [low, high]} whose logit is modelled", None)
     missing: Literal["stop", "drop"] | None = key("stop at a missing value, or drop its row", None)
-    whiten: bool | None = key("model uncorrelated combinations of the columns", None)
     split_column: str | None = key("column that says train, val or test; null: by chance", None)
 
 
@@ -212,7 +209,7 @@ class Reproduce(Command):
 class Report(Command):
     """Compare runs in a browser: rnode report outputs/… outputs/…"""
 
-    folders: list[str] = key("folders that are or hold runs, sweeps and evaluations")
+    folders: list[str] = key("folders that are or hold runs and sweeps")
 
 
 class Project(Section):

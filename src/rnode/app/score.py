@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.progress import track
 
 from rnode.app.density import Density, from_checkpoint
-from rnode.data.folder import Format, decode, find_images
+from rnode.data.folder import decode, find_images
 from rnode.data.tables import read_table
 from rnode.errors import require
 from rnode.training.run_folder import whole_file
@@ -35,13 +35,10 @@ def read(density: Density, path: Path, names: list[str]) -> tuple[Any, pl.DataFr
         return rows, rows.select(pl.int_range(pl.len()).alias("row"), *names)
     require(not names, f"id={names}: must be left out; images have no columns")
     if path.is_dir():
-        (channels, *size), levels = density.data.shape, density.data.transform.levels
-        bits = levels.bit_length() - 1
-        wrong = f"path: must be a .npy file; {levels} grey levels are not the bits of a pixel"
-        require(levels == 2**bits <= 256, wrong)
-        form = Format(channels, size, density.data.arguments.get("crop"), bits)
+        levels = density.data.transform.levels
+        require(levels == 256, f"path: must be a .npy file; {levels} grey levels are not 8 bits")
         files = find_images(path)
-        images = [decode(file, form) for file in track(files, "decoding")]
+        images = [decode(file, density.data.shape) for file in track(files, "decoding")]
         names = [file.relative_to(path).as_posix() for file in files]
         return np.stack(images), pl.DataFrame({"file": names})
     rows = np.load(path)

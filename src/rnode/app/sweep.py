@@ -1,7 +1,5 @@
 """Sweeps (`-m`): run their jobs, skip jobs that have finished, and record jobs that fail."""
 
-import contextlib
-import ctypes
 import math
 import os
 import signal
@@ -63,12 +61,11 @@ def earlier_result(cfg: DictConfig, folder: Path) -> dict[str, float | None] | N
         return None
     there = flatten(OmegaConf.to_container(OmegaConf.load(folder / CONFIG)))
     here = flatten(OmegaConf.to_container(cfg, resolve=True))
-    keys = sorted(key for key in there.keys() | here.keys() if not is_irrelevant(key))
+    keys = [key for key in sorted(there.keys() | here.keys()) if not is_irrelevant(key)]
     changed = [key for key in keys if there.get(key) != here.get(key)]
-    other = [key for key in changed if key not in LIMITS]
-    words = [f"{key} is {there.get(key)} there and {here.get(key)} here" for key in other]
-    differ = f"{folder}: holds a run of another configuration ({'; '.join(words)})"
-    require(not words, f"{differ}; use another folder")
+    for key in changed:
+        differ = f"another configuration ({key} is {there.get(key)} there and {here.get(key)} here)"
+        require(key in LIMITS, f"{folder}: holds a run of {differ}; use another folder")
     return None if changed else read_result(folder)
 
 
@@ -86,36 +83,24 @@ def run_job(function: Callable[[DictConfig], Any], cfg: DictConfig, folder: Path
         (folder / name).unlink(missing_ok=True)
     if not in_sweep():
         return function(cfg)
-    parallel = current_process().name != "MainProcess"
-    if parallel and sys.platform == "linux":  # joblib's workers would finish their queue alone
-        set_signal_of_parents_death = 1  # PR_SET_PDEATHSIG
-        ctypes.CDLL(None).prctl(set_signal_of_parents_death, signal.SIGTERM)
     try:
         return function(cfg)
     except Stopped as stopped:
         resume = f"to resume the sweep, add hydra.sweep.dir={HydraConfig.get().sweep.dir}"
         print(f"stopped: {stopped}; {resume}", file=sys.stderr, flush=True)
-        code = 128 + stopped.signal
-        if parallel:
-            os._exit(code)  # joblib would send an exception to the parent and start the next job
-        sys.exit(code)
+        if current_process().name != "MainProcess":
+            os._exit(128 + stopped.signal)  # joblib would catch SystemExit and run the next job
+        sys.exit(128 + stopped.signal)
     except Exception as error:
-        record_failure(error, folder)
+        if is_first_process():
+            line, _ = describe_error(error)
+            print(f"error: job {folder.name}: {line}", file=sys.stderr, flush=True)
+            if not (folder / DIVERGED).exists():
+                (folder / FAILED).write_text(f"{line}\n", encoding="utf-8")
+            if not (folder / OVERRIDES).exists():  # the job failed before its run started
+                (folder / OVERRIDES).parent.mkdir(exist_ok=True)
+                OmegaConf.save(HydraConfig.get().overrides.task, folder / OVERRIDES)
         return None
-
-
-def record_failure(error: Exception, folder: Path) -> None:
-    """Print why a job failed, and write it into the folder of the job."""
-    line, _ = describe_error(error)
-    if not is_first_process():
-        return
-    print(f"error: job {folder.name}: {line}", file=sys.stderr, flush=True)
-    with contextlib.suppress(OSError):  # a full disk: the report says that there is no result
-        if not (folder / DIVERGED).exists():
-            (folder / FAILED).write_text(f"{line}\n", encoding="utf-8")
-        if not (folder / OVERRIDES).exists():  # the job failed before its run started
-            (folder / OVERRIDES).parent.mkdir(exist_ok=True)
-            OmegaConf.save(HydraConfig.get().overrides.task, folder / OVERRIDES)
 
 
 class Sweep(Callback):
@@ -123,28 +108,19 @@ class Sweep(Callback):
 
     def on_multirun_start(self, config: DictConfig, **kwargs: object) -> None:
         with one_line_errors():  # Hydra turns other exceptions of a callback into warnings
-            prepare(config)
+            for name in config.sweep_metrics:
+                require_choice("sweep_metrics", name, RESULTS)
+        typed = OverridesParser.create().parse_overrides(config.hydra.overrides.task)
+        keys = [override.key_or_group for override in typed if override.is_sweep_override()]
+        sweeper = config.hydra.sweeper
+        os.environ[SWEPT] = " ".join([*keys, *(sweeper.get("params") or ())])
+        if "sampler" in sweeper and "seed" in sweeper.sampler and sweeper.sampler.seed is None:
+            sweeper.sampler.seed = config.seed  # Optuna, started again, suggests the same jobs
+        if not config.hydra.launcher._target_.endswith("BasicLauncher"):
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C reaches the workers too
 
     def on_multirun_end(self, config: DictConfig, **kwargs: object) -> None:
         from rnode.app.report import report_sweep  # imports torch, which takes seconds
 
         with one_line_errors():
             report_sweep(Path(config.hydra.sweep.dir), config.logger.get("wandb"))
-
-
-def prepare(config: DictConfig) -> None:
-    """Set the options of sweeper and launcher that follow from the configuration."""
-    typed = OverridesParser.create().parse_overrides(config.hydra.overrides.task)
-    keys = [override.key_or_group for override in typed if override.is_sweep_override()]
-    os.environ[SWEPT] = " ".join([*keys, *(config.hydra.sweeper.get("params") or ())])
-    for name in config.sweep_metrics:
-        require_choice("sweep_metrics", name, RESULTS)
-    sweeper = config.hydra.sweeper
-    if "direction" in sweeper:  # Optuna's
-        directions = sweeper.direction if OmegaConf.is_list(sweeper.direction) else ["…"]
-        wrong = f"sweep_metrics={config.sweep_metrics}: needs a hydra.sweeper.direction for each"
-        require(len(directions) == len(config.sweep_metrics), wrong)
-        if "seed" in sweeper.sampler and sweeper.sampler.seed is None:
-            sweeper.sampler.seed = config.seed  # started again, it suggests the same jobs
-    if not config.hydra.launcher._target_.endswith("BasicLauncher"):
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C reaches the workers too

@@ -18,7 +18,7 @@ class Numeric(NamedTuple):
     mean: float
     std: float
 
-    size = 1
+    size = 1  # of its part of c
 
     def encode(self, name: str, values: np.ndarray) -> Tensor:
         """Values (N,) → (N, 1)."""
@@ -33,7 +33,7 @@ class Numeric(NamedTuple):
 class Label(NamedTuple):
     """A column of labels, each a unit vector: a layer's weights for it are its embedding."""
 
-    classes: tuple[str, ...]
+    classes: tuple[str, ...]  # numbers in ascending order, words in alphabetical order
 
     @property
     def size(self) -> int:
@@ -41,18 +41,16 @@ class Label(NamedTuple):
 
     @classmethod
     def fit(cls, values: np.ndarray) -> "Label":
-        """The labels that occur: numbers in ascending order, words in alphabetical order."""
         return cls(tuple(map(str, np.unique(values).tolist())))
 
     def encode(self, name: str, values: np.ndarray) -> Tensor:
         """Values (N,) → (N, size)."""
         place = {label: i for i, label in enumerate(self.classes)}
-        labels = [str(value) for value in values]
-        unknown = next((label for label in labels if label not in place), None)
-        known = ", ".join(self.classes[:20]) + (", …" if self.size > 20 else "")
-        require(unknown is None, f"context.{name}={unknown}: must be one of {known}")
-        index = torch.tensor([place[label] for label in labels], dtype=torch.long)
-        return torch.nn.functional.one_hot(index, self.size).float()
+        index = [place.get(str(value), -1) for value in values]
+        if -1 in index:
+            known = ", ".join(self.classes[:20])
+            raise InputError(f"context.{name}={values[index.index(-1)]}: must be one of {known}")
+        return torch.eye(self.size)[index]
 
 
 class Conditions:
@@ -92,8 +90,7 @@ class Conditions:
 
     @classmethod
     def from_state(cls, state: Mapping[str, Mapping[str, Any]]) -> "Conditions":
-        kinds = {name: Label if "classes" in fields else Numeric for name, fields in state.items()}
-        return cls({name: kinds[name](**fields) for name, fields in state.items()})
+        return cls({k: (Label if "classes" in v else Numeric)(**v) for k, v in state.items()})
 
 
 def fit_column(name: str, values: np.ndarray) -> Numeric | Label:

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 from pytorch_lightning import LightningDataModule, Trainer
@@ -9,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
 from rnode.data.conditions import Conditions
-from rnode.data.splits import SPLIT_NAMES, UNCONDITIONAL, Splits
+from rnode.data.splits import SPLIT_NAMES, Splits
 from rnode.errors import InputError, require
 from rnode.seeding import NOISE, step_generator
 from rnode.transforms import Batch, ImageTransform, TableTransform, Transform
@@ -21,17 +22,16 @@ Rows = tuple[Tensor, Tensor, Tensor]
 def require_finite(rows: Tensor, where: str) -> None:
     """Raise InputError with the first row and column that is NaN or infinite."""
     if rows.is_floating_point() and not rows.isfinite().all():
-        row, *column = (~rows.isfinite()).nonzero()[0].tolist()
-        place = f"column {', '.join(map(str, column))} is {float(rows[(row, *column)])}"
-        raise InputError(f"row {row} of {where} is not finite: {place}")
+        row, column = (~rows.isfinite()).nonzero()[0, :2].tolist()
+        value = rows[row, column]
+        raise InputError(f"row {row} of {where} is not finite: column {column} is {value}")
 
 
 class EpochOrder(DistributedSampler):
     """Shuffles by (seed, epoch); leaves out the batches that a resumed epoch has used."""
 
     def __init__(self, data: Sequence, batch_size: int, trainer: Trainer, seed: int):
-        ranks = {"num_replicas": trainer.world_size, "rank": trainer.global_rank}
-        super().__init__(data, **ranks, seed=seed)
+        super().__init__(data, trainer.world_size, trainer.global_rank, seed=seed)
         self.batch_size = batch_size
         self.progress = trainer.fit_loop.epoch_loop.batch_progress
 
@@ -48,6 +48,7 @@ class DataModule(LightningDataModule):
     """
 
     transform: Transform
+    conditions: Conditions
     shape: torch.Size
 
     def __init__(
@@ -66,13 +67,12 @@ class DataModule(LightningDataModule):
         self.eval_batch_size = eval_batch_size
         self.flip = flip
         self.seed = seed
-        self.conditions = UNCONDITIONAL
         self.splits: Splits | None = None
-        self.expected: dict | None = None  # what a checkpoint requires of the data
 
     def setup(self, stage: str | None = None) -> None:
         if self.splits is not None:
             return
+        checkpoint = self.names() if hasattr(self, "shape") else None
         splits = self.source(**self.arguments)
         self.shape = splits.val.shape[1:]
         for name, word in SPLIT_NAMES.items():
@@ -80,14 +80,17 @@ class DataModule(LightningDataModule):
             require(len(x) > 0, f"the {name} split is empty")
             if isinstance(x, Tensor):
                 require_finite(x, f"the {word} data")
-                message = f"the {name} split has samples of shape {list(x.shape[1:])}"
-                require(x.shape[1:] == self.shape, f"{message}, val {list(self.shape)}")
         self.splits = splits
         self.transform = splits.transform
         self.conditions = splits.conditions
-        found = names(self.state_dict())
-        message = f"the data have {found}, but those of the checkpoint {self.expected}"
-        require(self.expected in (None, found), message)
+        message = f"the data have {self.names()}, but those of the checkpoint {checkpoint}"
+        require(checkpoint in (None, self.names()), message)
+
+    def names(self) -> dict[str, list]:
+        """What the data of a checkpoint must have in common with those that are read."""
+        columns = getattr(self.transform, "names", [])
+        context = list(self.conditions.columns)
+        return {"shape": list(self.shape), "columns": columns, "context": context}
 
     def state_dict(self) -> dict:
         """What a trained flow needs of its data."""
@@ -99,27 +102,16 @@ class DataModule(LightningDataModule):
         self.transform = kind.from_state(state["transform"])
         self.conditions = Conditions.from_state(state["conditions"])
         self.shape = torch.Size(state["shape"])
-        self.expected = names(state)
 
-    def fetch_from(self, split: str) -> Callable[[list[int]], Rows]:
-        """Return the function that fetches samples of a split, a batch at a time."""
-        x = getattr(self.splits, split)
-        c = self.splits.c[split]
-
-        def fetch(indices: list[int]) -> Rows:
-            index = torch.tensor(indices)
-            return x[index].contiguous(), index, c[index]
-
-        return fetch
-
-    def evaluation_batch(self, split: str, index: Tensor, seed: int) -> Batch:
-        """Return samples of a split, transformed with the noise that belongs to them and `seed`."""
-        return self.transform.for_evaluation(*self.fetch_from(split)(index.tolist()), seed)
+    def fetch(self, split: str, index: Tensor | Sequence[int]) -> Rows:
+        """Return the samples of a split with the indices (B,)."""
+        index = torch.as_tensor(index)
+        return getattr(self.splits, split)[index].contiguous(), index, self.splits.c[split][index]
 
     def train_dataloader(self) -> DataLoader:
         indices = range(len(self.splits.train))
         order = EpochOrder(indices, self.batch_size, self.trainer, self.seed)
-        collate = self.fetch_from("train")
+        collate = partial(self.fetch, "train")
         return DataLoader(indices, self.batch_size, sampler=order, collate_fn=collate)
 
     def val_dataloader(self) -> DataLoader:
@@ -128,10 +120,10 @@ class DataModule(LightningDataModule):
     def test_dataloader(self) -> DataLoader:
         return self.eval_dataloader("test")
 
-    def eval_dataloader(self, split: str, rank: int = 0, processes: int = 1) -> DataLoader:
-        """Load every `processes`-th sample of a split from `rank` on, in their order."""
-        indices = range(rank, len(getattr(self.splits, split)), processes)
-        collate = self.fetch_from(split)
+    def eval_dataloader(self, split: str) -> DataLoader:
+        """Load a split in its order."""
+        indices = range(len(getattr(self.splits, split)))
+        collate = partial(self.fetch, split)
         generator = torch.Generator()  # a loader samples a seed: not from training's generator
         return DataLoader(indices, self.eval_batch_size, collate_fn=collate, generator=generator)
 
@@ -155,9 +147,3 @@ class DataModule(LightningDataModule):
             flipped = torch.rand(len(x), generator=generator, device=x.device) < 0.5
             x = torch.where(flipped[:, None, None, None], x.flip(-1), x)
         return self.transform(x, index, c, generator=generator)
-
-
-def names(state: dict) -> dict[str, list]:
-    """What the data of a checkpoint have in common with those that are read, up to rounding."""
-    columns = list(state["transform"].get("columns", ()))
-    return {"shape": state["shape"], "columns": columns, "context": list(state["conditions"])}

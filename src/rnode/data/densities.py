@@ -1,6 +1,7 @@
 """Densities in the plane, and one on the line."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -14,12 +15,12 @@ from rnode.transforms import Column, TableTransform
 Density = Callable[[int, np.random.Generator], np.ndarray]  # samples n vectors, (n, d)
 
 
+@dataclass
 class FreshSamples:
     """`count` vectors, sampled anew for every batch; its indices, in their order, are the seed."""
 
-    def __init__(self, density: Density, count: int):
-        self.density = density
-        self.count = count
+    density: Density
+    count: int
 
     def __len__(self) -> int:
         return self.count
@@ -38,12 +39,8 @@ def toy(name: str, train: int = 20000, validation: int = 2000, test: int = 10000
     density = DENSITIES[name]
     val = sample(density, validation, (SPLIT_SEED, 1))
     columns = [Column(f"x{i}") for i in range(1, val.shape[1] + 1)]
-    return Splits(
-        FreshSamples(density, train),
-        val,
-        sample(density, test, (SPLIT_SEED, 2)),
-        TableTransform(columns),
-    )
+    held_out = sample(density, test, (SPLIT_SEED, 2))
+    return Splits(FreshSamples(density, train), val, held_out, TableTransform(columns))
 
 
 def eight_gaussians(n: int, rng: np.random.Generator) -> np.ndarray:
@@ -61,14 +58,6 @@ def circles(n: int, rng: np.random.Generator) -> np.ndarray:
     return 2 * make_circles(n, factor=0.5, noise=0.06, random_state=int(rng.integers(2**31)))[0]
 
 
-def pinwheel(n: int, rng: np.random.Generator) -> np.ndarray:
-    """Five normals, long along a ray and narrow across it, turned further the further out."""
-    along, across = 1.2 + 0.35 * rng.standard_normal(n), 0.12 * rng.standard_normal(n)
-    angle = rng.integers(5, size=n) * (2 * np.pi / 5) + 0.8 * along
-    cos, sin = np.cos(angle), np.sin(angle)
-    return 1.3 * np.stack([along * cos - across * sin, along * sin + across * cos], axis=1)
-
-
 def checkerboard(n: int, rng: np.random.Generator) -> np.ndarray:
     """Uniform on the eight dark unit squares of [−2, 2]²: entropy log 8 = 2.079 nats."""
     row, column = np.divmod(rng.integers(8, size=n), 2)
@@ -83,17 +72,10 @@ def spirals(n: int, rng: np.random.Generator) -> np.ndarray:
     return 0.9 * points + 0.08 * rng.standard_normal((n, 2))
 
 
-def rings(n: int, rng: np.random.Generator) -> np.ndarray:
-    """Four concentric circles, equally likely, with noise."""
-    radius = 0.6 * (1 + rng.integers(4, size=n)) + 0.06 * rng.standard_normal(n)
-    angle = 2 * np.pi * rng.random(n)
-    return np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1)
-
-
 def two_gaussians(n: int, rng: np.random.Generator) -> np.ndarray:
     """One-dimensional: normals of standard deviation 0.4 at −1.6 and 1.2, the second 2/3 likely."""
     return 2.8 * (rng.random((n, 1)) < 2 / 3) - 1.6 + 0.4 * rng.standard_normal((n, 1))
 
 
-_ALL = (eight_gaussians, moons, circles, pinwheel, checkerboard, spirals, rings, two_gaussians)
+_ALL = (eight_gaussians, moons, circles, checkerboard, spirals, two_gaussians)
 DENSITIES = {density.__name__: density for density in _ALL}

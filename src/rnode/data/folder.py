@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,33 +11,17 @@ from PIL import Image, ImageOps
 from rich.progress import track
 from torch import Tensor
 
-from rnode.data.splits import NO_LABEL, SPLIT_WORDS, Labelled, Splits, hold_out, image_splits
+from rnode.data.splits import SPLIT_NAMES, SPLIT_WORDS, Splits, hold_out, image_splits
 from rnode.errors import InputError, one_line, require
-from rnode.transforms import ImageTransform
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".gif")
 CHUNK = 1000  # files in the queue of the threads
 
 
-@dataclass(frozen=True)
-class Format:
-    """What image files become: uint8 (channels, height, width) with 2^bits grey levels."""
-
-    channels: int  # 1 for grey images, 3 for RGB; transparent pixels lie on black
-    size: int | Sequence[int]  # a side, or [height, width]; what is longer is cut around the centre
-    crop: int | None = None  # side of the square in the centre that is cut out before scaling
-    bits: int = 8
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        height, width = (self.size, self.size) if isinstance(self.size, int) else self.size
-        return self.channels, height, width
-
-
 def image_folder(
     root: str,
-    channels: int = 3,
-    size: int | Sequence[int] = 64,
+    channels: int = 3,  # 1 for grey images, 3 for RGB
+    size: int | Sequence[int] = 64,  # a side, or [height, width]
     on_error: str = "stop",
     validation: float = 0.1,
     test: float = 0.1,
@@ -52,45 +35,17 @@ def image_folder(
     """
     folder = Path(root).expanduser()
     divided = (folder / "train").is_dir()
-    paths = find_images(folder)
-    indices: dict[str, list[int]] = {}
-    for i, path in enumerate(paths):
-        split = SPLIT_WORDS.get(path.relative_to(folder).parts[0]) if divided else "train"
-        if split is not None:
-            indices.setdefault(split, []).append(i)
-    tensors = {name: torch.tensor(part) for name, part in indices.items()}
-    parts = {}
-    for name, part in hold_out(tensors, validation, test).items():
-        images, decoded = decode_all([paths[i] for i in part], Format(channels, size), on_error)
-        folders = [(*path.relative_to(folder).parts[divided:-1], NO_LABEL) for path in decoded]
-        parts[name] = Labelled(images, np.array([first for first, *_ in folders]))
-    return image_splits(parts, **options)
-
-
-def celeba(
-    root: str,
-    size: int | Sequence[int] = 64,
-    crop: int | None = 148,
-    bits: int = 8,
-    on_error: str = "stop",
-    alpha: float = 0.05,
-) -> Splits:
-    """Return the aligned images of CelebA in root/img_align_celeba, with 2^bits grey levels.
-
-    root/list_eval_partition.txt says which split an image is in. The first `bits` of each pixel are
-    kept, and bits/dim are of these images.
-    """
-    folder = Path(root).expanduser()
-    partition = folder / "list_eval_partition.txt"
-    require(partition.is_file(), f"root={root}: there is no {partition.name}")
-    words = partition.read_text(encoding="utf-8").split()  # such as 000001.jpg 0
-    pairs = list(zip(words[::2], words[1::2], strict=True))
-    splits = []
-    for number in "012":
-        files = [folder / "img_align_celeba" / file for file, part in pairs if part == number]
-        images, _ = decode_all(files, Format(3, size, crop, bits), on_error)
-        splits.append(images)
-    return Splits(*splits, ImageTransform(2**bits, alpha))
+    paths = np.array(find_images(folder))
+    first = [path.relative_to(folder).parts[0] for path in paths]
+    split = np.array([SPLIT_WORDS.get(name, "") if divided else "train" for name in first])
+    files = {name: paths[split == name] for name in SPLIT_NAMES if name in split}
+    shape = (channels, size, size) if isinstance(size, int) else (channels, *size)
+    images, labels = {}, {}
+    for name, part in hold_out(files, validation, test).items():
+        images[name], decoded = decode_all(part, shape, on_error)
+        folders = [(*path.relative_to(folder).parts[divided:-1], "") for path in decoded]
+        labels[name] = np.array([first for first, *_ in folders])
+    return image_splits(images, labels, **options)
 
 
 def find_images(folder: Path) -> list[Path]:
@@ -102,40 +57,41 @@ def find_images(folder: Path) -> list[Path]:
     return files
 
 
-def decode_all(paths: Sequence[Path], form: Format, on_error: str) -> tuple[Tensor, list[Path]]:
-    """Decode files in threads: uint8 (N, *form.shape), and the files that are not broken."""
-    images = np.empty((len(paths), *form.shape), np.uint8)
-    decoded = []
+def decode_all(paths: np.ndarray, shape: Sequence[int], on_error: str) -> tuple[Tensor, np.ndarray]:
+    """Decode files in threads: uint8 (N, *shape), and the files that are not broken."""
+    images = np.empty((len(paths), *shape), np.uint8)
+    broken = []
+
+    def read(i: int) -> None:
+        try:
+            images[i] = decode(paths[i], shape)
+        except InputError as error:
+            require(on_error == "skip", f"{error}; on_error=skip leaves such files out")
+            broken.append(i)
+
     with ThreadPoolExecutor() as pool:
         for start in track(range(0, len(paths), CHUNK), f"decoding {len(paths)} images"):
-            chunk = paths[start : start + CHUNK]
-            futures = [pool.submit(decode, path, form) for path in chunk]
-            for path, future in zip(chunk, futures, strict=True):
-                if error := future.exception():
-                    require(on_error == "skip", f"{error}; on_error=skip leaves such files out")
-                else:
-                    images[len(decoded)] = future.result()
-                    decoded.append(path)
-    if len(decoded) < len(paths):
-        broken = sorted({*paths} - {*decoded})
-        print(f"broken files left out: {len(broken)}, such as {broken[0]}")
-    return torch.from_numpy(images[: len(decoded)]), decoded
+            list(pool.map(read, range(len(paths))[start : start + CHUNK]))
+    if broken:
+        print(f"broken files left out: {len(broken)}, such as {paths[min(broken)]}")
+        images, paths = np.delete(images, broken, axis=0), np.delete(paths, broken)
+    return torch.from_numpy(images), paths
 
 
-def decode(path: Path, form: Format) -> np.ndarray:
-    """Return an image, uint8 of form.shape; raise InputError for a file that is not a whole one."""
+def decode(path: Path, shape: Sequence[int]) -> np.ndarray:
+    """Return an image, uint8 (channels, height, width) of this `shape`.
+
+    What is longer is cut around the centre, and the rest is scaled. A file that is not a whole
+    image raises InputError.
+    """
+    channels, height, width = shape
     try:
         with Image.open(path) as opened:
-            image = in_mode(ImageOps.exif_transpose(opened), form.channels)
+            image = in_mode(ImageOps.exif_transpose(opened), channels)
     except Exception as error:  # whatever Pillow makes of the bytes of a file
         raise InputError(f"{path}: is not a whole image ({one_line(error)[:200]})") from None
-    channels, height, width = form.shape
-    if form.crop is not None:
-        left, top = (image.width - form.crop) // 2, (image.height - form.crop) // 2
-        image = image.crop((left, top, left + form.crop, top + form.crop))
     image = ImageOps.fit(image, (width, height), Image.Resampling.BILINEAR)
-    pixels = np.asarray(image).reshape(height, width, channels)
-    return pixels.transpose(2, 0, 1) >> (8 - form.bits)
+    return np.asarray(image).reshape(height, width, channels).transpose(2, 0, 1)
 
 
 def in_mode(image: Image.Image, channels: int) -> Image.Image:

@@ -1,8 +1,8 @@
 """The three splits of a data set."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from dataclasses import InitVar, dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,50 +16,30 @@ SPLIT_SEED = 0  # the same samples are held out whatever the seed of the run
 SPLIT_NAMES = {"train": "training", "val": "validation", "test": "test"}
 SPLIT_WORDS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 UNCONDITIONAL = Conditions({})
-NO_LABEL = ""
-Rows = TypeVar("Rows")
 
 
+@dataclass
 class Splits:
     """The samples of each split, and what they are conditioned on, c (N, k), by split.
 
     Images are uint8 (N, C, H, W), vectors are float (N, d).
     """
 
-    def __init__(
-        self,
-        train: Any,  # a tensor, or what returns samples when it is indexed by a tensor (B,)
-        val: Tensor,
-        test: Tensor,
-        transform: Transform,  # of samples to what a flow models
-        conditions: Conditions = UNCONDITIONAL,  # the encoder of `columns`
-        columns: Sequence[Mapping[str, Any]] = ({}, {}, {}),  # by name, of each split
-    ):
-        self.train = train
-        self.val = val
-        self.test = test
-        self.transform = transform
-        self.conditions = conditions
-        parts = zip(SPLIT_NAMES, (train, val, test), columns, strict=True)
-        self.c = {name: conditions.encode(values, len(x)) for name, x, values in parts}
+    train: Any  # a tensor, or what returns samples when it is indexed by a tensor (B,)
+    val: Tensor
+    test: Tensor
+    transform: Transform  # of samples to what a flow models
+    conditions: Conditions = UNCONDITIONAL  # the encoder of `columns`
+    columns: InitVar[Sequence[Mapping[str, Any]]] = ({}, {}, {})  # by name, of each split
 
-
-@dataclass(frozen=True)
-class Labelled:
-    """Samples x (N, *shape) and the label of each, (N,), which may be NO_LABEL."""
-
-    x: Tensor
-    labels: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.x)
-
-    def __getitem__(self, index: Tensor) -> "Labelled":
-        return Labelled(self.x[index], self.labels[index.numpy()])
+    def __post_init__(self, columns: Sequence[Mapping[str, Any]]):
+        parts = zip(SPLIT_NAMES, (self.train, self.val, self.test), columns, strict=True)
+        self.c = {name: self.conditions.encode(values, len(x)) for name, x, values in parts}
 
 
 def image_splits(
-    parts: Mapping[str, Labelled],
+    images: Mapping[str, Tensor],
+    labels: Mapping[str, np.ndarray],
     levels: int = 256,
     alpha: float = 0.05,
     validation: float = 0.1,
@@ -68,25 +48,26 @@ def image_splits(
 ) -> Splits:
     """Return images of so many grey levels; `context=label` conditions them on their labels.
 
-    Splits that are missing are cut off by `hold_out`. α is that of the logit transform.
+    Splits that are missing are cut off by `hold_out`. α is that of the logit transform. The label
+    of an image that has none is "".
     """
-    parts = hold_out(parts, validation, test)
-    samples = [parts[name] for name in SPLIT_NAMES]
-    x = [part.x for part in samples]
+    parts = hold_out(images, validation, test)
+    x = [parts[name] for name in SPLIT_NAMES]
     transform = ImageTransform(levels, alpha)
     if context is None:
         return Splits(*x, transform)
-    label = Label.fit(np.concatenate([part.labels for part in samples]))
-    require(NO_LABEL not in label.classes, "context=label: there are images without a label")
-    columns = [{"label": part.labels} for part in samples]
+    label = Label.fit(np.concatenate(list(labels.values())))
+    require("" not in label.classes, "context=label: there are images without a label")
+    labels = hold_out(labels, validation, test)
+    columns = [{"label": labels[name]} for name in SPLIT_NAMES]
     return Splits(*x, transform, Conditions({"label": label}), columns)
 
 
-def hold_out(parts: Mapping[str, Rows], validation: float, test: float) -> dict[str, Rows]:
+def hold_out(parts: Mapping[str, Any], validation: float, test: float) -> dict[str, Any]:
     """Cut the splits that are missing in `parts` off "train", by a permutation that never changes.
 
-    `test` of all samples, then `validation` of the rest: each a share below 1 or a number. A part
-    is anything that a tensor of indices can index.
+    `test` of all samples, then `validation` of the rest: each a share below 1 or a number. The
+    parts are tensors or arrays.
     """
     parts = dict(parts)
     for name, option, share in (("test", "test", test), ("val", "validation", validation)):
@@ -106,6 +87,6 @@ def count_of(share: float, n: int) -> int:
     return max(1, round(share * n)) if share < 1 else int(share)
 
 
-def permutation(n: int) -> Tensor:
+def permutation(n: int) -> np.ndarray:
     """Return a permutation of 0 to n − 1 that never changes."""
-    return torch.randperm(n, generator=torch.Generator().manual_seed(SPLIT_SEED))
+    return torch.randperm(n, generator=torch.Generator().manual_seed(SPLIT_SEED)).numpy()

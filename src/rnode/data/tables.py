@@ -1,4 +1,4 @@
-"""Tables: CSV, Parquet, Arrow, .npy and .npz files as vectors, by polars."""
+"""Tables: CSV, TSV, Parquet, Arrow and .npy files as vectors, by polars."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import polars as pl
+import polars.selectors as cs
 import torch
 from torch import Tensor
 
@@ -20,9 +21,7 @@ READERS = {
     ".tsv": lambda path: pl.read_csv(path, infer_schema_length=None, separator="\t"),
     ".parquet": pl.read_parquet,
     ".arrow": pl.read_ipc,
-    ".feather": pl.read_ipc,
-    ".npy": lambda path: from_arrays({"column": np.load(path)}),
-    ".npz": lambda path: from_arrays(np.load(path)),
+    ".npy": lambda path: pl.from_numpy(np.load(path), orient="row"),
 }
 VARIANCE_FLOOR = 1e-6  # share of the largest variance; directions with less are not scaled up
 REPETITION_LIMIT = 0.01  # share of the rows above which a repeated value is worth a warning
@@ -42,7 +41,6 @@ class Table:
     split_column: str | None = None  # says train, val or test; None: `hold_out` cuts two splits off
     validation: float = 0.1  # a share of all rows, below 1, or a number of rows
     test: float = 0.1  # likewise
-    whiten: bool = True  # whether the flow models uncorrelated combinations of the columns
 
     def splits(self) -> Splits:
         """Return the modelled columns, float64 (N, d), standardized by the training split."""
@@ -53,77 +51,71 @@ class Table:
         parts = hold_out(self.parts(frame), count_of(self.validation, len(frame)), self.test)
         x = torch.from_numpy(frame.select(pl.col(names).cast(pl.Float64)).to_numpy(writable=True))
         train, val, test = (x[parts[split]] for split in SPLIT_NAMES)
-        transform = TableTransform(self.fit_columns(names, train, x))
-        if self.whiten:
-            whitening = fit_whitening(transform, train)
-            transform = TableTransform(transform.columns, whitening)
+        plain = TableTransform(self.fit_columns(names, train))
+        plain.require_inside(x)
+        transform = TableTransform(plain.columns, fit_whitening(plain, train))
         self.warn(frame.select(names))
-        indices = [parts[split].numpy() for split in SPLIT_NAMES]
-        values = [{name: frame[name].to_numpy()[i] for name in context} for i in indices]
+        columns = {name: frame[name].to_numpy() for name in context}
+        values = [{k: v[parts[split]] for k, v in columns.items()} for split in SPLIT_NAMES]
         return Splits(train, val, test, transform, Conditions.fit(values[0]), values)
 
     def modelled(self, frame: pl.DataFrame) -> list[str]:
         """Return the names of the modelled columns, after checking that the options fit them."""
-        context = self.context or ()
         split = [] if self.split_column is None else [self.split_column]
-        numeric = [name for name, dtype in frame.schema.items() if dtype.is_numeric()]
-        names = [name for name in numeric if name not in {*context, *split}]
+        numeric = frame.select(cs.numeric()).columns
+        names = [name for name in numeric if name not in [*(self.context or ()), *split]]
         names = names if self.columns is None else list(self.columns)
         require(bool(names), f"{self.path}: has no numeric column to model")
-        known = ", ".join(frame.columns[:20])
-        for option, chosen in {"columns": names, "context": context, "split_column": split}.items():
-            for name in chosen:
-                message = f"{option}={name}: {self.path} has the columns {known}"
-                require(name in frame.columns, message)
-        for option in ("integer", "log", "logit"):
-            for name in getattr(self, option) or ():
-                require(name in names, f"{option}={name}: must be one of the modelled columns")
-        both = {*(self.log or ())} & {*(self.logit or ())}
-        require(not both, "log and logit: a column can be in one of the two")
-        for name in names:
-            dtype = frame.schema[name]
-            message = f"columns={name}: must hold numbers; {self.path} has {dtype} there"
-            require(dtype.is_numeric() or dtype == pl.Boolean, message)
+        for option, chosen, known in (
+            ("columns", names, frame.select(cs.numeric() | cs.boolean()).columns),
+            ("context", self.context, frame.columns),
+            ("split_column", split, frame.columns),
+            ("integer", self.integer, names),
+            ("log", self.log, [name for name in names if name not in (self.logit or ())]),
+            ("logit", self.logit, names),
+        ):
+            wrong = [name for name in chosen or () if name not in known]
+            message = f"{option}={','.join(wrong)}: must be among {', '.join(known[:20])}"
+            require(not wrong, message)
         return names
 
     def without_missing(self, frame: pl.DataFrame, names: list[str]) -> pl.DataFrame:
         """Return the rows without nulls and NaN in the columns `names`."""
-        floats = [name for name in names if frame.schema[name].is_float()]
-        frame = frame.with_columns(pl.col(floats).fill_nan(None))
+        frame = frame.with_columns((cs.by_name(names) & cs.float()).fill_nan(None))
         counts = {name: count for name in names if (count := frame[name].null_count())}
+        if not counts:
+            return frame
         words = ", ".join(f"{name} ({count})" for name, count in counts.items())
         message = f"{self.path}: values are missing in {words}; missing=drop leaves these rows out"
-        require(not counts or self.missing == "drop", message)
+        require(self.missing == "drop", message)
         rest = frame.drop_nulls(names)
-        if counts:
-            count = f"{len(frame) - len(rest)} of {len(frame)} rows"
-            print(f"{count} are left out: values missing in {words}")
+        count = f"{len(frame) - len(rest)} of {len(frame)} rows"
+        print(f"{count} are left out: values missing in {words}")
         return rest
 
-    def parts(self, frame: pl.DataFrame) -> dict[str, Tensor]:
+    def parts(self, frame: pl.DataFrame) -> dict[str, np.ndarray]:
         """Return the indices of the rows of each split that `split_column` names."""
         if self.split_column is None:
-            return {"train": torch.arange(len(frame))}
+            return {"train": np.arange(len(frame))}
         words = frame[self.split_column].cast(pl.String).str.to_lowercase().to_list()
         other = sorted(set(map(str, words)) - SPLIT_WORDS.keys())[:3]
         message = f"split_column={self.split_column}: holds {other}, not train, val and test"
         require(not other, message)
         splits = np.array([SPLIT_WORDS[word] for word in words])
-        parts = {name: torch.from_numpy((splits == name).nonzero()[0]) for name in SPLIT_NAMES}
+        parts = {name: (splits == name).nonzero()[0] for name in SPLIT_NAMES}
         # A validation may take the first rows alone, and a file may be sorted.
         parts["val"] = parts["val"][permutation(len(parts["val"]))]
         return parts
 
-    def fit_columns(self, names: list[str], train: Tensor, rows: Tensor) -> list[Column]:
+    def fit_columns(self, names: list[str], train: Tensor) -> list[Column]:
         """Standardize each column by the training split (N, d), after its logarithm or logit."""
         columns = []
-        for name, values, every in zip(names, train.T, rows.T, strict=True):
+        for name, values in zip(names, train.T, strict=True):
             integer = name in (self.integer or ())
             bounds = (self.logit or {}).get(name)
             if bounds is not None:  # x + noise is below x + 1
                 bounds = (float(bounds[0]), float(bounds[1]) + integer)
             column = Column(name, integer, name in (self.log or ()), bounds)
-            column.require_inside(every)
             y, _ = column(values, torch.full_like(values, 0.5))
             std = float(y.std(correction=0)) or 1.0
             columns.append(column._replace(mean=float(y.mean()), std=std))
@@ -131,19 +123,19 @@ class Table:
 
     def warn(self, frame: pl.DataFrame) -> None:
         """Print the columns whose likelihood is misleading: whole numbers and repeated values."""
-        integer = self.integer or ()
-        if self.integer is None:
-            varying = (column for column in frame if column.n_unique() > 1)
+        integer = self.integer
+        if integer is None:
+            varying = [column for column in frame if column.n_unique() > 1]
             integer = [c.name for c in varying if (c.cast(pl.Float64) % 1 == 0).all()]
-        if integer and self.integer is None:
-            listed = ",".join(integer)
-            words = f"whole numbers in {listed}, whose density rises without bound"
-            print(f"{self.path}: {words}; dataset.integer=[{listed}] dequantizes them")
-        for name in (name for name in frame.columns if name not in integer):
-            value, count = next(frame[name].value_counts(sort=True, name="n").iter_rows())
+            if listed := ",".join(integer):
+                words = f"whole numbers in {listed}, whose density rises without bound"
+                print(f"{self.path}: {words}; dataset.integer=[{listed}] dequantizes them")
+        for column in frame.drop(integer):
+            value, count = next(column.value_counts(sort=True, name="n").iter_rows())
             if count > max(1, REPETITION_LIMIT * len(frame)):
-                words = "the likelihood there is of the value's point mass and rises without bound"
-                print(f"{self.path}: {name} is {value} in {count} of {len(frame)} rows: {words}")
+                words = f"{column.name} is {value} in {count} of {len(frame)} rows: the likelihood"
+                words += " there is of the value's point mass and rises without bound"
+                print(f"{self.path}: {words}")
 
 
 def table(**options: Any) -> Splits:
@@ -168,18 +160,4 @@ def read_table(path: Path) -> pl.DataFrame:
     except Exception as error:  # whatever a reader makes of a file that is not what its name says
         raise InputError(f"path={path}: cannot be read ({one_line(error)[:200]})") from None
     require(len(frame) > 0, f"path={path}: holds no rows")
-    twice = ", ".join(name for name in frame.columns if "_duplicated_" in name)  # polars adds that
-    require(not twice, f"path={path}: has several columns of one name ({twice})")
     return frame
-
-
-def from_arrays(arrays: Mapping[str, np.ndarray]) -> pl.DataFrame:
-    """Vectors (N,) as columns; matrices (N, d) as the columns name_0 to name_{d − 1}."""
-    columns = {}
-    for name, array in arrays.items():
-        require(array.ndim in (1, 2), f"{name} has the shape {array.shape}, not (N,) or (N, d)")
-        if array.ndim == 1:
-            columns[name] = array
-        else:
-            columns |= {f"{name}_{i}": column for i, column in enumerate(array.T)}
-    return pl.DataFrame(columns)

@@ -95,7 +95,7 @@ def held_out_and_samples(trainer: Trainer, module: RNODE) -> tuple[torch.Tensor,
     most = IMAGES if isinstance(data.transform, ImageTransform) else POINTS
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(module.seed)  # the same noise every time
-        x, index, c = data.fetch_from("val")(list(range(min(most, len(data.splits.val)))))
+        x, index, c = data.fetch("val", range(min(most, len(data.splits.val))))
         held_out = data.transform.inverse(data.transform(x, index, c).y)
         samples = data.transform.inverse(module.flow.sample(len(index), c.to(device)))
     return held_out.float().cpu(), samples.float().cpu()

@@ -46,14 +46,14 @@ def gaussian_bits(data: DataModule, rows: int, seed: int) -> float | None:
         return None
     index = torch.linspace(0, len(data.splits.train) - 1, count).long().tolist()
     generator = torch.Generator().manual_seed(seed)
-    batch = data.transform(*data.fetch_from("train")(index), generator=generator)
+    batch = data.transform(*data.fetch("train", index), generator=generator)
     y = batch.y.flatten(1).double()
     weights = torch.linalg.lstsq(with_ones(batch.c), y).solution
     y = y - with_ones(batch.c) @ weights
     factor, failed = torch.linalg.cholesky_ex(y.T @ y / count)
     if failed:
         return None
-    batch = data.evaluation_batch("val", torch.arange(rows), seed)
+    batch = data.transform.for_evaluation(*data.fetch("val", range(rows)), seed)
     y = batch.y.flatten(1).double() - with_ones(batch.c) @ weights
     log_prob = MultivariateNormal(y.new_zeros(d), scale_tril=factor).log_prob(y)
     return float(bits_per_dim(log_prob, batch.log_det, d).mean())

@@ -39,7 +39,8 @@ class RefineGrid(Callback):
             return
         data = trainer.datamodule
         index = torch.arange(min(data.batch_size, len(data.splits.val)))
-        batch = data.evaluation_batch("val", index, module.seed).to(module.device)
+        batch = data.transform.for_evaluation(*data.fetch("val", index), module.seed)
+        batch = batch.to(module.device)
 
         @torch.no_grad()
         def bits() -> float:  # in training mode, with the same probes each time
