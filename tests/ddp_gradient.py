@@ -67,7 +67,7 @@ def main() -> None:
         enable_model_summary=False,
         callbacks=[Keep(path)],
     )
-    trainer.fit(module, DataModule(source, [6], int(batch), 10))
+    trainer.fit(module, DataModule(source, int(batch), 10))
 
 
 if __name__ == "__main__":
