@@ -35,10 +35,18 @@ def sample(self, z, generators=None):
 
 
 class Keep(Callback):
-    """Keeps the gradient that the optimizer gets."""
+    """Saves, from every process, the gradient that the optimizer gets and the weights after."""
+
+    def __init__(self, path):
+        self.path = path
 
     def on_before_optimizer_step(self, trainer, module, optimizer):
         self.gradient = torch.cat([p.grad.flatten() for p in module.parameters()])
+
+    def on_train_end(self, trainer, module):
+        weights = torch.cat([p.detach().flatten() for p in module.parameters()])
+        content = {"gradient": self.gradient, "weights": weights}
+        torch.save(content, f"{self.path}.{trainer.global_rank}")
 
 
 def main() -> None:
@@ -47,7 +55,6 @@ def main() -> None:
     torch.manual_seed(0)
     flow = make_flow((6,), gradient=gradient, pieces=2)
     module = RNODE(flow, torch.optim.Adam, lambda_k=0.01, lambda_j=0.01)
-    keep = Keep()
     trainer = Trainer(
         accelerator="cpu",
         devices=2 if launched() else 1,
@@ -56,12 +63,11 @@ def main() -> None:
         limit_val_batches=0,
         logger=False,
         enable_checkpointing=False,
-        callbacks=[keep],
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[Keep(path)],
     )
     trainer.fit(module, DataModule(source, int(batch), 10))
-    weights = torch.cat([p.detach().flatten() for p in module.parameters()])
-    result = {"gradient": keep.gradient, "weights": weights}
-    torch.save(result, f"{path}.{trainer.global_rank}")
 
 
 if __name__ == "__main__":
