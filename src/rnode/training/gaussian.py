@@ -31,7 +31,7 @@ class GaussianBaseline(Callback):
 
     def on_validation_epoch_end(self, *_) -> None:
         if self.bits is not None:
-            self.log(GAUSSIAN, self.bits)
+            self.log(GAUSSIAN, self.bits, sync_dist=True)
 
 
 @torch.no_grad()
