@@ -33,7 +33,7 @@ def data_of(name, root, monkeypatch):
     if name == "table":
         np.save(root / "data.npy", np.random.default_rng(0).normal(size=(90, 8)))
         return [f"dataset.path={root / 'data.npy'}"]
-    return []
+    return ["solver=rk4"] if name == "paper" else []  # the adjoint needs integrals=system
 
 
 def options():
