@@ -29,7 +29,7 @@ def blank_figures(monkeypatch):
     """Figures are made, but their files hold a pixel: drawing them takes most of a short run."""
     pixel = io.BytesIO()
     Image.new("RGB", (1, 1)).save(pixel, "png")
-    blank = {"png": pixel.getvalue(), "svg": "<svg></svg>"}
+    blank = {"png": pixel.getvalue(), "svg": b"<svg></svg>"}
 
     def save(self, file, *, format="png", **options):
         if isinstance(file, Path):
