@@ -36,7 +36,10 @@ def read(density: Density, path: Path, names: list[str]) -> tuple[Any, pl.DataFr
     require(not names, f"id={names}: must be left out; images have no columns")
     if path.is_dir():
         levels = density.data.transform.levels
-        require(levels == 256, f"path: must be a .npy file; {levels} grey levels are not 8 bits")
+        require(
+            levels == 256,
+            f"path: must be a .npy file; {levels} grey levels are not the bits of a pixel",
+        )
         files = find_images(path)
         images = [decode(file, density.data.shape) for file in track(files, "decoding")]
         names = [file.relative_to(path).as_posix() for file in files]
