@@ -20,6 +20,8 @@ def main(cfg: DictConfig) -> None:
     density = from_checkpoint(cfg)
     rows, identity = read(density, Path(cfg.path).expanduser(), list(cfg.id))
     context = OmegaConf.to_container(cfg.context) or None
+    if context is None and "file" in identity and "label" in density.data.conditions.columns:
+        context = {"label": [Path(file).parts[0] for file in identity["file"]]}
     scores = pl.DataFrame(density.score(rows, context, lambda parts: track(parts, "scores")))
     path = Path(cfg.folder) / "scores.csv"
     with whole_file(path) as file:

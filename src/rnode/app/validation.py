@@ -125,5 +125,7 @@ def describe(detail: dict, known: list[str]) -> str:
     while key not in known:  # the end of `loc` names an alternative of a type
         key = key.rpartition(".")[0]
     right = detail["msg"].partition(" should ")[2].replace("greater than or equal to", "at least")
+    if detail["type"] == "string_pattern_mismatch":
+        right = "be [DD:]HH:MM:SS"
     value = "null" if detail["input"] is None else " ".join(str(detail["input"]).split())
     return f"{key}={value[:200]}: must {right.replace('less than or equal to', 'at most')}"

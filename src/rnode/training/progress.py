@@ -1,10 +1,12 @@
 """What a run prints while it trains: what it is, how long an epoch takes, and validations."""
 
+import math
 import time
 from datetime import timedelta
 
 import torch
 from pytorch_lightning import Callback, Trainer
+from pytorch_lightning.callbacks import Timer
 
 from rnode.data.datamodule import SPLIT_NAMES
 from rnode.training.module import RNODE
@@ -41,7 +43,11 @@ class Progress(Callback):
             loss = "flow matching" if module.pretraining.matching else "equation (17)"
             epoch = timedelta(seconds=round(seconds * trainer.num_training_batches))
             cost = f"{module.nfe} NFE and {seconds:.2g} s, an epoch {epoch}"
-            trainer.print(f"a step of {loss} takes {cost}")
+            steps = trainer.estimated_stepping_batches - trainer.global_step
+            ends = [seconds * steps * trainer.accumulate_grad_batches]
+            ends += [c.time_remaining() for c in trainer.callbacks if isinstance(c, Timer)]
+            left = f", {timedelta(seconds=round(min(ends)))} to go" if min(ends) < math.inf else ""
+            trainer.print(f"a step of {loss} takes {cost}{left}")
 
     def on_validation_end(self, trainer: Trainer, module: RNODE) -> None:
         metrics, best = trainer.callback_metrics, None
