@@ -27,7 +27,7 @@ MISTAKES = {
     "dataset=mnist dataset.rot=1": "no option dataset.rot; did you mean dataset.root?",
     "-m dataset=glob(d*) sed=3,4": "no option sed; did you mean seed?",
     "trainer.detect_anomaly=true": "+trainer.detect_anomaly=… passes it to Lightning",
-    "+lamda_k=1": "lamda_k: Extra inputs are not permitted",
+    "+lamda_k=1": "there is no option lamda_k",
     "dataset=table": "dataset.path=… is missing; --help describes it",
     # a type
     "optimizer.lr=abc": "optimizer.lr=abc: must be a valid number",

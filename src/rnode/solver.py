@@ -221,7 +221,8 @@ def integrate_by_quadrature(dynamics: Dynamics, z: Tensor, method: Method, gradi
         rates.append(rates_at(T, z)[1:])
 
     def integral(rates: tuple[Tensor, ...]) -> Tensor:
-        return sum(weight * rate for weight, rate in zip(weights, rates, strict=True))
+        first, *others = (weight * rate for weight, rate in zip(weights, rates, strict=True))
+        return sum(others, first)
 
     return State(z, *map(integral, zip(*rates, strict=True)))
 

@@ -120,8 +120,10 @@ def validate(command: str, cfg: DictConfig) -> None:
 def describe(detail: dict, known: list[str]) -> str:
     """Say what is wrong, from an error of pydantic and the `known` keys."""
     key = ".".join(map(str, detail["loc"]))
-    if detail["type"] in ("missing", "extra_forbidden"):
-        return f"{key}: {detail['msg']}; --help lists the keys"
+    if detail["type"] == "extra_forbidden":
+        return f"there is no option {key}; --help lists them"
+    if detail["type"] == "missing":
+        return f"{key}=… is missing; --help describes it"
     while key not in known:  # the end of `loc` names an alternative of a type
         key = key.rpartition(".")[0]
     right = detail["msg"].partition(" should ")[2].replace("greater than or equal to", "at least")
