@@ -138,14 +138,8 @@ def test_when_a_process_of_two_dies_the_other_stops(tmp_path):
     assert last_step(folder) > 0
 
 
-@pytest.mark.parametrize(
-    ("fault", "words"),
-    [
-        ("nan", "z of piece 1 became NaN or infinite at training step 12;"),
-        ("backward", "underflow .*in the gradient of piece 2 at training step 12;"),
-    ],
-)
-def test_a_run_that_diverges_in_one_process_stops_both(tmp_path, fault, words):
+@pytest.mark.parametrize("fault", ["nan", "forward"])
+def test_a_run_that_diverges_in_one_process_stops_both(tmp_path, fault):
     folder = tmp_path / "run"
     options = ["trainer.limit_train_batches=10", "optimizer.lr=0.008", "decay=false"]
     options += ["solver.gradient=checkpoint", f"hydra.run.dir={folder}"]
@@ -159,6 +153,7 @@ def test_a_run_that_diverges_in_one_process_stops_both(tmp_path, fault, words):
     )
     assert done.returncode == 1, done.stderr[-3000:]
     (line,) = (line for line in done.stderr.splitlines() if "at training step 12" in line)
-    assert re.match(f"error: .*{words} .* last good checkpoint: {folder}/last.ckpt", line)
+    words = "the gradient became NaN or infinite at training step 12;"
+    assert re.match(f"error: {words} .* last good checkpoint: {folder}/last.ckpt", line)
     assert "Traceback" not in done.stderr
     assert last_step(folder) == 10

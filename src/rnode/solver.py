@@ -7,8 +7,7 @@ import contextlib
 import itertools
 import math
 from collections.abc import Callable, Generator
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -50,6 +49,8 @@ class Method:
     rtol: float = 1e-5
     atol: float = 1e-5
     first_step: float = 0.3
+    times: tuple[float, ...] = field(init=False, repr=False)  # of the steps for z, from 0 to T
+    weights: tuple[float, ...] = field(init=False, repr=False)  # of the rule for l, E and n, if any
 
     def __post_init__(self):
         require_choice("method", self.method, FIXED_GRID + ADAPTIVE)
@@ -59,6 +60,12 @@ class Method:
         require(one_step, f"integrals={self.integrals}: needs a method of {', '.join(ONE_STEP)}")
         even = self.integrals != "simpson" or self.steps % 2 == 0
         require(even, f"steps={self.steps}: must be even for integrals=simpson")
+        nodes = np.linspace(0, 1, self.steps + 1)
+        weights = np.empty(0)
+        if self.integrals != "system":
+            nodes, weights = QUADRATURES[self.integrals](self.steps)
+        object.__setattr__(self, "times", (*(T * nodes[: self.steps]).tolist(), T))
+        object.__setattr__(self, "weights", tuple((T * weights).tolist()))
 
     @property
     def adaptive(self) -> bool:
@@ -67,20 +74,6 @@ class Method:
     @property
     def one_step(self) -> bool:
         return self.method in ONE_STEP
-
-    @cached_property
-    def quadrature(self) -> tuple[list[float], list[float]]:
-        """Nodes and weights on [0, T] of the rule for l, E and n; without weights, of the grid."""
-        nodes = np.linspace(0, 1, self.steps + 1)
-        weights = np.empty(0)
-        if self.integrals != "system":
-            nodes, weights = QUADRATURES[self.integrals](self.steps)
-        return (T * nodes).tolist(), (T * weights).tolist()
-
-    @property
-    def times(self) -> list[float]:
-        """The grid on which a one-step method integrates z, from 0 to T."""
-        return [*self.quadrature[0][: self.steps], T]
 
     def odeint_options(self, norm: Callable, dtype: torch.dtype) -> dict:
         """Keyword arguments of `odeint`; `norm` measures the error of adaptive methods."""
@@ -209,7 +202,7 @@ def integrate_by_quadrature(dynamics: Dynamics, z: Tensor, method: Method, gradi
         (z,) = step(f, start, end - start, (z,), method.method, (slope,))
         return z, *rates
 
-    _, weights = method.quadrature
+    weights = method.weights
     rates = []
     for interval in itertools.pairwise(method.times):
         if gradient == "checkpoint":
