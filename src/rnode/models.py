@@ -1,4 +1,4 @@
-"""The flows of the paper: multiscale for images, and a stack of dense pieces for vectors."""
+"""The flows of the paper: multiscale for images, and dense pieces in sequence for vectors."""
 
 import math
 from collections.abc import Sequence
@@ -66,7 +66,7 @@ def mlp(
     pieces: int = 1,
     k: int = 0,
 ) -> Flow:
-    """A stack of dense pieces, for vectors; images are flattened. Arguments as for `multiscale`."""
+    """Dense pieces, for vectors; images are flattened. Arguments as for `multiscale`."""
     require(len(shape) > 0 and min(shape) >= 1, f"shape={list(shape)}: must be positive sizes")
     flow: list[Layer] = [Flatten(shape)] if len(shape) > 1 else []
     d = math.prod(shape)

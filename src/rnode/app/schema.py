@@ -165,7 +165,7 @@ class FromCheckpoint(Command):
     trust: list[str] = key("your own packages, whose classes the checkpoint may name: [mydata]")
     divergence: Literal[DIVERGENCES] | None = key("null: exact up to 16 dimensions, else the run's")
     probes: Count | None = key("random probes of a sample, 4 or more of a table; null: the run's")
-    solver: Solver = key("solver=… and solver.test.…=… replace the run's own; nothing trains")
+    solver: Solver = key("solver.test.…=… and solver.dtype=… replace the run's own")
     device: Literal["auto", "cpu", "cuda", "mps"] = key("auto: an accelerator if there is one")
     dataset: CheckpointData = key("the data")
 
