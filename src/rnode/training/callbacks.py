@@ -1,4 +1,4 @@
-"""Lightning callbacks: what training has cost, and figures of samples and curves."""
+"""Lightning callbacks: what training has cost, and figures of samples."""
 
 import gc
 import time
@@ -10,8 +10,7 @@ from pytorch_lightning.loggers import WandbLogger
 from pytorch_lightning.utilities import rank_zero_only
 
 from rnode.training.module import RNODE
-from rnode.training.plots import plot_corner, plot_curves, plot_grids
-from rnode.training.results import METRICS
+from rnode.training.plots import plot_corner, plot_grids
 from rnode.training.run_folder import whole_file
 from rnode.transforms import ImageTransform, TableTransform
 
@@ -52,10 +51,9 @@ class Cost(Callback):
 
 
 class Figures(Callback):
-    """Saves samples beside held-out data, and curves.png, the curves of metrics.csv.
+    """Saves samples beside held-out data every `every_n_epochs` epochs, and of the tested weights.
 
-    It does so every `every_n_epochs` epochs, and at the end for the tested weights; samples.png is
-    the last figure of the folder samples.
+    samples.png is the last figure of the folder samples.
     """
 
     def __init__(self, folder: str, every_n_epochs: int):
@@ -84,7 +82,6 @@ class Figures(Callback):
             file.write(path.read_bytes())
         for logger in (each for each in trainer.loggers if isinstance(each, WandbLogger)):
             logger.log_image("samples", [str(path)])
-        plot_curves(self.folder / METRICS, self.folder / "curves.png", self.folder.name)
         gc.collect()  # figures refer to themselves and would pile up
 
 

@@ -1,4 +1,4 @@
-"""Figures as files: samples, curves of a run, the most and least likely data, trajectories."""
+"""Figures as files: samples, the most and least likely data, trajectories."""
 
 import math
 from pathlib import Path
@@ -13,7 +13,6 @@ from torch import Tensor
 from torchvision.utils import make_grid
 
 from rnode.flow import Flow
-from rnode.training.results import GAUSSIAN, MEASURES, read_metrics
 from rnode.training.run_folder import whole_file
 
 matplotlib.use("Agg")  # figures go to files and need no display
@@ -43,23 +42,6 @@ def plot_grids(path: Path, panels: dict[str, Tensor]) -> None:
     for ax, (title, images) in zip(axes.flat, panels.items(), strict=True):
         ax.set_title(title)
         plot_images(ax, images)
-    save_figure(figure, path)
-
-
-def plot_curves(metrics: Path, path: Path, title: str) -> None:
-    """Plot the columns MEASURES of a metrics.csv against the training step."""
-    rows = [{key: float(v) for key, v in row.items()} for row in read_metrics(metrics)]
-    figure, axes = plt.subplots(2, 2, figsize=(10, 7), layout="constrained", sharex=True)
-    for ax, (key, label) in zip(axes.flat, MEASURES.items(), strict=True):
-        for stage, style in (("train", "-"), ("val", "o-"), ("test", "s")):
-            points = [(r["step"], r[f"{stage}/{key}"]) for r in rows if f"{stage}/{key}" in r]
-            if points:
-                ax.plot(*zip(*points, strict=True), style, markersize=4, linewidth=1, label=stage)
-        ax.set(xlabel="training step", ylabel=label)
-    for bits in [row[GAUSSIAN] for row in rows if GAUSSIAN in row][-1:]:
-        axes[0, 0].axhline(bits, color="0.5", linestyle="--", linewidth=1, label="Gaussian")
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, title=title, loc="outside upper center", ncols=4)
     save_figure(figure, path)
 
 

@@ -11,12 +11,7 @@ CONFIG, OVERRIDES, METRICS = "config.yaml", ".hydra/overrides.yaml", "metrics.cs
 RESULT, DIVERGED, FAILED = "result.json", "diverged.txt", "failed.txt"
 BITS = "val/bits_per_dim"
 GAUSSIAN = "val/bits_per_dim_gaussian"
-MEASURES = {  # of training, validation and test, as figures call them
-    "bits_per_dim": "bits/dim",
-    "nfe_forward": "NFE (forward)",
-    "kinetic": "kinetic energy / d",
-    "jacobian": "squared Jacobian norm / d",
-}
+MEASURES = ("bits_per_dim", "nfe_forward", "kinetic", "jacobian")  # of each split
 TESTED = tuple(f"test/{name}" for name in (*MEASURES, "bits_per_dim_se"))
 TRAINED = ("train/seconds", "train/nfe_forward", "train/nfe_backward")
 RESULTS = (BITS, "val/nfe_forward", *TRAINED, *TESTED)  # the names in result.json
