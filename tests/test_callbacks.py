@@ -52,9 +52,6 @@ def test_a_run_stops_early_after_so_many_validations_without_a_better_one():
     assert validations(EarlyStopping(3), values) == 5
     assert validations(EarlyStopping(3), values, matching=3) == 6
     assert validations(EarlyStopping(None), values) is None
-    resumed = EarlyStopping(2)
-    resumed.load_state_dict(EarlyStopping(None).state_dict())
-    assert validations(resumed, values) == 4
 
 
 def test_a_resumed_run_keeps_the_rows_that_it_does_not_log_again(tmp_path):
