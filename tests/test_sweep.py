@@ -83,13 +83,12 @@ def test_failed_jobs_are_reported_and_do_not_stop_the_others(tmp_path, capsys, m
 
 
 @pytest.mark.slow(reason="four sweeps")
-def test_a_repeated_sweep_skips_resumes_or_refuses_its_jobs(tmp_path, capsys):
+def test_a_repeated_sweep_skips_or_refuses_its_jobs(tmp_path, capsys):
     arguments = ["-m", *TINY, f"hydra.sweep.dir={tmp_path}", "reg.lambda_k=0,0.1"]
     call("train", *arguments)
     files = [path for path in tmp_path.glob("*/*.*") if path.is_file() and path.suffix != ".log"]
     before = {path: path.read_bytes() for path in files}
-    first = results(tmp_path)
-    assert len(first) == 2
+    assert len(results(tmp_path)) == 2
     call("train", *arguments, "logger.wandb.project=other", "ckpt_path=auto")
     assert capsys.readouterr().out.count("skipped") == 2
     printed = failing(capsys, f"hydra.sweep.dir={tmp_path}", "reg.lambda_k=0,0.2")
@@ -100,11 +99,6 @@ def test_a_repeated_sweep_skips_resumes_or_refuses_its_jobs(tmp_path, capsys):
     assert lines[-1] == f"failed: 1 reg.lambda_k=0.1: {reason}"
     assert printed.out.count("skipped") == 1
     assert before == {path: path.read_bytes() for path in before}
-    call("train", *arguments, "trainer.max_steps=3", "trainer.max_epochs=2")
-    assert {row["status"] for row in table(tmp_path).values()} == {"finished"}
-    assert [checkpoint(tmp_path / name)["global_step"] for name in "01"] == [3, 3]
-    assert trained_steps(tmp_path / "0") == [0, 1, 2]
-    assert all(results(tmp_path)[name] != first[name] for name in first)
 
 
 @pytest.mark.slow  # three runs and a sweep

@@ -22,9 +22,6 @@ from rnode.errors import Stopped, require, require_choice
 from rnode.training.results import CONFIG, DIVERGED, FAILED, OVERRIDES, RESULT, RESULTS, read_result
 
 SWEPT = "RNODE_SWEPT"  # environment variable, for jobs: the keys that the sweep varies
-LIMITS = [  # a job may differ in them from the run that it resumes
-    f"trainer.{key}" for key in ("max_epochs", "max_steps", "max_time", "min_epochs", "min_steps")
-]
 WITHOUT_EFFECT = (  # keys, and sections, that do not change the result of a run
     *("folder", "ckpt_path", "sweep_metrics", "logger"),
     *(f"callbacks.{name}" for name in ("best", "cost", "figures", "gaussian", "progress", "save")),
@@ -61,17 +58,12 @@ def earlier_result(cfg: DictConfig, folder: Path) -> dict[str, float | None] | N
         return None
     there = flatten(OmegaConf.to_container(OmegaConf.load(folder / CONFIG)))
     here = flatten(OmegaConf.to_container(cfg, resolve=True))
-    keys = [key for key in sorted(there.keys() | here.keys()) if not is_irrelevant(key)]
-    changed = [key for key in keys if there.get(key) != here.get(key)]
-    for key in changed:
+    for key in sorted(there.keys() | here.keys()):
+        same = there.get(key) == here.get(key)
+        irrelevant = any(f"{key}.".startswith(f"{name}.") for name in WITHOUT_EFFECT)
         differ = f"another configuration ({key} is {there.get(key)} there and {here.get(key)} here)"
-        require(key in LIMITS, f"{folder}: holds a run of {differ}; use another folder")
-    return None if changed else read_result(folder)
-
-
-def is_irrelevant(key: str) -> bool:
-    """Return whether a dotted key does not change the result of a run."""
-    return any(f"{key}.".startswith(f"{name}.") for name in WITHOUT_EFFECT)
+        require(same or irrelevant, f"{folder}: holds a run of {differ}; use another folder")
+    return read_result(folder)
 
 
 def run_job(function: Callable[[DictConfig], Any], cfg: DictConfig, folder: Path) -> Any:
