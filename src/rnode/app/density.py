@@ -114,13 +114,12 @@ class Density:
         bits = draws.mean(0)
         nats = self.flow.d * np.log(2)
         more_likely = torch.searchsorted(self.validation_bits.double(), bits)
-        scores = {
-            "log_prob": -nats * bits,
-            "standard_error": nats * (draws[0] - bits).abs(),
-            "bits_per_dim": bits,
-            "rank": more_likely / len(self.validation_bits),
+        return {
+            "log_prob": (-nats * bits).numpy(),
+            "standard_error": (nats * (draws[0] - bits).abs()).numpy(),
+            "bits_per_dim": bits.numpy(),
+            "rank": (more_likely / len(self.validation_bits)).numpy(),
         }
-        return {name: values.numpy() for name, values in scores.items()}
 
     @torch.no_grad()
     def sample(
@@ -142,12 +141,10 @@ class Density:
         transform, shape = self.data.transform, tuple(self.data.shape)
         if self.columns is None:
             x = torch.as_tensor(np.asarray(rows))
-            if x.dim() == 3 and shape[0] == 1:
-                x = x[:, None]
-            grey = x.shape[1:] == shape and bool(
-                (x.long().clamp(0, transform.levels - 1) == x).all()
-            )
-            right = f"(N, *{shape}) of whole numbers from 0 to {transform.levels - 1}"
+            x = x[:, None] if x.dim() == 3 else x
+            top = transform.levels - 1
+            grey = x.shape[1:] == shape and bool((x.long().clamp(0, top) == x).all())
+            right = f"(N, *{shape}) of whole numbers from 0 to {top}"
             require(grey, f"rows: are {tuple(x.shape)} of {x.dtype}; must be {right}")
             return x, {}
         frame = as_frame(rows)

@@ -114,20 +114,18 @@ def validate(command: str, cfg: DictConfig) -> None:
     try:
         COMMANDS[command].model_validate(config)
     except ValidationError as error:
-        raise InputError(describe(error.errors()[0], known_keys(config))) from None
-
-
-def describe(detail: dict, known: list[str]) -> str:
-    """Say what is wrong, from an error of pydantic and the `known` keys."""
+        detail = error.errors()[0]
+    else:
+        return
     key = ".".join(map(str, detail["loc"]))
-    if detail["type"] == "extra_forbidden":
-        return f"there is no option {key}; --help lists them"
-    if detail["type"] == "missing":
-        return f"{key}=… is missing; --help describes it"
+    require(detail["type"] != "extra_forbidden", f"there is no option {key}; --help lists them")
+    require(detail["type"] != "missing", f"{key}=… is missing; --help describes it")
+    known = known_keys(config)
     while key not in known:  # the end of `loc` names an alternative of a type
         key = key.rpartition(".")[0]
     right = detail["msg"].partition(" should ")[2].replace("greater than or equal to", "at least")
     if detail["type"] == "string_pattern_mismatch":
         right = "be [DD:]HH:MM:SS"
     value = "null" if detail["input"] is None else " ".join(str(detail["input"]).split())
-    return f"{key}={value[:200]}: must {right.replace('less than or equal to', 'at most')}"
+    right = right.replace("less than or equal to", "at most")
+    raise InputError(f"{key}={value[:200]}: must {right}")
