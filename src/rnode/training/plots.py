@@ -116,23 +116,18 @@ def plot_extremes(rows: Tensor, bits: Tensor, levels: int, count: int, path: Pat
     plot_grids(path, panels)
 
 
-def plot_strip(frames: Tensor, shares: Tensor, label: str, path: Path) -> None:
-    """Plot images (times, N, C, H, W) in [0, 1], a column for each time, which `shares` name."""
-    columns, rows = frames.shape[:2]
-    grid = image_grid(frames.transpose(0, 1).flatten(0, 1), columns)
-    figure, ax = plt.subplots(figsize=(columns, rows + 0.7), layout="constrained")
-    ax.imshow(grid, interpolation="nearest")
-    middles = grid.shape[1] / columns * (np.arange(columns) + 0.5)
-    ax.set_xticks(middles, [f"{float(share):.2f}" for share in shares])
-    ax.set(yticks=[], xlabel=label)
-    save_figure(figure, path)
-
-
 def plot_trajectory(frames: Tensor, folder: Path) -> None:
     """Write frames (times, N, C, H, W) in [0, 1] as strip.png and trajectory.gif."""
     times = torch.linspace(0, len(frames) - 1, min(len(frames), 12)).round().long()
-    label = "share of the way from noise to image"
-    plot_strip(frames[times, :8], times / (len(frames) - 1), label, folder / "strip.png")
+    chosen = frames[times, :8]  # a column for each time
+    columns, rows = chosen.shape[:2]
+    grid = image_grid(chosen.transpose(0, 1).flatten(0, 1), columns)
+    figure, ax = plt.subplots(figsize=(columns, rows + 0.7), layout="constrained")
+    ax.imshow(grid, interpolation="nearest")
+    middles = grid.shape[1] / columns * (np.arange(columns) + 0.5)
+    ax.set_xticks(middles, [f"{float(share):.2f}" for share in times / (len(frames) - 1)])
+    ax.set(yticks=[], xlabel="share of the way from noise to image")
+    save_figure(figure, folder / "strip.png")
     grids = ((255 * image_grid(frame)).round().astype(np.uint8) for frame in frames)
     first, *others = (Image.fromarray(grid.repeat(4, 0).repeat(4, 1)) for grid in grids)
     durations = [80] * len(others) + [2000]  # milliseconds
