@@ -23,7 +23,7 @@ from rnode.data.datamodule import DataModule, require_finite
 from rnode.errors import require
 from rnode.evaluation import solve_and_measure
 from rnode.flow import Flow
-from rnode.training.checkpoint import flow_weights, load_checkpoint
+from rnode.training.checkpoint import load_checkpoint
 from rnode.training.run_folder import lock
 from rnode.transforms import TableTransform
 
@@ -47,7 +47,8 @@ def load(path: str | Path, trust: Collection[str] = (), cfg: DictConfig | None =
     if cfg is not None:
         apply_overrides(config, cfg, HydraConfig.get().overrides.task)
     data, flow = build(config, checkpoint["DataModule"])
-    flow.load_state_dict(flow_weights(checkpoint), assign=True)
+    weights = {k.removeprefix("flow."): w for k, w in checkpoint["state_dict"].items()}
+    flow.load_state_dict(weights, assign=True)
     return Density(data, flow.requires_grad_().eval(), checkpoint["validation_bits"])
 
 

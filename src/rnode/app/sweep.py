@@ -35,12 +35,6 @@ def in_sweep() -> bool:
     return HydraConfig.get().mode == RunMode.MULTIRUN
 
 
-def swept(overrides: list[str]) -> list[str]:
-    """Return the overrides of a job of keys that the sweep varies."""
-    keys = os.environ.get(SWEPT, "").split()  # a cluster may not pass it on
-    return [override for override in overrides if override.split("=")[0].lstrip("+") in keys]
-
-
 def metric_values(cfg: DictConfig, result: dict) -> float | list[float]:
     """Return the results that a guided sweep optimizes; NaN for one that was not measured."""
     measured = [result.get(name) for name in cfg.sweep_metrics]

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import torch
 from lightning_fabric.plugins import TorchCheckpointIO
-from torch import Tensor
 
 from rnode.errors import InputError, one_line, require
 from rnode.training.run_folder import whole_file
@@ -59,9 +58,3 @@ def load_to_resume(path: str | Path, config: dict) -> dict:
             same = f"a run resumes with the same {section}"
             require(there == here, f"ckpt_path={path}: {differs}; {same}")
     return checkpoint
-
-
-def flow_weights(checkpoint: dict) -> dict[str, Tensor]:
-    """Return the weights of the flow by name."""
-    weights = checkpoint["state_dict"].items()
-    return {name.removeprefix("flow."): w for name, w in weights if name.startswith("flow.")}

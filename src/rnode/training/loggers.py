@@ -25,8 +25,14 @@ class MetricsCSV(Logger):
     def __init__(self, path: Path, checkpoint: dict | None = None):
         super().__init__()
         self.path, self.columns = path, []
+        rows = []
+        if checkpoint is not None:
+            before = (
+                row for row in read_metrics(path) if int(row["step"]) < checkpoint["global_step"]
+            )
+            rows = [row for row in before if not any(key.startswith("test/") for key in row)]
         if rank_zero_only.rank == 0:
-            self.write([] if checkpoint is None else rows_before(checkpoint, read_metrics(path)))
+            self.write(rows)
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
@@ -53,12 +59,6 @@ class MetricsCSV(Logger):
 
     def log_hyperparams(self, params: object, *args: object, **kwargs: object) -> None:
         pass  # config.yaml holds them
-
-
-def rows_before(checkpoint: dict, rows: list[dict]) -> list[dict]:
-    """Return the rows that a run which resumes from the checkpoint does not log again."""
-    rows = [row for row in rows if int(row["step"]) < checkpoint["global_step"]]
-    return [row for row in rows if not any(key.startswith("test/") for key in row)]
 
 
 def wandb_logger(folder: str, mode: str, tags: list[str], **options: object) -> WandbLogger | None:

@@ -22,8 +22,6 @@ plt.rcParams.update(
         "axes.prop_cycle": cycler(color=COLOURS),  # Okabe and Ito: colour-blind people tell them
         "axes.spines.top": False,
         "axes.spines.right": False,
-        "legend.frameon": False,
-        "svg.fonttype": "none",
     }
 )
 

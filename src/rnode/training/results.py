@@ -51,11 +51,6 @@ def read_result(folder: Path) -> dict[str, float | None] | None:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
-def is_run(folder: Path) -> bool:
-    """Return whether a training run wrote the folder; `rnode evaluate` leaves overrides as well."""
-    return any((folder / name).exists() for name in (CONFIG, DIVERGED, FAILED))
-
-
 def read_status(folder: Path) -> tuple[str, str]:
     """Return finished, failed, diverged or unfinished, and why the run has not finished."""
     for path in (folder / FAILED, folder / DIVERGED):
