@@ -62,8 +62,6 @@ def test_an_interrupted_run_resumes_to_the_same_end(start, tmp_path, whole, step
         assert last_step(folder) > step
     start(folder, EVERY_7, OFFLINE, "ckpt_path=auto").finish()
     assert_same_run(folder, whole)
-    first, second = (path.name for path in folder.glob("wandb/offline-run-*"))
-    assert first.rsplit("-", 1)[1] == second.rsplit("-", 1)[1]  # one W&B run
 
 
 def test_kills_while_checkpoints_are_written_leave_whole_ones(start, tmp_path):

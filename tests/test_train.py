@@ -44,7 +44,7 @@ def test_the_default_run_as_a_user_starts_it(tmp_path):
     written = (
         "config.yaml metrics.csv result.json report.html environment.yaml .hydra/overrides.yaml"
     )
-    for name in (*written.split(), "best.ckpt", "last.ckpt", "samples.png", "curves.png"):
+    for name in (*written.split(), "best.ckpt", "last.ckpt", "samples.png"):
         assert (folder / name).stat().st_size > 0, name
     config = yaml.safe_load((folder / "config.yaml").read_text())
     assert config["callbacks"]["save"]["folder"] == str(folder)  # resolved

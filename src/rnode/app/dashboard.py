@@ -1,7 +1,5 @@
 """`rnode dashboard`: a view of a W&B project with what the paper's figures compare."""
 
-from typing import Any
-
 from omegaconf import DictConfig
 
 from rnode.app.runs import LAMBDAS
@@ -10,20 +8,15 @@ from rnode.training.results import BITS
 
 
 def main(cfg: DictConfig) -> None:
-    """Save the view in the project, and print its address."""
+    """Save the view in the project, and print its address.
+
+    It shows likelihood against cost, NFE against the Jacobian norm, and the penalties.
+    """
     try:
-        view = make_view(cfg.wandb.entity, cfg.wandb.project)
+        from wandb_workspaces import workspaces  # an extra
+        from wandb_workspaces.reports import v2 as panels
     except ModuleNotFoundError:
         raise InputError("wandb-workspaces is missing: pip install -e '.[loggers]'") from None
-    view.save()
-    print(view.url)
-
-
-def make_view(entity: str, project: str) -> Any:
-    """Return the view: likelihood against cost, NFE against the Jacobian norm, the penalties."""
-    from wandb_workspaces import workspaces  # an extra
-    from wandb_workspaces.reports import v2 as panels
-
     names = (BITS, "val/nfe_forward", "train/seconds_total")
     measured = [panels.SummaryMetric(name) for name in names]
     axes = [*(panels.Config(key) for key in LAMBDAS), *measured]
@@ -36,4 +29,6 @@ def make_view(entity: str, project: str) -> Any:
         "Penalties, likelihood and cost": [panels.ParallelCoordinatesPlot(columns=columns)],
     }
     opened = [workspaces.Section(name, plots, is_open=True) for name, plots in sections.items()]
-    return workspaces.Workspace(entity, project, "RNODE", opened)
+    view = workspaces.Workspace(cfg.wandb.entity, cfg.wandb.project, "RNODE", opened)
+    view.save()
+    print(view.url)

@@ -23,7 +23,7 @@ from rnode.data.datamodule import DataModule, require_finite
 from rnode.errors import require
 from rnode.evaluation import solve_and_measure
 from rnode.flow import Flow
-from rnode.training.checkpoint import flow_weights, load_checkpoint
+from rnode.training.checkpoint import load_checkpoint
 from rnode.training.run_folder import lock
 from rnode.transforms import TableTransform
 
@@ -47,7 +47,8 @@ def load(path: str | Path, trust: Collection[str] = (), cfg: DictConfig | None =
     if cfg is not None:
         apply_overrides(config, cfg, HydraConfig.get().overrides.task)
     data, flow = build(config, checkpoint["DataModule"])
-    flow.load_state_dict(flow_weights(checkpoint), assign=True)
+    weights = {k.removeprefix("flow."): w for k, w in checkpoint["state_dict"].items()}
+    flow.load_state_dict(weights, assign=True)
     return Density(data, flow.requires_grad_().eval(), checkpoint["validation_bits"])
 
 
@@ -114,13 +115,12 @@ class Density:
         bits = draws.mean(0)
         nats = self.flow.d * np.log(2)
         more_likely = torch.searchsorted(self.validation_bits.double(), bits)
-        scores = {
-            "log_prob": -nats * bits,
-            "standard_error": nats * (draws[0] - bits).abs(),
-            "bits_per_dim": bits,
-            "rank": more_likely / len(self.validation_bits),
+        return {
+            "log_prob": (-nats * bits).numpy(),
+            "standard_error": (nats * (draws[0] - bits).abs()).numpy(),
+            "bits_per_dim": bits.numpy(),
+            "rank": (more_likely / len(self.validation_bits)).numpy(),
         }
-        return {name: values.numpy() for name, values in scores.items()}
 
     @torch.no_grad()
     def sample(
@@ -142,12 +142,10 @@ class Density:
         transform, shape = self.data.transform, tuple(self.data.shape)
         if self.columns is None:
             x = torch.as_tensor(np.asarray(rows))
-            if x.dim() == 3 and shape[0] == 1:
-                x = x[:, None]
-            grey = x.shape[1:] == shape and bool(
-                (x.long().clamp(0, transform.levels - 1) == x).all()
-            )
-            right = f"(N, *{shape}) of whole numbers from 0 to {transform.levels - 1}"
+            x = x[:, None] if x.dim() == 3 else x
+            top = transform.levels - 1
+            grey = x.shape[1:] == shape and bool((x.long().clamp(0, top) == x).all())
+            right = f"(N, *{shape}) of whole numbers from 0 to {top}"
             require(grey, f"rows: are {tuple(x.shape)} of {x.dtype}; must be {right}")
             return x, {}
         frame = as_frame(rows)

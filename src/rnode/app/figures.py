@@ -4,7 +4,6 @@ from collections.abc import Iterator
 
 import numpy as np
 from matplotlib import pyplot as plt
-from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
@@ -40,41 +39,33 @@ def plot_training(runs: list[Run], colours: dict[str, str]) -> Iterator[Figure]:
 
 
 def plot_penalties(runs: list[Run]) -> Figure | None:
-    """Plot maps of bits/dim, NFE and seconds over λ_K and λ_J; None if the runs share both.
+    """Plot maps of bits/dim, NFE and seconds over λ_K and λ_J, averaged over seeds.
 
-    Each choice of the other swept settings has a row of maps, unless its runs fill less than half
-    of the grid, as those of a guided sweep do. Seeds are averaged.
+    Returns:
+        None if the runs share both or differ in other settings, or if they fill less than half of
+        the grid, as those of a guided sweep do.
     """
-    maps: dict[str, dict[tuple, list[Run]]] = {}
+    cells: dict[tuple, list[Run]] = {}
     for run in runs:
         place = tuple(run.settings.get(key) for key in LAMBDAS)
         if all(isinstance(value, float | int) for value in place):
-            maps.setdefault(run.label(*LAMBDAS), {}).setdefault(place, []).append(run)
-    for title, cells in list(maps.items()):
-        k, j = map(set, zip(*cells, strict=True))
-        if len(cells) == 1 or 2 * len(cells) < len(k) * len(j):
-            del maps[title]
-    if not maps:
+            cells.setdefault(place, []).append(run)
+    if len(cells) < 2 or len({run.label(*LAMBDAS) for run in runs}) > 1:
         return None
-    size = {"figsize": (15, 4.2 * len(maps)), "layout": "constrained"}
-    figure, axes = plt.subplots(len(maps), len(COSTS), squeeze=False, **size)
-    for row, (title, cells) in zip(axes, maps.items(), strict=True):
-        for ax, name in zip(row, COSTS, strict=True):
-            plot_map(ax, cells, name)
-            ax.set(title=title, xlabel="$λ_J$", ylabel="$λ_K$")
-    return figure
-
-
-def plot_map(ax: Axes, cells: dict[tuple, list[Run]], name: str) -> None:
-    """Plot a result over λ_K and λ_J, with an × where all runs failed."""
     k, j = (sorted(set(values)) for values in zip(*cells, strict=True))
-    grid = np.full((len(k), len(j)), np.nan)
-    for place, runs in cells.items():
-        y, x = k.index(place[0]), j.index(place[1])
-        results = [run.result[name] for run in runs if run.result.get(name) is not None]
-        grid[y, x] = np.mean(results) if results else np.nan
-        text = f"{grid[y, x]:.5g}" if results else "×"
-        ax.text(x, y, text, ha="center", va="center", backgroundcolor="white")
-    ax.figure.colorbar(ax.imshow(grid, origin="lower", aspect="auto"), ax=ax, label=name)
-    ax.set_xticks(range(len(j)), [f"{value:g}" for value in j])
-    ax.set_yticks(range(len(k)), [f"{value:g}" for value in k])
+    if 2 * len(cells) < len(k) * len(j):
+        return None
+    figure, axes = plt.subplots(ncols=len(COSTS), figsize=(15, 4.2), layout="constrained")
+    for ax, name in zip(axes, COSTS, strict=True):
+        grid = np.full((len(k), len(j)), np.nan)
+        for place, members in cells.items():
+            y, x = k.index(place[0]), j.index(place[1])
+            results = [run.result[name] for run in members if run.result.get(name) is not None]
+            grid[y, x] = np.mean(results) if results else np.nan
+            text = f"{grid[y, x]:.5g}" if results else "×"  # all runs failed
+            ax.text(x, y, text, ha="center", va="center", backgroundcolor="white")
+        figure.colorbar(ax.imshow(grid, origin="lower", aspect="auto"), ax=ax, label=name)
+        ax.set_xticks(range(len(j)), [f"{value:g}" for value in j])
+        ax.set_yticks(range(len(k)), [f"{value:g}" for value in k])
+        ax.set(xlabel="$λ_J$", ylabel="$λ_K$")
+    return figure

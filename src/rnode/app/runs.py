@@ -62,7 +62,9 @@ def read_runs(folders: Sequence[Path]) -> tuple[list[Run], list[str]]:
     for folder in folders:
         inside = {file.parent.parent.resolve() for file in folder.rglob(results.OVERRIDES)}
         problems += [] if inside else [f"{folder}: holds no run"]
-        paths |= set(filter(results.is_run, inside))
+        # `rnode evaluate` leaves overrides as well, but none of these files.
+        names = (results.CONFIG, results.DIVERGED, results.FAILED)
+        paths |= {path for path in inside if any((path / name).exists() for name in names)}
     for path in sorted(paths, key=lambda path: re.sub(r"\d+", lambda n: n[0].zfill(9), str(path))):
         try:
             runs.append(Run(path))

@@ -38,12 +38,6 @@ def in_sweep() -> bool:
     return HydraConfig.get().mode == RunMode.MULTIRUN
 
 
-def swept(overrides: list[str]) -> list[str]:
-    """Return the overrides of a job of keys that the sweep varies."""
-    keys = os.environ.get(SWEPT, "").split()  # a cluster may not pass it on
-    return [override for override in overrides if override.split("=")[0].lstrip("+") in keys]
-
-
 def metric_values(cfg: DictConfig, result: dict) -> float | list[float]:
     """Return the results that a guided sweep optimizes; NaN for one that was not measured."""
     measured = [result.get(name) for name in cfg.sweep_metrics]
@@ -61,17 +55,13 @@ def earlier_result(cfg: DictConfig, folder: Path) -> dict[str, float | None] | N
         return None
     there = flatten(OmegaConf.to_container(OmegaConf.load(folder / CONFIG)))
     here = flatten(OmegaConf.to_container(cfg, resolve=True))
-    keys = [key for key in sorted(there.keys() | here.keys()) if not is_irrelevant(key)]
-    changed = [key for key in keys if there.get(key) != here.get(key)]
-    for key in changed:
+    changed = [key for key in there.keys() | here.keys() if there.get(key) != here.get(key)]
+    without_effect = tuple(f"{name}." for name in WITHOUT_EFFECT)
+    changed = [key for key in changed if not f"{key}.".startswith(without_effect)]
+    for key in sorted(changed):
         differ = f"another configuration ({key} is {there.get(key)} there and {here.get(key)} here)"
         require(key in LIMITS, f"{folder}: holds a run of {differ}; use another folder")
     return None if changed else read_result(folder)
-
-
-def is_irrelevant(key: str) -> bool:
-    """Return whether a dotted key does not change the result of a run."""
-    return any(f"{key}.".startswith(f"{name}.") for name in WITHOUT_EFFECT)
 
 
 def run_job(function: Callable[[DictConfig], Any], cfg: DictConfig, folder: Path) -> Any:

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -77,7 +78,9 @@ def name_wandb(wandb: DictConfig | None, folder: Path, overrides: list[str]) -> 
     wandb.tags = [*(f"{group}={choices[group]}" for group in groups), *wandb.tags]
     if sweep.in_sweep():
         wandb.group = wandb.group or folder.parent.name
-        wandb.name = wandb.name or " ".join(sweep.swept(overrides))
+        keys = os.environ.get(sweep.SWEPT, "").split()  # a cluster may not pass it on
+        swept = [text for text in overrides if text.split("=")[0].lstrip("+") in keys]
+        wandb.name = wandb.name or " ".join(swept)
     wandb.name = wandb.name or folder.name
 
 

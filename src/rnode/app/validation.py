@@ -75,29 +75,26 @@ def compose_config(command: str, overrides: list[str]) -> DictConfig:
         options = f"the options are {', '.join(error.options or [])}"
         raise InputError(f"there is no {error.missing_cfg_file}; {options}") from error
     except ConfigCompositionException as error:
-        key = re.match(r"Could not override '([\w.]+)'", str(error))
-        if key is None:
+        match = re.match(r"Could not override '([\w.]+)'", str(error))
+        if match is None:
             raise
-        raise InputError(no_such_option(key[1], command, overrides)) from error
+        key = match[1]
+        groups = [path.name for path in CONF.iterdir() if path.is_dir()]
+        chosen = [o for o in overrides if o.partition("=")[0] in (*groups, "hydra.searchpath")]
+        known = [*known_keys(OmegaConf.to_container(compose_config(command, chosen))), *groups]
+        last = key.rpartition(".")[2]
+        same = [name for name in known if name == SYNONYMS.get(last) or name.endswith(f".{last}")]
+        close = same or difflib.get_close_matches(key, known, n=1)
+        hint = f"did you mean {close[0]}? " if close else ""
+        if key.partition(".")[0] in ("trainer", "logger"):
+            hint += f"+{key}=… passes it to Lightning; "
+        message = f"there is no option {key}; {hint}rnode {command} --help lists them"
+        raise InputError(message) from error
     with open_dict(config), read_write(config.hydra):
         config.hydra.runtime.output_dir = "outputs"  # the run folder, once Hydra has started
         HydraConfig.instance().set_config(config)  # for interpolations ${hydra:…}
         del config["hydra"]
     return config
-
-
-def no_such_option(key: str, command: str, overrides: list[str]) -> str:
-    """Say that a key does not exist, and suggest one that does."""
-    groups = [path.name for path in CONF.iterdir() if path.is_dir()]
-    chosen = [o for o in overrides if o.partition("=")[0] in (*groups, "hydra.searchpath")]
-    known = [*known_keys(OmegaConf.to_container(compose_config(command, chosen))), *groups]
-    last = key.rpartition(".")[2]
-    same = [name for name in known if name == SYNONYMS.get(last) or name.endswith(f".{last}")]
-    close = same or difflib.get_close_matches(key, known, n=1)
-    hint = f"did you mean {close[0]}? " if close else ""
-    if key.partition(".")[0] in ("trainer", "logger"):
-        hint += f"+{key}=… passes it to Lightning; "
-    return f"there is no option {key}; {hint}rnode {command} --help lists them"
 
 
 def known_keys(config: dict) -> list[str]:
@@ -114,20 +111,18 @@ def validate(command: str, cfg: DictConfig) -> None:
     try:
         COMMANDS[command].model_validate(config)
     except ValidationError as error:
-        raise InputError(describe(error.errors()[0], known_keys(config))) from None
-
-
-def describe(detail: dict, known: list[str]) -> str:
-    """Say what is wrong, from an error of pydantic and the `known` keys."""
+        detail = error.errors()[0]
+    else:
+        return
     key = ".".join(map(str, detail["loc"]))
-    if detail["type"] == "extra_forbidden":
-        return f"there is no option {key}; --help lists them"
-    if detail["type"] == "missing":
-        return f"{key}=… is missing; --help describes it"
+    require(detail["type"] != "extra_forbidden", f"there is no option {key}; --help lists them")
+    require(detail["type"] != "missing", f"{key}=… is missing; --help describes it")
+    known = known_keys(config)
     while key not in known:  # the end of `loc` names an alternative of a type
         key = key.rpartition(".")[0]
     right = detail["msg"].partition(" should ")[2].replace("greater than or equal to", "at least")
     if detail["type"] == "string_pattern_mismatch":
         right = "be [DD:]HH:MM:SS"
     value = "null" if detail["input"] is None else " ".join(str(detail["input"]).split())
-    return f"{key}={value[:200]}: must {right.replace('less than or equal to', 'at most')}"
+    right = right.replace("less than or equal to", "at most")
+    raise InputError(f"{key}={value[:200]}: must {right}")

@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from pytorch_lightning import LightningDataModule, Trainer
@@ -88,9 +89,11 @@ class DataModule(LightningDataModule):
 
     def names(self) -> dict[str, list]:
         """What the data of a checkpoint must have in common with those that are read."""
-        columns = getattr(self.transform, "names", [])
+        transform: Any = self.transform.state()
+        if isinstance(self.transform, TableTransform):  # statistics may differ by rounding
+            transform = [column._replace(mean=0.0, std=1.0) for column in self.transform.columns]
         context = list(self.conditions.columns)
-        return {"shape": list(self.shape), "columns": columns, "context": context}
+        return {"shape": list(self.shape), "transform": transform, "context": context}
 
     def state_dict(self) -> dict:
         """What a trained flow needs of its data."""

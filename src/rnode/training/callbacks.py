@@ -1,4 +1,4 @@
-"""Lightning callbacks: what training has cost, and figures of samples and curves."""
+"""Lightning callbacks: what training has cost, and figures of samples."""
 
 import gc
 import time
@@ -10,10 +10,9 @@ from pytorch_lightning.loggers import WandbLogger
 from pytorch_lightning.utilities import rank_zero_only
 
 from rnode.training.module import RNODE
-from rnode.training.plots import plot_corner, plot_curves, plot_grids
-from rnode.training.results import METRICS
+from rnode.training.plots import plot_corner, plot_grids
 from rnode.training.run_folder import whole_file
-from rnode.transforms import ImageTransform, TableTransform
+from rnode.transforms import ImageTransform
 
 IMAGES, POINTS = 64, 2000  # samples in a figure
 
@@ -52,10 +51,9 @@ class Cost(Callback):
 
 
 class Figures(Callback):
-    """Saves samples beside held-out data, and curves.png, the curves of metrics.csv.
+    """Saves samples beside held-out data every `every_n_epochs` epochs, and of the tested weights.
 
-    It does so every `every_n_epochs` epochs, and at the end for the tested weights; samples.png is
-    the last figure of the folder samples.
+    samples.png is the last figure of the folder samples.
     """
 
     def __init__(self, folder: str, every_n_epochs: int):
@@ -70,32 +68,27 @@ class Figures(Callback):
         self.draw(trainer, module, "test", "tested")
 
     @rank_zero_only
+    @torch.no_grad()
     def draw(self, trainer: Trainer, module: RNODE, stage: str, name: str) -> None:
-        path, transform = self.folder / "samples" / f"{name}.png", trainer.datamodule.transform
+        """Write and log a figure of validation data and as many samples for the same c."""
+        data, device = trainer.datamodule, module.device
+        images = isinstance(data.transform, ImageTransform)
+        count = min(IMAGES if images else POINTS, len(data.splits.val))
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(module.seed)  # the same noise every time
+            x, index, c = data.fetch("val", range(count))
+            held_out = data.transform.inverse(data.transform(x, index, c).y)
+            samples = data.transform.inverse(module.flow.sample(count, c.to(device)))
         bits = float(trainer.callback_metrics[f"{stage}/bits_per_dim"])
-        held_out, samples = held_out_and_samples(trainer, module)
         title = f"samples (step {trainer.global_step}, {stage} {bits:.3f} bits/dim)"
-        panels = {"held-out data": held_out, title: samples}
-        if isinstance(transform, TableTransform):
-            plot_corner(path, panels, [column.name for column in transform.columns])
-        else:
+        panels = {"held-out data": held_out.float().cpu(), title: samples.float().cpu()}
+        path = self.folder / "samples" / f"{name}.png"
+        if images:
             plot_grids(path, panels)
+        else:
+            plot_corner(path, panels, data.transform.names)
         with whole_file(self.folder / "samples.png") as file:
             file.write(path.read_bytes())
         for logger in (each for each in trainer.loggers if isinstance(each, WandbLogger)):
             logger.log_image("samples", [str(path)])
-        plot_curves(self.folder / METRICS, self.folder / "curves.png", self.folder.name)
         gc.collect()  # figures refer to themselves and would pile up
-
-
-@torch.no_grad()
-def held_out_and_samples(trainer: Trainer, module: RNODE) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return validation data and as many samples for the same c, both (N, *shape) on the CPU."""
-    data, device = trainer.datamodule, module.device
-    most = IMAGES if isinstance(data.transform, ImageTransform) else POINTS
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(module.seed)  # the same noise every time
-        x, index, c = data.fetch("val", range(min(most, len(data.splits.val))))
-        held_out = data.transform.inverse(data.transform(x, index, c).y)
-        samples = data.transform.inverse(module.flow.sample(len(index), c.to(device)))
-    return held_out.float().cpu(), samples.float().cpu()

@@ -5,16 +5,11 @@ from pathlib import Path
 
 import torch
 from lightning_fabric.plugins import TorchCheckpointIO
-from torch import Tensor
 
 from rnode.errors import InputError, one_line, require
 from rnode.training.run_folder import whole_file
 
 FORMAT = 4  # of a checkpoint's contents; format 3 had other configuration keys
-IDENTITY = {  # keys that a run which resumes may not change
-    "dataset": ("source", "name", "alpha", "columns", "context", "integer", "log", "logit"),
-    "optimizer": ("_target_",),
-}
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -54,18 +49,12 @@ def load_checkpoint(path: str | Path) -> dict:
 
 
 def load_to_resume(path: str | Path, config: dict) -> dict:
-    """Read the checkpoint of a run with the model, data and optimizer of `config`."""
+    """Read the checkpoint of a run with the model and the optimizer of `config`."""
     checkpoint = load_checkpoint(path)
-    for section, keys in (IDENTITY | {"model": config["model"]}).items():
+    for section, keys in (("model", config["model"]), ("optimizer", ["_target_"])):
         for key in keys:
             there, here = (part[section].get(key) for part in (checkpoint["config"], config))
             differs = f"{section}.{key} is {there} there and {here} here"
             same = f"a run resumes with the same {section}"
             require(there == here, f"ckpt_path={path}: {differs}; {same}")
     return checkpoint
-
-
-def flow_weights(checkpoint: dict) -> dict[str, Tensor]:
-    """Return the weights of the flow by name."""
-    weights = checkpoint["state_dict"].items()
-    return {name.removeprefix("flow."): w for name, w in weights if name.startswith("flow.")}

@@ -18,7 +18,7 @@ class RecordedSolves:
     """`rnode.solver.integrate` as CUDA graphs, one for each field, for batches of `size` samples.
 
     A graph is recorded at the first call for a field, and again when the method changes. Batches of
-    another size, calls without gradients and gradients other than backprop are solved without one.
+    another size and calls without gradients are solved without one.
     """
 
     def __init__(self, size: int):
@@ -29,14 +29,12 @@ class RecordedSolves:
     def __call__(self, dynamics: Dynamics, z: Tensor, method: Method, gradient: str) -> State:
         if len(z) != self.size or not torch.is_grad_enabled():
             return integrate(dynamics, z, method, gradient)
-        if self.graphs and (method, gradient) != (self.method, "backprop"):
+        if method != self.method:
+            self.method = method
             self.graphs = {}
             gc.collect()  # a graph refers to itself, and holds memory of the device
-        if gradient != "backprop":
-            return integrate(dynamics, z, method, gradient)
         inputs = (z, dynamics.c, dynamics.eps, *dynamics.field.parameters())
         if dynamics.field not in self.graphs:
-            self.method = method
             self.graphs[dynamics.field] = record(dynamics.field, inputs, method)
         replay, nfe = self.graphs[dynamics.field]
         dynamics.nfe += nfe

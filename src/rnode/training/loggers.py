@@ -25,8 +25,14 @@ class MetricsCSV(Logger):
     def __init__(self, path: Path, checkpoint: dict | None = None):
         super().__init__()
         self.path, self.columns = path, []
+        rows = []
+        if checkpoint is not None:
+            before = (
+                row for row in read_metrics(path) if int(row["step"]) < checkpoint["global_step"]
+            )
+            rows = [row for row in before if not any(key.startswith("test/") for key in row)]
         if rank_zero_only.rank == 0:
-            self.write([] if checkpoint is None else rows_before(checkpoint, read_metrics(path)))
+            self.write(rows)
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
@@ -55,30 +61,18 @@ class MetricsCSV(Logger):
         pass  # config.yaml holds them
 
 
-def rows_before(checkpoint: dict, rows: list[dict]) -> list[dict]:
-    """Return the rows that a run which resumes from the checkpoint does not log again."""
-    rows = [row for row in rows if int(row["step"]) < checkpoint["global_step"]]
-    return [row for row in rows if not any(key.startswith("test/") for key in row)]
-
-
-def wandb_logger(
-    folder: str, mode: str, name: str | None, group: str | None, tags: list[str], **options: object
-) -> WandbLogger | None:
+def wandb_logger(folder: str, mode: str, tags: list[str], **options: object) -> WandbLogger | None:
     """Return the logger of W&B, whose summary keeps the least validation bits/dim; None: disabled.
 
-    A resumed run continues its W&B run. Other options are those of WandbLogger.
+    Other options are those of WandbLogger.
     """
     if mode == "disabled":
         return None
     import wandb  # takes a second to import
 
     wandb.setup(wandb.Settings(silent=True))  # the table at the end says what W&B would
-    resumes = any(Path(folder).glob("*.ckpt"))
-    earlier = Path(folder).glob("wandb/*run-*-*") if resumes else ()  # …run-DATE_TIME-ID
-    identity = max((path.name.split("-")[-2:] for path in earlier), default=[None])[-1]
-    options |= {"name": name, "group": group, "tags": list(tags), "mode": mode}
     place = os.environ.get("WANDB_DIR", folder)
-    logger = WandbLogger(save_dir=place, id=identity, **options)
+    logger = WandbLogger(save_dir=place, mode=mode, tags=list(tags), **options)
     step = "trainer/global_step"
     logger.experiment.define_metric("val/bits_per_dim", summary="min", step_metric=step)
     return logger

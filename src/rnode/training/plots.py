@@ -1,4 +1,4 @@
-"""Figures as files: samples, curves of a run, the most and least likely data, trajectories."""
+"""Figures as files: samples, the most and least likely data, trajectories."""
 
 import math
 from pathlib import Path
@@ -13,7 +13,6 @@ from torch import Tensor
 from torchvision.utils import make_grid
 
 from rnode.flow import Flow
-from rnode.training.results import GAUSSIAN, MEASURES, read_metrics
 from rnode.training.run_folder import whole_file
 
 matplotlib.use("Agg")  # figures go to files and need no display
@@ -23,8 +22,6 @@ plt.rcParams.update(
         "axes.prop_cycle": cycler(color=COLOURS),  # Okabe and Ito: colour-blind people tell them
         "axes.spines.top": False,
         "axes.spines.right": False,
-        "legend.frameon": False,
-        "svg.fonttype": "none",
     }
 )
 
@@ -43,23 +40,6 @@ def plot_grids(path: Path, panels: dict[str, Tensor]) -> None:
     for ax, (title, images) in zip(axes.flat, panels.items(), strict=True):
         ax.set_title(title)
         plot_images(ax, images)
-    save_figure(figure, path)
-
-
-def plot_curves(metrics: Path, path: Path, title: str) -> None:
-    """Plot the columns MEASURES of a metrics.csv against the training step."""
-    rows = [{key: float(v) for key, v in row.items()} for row in read_metrics(metrics)]
-    figure, axes = plt.subplots(2, 2, figsize=(10, 7), layout="constrained", sharex=True)
-    for ax, (key, label) in zip(axes.flat, MEASURES.items(), strict=True):
-        for stage, style in (("train", "-"), ("val", "o-"), ("test", "s")):
-            points = [(r["step"], r[f"{stage}/{key}"]) for r in rows if f"{stage}/{key}" in r]
-            if points:
-                ax.plot(*zip(*points, strict=True), style, markersize=4, linewidth=1, label=stage)
-        ax.set(xlabel="training step", ylabel=label)
-    for bits in [row[GAUSSIAN] for row in rows if GAUSSIAN in row][-1:]:
-        axes[0, 0].axhline(bits, color="0.5", linestyle="--", linewidth=1, label="Gaussian")
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, title=title, loc="outside upper center", ncols=4)
     save_figure(figure, path)
 
 
@@ -134,23 +114,18 @@ def plot_extremes(rows: Tensor, bits: Tensor, levels: int, count: int, path: Pat
     plot_grids(path, panels)
 
 
-def plot_strip(frames: Tensor, shares: Tensor, label: str, path: Path) -> None:
-    """Plot images (times, N, C, H, W) in [0, 1], a column for each time, which `shares` name."""
-    columns, rows = frames.shape[:2]
-    grid = image_grid(frames.transpose(0, 1).flatten(0, 1), columns)
-    figure, ax = plt.subplots(figsize=(columns, rows + 0.7), layout="constrained")
-    ax.imshow(grid, interpolation="nearest")
-    middles = grid.shape[1] / columns * (np.arange(columns) + 0.5)
-    ax.set_xticks(middles, [f"{float(share):.2f}" for share in shares])
-    ax.set(yticks=[], xlabel=label)
-    save_figure(figure, path)
-
-
 def plot_trajectory(frames: Tensor, folder: Path) -> None:
     """Write frames (times, N, C, H, W) in [0, 1] as strip.png and trajectory.gif."""
     times = torch.linspace(0, len(frames) - 1, min(len(frames), 12)).round().long()
-    label = "share of the way from noise to image"
-    plot_strip(frames[times, :8], times / (len(frames) - 1), label, folder / "strip.png")
+    chosen = frames[times, :8]  # a column for each time
+    columns, rows = chosen.shape[:2]
+    grid = image_grid(chosen.transpose(0, 1).flatten(0, 1), columns)
+    figure, ax = plt.subplots(figsize=(columns, rows + 0.7), layout="constrained")
+    ax.imshow(grid, interpolation="nearest")
+    middles = grid.shape[1] / columns * (np.arange(columns) + 0.5)
+    ax.set_xticks(middles, [f"{float(share):.2f}" for share in times / (len(frames) - 1)])
+    ax.set(yticks=[], xlabel="share of the way from noise to image")
+    save_figure(figure, folder / "strip.png")
     grids = ((255 * image_grid(frame)).round().astype(np.uint8) for frame in frames)
     first, *others = (Image.fromarray(grid.repeat(4, 0).repeat(4, 1)) for grid in grids)
     durations = [80] * len(others) + [2000]  # milliseconds

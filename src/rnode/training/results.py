@@ -11,12 +11,7 @@ CONFIG, OVERRIDES, METRICS = "config.yaml", ".hydra/overrides.yaml", "metrics.cs
 RESULT, DIVERGED, FAILED = "result.json", "diverged.txt", "failed.txt"
 BITS = "val/bits_per_dim"
 GAUSSIAN = "val/bits_per_dim_gaussian"
-MEASURES = {  # of training, validation and test, as figures call them
-    "bits_per_dim": "bits/dim",
-    "nfe_forward": "NFE (forward)",
-    "kinetic": "kinetic energy / d",
-    "jacobian": "squared Jacobian norm / d",
-}
+MEASURES = ("bits_per_dim", "nfe_forward", "kinetic", "jacobian")  # of each split
 TESTED = tuple(f"test/{name}" for name in (*MEASURES, "bits_per_dim_se"))
 TRAINED = ("train/seconds", "train/nfe_forward", "train/nfe_backward")
 RESULTS = (BITS, "val/nfe_forward", *TRAINED, *TESTED)  # the names in result.json
@@ -54,11 +49,6 @@ def read_result(folder: Path) -> dict[str, float | None] | None:
     """Return the result of a finished run; None if the run has not finished."""
     path = folder / RESULT
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-
-
-def is_run(folder: Path) -> bool:
-    """Return whether a training run wrote the folder; `rnode evaluate` leaves overrides as well."""
-    return any((folder / name).exists() for name in (CONFIG, DIVERGED, FAILED))
 
 
 def read_status(folder: Path) -> tuple[str, str]:

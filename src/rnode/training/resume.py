@@ -5,8 +5,7 @@ These are all places where a run reaches into the state of Lightning that is not
 - `SaveAndStop.on_save_checkpoint` and `count_batches` set the counters of Lightning's loops in a
   checkpoint. Lightning's own also count batches whose gradients were still being accumulated, and
   an epoch that max_steps cut short as a whole one.
-- `EarlyStopping` keeps the patience of the command line, not that of the checkpoint, and does not
-  count while flow matching trains.
+- `EarlyStopping` does not count while flow matching trains.
 - `BestCheckpoint.load_state_dict` sets what ModelCheckpoint knows of the best checkpoint. Lightning
   forgets it if the folder of the run has moved, and trusts the names that a checkpoint holds.
 - `rnode.training.module.RNODE.logs` and `rnode.data.datamodule` read
@@ -140,6 +139,3 @@ class EarlyStopping(callbacks.EarlyStopping):
         super().on_validation_end(trainer, module)
         if module.pretraining.matching:
             self.wait_count = 0
-
-    def load_state_dict(self, state_dict: dict) -> None:
-        super().load_state_dict(state_dict | {"patience": self.patience})
