@@ -195,7 +195,11 @@ def test_a_checkpoint_holds_what_a_flow_needs_of_its_data():
     assert other.shape == (1, 8, 8)
     assert (other.transform.levels, other.transform.logit.alpha) == (17, 0.01)
     assert other.conditions.size == 10
-    other.setup()
+    with pytest.raises(InputError, match=r"the data have .*0\.3.* the checkpoint .*0\.01"):
+        other.setup()
+    same = module(context="label", alpha=0.01)
+    same.load_state_dict(data.state_dict())
+    same.setup()
     moons = module(toy, name="moons")
     moons.load_state_dict(data.state_dict())
     with pytest.raises(InputError, match=r"the data have .*x2.* the checkpoint .*label"):

@@ -53,7 +53,7 @@ def plot_band(ax: plt.Axes, curves: list[tuple[np.ndarray, np.ndarray]], **style
         y = values.mean(0)
         color = style.get("color")
         ax.fill_between(x, values.min(0), values.max(0), alpha=0.25, color=color, linewidth=0)
-    ax.plot(x, y, **style)
+    ax.plot(x, y, marker="." if len(x) == 1 else None, **style)
 
 
 def limits_of(points: Tensor) -> np.ndarray:
