@@ -71,7 +71,7 @@ def test_every_command_works_in_an_empty_folder(rnode, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["outputs"]
     (checkpoint,) = tmp_path.glob("outputs/digits/*/last.ckpt")
     checkpoint = checkpoint.relative_to(tmp_path)
-    assert "bits/dim" in succeed(rnode, "evaluate", checkpoint, "samples=1", cwd=tmp_path)
+    assert "bits_per_dim" in succeed(rnode, "evaluate", checkpoint, "samples=1", cwd=tmp_path)
     assert "NFE" in succeed(rnode, "sample", checkpoint, "n=4", cwd=tmp_path)
     assert len(list(tmp_path.glob("outputs/evaluate/*/evaluation.json"))) == 1
     assert len(list(tmp_path.glob("outputs/sample/*/samples.png"))) == 1
