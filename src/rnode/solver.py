@@ -1,6 +1,6 @@
 """The ODE methods for training and evaluation, and how gradients are computed.
 
-`rnode.runge_kutta` integrates on a fixed grid, torchdiffeq by every other method.
+`rnode.runge_kutta` integrates on a fixed grid, torchdiffeq with adaptive steps and by the adjoint.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from torchdiffeq import odeint, odeint_adjoint
 
 from rnode.dynamics import Dynamics, State
 from rnode.errors import Diverged, one_line, require, require_choice
-from rnode.names import ADAPTIVE, FIXED_GRID, GRADIENTS, INTEGRALS, ONE_STEP
+from rnode.names import ADAPTIVE, FIXED_GRID, GRADIENTS, INTEGRALS
 from rnode.quadrature import radau, simpson
 from rnode.runge_kutta import path, step, time
 
@@ -35,8 +35,8 @@ class Method:
         method: name of the method in torchdiffeq.
         integrals: how l, E and n are computed. `system` integrates them together with z. `simpson`
             and `radau` integrate z alone, from node to node of a quadrature rule, which costs one
-            vjp per node instead of one per evaluation. Both need a one-step method, and Simpson's
-            rule an even number of steps.
+            vjp per node instead of one per evaluation. Both need a fixed grid. Simpson's rule needs
+            an even number of steps.
         steps: number of equal steps of a fixed grid over [0, 1].
         rtol: relative tolerance of an adaptive method.
         atol: absolute tolerance of an adaptive method.
@@ -56,8 +56,8 @@ class Method:
         require_choice("method", self.method, FIXED_GRID + ADAPTIVE)
         require_choice("integrals", self.integrals, INTEGRALS)
         require(self.steps >= 1, f"steps={self.steps}: must be at least 1")
-        one_step = self.integrals == "system" or self.one_step
-        require(one_step, f"integrals={self.integrals}: needs a method of {', '.join(ONE_STEP)}")
+        fixed = self.integrals == "system" or not self.adaptive
+        require(fixed, f"integrals={self.integrals}: needs a method of {', '.join(FIXED_GRID)}")
         even = self.integrals != "simpson" or self.steps % 2 == 0
         require(even, f"steps={self.steps}: must be even for integrals=simpson")
         nodes = np.linspace(0, 1, self.steps + 1)
@@ -70,10 +70,6 @@ class Method:
     @property
     def adaptive(self) -> bool:
         return self.method in ADAPTIVE
-
-    @property
-    def one_step(self) -> bool:
-        return self.method in ONE_STEP
 
     def odeint_options(self, norm: Callable, dtype: torch.dtype) -> dict:
         """Keyword arguments of `odeint`; `norm` measures the error of adaptive methods."""
@@ -170,7 +166,7 @@ def integrate_system(dynamics: Dynamics, z: Tensor, method: Method, gradient: st
             return dynamics(t, State(*state), **prepared)
 
     def solve(z: Tensor, odeint=odeint, **adjoint) -> State:
-        if method.one_step and gradient != "adjoint":
+        if not method.adaptive and gradient != "adjoint":
             states = path(right_hand_side, State.initial(z), method.times, method.method)
             return State(*states[-1])
         t = torch.linspace(0, T, 2, device=z.device, dtype=z.dtype)
@@ -244,7 +240,7 @@ def integrate_back(f: Callable, z: Tensor, method: Method, intervals: int = 1) -
     if z.numel() == 0:
         return z.expand(intervals + 1, *z.shape)
     with solver_errors(), precision_of(method, z.device):
-        if method.one_step:
+        if not method.adaptive:
             per_interval = math.ceil(method.steps / intervals)
             steps = intervals * per_interval
             grid = [T * k / steps for k in range(steps, -1, -1)]

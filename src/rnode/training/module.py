@@ -76,7 +76,7 @@ class RNODE(LightningModule):
         alone = self.device.type == "cuda" and trainer.world_size == 1
         window = trainer.accumulate_grad_batches  # a replay overwrites the gradients
         ours = all(isinstance(piece.field, Field) for piece in self.flow.pieces)
-        recordable = solver.train.one_step and solver.gradient == "backprop" and ours
+        recordable = not solver.train.adaptive and solver.gradient == "backprop" and ours
         if alone and window == 1 and recordable:
             data = trainer.datamodule
             self.integrate = RecordedSolves(min(data.batch_size, len(data.splits.train)))
