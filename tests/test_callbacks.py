@@ -8,6 +8,7 @@ from hydra import compose, initialize_config_dir
 from pytorch_lightning.callbacks import Timer
 from pytorch_lightning.trainer.states import TrainerFn
 
+from helpers import EPOCHS
 from rnode.app.schema import CONF
 from rnode.app.train import instantiate_all
 from rnode.training.loggers import MetricsCSV
@@ -100,3 +101,10 @@ def test_flow_matching_ends_once_its_share_of_the_run_has_passed():
     resumed.load_state_dict(callback.state_dict())
     assert (resumed.matching, resumed.start) == (False, 3)
     assert not Pretraining().matching
+
+
+@pytest.mark.usefixtures("blank_figures")
+def test_figures_are_drawn_every_few_epochs_and_of_the_tested_weights(run):
+    folder = run(*EPOCHS, "trainer.max_epochs=5", "callbacks.figures.every_n_epochs=2")
+    drawn = sorted(path.stem for path in (folder / "samples").glob("*.png"))
+    assert drawn == ["0000004", "0000008", "tested"]  # an epoch has two steps
