@@ -37,7 +37,7 @@ RADAU = Method("rk4", "radau", steps=3)
 COARSE = Method("rk4", "radau", steps=2)  # solver=auto at first …
 FINE = Method("rk4", "radau", steps=4)  # … and after its first refinement
 DOPRI5 = Method("dopri5")
-FFJORD = Method("dopri5", first_step=1e-2)  # as in the plain recipe
+FFJORD = Method("dopri5", first_step=1e-2, norm="batch")  # as in the plain recipe
 EXACT = Method("dopri5", rtol=1e-8, atol=1e-8)  # the reference for errors
 OUTPUTS = Path("outputs/benchmarks")  # plots, and records of --quick
 Rows = list[dict[str, str]]

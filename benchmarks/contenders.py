@@ -33,7 +33,6 @@ from torchdiffeq import odeint
 from common import CLIP, DOPRI5, FINE, SIMPSON, refine_grid
 from rnode import Flow, Probes, Solver, State, log_normal, mlp, objective
 from rnode.matching import flow_matching
-from rnode.solver import error_norm
 
 Sample = Callable[[], Tensor]
 Step = Callable[[float], None]  # its argument is the fraction of the time that has passed
@@ -225,7 +224,7 @@ def ot_cfm(d: int, sample: Sample, width: int = 64) -> tuple[Step, Evaluate]:
     def evaluate(x: Tensor) -> Tensor:
         """Integrate back from data at time 1 to noise at time 0."""
         state, t = (x, x.new_zeros(len(x))), torch.tensor([1.0, 0.0])
-        z, l = odeint(system, state, t, **DOPRI5.odeint_options(error_norm, torch.float32))
+        z, l = odeint(system, state, t, **DOPRI5.odeint_options(torch.float32))
         return log_normal(z[-1]) + l[-1]
 
     return step, evaluate

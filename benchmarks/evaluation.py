@@ -31,7 +31,6 @@ from common import (
 from plain import PlainFlow
 from rnode import Method, Solution, Solver, log_normal
 from rnode.app.processes import prepare_process
-from rnode.solver import error_norm
 
 
 def main() -> None:
@@ -39,7 +38,7 @@ def main() -> None:
     prepare_process()
     x = images(options)
     flow = make_flow(options).eval()
-    plain = PlainFlow(flow, **FFJORD.odeint_options(error_norm, torch.float32))
+    plain = PlainFlow(flow, **FFJORD.odeint_options(torch.float32))
 
     @torch.no_grad()
     def plain_log_prob():

@@ -12,7 +12,6 @@ from torch import nn
 from torchdiffeq import odeint_adjoint
 
 import rnode
-from rnode.solver import error_norm
 
 
 class PlainNet(nn.Module):
@@ -135,7 +134,7 @@ class PlainPiece(rnode.Piece):
     def forward(self, z, c, eps, method, gradient, integrate=None):
         ode = PlainODE(self.field, eps[0])
         state = rnode.State(
-            *plain_solve(ode, z, **method.odeint_options(error_norm, torch.float32))
+            *plain_solve(ode, z, **method.odeint_options(torch.float32))
         )
         return rnode.PieceSolution(z, state, ode, ode.nfe)
 

@@ -30,7 +30,6 @@ from common import (
 from plain import PlainFlow, PlainNet, PlainODE, unsqueeze
 from rnode import Flow, Method, Solver, Squeeze
 from rnode.app.processes import prepare_process
-from rnode.solver import error_norm
 
 
 def main() -> None:
@@ -49,7 +48,7 @@ def main() -> None:
     exact, _ = inverse(EXACT)
     rows = []
     for name, plain_method, method in (("dopri5 1e-5", FFJORD, DOPRI5), ("rk4 0.25", RK4, RK4)):
-        keywords = plain_method.odeint_options(error_norm, torch.float32)
+        keywords = plain_method.odeint_options(torch.float32)
         contenders = {
             f"plain recipe, {name}": partial(plain_inverse, plain, flow, z, keywords),
             f"inverse, {name}": lambda method=method: inverse(method)[0],

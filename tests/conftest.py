@@ -45,7 +45,7 @@ def field_z_c(request):
     """A field of random weights with two conditions, and a batch (z, c) for it, float64."""
     layer, sizes, shape = {
         "conv": (TimeConv2d, [2, 7, 5, 2], (2, 4, 3)),
-        "dense": (TimeLinear, [6, 9, 9, 6], (6,)),
+        "dense": (TimeLinear, [6, 9, 8, 9, 6], (6,)),
     }[request.param]
     field = randomize(Field(layer, sizes, k=2).double())
     z, c = torch.randn(3, *shape), torch.randn(3, 2)

@@ -9,6 +9,7 @@ from typing import Any
 
 _MODULES = {
     "app.density": ("Density", "fit", "load"),
+    "bases": ("Gaussian", "Mixture", "Normal"),
     "dynamics": ("Dynamics", "Probes", "State"),
     "errors": ("Diverged", "InputError"),
     "flow": ("FactorOut", "Flatten", "Flow", "Piece", "PieceSolution", "Solution", "Squeeze"),

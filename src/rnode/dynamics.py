@@ -31,9 +31,13 @@ class VectorField(Protocol):
     """A field f(z, t; c): `rnode.Field`, or any torch.nn.Module with this `forward`.
 
     c (B, k) are the numbers on which the density is conditioned; k = 0 without conditions. A field
-    may compute its own product εᵀ∇f by a method `vjp(t, z, eps, c)`, which returns what `vjp` below
-    does. It may also have a method `prepare(z)`, which is called once before a solve; every
-    evaluation of the solve then gets its result as the keyword argument `weights`.
+    may also have
+
+    - `vjp(t, z, eps, c)`, which returns what `vjp` below does;
+    - `vjp_and_divergence(t, z, eps, c)`, which returns div f (B,) too, and is called in place of
+      `vjp` if `has_divergence` is true. No probe then estimates the divergence;
+    - `prepare(z)`, which is called once before a solve; every evaluation of the solve then gets its
+      result as the keyword argument `weights`.
     """
 
     def parameters(self) -> Iterator[Tensor]:
@@ -57,6 +61,11 @@ def vjp(field: VectorField, t: Tensor, z: Tensor, eps: Tensor, c: Tensor) -> tup
             for one in eps
         ]
     return f if differentiated else f.detach(), torch.stack(products)
+
+
+def has_divergence(field: VectorField) -> bool:
+    """Whether a field computes its divergence itself."""
+    return getattr(field, "has_divergence", False)
 
 
 class Probes:
@@ -107,6 +116,7 @@ class Dynamics:
         field: the vector field f.
         c: the numbers (B, k) on which the density is conditioned.
         eps: the probes (K, B, *shape), frozen for the whole solve; None if only `f` is called.
+            Without a probe, K = 0, n stays 0; l is then that of a field that has its divergence.
     """
 
     def __init__(self, field: VectorField, c: Tensor, eps: Tensor | None = None):
@@ -115,6 +125,7 @@ class Dynamics:
         self.eps: Any = eps
         self.nfe = 0
         self.vjp = getattr(field, "vjp", partial(vjp, field))
+        self.exact = has_divergence(field)
 
     def prepare(self, z: Tensor) -> dict[str, Any]:
         """What the field computes once for a solve from z; `f` and `__call__` take it."""
@@ -129,10 +140,15 @@ class Dynamics:
     def __call__(self, t: Tensor, state: State, **prepared: Any) -> State:
         """The right-hand side of (RNODE): the time derivatives of z, l, E and n."""
         self.nfe += 1
-        f, eps_jac = self.vjp(t, state.z, self.eps, self.c, **prepared)  # f(z, t) and εᵀ∇f
+        arguments = (t, state.z, self.eps, self.c)
+        if self.exact:
+            f, eps_jac, div = self.field.vjp_and_divergence(*arguments, **prepared)
+        else:
+            f, eps_jac = self.vjp(*arguments, **prepared)  # f(z, t) and εᵀ∇f
+            div = (eps_jac * self.eps).flatten(2).sum((0, 2))  # div f = εᵀ∇f ε
         return State(
             z=f,
-            l=(eps_jac * self.eps).flatten(2).sum((0, 2)),  # div f = εᵀ∇f ε
+            l=div,
             E=f.square().flatten(1).sum(1),  # ‖f‖²
             n=eps_jac.square().flatten(2).sum((0, 2)),  # ‖∇f‖_F² = ‖εᵀ∇f‖²
         )

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rnode.dynamics import Dynamics, Probes, State, VectorField
+from rnode.bases import Mixture, Normal
+from rnode.dynamics import Dynamics, Probes, State, VectorField, has_divergence
 from rnode.errors import Diverged, require
-from rnode.loss import log_normal
 from rnode.solver import Method, Solver, integrate, integrate_back
 from rnode.variational import VariationalDequantization
 
@@ -41,9 +41,10 @@ class PieceSolution:
 
 
 class Solution(NamedTuple):
-    """z (B, d) and l, E, n (B,) of a whole flow, and the solutions of its pieces."""
+    """The result of a whole flow, and the solutions of its pieces."""
 
-    state: State
+    state: State  # z (B, d) and l, E, n (B,); n is NaN where no probe measures it
+    log_q: Tensor  # of z under the base, (B,)
     pieces: list[PieceSolution]
 
     @property
@@ -140,8 +141,10 @@ class Flow(nn.Module):
         shape: shape of one sample x.
         layers: the layers from x to z.
         solver: its method `train` solves in training mode, `test` in evaluation mode.
-        probes: the probes of every piece's estimates.
+        probes: the probes of every piece's estimates. In evaluation mode, a field that computes its
+            divergence has none.
         k: number of the numbers c on which the density is conditioned.
+        base: distribution q of z; None: the standard normal.
     """
 
     layers: Sequence[Layer]
@@ -153,10 +156,12 @@ class Flow(nn.Module):
         solver: Solver,
         probes: Probes,
         k: int = 0,
+        base: Normal | Mixture | None = None,
     ):
         super().__init__()
         self.shape = torch.Size(shape)
         self.k = k
+        self.base = base or Normal(self.d)
         self.layers = nn.ModuleList(layers)  # ty: ignore[invalid-assignment]
         self.solver = solver
         self.probes = probes
@@ -171,6 +176,12 @@ class Flow(nn.Module):
     def d(self) -> int:
         """Dimension of x, by which every term of the objective is divided."""
         return self.shape.numel()
+
+    @property
+    def exact(self) -> bool:
+        """Whether no probe estimates the divergence in evaluation mode."""
+        closed = all(has_divergence(piece.field) for piece in self.pieces)
+        return closed or self.test_probes.divergence == "exact"
 
     @property
     def pieces(self) -> list[Piece]:
@@ -208,18 +219,19 @@ class Flow(nn.Module):
                 z, dl = layer(z)
                 l = l + dl
             elif isinstance(layer, Piece):
-                eps = probes.sample(z, generators)
+                exact = has_divergence(layer.field) and not self.training
+                eps = z.new_empty(0, *z.shape) if exact else probes.sample(z, generators)
                 try:
                     solution = layer(z, c, eps, self.method, self.solver.gradient, integrate)
                 except Diverged as error:
                     raise Diverged(f"{error} in piece {len(solutions) + 1}") from None
                 z, dl, dE, dn = solution.state
-                l, E, n = l + dl, E + dE, n + dn
+                l, E, n = l + dl, E + dE, n + (math.nan if exact else dn)
                 solutions.append(solution)
             else:
                 z = layer(z, factored)
         z = torch.cat([part.flatten(1) for part in (*factored, z)], dim=1)
-        return Solution(State(z, l, E, n), solutions)
+        return Solution(State(z, l, E, n), self.base.log_prob(z, c), solutions)
 
     def inverse(self, z: Tensor, c: Tensor | None = None) -> Tensor:
         """z (B, d) → x (B, *shape), with forward(inverse(z)).z = z up to the solver's error."""
@@ -283,8 +295,8 @@ class Flow(nn.Module):
     def log_prob(self, x: Tensor, c: Tensor | None = None) -> Tensor:
         """x (*batch, *shape), c (k,) or (*batch, k) → log p(x | c) in nats, (4), (*batch)."""
         batch = x.shape[: x.dim() - len(self.shape)]
-        state = self(x.reshape(-1, *x.shape[len(batch) :]), flatten_batch(c))
-        return (log_normal(state.z) + state.l).reshape(batch)
+        solution = self.solve(x.reshape(-1, *x.shape[len(batch) :]), flatten_batch(c))
+        return (solution.log_q + solution.state.l).reshape(batch)
 
     @torch.no_grad()
     def sample(
@@ -293,11 +305,11 @@ class Flow(nn.Module):
         c: Tensor | None = None,
         temperature: float = 1.0,
     ) -> Tensor:
-        """Sample x (*batch, *shape), from z with standard deviation `temperature`."""
+        """Sample x (*batch, *shape), from z whose noise is scaled by `temperature`."""
         batch = (batch,) if isinstance(batch, int) else tuple(batch)
         like = next(self.parameters())
-        z = torch.randn(math.prod(batch), self.d, device=like.device, dtype=like.dtype)
-        return self.inverse(temperature * z, flatten_batch(c)).reshape(*batch, *self.shape)
+        c = self._conditions(flatten_batch(c), like.new_empty(math.prod(batch), 0))
+        return self.inverse(self.base.sample(c, temperature), c).reshape(*batch, *self.shape)
 
 
 def flatten_batch(c: Tensor | None) -> Tensor | None:

@@ -12,19 +12,23 @@ def log_normal(z: Tensor) -> Tensor:
     return -0.5 * (z.square().sum(1) + z.shape[1] * math.log(2 * math.pi))
 
 
-def objective(state: State, lambda_k: float, lambda_j: float) -> Tensor:
+def objective(
+    state: State, lambda_k: float, lambda_j: float, log_q: Tensor | None = None
+) -> Tensor:
     """Equation (17): the mean over samples and dimensions of −log q(z(T)) − l + λ_K E + λ_J n.
 
     Args:
         state: a flow's result, with z (B, d) and l, E, n (B,).
         lambda_k: λ_K, weight of the kinetic energy.
         lambda_j: λ_J, weight of the Jacobian's squared Frobenius norm.
+        log_q: log q(z(T)) (B,); None: that of the standard normal.
 
     Returns:
         The loss (), in nats per dimension.
     """
     z, l, E, n = state
-    return (-log_normal(z) - l + lambda_k * E + lambda_j * n).mean() / z.shape[1]
+    log_q = log_normal(z) if log_q is None else log_q
+    return (-log_q - l + lambda_k * E + lambda_j * n).mean() / z.shape[1]
 
 
 def bits_per_dim(log_prob: Tensor, log_det: Tensor, d: int) -> Tensor:

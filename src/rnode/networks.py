@@ -1,4 +1,4 @@
-"""The vector field f(z, t; c) of a piece and its vector-Jacobian product εᵀ∇f.
+"""The vector field f(z, t; c) of a piece, its vector-Jacobian product εᵀ∇f, and its divergence.
 
 Every layer has time t, and the numbers c on which the density is conditioned, as further inputs.
 Softplus stands between the layers. The last layer is initialized to zero, so f = 0 and the flow
@@ -7,9 +7,10 @@ dense. Convolutions see a centred softplus and are initialized with variance 1/f
 default initialization shrinks activations by a factor of 0.3 per layer, so a young flow would stay
 nearly linear.
 
-The vjp is a chain of transposed layers. For f = W₃ s(W₂ s(W₁ z)), it is
+For f = W₃ s(W₂ s(W₁ z)), the vjp is a chain of transposed layers,
 εᵀ∇f = ((εᵀW₃ · s'(a₂)) W₂ · s'(a₁)) W₁ with s' = sigmoid. Backpropagation through it costs one
-pass less than through autograd's vjp.
+pass less than through autograd's vjp. If the layers are dense, the trace of the same product is
+div f = s'(a₂)ᵀ (W₂ ∘ (W₁W₃)ᵀ) s'(a₁), which costs no more than one layer.
 """
 
 import itertools
@@ -50,16 +51,11 @@ class _SoftplusSigmoid(torch.autograd.Function):
         return grad if grad_softplus is None else grad.addcmul_(grad_softplus, sigmoid)
 
 
-def _softplus_sigmoid(a: Tensor) -> tuple[Tensor, Tensor]:
+def softplus_sigmoid(a: Tensor) -> tuple[Tensor, Tensor]:
+    """Return softplus(a) and its derivative."""
     if torch._C._are_functorch_transforms_active():  # private: torch.func has no public test
         return F.softplus(a), a.sigmoid()  # it transforms operators, not an autograd function
     return _SoftplusSigmoid.apply(a)
-
-
-def _softplus(a: Tensor) -> Tensor:
-    if torch.is_grad_enabled() or a.device.type == "cpu":  # where F.softplus may be slow
-        return _softplus_sigmoid(a)[0]
-    return F.softplus(a)
 
 
 class Weights(NamedTuple):
@@ -156,6 +152,7 @@ class Field(nn.Module):
     def __init__(self, layer: LayerType, sizes: list[int], k: int = 0):
         super().__init__()
         self.centred = layer is TimeConv2d
+        self.has_divergence = layer is TimeLinear and len(sizes) == 4
         layers = [layer(*pair, k) for pair in itertools.pairwise(sizes)]
         self.layers = nn.ModuleList(layers)  # ty: ignore[invalid-assignment]
         for inner in layers[:-1]:
@@ -177,26 +174,44 @@ class Field(nn.Module):
         self, t: Tensor, z: Tensor, c: Tensor, weights: list[Weights] | None = None
     ) -> Tensor:
         """t (), z (B, *shape), c (B, k) → f(z, t; c) (B, *shape), in the dtype of z."""
-        *inner, (last, w_last) = zip(self.layers, weights or self.prepare(z), strict=True)
-        h = z.to(w_last.h.dtype)
-        c = c.to(w_last.h.dtype)
-        for layer, w in inner:
-            h = _softplus(layer(w, t, h, c))
-        return last(w_last, t, h, c).to(z.dtype)
+        return self._evaluate(t, z, c, weights or self.prepare(z))[0].to(z.dtype)
 
     def vjp(
         self, t: Tensor, z: Tensor, eps: Tensor, c: Tensor, weights: list[Weights] | None = None
     ) -> tuple[Tensor, Tensor]:
         """t (), z (B, *shape), eps (K, B, *shape), c (B, k) → f (B, *shape) and εᵀ∇f like eps."""
-        *inner, (last, w_last) = zip(self.layers, weights or self.prepare(z), strict=True)
+        weights = weights or self.prepare(z)
+        f, slopes = self._evaluate(t, z, c, weights)
+        return f.to(z.dtype), self._chain(eps, slopes, weights)
+
+    def vjp_and_divergence(
+        self, t: Tensor, z: Tensor, eps: Tensor, c: Tensor, weights: list[Weights] | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As `vjp`, and div f (B,), without a probe: for dense fields with two hidden layers."""
+        weights = weights or self.prepare(z)
+        f, slopes = self._evaluate(t, z, c, weights)
+        first, second = slopes
+        w1, w2, w3 = (w.h for w in weights)
+        div = (second * F.linear(first, w2 * (w1 @ w3).T)).sum(1)
+        return f.to(z.dtype), self._chain(eps, slopes, weights), div.to(z.dtype)
+
+    def _evaluate(
+        self, t: Tensor, z: Tensor, c: Tensor, weights: list[Weights]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """f, and the slope s'(a) of each hidden layer, in the dtype of the weights."""
+        *inner, (last, w_last) = zip(self.layers, weights, strict=True)
         h = z.to(w_last.h.dtype)
         c = c.to(w_last.h.dtype)
         slopes = []
         for layer, w in inner:
-            h, slope = _softplus_sigmoid(layer(w, t, h, c))
+            h, slope = softplus_sigmoid(layer(w, t, h, c))
             slopes.append(slope)
-        f = last(w_last, t, h, c)
-        g = last.vjp(w_last, eps.to(h.dtype))
+        return last(w_last, t, h, c), slopes
+
+    def _chain(self, eps: Tensor, slopes: list[Tensor], weights: list[Weights]) -> Tensor:
+        """εᵀ∇f like eps (K, B, *shape), backwards through the layers."""
+        *inner, last = zip(self.layers, weights, strict=True)
+        g = last[0].vjp(last[1], eps.to(last[1].h.dtype))
         for (layer, w), slope in zip(reversed(inner), reversed(slopes), strict=True):
             g = layer.vjp(w, g * slope)
-        return f.to(z.dtype), g.to(z.dtype)
+        return g.to(eps.dtype)

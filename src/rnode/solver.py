@@ -18,10 +18,14 @@ from torchdiffeq import odeint, odeint_adjoint
 
 from rnode.dynamics import Dynamics, State
 from rnode.errors import Diverged, one_line, require, require_choice
-from rnode.names import ADAPTIVE, FIXED_GRID, GRADIENTS, INTEGRALS
+from rnode.names import ADAPTIVE, FIXED_GRID, GRADIENTS, INTEGRALS, NORMS
 from rnode.quadrature import radau, simpson
 from rnode.runge_kutta import path, step, time
 
+NORM_OF = {  # of errors (B, *shape)
+    "rows": lambda x: x.square().reshape(len(x), -1).mean(1).max().sqrt(),
+    "batch": lambda x: x.square().mean().sqrt(),
+}
 QUADRATURES = {"simpson": simpson, "radau": radau}
 T = 1.0  # final time of every piece; a longer time is the same as a larger f
 MAX_STEPS = 10_000  # adaptive steps of a piece; a solve that needs more has diverged
@@ -41,6 +45,8 @@ class Method:
         rtol: relative tolerance of an adaptive method.
         atol: absolute tolerance of an adaptive method.
         first_step: first step that an adaptive method tries.
+        norm: what an adaptive method keeps below its tolerance: the error of every sample (`rows`),
+            or the root mean square over the batch (`batch`), as the paper does.
     """
 
     method: str
@@ -49,12 +55,14 @@ class Method:
     rtol: float = 1e-5
     atol: float = 1e-5
     first_step: float = 0.3
+    norm: str = "rows"
     times: tuple[float, ...] = field(init=False, repr=False)  # of the steps for z, from 0 to T
     weights: tuple[float, ...] = field(init=False, repr=False)  # of the rule for l, E and n, if any
 
     def __post_init__(self):
         require_choice("method", self.method, FIXED_GRID + ADAPTIVE)
         require_choice("integrals", self.integrals, INTEGRALS)
+        require_choice("norm", self.norm, NORMS)
         require(self.steps >= 1, f"steps={self.steps}: must be at least 1")
         fixed = self.integrals == "system" or not self.adaptive
         require(fixed, f"integrals={self.integrals}: needs a method of {', '.join(FIXED_GRID)}")
@@ -71,14 +79,17 @@ class Method:
     def adaptive(self) -> bool:
         return self.method in ADAPTIVE
 
-    def odeint_options(self, norm: Callable, dtype: torch.dtype) -> dict:
-        """Keyword arguments of `odeint`; `norm` measures the error of adaptive methods."""
+    def odeint_options(self, dtype: torch.dtype) -> dict:
+        """Keyword arguments of `odeint` for a state (z, …).
+
+        The errors of z and l limit adaptive steps. E and n never shrink a step.
+        """
         if not self.adaptive:
             return {"method": self.method, "options": {"step_size": T / self.steps}}
         options = {
             "first_step": self.first_step,
             "max_num_steps": MAX_STEPS,
-            "norm": norm,
+            "norm": lambda state: max(map(NORM_OF[self.norm], state[:2])),
             "dtype": dtype,  # of times; torchdiffeq's own is float64, which some devices lack
         }
         return {"method": self.method, "rtol": self.rtol, "atol": self.atol, "options": options}
@@ -110,15 +121,6 @@ class Solver:
         able = self.gradient != "adjoint" or self.train.integrals == "system"
         instead = f"integrals={self.train.integrals} saves memory by gradient=checkpoint"
         require(able, f"gradient=adjoint: needs integrals=system; {instead}")
-
-
-def rms(x: Tensor) -> Tensor:
-    return x.square().mean().sqrt()
-
-
-def error_norm(state: State) -> Tensor:
-    """Error norm of z and l alone: E and n measure the flow and never shrink a step."""
-    return torch.maximum(rms(state[0]), rms(state[1]))
 
 
 @contextlib.contextmanager
@@ -170,7 +172,7 @@ def integrate_system(dynamics: Dynamics, z: Tensor, method: Method, gradient: st
             states = path(right_hand_side, State.initial(z), method.times, method.method)
             return State(*states[-1])
         t = torch.linspace(0, T, 2, device=z.device, dtype=z.dtype)
-        options = method.odeint_options(error_norm, z.dtype)
+        options = method.odeint_options(z.dtype)
         paths = odeint(right_hand_side, State.initial(z), t, **adjoint, **options)
         return State(*(path[-1] for path in paths))
 
@@ -240,11 +242,15 @@ def integrate_back(f: Callable, z: Tensor, method: Method, intervals: int = 1) -
     if z.numel() == 0:
         return z.expand(intervals + 1, *z.shape)
     with solver_errors(), precision_of(method, z.device):
+
+        def right_hand_side(t: Tensor, y: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            return (f(t, *y),)
+
         if not method.adaptive:
             per_interval = math.ceil(method.steps / intervals)
             steps = intervals * per_interval
             grid = [T * k / steps for k in range(steps, -1, -1)]
-            states = path(lambda t, y: (f(t, *y),), (z,), grid, method.method)
+            states = path(right_hand_side, (z,), grid, method.method)
             return torch.stack([z for (z,) in states[::per_interval]])
         t = torch.linspace(T, 0, intervals + 1, device=z.device, dtype=z.dtype)
-        return odeint(f, z, t, **method.odeint_options(rms, z.dtype))
+        return odeint(right_hand_side, (z,), t, **method.odeint_options(z.dtype))[0]

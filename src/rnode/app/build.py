@@ -14,8 +14,6 @@ from rnode.flow import Flow
 from rnode.transforms import ImageTransform, TableTransform
 from rnode.variational import VariationalDequantization
 
-EXACT_UP_TO = 16  # dimensions: there div f by as many vjps as dimensions is cheap
-TABLE_PROBES = 4  # of wider tables in evaluation, at least: with one, their log p is too noisy
 SECTIONS = ("dataset", "model", "solver", "dequantization", "divergence", "probes")
 
 
@@ -40,10 +38,8 @@ def build(cfg: DictConfig, state: dict | None = None) -> tuple[DataModule, Flow]
         require(images, "dequantization=variational: needs image data")
         levels, alpha = data.transform.levels, data.transform.logit.alpha
         flow.layers.insert(0, VariationalDequantization(data.shape[0], levels, alpha))
-    if flow.d <= EXACT_UP_TO:
-        flow.test_probes = Probes("exact")
-    elif isinstance(data.transform, TableTransform):
-        flow.test_probes = Probes(cfg.divergence, max(TABLE_PROBES, cfg.probes))
+    if isinstance(data.transform, TableTransform):
+        flow.test_probes = Probes("exact")  # of fields that do not compute their divergence
     return data, flow
 
 

@@ -103,8 +103,7 @@ class Density:
         """
         x, columns = self.encode(rows)
         c = self.data.conditions.encode(columns if context is None else context, len(x))
-        exact = self.flow.test_probes.divergence == "exact"
-        seeds = [self.seed] if exact else [self.seed, self.seed + 1]
+        seeds = [self.seed] if self.flow.exact else [self.seed, self.seed + 1]
         parts = []
         for index in progress(torch.arange(len(x)).split(self.data.eval_batch_size)):
             batch = self.data.transform.for_evaluation(x[index], index, c[index], self.seed)

@@ -32,10 +32,11 @@ def main(cfg: DictConfig) -> float:
         rows, bits = getattr(data.splits, cfg.split), columns["bits_per_dim"]
         plot_extremes(rows, bits, data.transform.levels, EXTREMES, folder / "extremes.png")
     numbers = {name: value for name, value in summary.items() if not isinstance(value, list)}
-    text = print_numbers(f"{cfg.split} set, {flow.test_probes}", numbers)
+    divergence = "exact divergence" if flow.exact else str(flow.test_probes)
+    text = print_numbers(f"{cfg.split} set, {divergence}", numbers)
     (folder / "evaluation.txt").write_text(text, encoding="utf-8")
     settings = {
-        "divergence": str(flow.test_probes),
+        "divergence": divergence,
         "ckpt_path": cfg.ckpt_path,
         "split": cfg.split,
         "seed": cfg.seed,

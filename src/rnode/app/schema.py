@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from rnode.names import ADAPTIVE, DIVERGENCES, FIXED_GRID, GRADIENTS, INTEGRALS
+from rnode.names import ADAPTIVE, DIVERGENCES, FIXED_GRID, GRADIENTS, INTEGRALS, NORMS
 
 PACKAGE = Path(__file__).resolve().parent.parent
 INSTALLED, CHECKOUT = PACKAGE / "conf", PACKAGE.parent.parent / "conf"
@@ -77,6 +77,7 @@ class Method(Section):
     rtol: Positive = key("relative tolerance of adaptive steps")
     atol: Positive = key("absolute tolerance of adaptive steps")
     first_step: Positive = key("first step that an adaptive method tries")
+    norm: Literal[NORMS] = key("adaptive steps bound the error of all rows, or of a batch's mean")
 
 
 class Solver(Section):

@@ -10,9 +10,9 @@ from torch.nn.utils import get_total_norm
 from torchmetrics import CatMetric
 
 from rnode.errors import Diverged
-from rnode.evaluation import solve_and_measure, standard_error
+from rnode.evaluation import measure, solve_and_measure, standard_error
 from rnode.flow import Flow, Solution
-from rnode.loss import bits_per_dim, log_normal, objective
+from rnode.loss import objective
 from rnode.matching import flow_matching
 from rnode.networks import Field
 from rnode.seeding import PROBES, step_generator
@@ -99,12 +99,11 @@ class RNODE(LightningModule):
             self.reason = f"{error}; "
             # NaN for the gradient of every parameter: all processes of DDP then stop together.
             return math.nan * sum(parameter.sum() for parameter in self.parameters())
-        state, d = self.solution.state, self.flow.d
-        loss = objective(state, self.lambda_k, self.lambda_j)
-        bits = bits_per_dim(log_normal(state.z) + state.l, batch.log_det, d).mean()
-        measures = {"kinetic": state.E.mean() / d, "jacobian": state.n.mean() / d}
-        measures |= {"bits_per_dim": bits, "nfe_forward": self.solution.nfe_forward}
-        self.log_step({"loss": loss} | measures)
+        solution = self.solution
+        loss = objective(solution.state, self.lambda_k, self.lambda_j, solution.log_q)
+        measures = measure(self.flow, batch, solution)._asdict()
+        means = {name: values.mean() for name, values in measures.items()}
+        self.log_step({"loss": loss, "nfe_forward": solution.nfe_forward} | means)
         return loss
 
     def log_step(self, metrics: dict[str, Tensor | float]) -> None:
@@ -166,7 +165,9 @@ class RNODE(LightningModule):
             what = f"{stage} bits/dim is {bits:.3g}"
             raise Diverged(f"{self.reason}{what} after training step {self.global_step}")
         means = {"bits_per_dim": bits, "bits_per_dim_se": standard_error(rows[:, 1])}
-        means |= {"log_det": log_det, "kinetic": kinetic, "jacobian": jacobian}
+        means |= {"log_det": log_det, "kinetic": kinetic}
+        if not jacobian.isnan():  # no probe measures it if the divergence is exact
+            means["jacobian"] = jacobian
         self.log_dict({f"{stage}/{name}": value for name, value in means.items()}, sync_dist=True)
         if stage == "val":
             self.validation_bits = rows[:, 1].sort().values.cpu()
