@@ -10,14 +10,10 @@ from rich.progress import track
 from rnode.app.density import from_checkpoint
 from rnode.app.summary import print_numbers
 from rnode.evaluation import evaluate
-from rnode.training.plots import plot_extremes
-from rnode.transforms import ImageTransform
-
-EXTREMES = 32  # images in each half of extremes.png
 
 
 def main(cfg: DictConfig) -> float:
-    """Write evaluation.json, evaluation.txt, samples.csv and extremes.png; return the bits/dim."""
+    """Write evaluation.json and samples.csv; return the bits/dim."""
     density = from_checkpoint(cfg)
     data, flow = density.data, density.flow
     data.setup()
@@ -28,12 +24,8 @@ def main(cfg: DictConfig) -> float:
         columns["bound"] = columns.pop("bounds")[-1]
     frame = pl.DataFrame({name: column.numpy() for name, column in columns.items()})
     frame.with_row_index().write_csv(folder / "samples.csv")
-    if isinstance(data.transform, ImageTransform):
-        rows, bits = getattr(data.splits, cfg.split), columns["bits_per_dim"]
-        plot_extremes(rows, bits, data.transform.levels, EXTREMES, folder / "extremes.png")
     numbers = {name: value for name, value in summary.items() if not isinstance(value, list)}
-    text = print_numbers(f"{cfg.split} set, {flow.test_probes}", numbers)
-    (folder / "evaluation.txt").write_text(text, encoding="utf-8")
+    print_numbers(f"{cfg.split} set, {flow.test_probes}", numbers)
     settings = {
         "divergence": str(flow.test_probes),
         "ckpt_path": cfg.ckpt_path,

@@ -3,27 +3,26 @@
 import json
 
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from rnode.app.schema import COMMANDS, CONF, Callback, Logger
-from rnode.app.validation import compose_config
 
 ENTRIES = {"callbacks.": Callback, "logger.": Logger}
 
 
-def help_text(command: str, overrides: list[str]) -> str:
-    """Describe a command, its groups, and its keys with the values that a command line gives."""
-    config = OmegaConf.to_container(compose_config(command, overrides), resolve=True)
+def help_text(command: str, cfg: DictConfig) -> str:
+    """Describe a command, its groups, and its keys with their values in `cfg`."""
     lines = [COMMANDS[command].__doc__, f"\nusage: rnode {command} [group=option …] [key=value …]"]
     for group, choice in HydraConfig.get().runtime.choices.items():
         if "/" in group or "@" in group:
             continue
         lines += ["", f"{group}={choice or ''}"]
         for file in sorted((CONF / group).glob("*.yaml")):
-            text = file.read_text("utf-8").removeprefix("# @package _global_\n")
-            first = text.removeprefix("# @package reg\n").splitlines()[0]
-            lines.append(f"  {file.stem:<20}{first[2:]}")
+            comments = file.read_text("utf-8").splitlines()
+            about = next(line for line in comments if not line.startswith("# @package"))
+            lines.append(f"  {file.stem:<20}{about[2:]}")
     lines += ["", "keys, with their values in brackets; --cfg job --resolve prints them as YAML:"]
+    config = OmegaConf.to_container(cfg, resolve=True)
     return "\n".join([*lines, *describe_keys(COMMANDS[command], config)])
 
 

@@ -105,15 +105,6 @@ def plot_corner(path: Path, panels: dict[str, Tensor], names: list[str]) -> None
     save_figure(figure, path)
 
 
-def plot_extremes(rows: Tensor, bits: Tensor, levels: int, count: int, path: Path) -> None:
-    """Plot the `count` most and least likely images (N, C, H, W) of integers, by `bits` (N,)."""
-    order, panels = bits.argsort(), {}
-    for name, chosen in (("most", order[:count]), ("least", order.flip(0)[:count])):
-        title = f"{name} likely: {bits[chosen].min():.2f} to {bits[chosen].max():.2f} bits/dim"
-        panels[title] = rows[chosen] / (levels - 1)
-    plot_grids(path, panels)
-
-
 def plot_trajectory(frames: Tensor, folder: Path) -> None:
     """Write frames (times, N, C, H, W) in [0, 1] as strip.png and trajectory.gif."""
     times = torch.linspace(0, len(frames) - 1, min(len(frames), 12)).round().long()
