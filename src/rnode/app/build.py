@@ -72,7 +72,7 @@ def config_of(checkpoint: dict, path: str, trust: Collection[str]) -> DictConfig
 def apply_overrides(config: DictConfig, cfg: DictConfig) -> None:
     """Replace in the configuration of a run what a command sets; null leaves the run's own."""
     OmegaConf.set_struct(config, True)  # a run has the options of its own data alone
-    changes = {name: cfg[name] for name in ("dataset", "solver", "divergence", "probes")}
-    for key, value in flatten(OmegaConf.to_container(OmegaConf.create(changes))).items():
+    changes = OmegaConf.masked_copy(cfg, ["dataset", "solver", "divergence", "probes"])
+    for key, value in flatten(OmegaConf.to_container(changes)).items():
         if value is not None:
             OmegaConf.update(config, key, value)

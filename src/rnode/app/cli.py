@@ -14,10 +14,9 @@ from omegaconf import DictConfig, OmegaConf
 
 import rnode
 from rnode.app.exits import one_line_errors
-from rnode.app.help import help_text
 from rnode.app.processes import is_first_process, prepare_process, run_name
-from rnode.app.schema import COMMANDS, CONF
-from rnode.app.sweep import in_sweep
+from rnode.app.schema import COMMANDS, CONF, help_text
+from rnode.app.sweep import SWEPT, in_sweep
 from rnode.app.validation import compose_config, quote, validate
 from rnode.training.results import DIVERGED, FAILED
 
@@ -56,14 +55,21 @@ def run(command: str, arguments: list[str] | None = None) -> None:
         overrides = expand(command, flags.overrides)
         if flags.config_dir is not None:
             overrides.append(f"hydra.searchpath=[{quote(os.path.abspath(flags.config_dir))}]")
-        cfg = compose_config(command, without_swept(overrides) if flags.multirun else overrides)
+        fixed = overrides
+        if flags.multirun:
+            parsed = OverridesParser.create().parse_overrides(overrides)
+            swept = [override.key_or_group for override in parsed if override.is_sweep_override()]
+            fixed = [override.input_line for override in parsed if not override.is_sweep_override()]
+            os.environ[SWEPT] = " ".join(swept)
+            overrides.append("hydra.mode=MULTIRUN")
+        cfg = compose_config(command, fixed)
         if flags.help:
             print(help_text(command, cfg))
         elif flags.cfg:
             print(OmegaConf.to_yaml(cfg, resolve=flags.resolve))
         else:
             validate(command, cfg)
-            start_hydra(command, ["--multirun", *overrides] if flags.multirun else overrides)
+            start_hydra(command, overrides)
 
 
 def expand(command: str, overrides: list[str]) -> list[str]:
@@ -86,12 +92,6 @@ def expand(command: str, overrides: list[str]) -> list[str]:
     return [*expanded, f"folders=[{','.join(folders)}]"] if folders else expanded
 
 
-def without_swept(overrides: list[str]) -> list[str]:
-    """Return the overrides that hold for all jobs of a sweep."""
-    parsed = OverridesParser.create().parse_overrides(overrides)
-    return [override.input_line for override in parsed if not override.is_sweep_override()]
-
-
 def start_hydra(command: str, arguments: list[str]) -> None:
     """Let Hydra run `main(cfg)` of the command, once or for each job of a sweep."""
     typed = sys.argv
@@ -108,6 +108,7 @@ def start_hydra(command: str, arguments: list[str]) -> None:
                 chosen = hydra_config.runtime.choices
                 print(f"{chosen.dataset} by a {chosen.model} flow, solver={chosen.solver}")
                 print(f"run folder: {folder} (Ctrl-C stops the run and says how to resume)")
+                sys.stdout.flush()
             prepare_process()
             # torch and Lightning are imported here: --help and mistakes do not wait for them.
             package = "rnode.paper" if command == "reproduce" else "rnode.app"  # benchmarks/paper

@@ -1,8 +1,11 @@
-"""The configuration: a type, a range and a sentence for each key, which --help prints."""
+"""The configuration: a type, a range and a sentence for each key, and --help, which prints them."""
 
+import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
 from pydantic import BaseModel, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from rnode.names import ADAPTIVE, DIVERGENCES, FIXED_GRID, GRADIENTS, INTEGRALS
@@ -218,3 +221,38 @@ def flatten(value: Any, path: str = "") -> dict[str, Any]:
         return {path: value}
     parts = (flatten(child, f"{path}.{key}".removeprefix(".")) for key, child in value.items())
     return {key: leaf for part in parts for key, leaf in part.items()}
+
+
+def help_text(command: str, cfg: DictConfig) -> str:
+    """Describe a command, its groups, and its keys with their values in `cfg`."""
+    lines = [COMMANDS[command].__doc__, f"\nusage: rnode {command} [group=option …] [key=value …]"]
+    for group, choice in HydraConfig.get().runtime.choices.items():
+        if "/" in group or "@" in group:
+            continue
+        lines += ["", f"{group}={choice or ''}"]
+        for file in sorted((CONF / group).glob("*.yaml")):
+            comments = file.read_text("utf-8").splitlines()
+            about = next(line for line in comments if not line.startswith("# @package"))
+            lines.append(f"  {file.stem:<20}{about[2:]}")
+    lines += ["", "keys, with their values in brackets; --cfg job --resolve prints them as YAML:"]
+    config = OmegaConf.to_container(cfg, resolve=True)
+    return "\n".join([*lines, *describe_keys(COMMANDS[command], config)])
+
+
+def describe_keys(schema: type, config: dict, path: str = "") -> list[str]:
+    """One line for each key of a section: its name, its sentence and its value."""
+    entries = {"callbacks.": Callback, "logger.": Logger}
+    lines = []
+    for name, value in config.items():
+        if name.startswith("_") or name == "source":  # for Hydra
+            continue
+        field = getattr(schema, "model_fields", {}).get(name)
+        about = field.description if field else "an option of the class"
+        if isinstance(value, dict):
+            lines.append(f"{path}{name}: {value.get('_target_', about)}")
+            section = field.annotation if field else entries.get(path)
+            lines += describe_keys(section, value, f"{path}{name}.")
+        else:
+            text = value if isinstance(value, str) else json.dumps(value)
+            lines.append(f"  {path + name:<34}{about} [{text}]")
+    return lines

@@ -1,12 +1,10 @@
 """Sweeps (`-m`): what their jobs share, which jobs have finished, and the report at the end."""
 
 import math
-import os
 import signal
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -53,9 +51,6 @@ class Sweep(Callback):
     """Runs before and after the jobs of a sweep, in the process that the user started."""
 
     def on_multirun_start(self, config: DictConfig, **kwargs: object) -> None:
-        overrides = OverridesParser.create().parse_overrides(config.hydra.overrides.task)
-        swept = [override.key_or_group for override in overrides if override.is_sweep_override()]
-        os.environ[SWEPT] = " ".join(swept)
         sampler = config.hydra.sweeper.get("sampler", {})
         if sampler.get("seed", 0) is None:
             sampler.seed = config.seed  # Optuna, started again, suggests the same jobs
