@@ -120,10 +120,10 @@ def refused(capsys, command, *overrides):
     return lines[0], stop.value.code
 
 
-def command(*arguments, cwd, script="train"):
-    """Run `python src/train.py …`, or another script, as a process of its own."""
+def command(*arguments, cwd):
+    """Run `python src/train.py …` as a process of its own."""
     return subprocess.run(
-        [sys.executable, ROOT / "src" / f"{script}.py", *arguments],
+        [sys.executable, ROOT / "src" / "train.py", *arguments],
         cwd=cwd,
         env=ONE_THREAD,
         capture_output=True,

@@ -7,7 +7,6 @@ import pytest
 import rnode
 from helpers import ROOT
 from rnode import multiscale, objective
-from rnode.app.schema import COMMANDS
 
 FILES = sorted((ROOT / "src").rglob("*.py"))
 PAPER = sorted((ROOT / "src" / "rnode").glob("*.py"))
@@ -38,15 +37,6 @@ def test_private_names_of_other_libraries_are_few_and_have_a_reason():
     assert not any(map(private, imports))  # hydra._internal above all
     used = attributes - functions - {"_replace", "_asdict"}  # of named tuples
     assert set(filter(private, used)) <= set(PRIVATE)
-
-
-def test_scripts_are_thin():
-    scripts = sorted((ROOT / "src").glob("*.py"))
-    assert [path.stem for path in scripts] == sorted(COMMANDS)
-    for path in scripts:
-        text = path.read_text(encoding="utf-8").replace(path.stem, "COMMAND")
-        assert text == scripts[0].read_text(encoding="utf-8").replace(scripts[0].stem, "COMMAND")
-        assert len(text.splitlines()) < 10
 
 
 def test_public_names_are_imported_on_first_use_and_hide_no_modules():

@@ -1,7 +1,6 @@
 """The command line: mistakes, help, checkpoint paths, bugs and exit codes."""
 
 import re
-import signal
 import subprocess
 import sys
 
@@ -13,46 +12,43 @@ import rnode
 from helpers import HANG, ROOT, TWO_STEPS, call, refused
 from rnode.app import cli, train
 from rnode.app.exits import describe_error
-from rnode.app.schema import COMMANDS, CONF
-from rnode.app.validation import known_keys
-from rnode.errors import Diverged, InputError, Stopped
+from rnode.app.schema import COMMANDS, CONF, flatten
+from rnode.errors import Diverged, InputError
 
 MISTAKES = {
     # a group has no such option
-    "dataset=cifar11": "there is no dataset/cifar11; the options are arrays, ",
-    "-m dataset=digits,toy,cifar11": "there is no dataset/cifar11; the options are",
+    "dataset=cifar11": "Could not find 'dataset/cifar11' Available options in 'dataset': arrays ",
+    "-m dataset=digits,toy,cifar11": "Could not find 'dataset/cifar11' Available options",
     # there is no such key
     "trainer.max_epoch=3": "no option trainer.max_epoch; did you mean trainer.max_epochs?",
     "epochs=3": "no option epochs; did you mean trainer.max_epochs?",
     "dataset=mnist dataset.rot=1": "no option dataset.rot; did you mean dataset.root?",
     "-m dataset=glob(d*) sed=3,4": "no option sed; did you mean seed?",
-    "trainer.detect_anomaly=true": "+trainer.detect_anomaly=… passes it to Lightning",
-    "+lamda_k=1": "there is no option lamda_k",
+    "trainer.detect_anomaly=true": "+trainer.detect_anomaly=… passes it on",
+    "+lamda_k=1": "lamda_k=1: Extra inputs are not permitted",
     "dataset=table": "dataset.path=… is missing; --help describes it",
     # a type
-    "optimizer.lr=abc": "optimizer.lr=abc: must be a valid number",
-    "reg.lambda_k=null": "reg.lambda_k=null: must be a valid number",
-    "-m reg.lambda_k=interval(0,1) seed=x": "error: seed=x: must be a valid integer",
-    "solver.train=rk4": "solver.train=rk4: must be a valid dictionary",
+    "optimizer.lr=abc": "optimizer.lr=abc: Input should be a valid number",
+    "reg.lambda_k=null": "reg.lambda_k=None: Input should be a valid number",
+    "-m reg.lambda_k=interval(0,1) seed=x": "error: seed=x: Input should be a valid integer",
+    "solver.train=rk4": "solver.train=rk4: Input should be a valid dictionary",
     # a range
-    "-m optimizer.lr=-1,1": "optimizer.lr=-1: must be at least 0",
-    "reg.lambda_j=nan": "reg.lambda_j=nan: must be a finite number",
-    "dataset.validation=0": "dataset.validation=0: must be at least 1",
-    "trainer.max_time=5": "trainer.max_time=5: must be a valid string",
-    "logger.wandb.mode=on": "logger.wandb.mode=on: must be 'offline', 'online' or 'disabled'",
+    "-m optimizer.lr=-1 seed=1,2": "optimizer.lr=-1: Input should be greater than or equal to 0",
+    "reg.lambda_j=nan": "reg.lambda_j=nan: Input should be a finite number",
+    "dataset.validation=0": "dataset.validation=0: Input should be greater than 0",
+    "trainer.max_time=5": "trainer.max_time=5: Input should be a valid string",
+    "logger.wandb.mode=on": "logger.wandb.mode=on: Input should be 'offline', 'online' or",
     # values that do not go together
     "dataset=patches dataset.size=9": "the scales cannot halve 9×9; use images of 8×8",
     # Hydra's grammar, flags and paths
-    "reg.lambda_j=[1": "reg.lambda_j=[1: & write 'reg.lambda_j=\"[1\"'",
-    "seed": "error: seed: must be KEY=VALUE",
-    f"{CONF}": f"{CONF}/last.ckpt: there is no such checkpoint",
+    "reg.lambda_j=[1": "error: reg.lambda_j=[1: & override_grammar",
+    "seed": "error: seed: & missing EQUAL",
+    f"{CONF}": f"{CONF}/last.ckpt: there is no such file",
     "seed=1,2": "--multirun",
-    "--config-dir nowhere": "nowhere: there is no such folder",
-    "--multi": "there is no flag --multi",
     "ckpt_path=nowhere.ckpt": "ckpt_path=nowhere.ckpt: there is no such file",
     "hydra.run.dir=/dev/null/run": "Not a directory: '/dev/null/run'",
     # errors of the classes that Hydra builds
-    "+trainer.overfit_batches=1.5": "trainer: You have passed invalid value 1.5 for overfit",
+    "+trainer.overfit_batches=1.5": "You have passed invalid value 1.5 for overfit",
     "optimizer._target_=torch.optim.Adan": "Error loading 'torch.optim.Adan'",
 }
 
@@ -77,7 +73,7 @@ def test_help_describes_every_group_option_and_key(capsys, arguments):
     described = {line.split()[0].rstrip(":"): line.split()[1:] for line in lines if line}
     with initialize_config_dir(str(CONF), version_base="1.3"):
         config = OmegaConf.to_container(compose(command, overrides), throw_on_missing=False)
-    keys = [key for key in known_keys(config) if not re.search(r"\._|\.source\b", key)]
+    keys = [key for key in flatten(config) if not re.search(r"\._|\.source\b", key)]
     assert all(described[key] for key in keys)
     assert not [key for key in described if re.search(r"\._|\.source$", key)]
     assert ("dataset.root" in keys) == (arguments in ("train dataset=mnist", "sample"))
@@ -139,12 +135,8 @@ def test_bare_paths_stand_for_keys(tmp_path):
 
     folder = tmp_path / 'lr=0.1,λ="1"'
     folder.mkdir()
-    (folder / "last.ckpt").touch()
     quoted = str(folder).replace('"', '\\"')
     assert expand("train", folder, "seed=3") == [f'ckpt_path="{quoted}/last.ckpt"', "seed=3"]
-    with pytest.raises(InputError, match=r"/best.ckpt: there is no such checkpoint"):
-        expand("evaluate", folder)
-    (folder / "best.ckpt").touch()
     assert expand("evaluate", folder) == [f'ckpt_path="{quoted}/best.ckpt"']
     assert expand("sample", "a/b.ckpt", "context.a=1") == ["ckpt_path=a/b.ckpt", "++context.a=1"]
     assert expand("score", "ckpt_path=a.ckpt", "~id") == ["ckpt_path=a.ckpt", "~id"]
@@ -168,11 +160,10 @@ def test_a_bug_gets_one_line_and_its_traceback_is_saved(tmp_path, capsys, monkey
     ("error", "line", "code"),
     [
         (InputError("levels=1:\n must be 2"), "levels=1: must be 2$", 2),
-        (InputError("x" * 9999), "x{1500}$", 2),
+        (InputError("x" * 9999), "x{1000}$", 2),
         (Diverged("z became NaN"), "z became NaN$", 1),
-        (Stopped("by SIGTERM", signal.SIGTERM), "by SIGTERM$", 143),
         (RuntimeError("CUDA out of memory"), "try a smaller dataset.batch_size .*error.log", 1),
-        (ZeroDivisionError("x" * 9999), "ZeroDivisionError: x{500}; the traceback is in", 1),
+        (ZeroDivisionError("x" * 9999), "ZeroDivisionError: x{1000}; the traceback is in", 1),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
 )

@@ -34,15 +34,12 @@ def test_an_evaluation_agrees_with_the_test_of_the_run(digits_run, tmp_path, cap
     assert summary["divergence"] == "1 gaussian probe(s) a sample"
     assert (summary["split"], summary["seed"], summary["dimensions"]) == ("test", 0, 64)
     bits = summary["bits_per_dim"]
-    text = (tmp_path / "evaluation.txt").read_text(encoding="utf-8")
-    assert text.strip() in printed
     for name in ("bits_per_dim", "standard_error_images", "bound", "midpoint", "nfe_max"):
-        assert re.search(rf"{name} .* {summary[name]:.5g} ", text)
+        assert re.search(rf"{name} .* {summary[name]:.5g} ", printed)
     frame = pl.read_csv(tmp_path / "samples.csv")
     assert frame["index"].to_list() == list(range(40))
     assert frame["bits_per_dim"].mean() == pytest.approx(bits)
     assert frame["bound"].mean() == pytest.approx(summary["bound"])
-    assert Image.open(tmp_path / "extremes.png").size[0] > 600
 
 
 def test_an_evaluation_takes_another_split_solver_and_seed(digits_run, tmp_path):
@@ -68,7 +65,6 @@ def test_a_narrow_table_is_evaluated_exactly_and_has_no_bound(toy_run, tmp_path)
     assert summary["divergence"] == "exact"
     assert summary["standard_error_probes"] == 0
     assert "bound" not in summary
-    assert not (tmp_path / "extremes.png").exists()
 
 
 def energy_distance(a, b):
@@ -135,9 +131,9 @@ def test_samples_of_images_and_their_trajectories(digits_run, tmp_path, capsys):
     [
         ("evaluate", [], "ckpt_path"),
         ("evaluate", ["nowhere.ckpt"], "there is no such file"),
-        ("evaluate", ["TOY", "split=train"], "split=train: must be"),
+        ("evaluate", ["TOY", "split=train"], "split=train: Input should be"),
         ("evaluate", ["DIGITS", "dataset.root=elsewhere"], "dataset.root"),
-        ("evaluate", ["DIGITS", "solver.train.method=rk4"], "solver.train.method"),
+        ("evaluate", ["DIGITS", "solver.train.method=rk4"], "no option solver.train"),
         ("sample", ["TOY", "context.city=Oslo"], "context.city: the conditions are none"),
     ],
 )

@@ -115,7 +115,7 @@ def test_a_broken_file_is_named_or_left_out(tmp_path, capsys):
     [
         ("root=nowhere", "root=nowhere: there is no such folder"),
         ("root=empty", "root=empty: holds no image"),
-        ("channels=2", "dataset.channels=2: must be 1 or 3"),
+        ("channels=2", "dataset.channels=2: Input should be 1 or 3"),
         ("context=label root=flat", "context=label: there are images without a label"),
         ("validation=500", "validation=500: must be 1 to 89, out of 90 samples"),
     ],

@@ -18,8 +18,7 @@ from omegaconf import OmegaConf
 
 from helpers import TWO_STEPS, Run
 from rnode.app import density
-from rnode.app.schema import CONF
-from rnode.app.validation import known_keys
+from rnode.app.schema import CONF, flatten
 from rnode.errors import InputError
 
 TIMES = int(os.environ.get("TIMES", "1"))
@@ -27,7 +26,8 @@ TINY = [*TWO_STEPS, "model.pieces=1", "dataset.test=12", "dataset.validation=12"
 TOY = ["dataset=toy", "dataset.train=40", "model.layers=2"]
 # By these keys a larger value asks for more work, or for other processes, as it should.
 WORK = {"samples", "n", "trainer.devices", "trainer.num_nodes", "trainer.fast_dev_run"}
-WORK |= {"trainer.max_steps", "trainer.max_epochs"}
+WORK |= {"trainer.max_steps", "trainer.max_epochs", "model.layers", "model.pieces"}
+WORK |= {"model.hidden", "solver.train.steps", "solver.test.steps"}
 WORK |= {f"trainer.limit_{stage}_batches" for stage in ("train", "val", "test")}
 FEW = st.sampled_from(["-1", "1", "0.5", "nan", "x", "null", "[]", "{}", "[1", "", "${seed}"])
 NUMBERS = "0 -1 1 2 0.5 -0.0 1e-30 1e30 nan inf 2147483648 1000000000000000000000000000000"
@@ -50,7 +50,7 @@ def overrides(draw, command, data):
     with initialize_config_dir(str(CONF), version_base="1.3"):
         config = OmegaConf.to_container(compose(command, data), throw_on_missing=False)
     groups = [path.name for path in CONF.iterdir() if path.is_dir()]
-    keys = [*known_keys(config), *(groups if command == "train" else ["solver"])]
+    keys = [*flatten(config), *(groups if command == "train" else ["solver"])]
     found = []
     for _ in range(draw(st.integers(1, 3))):
         key = draw(st.sampled_from(keys))

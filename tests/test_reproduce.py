@@ -102,7 +102,7 @@ def test_a_figure_trains_its_runs_once(tmp_path, monkeypatch, capsys):
     ("overrides", "words"),
     [
         (["figure=1", "table=1"], "give one of figure=1 to figure=5, table=1 and discussion=1"),
-        (["figure=6"], "figure=6: must be at most 5"),
+        (["figure=6"], "figure=6: Input should be 1, 2, 3, 4 or 5"),
         (["figure=2"], "holds no finished run for figure2"),
     ],
 )

@@ -1,6 +1,6 @@
 """From a configuration to data and flow, and from a checkpoint to its configuration."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 
 import yaml
 from hydra.utils import instantiate
@@ -65,17 +65,10 @@ def config_of(checkpoint: dict, path: str, trust: Collection[str]) -> DictConfig
     return OmegaConf.create(config)
 
 
-def apply_overrides(config: DictConfig, cfg: DictConfig, overrides: Sequence[str]) -> None:
-    """Apply what the command line sets, `cfg` by `overrides`, to the configuration of a run."""
-    keys = [override.split("=", 1)[0] for override in overrides]
-    for key in (key for key in keys if key.startswith("solver")):
-        applies = key.startswith("solver.test.") or key == "solver.dtype"
-        require(applies, f"{key}: only solver.test.… and solver.dtype apply to a trained flow")
-        OmegaConf.update(config, key, OmegaConf.select(cfg, key))
-    for key, value in cfg.dataset.items():
+def apply_overrides(config: DictConfig, cfg: DictConfig) -> None:
+    """Replace in the configuration of a run what a command sets; null leaves the run's own."""
+    OmegaConf.set_struct(config, True)  # a run has the options of its own data alone
+    changes = OmegaConf.masked_copy(cfg, ["dataset", "solver", "divergence", "probes"])
+    for key, value in flatten(OmegaConf.to_container(changes)).items():
         if value is not None:
-            known = key in config.dataset
-            require(known, f"dataset.{key}={value}: the data of this run have no such option")
-            config.dataset[key] = value
-    config.divergence = cfg.divergence or config.divergence
-    config.probes = cfg.probes or config.probes
+            OmegaConf.update(config, key, value)

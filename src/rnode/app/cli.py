@@ -1,33 +1,31 @@
 """The commands, from the command line to `main(cfg)` of each."""
 
 import argparse
-import contextlib
 import importlib
 import os
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
 import rnode
 from rnode.app.exits import one_line_errors
-from rnode.app.help import help_text
 from rnode.app.processes import is_first_process, prepare_process, run_name
-from rnode.app.schema import COMMANDS, CONF
-from rnode.app.sweep import in_sweep, run_job
-from rnode.app.validation import check, compose_config, quote, validate
-from rnode.errors import require
+from rnode.app.schema import COMMANDS, CONF, help_text
+from rnode.app.sweep import SWEPT, in_sweep
+from rnode.app.validation import compose_config, quote, validate
+from rnode.training.results import DIVERGED, FAILED
 
 
 def main() -> None:
     """The command `rnode`."""
-    command = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    command, *arguments = sys.argv[1:] or ["--help"]
     if command in COMMANDS:
-        run(command, sys.argv[2:])
+        run(command, arguments)
     elif command == "--version":
         print(f"rnode {rnode.__version__}")
     elif command in ("-h", "--help"):
@@ -53,48 +51,25 @@ def run(command: str, arguments: list[str] | None = None) -> None:
     parser.add_argument("-c", "--cfg", choices=["job"])
     parser.add_argument("--resolve", action="store_true")
     with one_line_errors():
-        flags, unknown = parser.parse_known_intermixed_args(arguments)
-        require(not unknown, f"there is no flag {' '.join(unknown)}")
+        flags = parser.parse_intermixed_args(arguments)
         overrides = expand(command, flags.overrides)
         if flags.config_dir is not None:
-            folder = os.path.abspath(flags.config_dir)
-            require(os.path.isdir(folder), f"--config-dir {folder}: there is no such folder")
-            overrides = [f"hydra.searchpath=[{quote(f'file://{folder}')}]", *overrides]
+            overrides.append(f"hydra.searchpath=[{quote(os.path.abspath(flags.config_dir))}]")
+        fixed = overrides
+        if flags.multirun:
+            parsed = OverridesParser.create().parse_overrides(overrides)
+            swept = [override.key_or_group for override in parsed if override.is_sweep_override()]
+            fixed = [override.input_line for override in parsed if not override.is_sweep_override()]
+            os.environ[SWEPT] = " ".join(swept)
+            overrides.append("hydra.mode=MULTIRUN")
+        cfg = compose_config(command, fixed)
         if flags.help:
-            print(help_text(command, overrides))
+            print(help_text(command, cfg))
         elif flags.cfg:
-            print(OmegaConf.to_yaml(compose_config(command, overrides), resolve=flags.resolve))
+            print(OmegaConf.to_yaml(cfg, resolve=flags.resolve))
         else:
-            check(command, overrides)
-            start_hydra(command, ["--multirun", *overrides] if flags.multirun else overrides)
-
-
-def start_hydra(command: str, arguments: list[str]) -> None:
-    """Let Hydra run the command, once or for each job of a sweep."""
-    typed = sys.argv
-
-    def job(cfg: DictConfig) -> Any:
-        sys.argv = typed  # Lightning starts other processes by it
-        folder = Path(HydraConfig.get().runtime.output_dir)
-        with contextlib.nullcontext() if in_sweep() else one_line_errors():
-            return run_job(partial(run_command, command), cfg, folder)
-
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra would print its errors in several lines
-    sys.argv = [typed[0], *arguments]
-    hydra.main(version_base="1.3", config_path=str(CONF), config_name=command)(job)()
-
-
-def run_command(command: str, cfg: DictConfig) -> Any:
-    """Run `main(cfg)` of a command, after a check: a sampler may have chosen the values."""
-    validate(command, cfg)
-    if command == "train" and is_first_process():
-        chosen = HydraConfig.get().runtime.choices
-        print(f"{chosen['dataset']} by a {chosen['model']} flow, solver={chosen['solver']}")
-        print(f"run folder: {cfg.folder} (Ctrl-C stops the run and says how to resume)", flush=True)
-    prepare_process()
-    # torch, Lightning and W&B are imported here: --help and mistakes do not wait for them.
-    package = "rnode.paper" if command == "reproduce" else "rnode.app"  # benchmarks/paper
-    return importlib.import_module(f"{package}.{command}").main(cfg)
+            validate(command, cfg)
+            start_hydra(command, overrides)
 
 
 def expand(command: str, overrides: list[str]) -> list[str]:
@@ -104,16 +79,41 @@ def expand(command: str, overrides: list[str]) -> list[str]:
     """
     expanded, folders = [], []
     for text in overrides:
-        if text.startswith("context."):
-            expanded.append(f"++{text}")  # conditions have names of the user's
-        elif "=" in text and not os.path.exists(text):
-            expanded.append(text)
+        if "=" in text and not os.path.exists(text):
+            # The conditions of a density have names of the user's.
+            expanded.append(f"++{text}" if text.startswith("context.") else text)
         elif command == "report":
             folders.append(quote(text))
         elif os.path.isdir(text):
-            path = os.path.join(text, "last.ckpt" if command == "train" else "best.ckpt")
-            require(os.path.isfile(path), f"{path}: there is no such checkpoint")
-            expanded.append(f"ckpt_path={quote(path)}")
+            name = "last.ckpt" if command == "train" else "best.ckpt"
+            expanded.append(f"ckpt_path={quote(os.path.join(text, name))}")
         else:
             expanded.append(f"ckpt_path={quote(text)}" if text.endswith(".ckpt") else text)
     return [*expanded, f"folders=[{','.join(folders)}]"] if folders else expanded
+
+
+def start_hydra(command: str, arguments: list[str]) -> None:
+    """Let Hydra run `main(cfg)` of the command, once or for each job of a sweep."""
+    typed = sys.argv
+
+    def job(cfg: DictConfig) -> Any:
+        sys.argv = typed  # Lightning starts other processes by it
+        hydra_config = HydraConfig.get()
+        folder = Path(hydra_config.runtime.output_dir)
+        for name in (DIVERGED, FAILED):  # of an earlier job in this folder
+            (folder / name).unlink(missing_ok=True)
+        with one_line_errors(folder if in_sweep() else None):
+            validate(command, cfg)  # again: a sweep has chosen values of its own
+            if command == "train" and is_first_process():
+                chosen = hydra_config.runtime.choices
+                print(f"{chosen.dataset} by a {chosen.model} flow, solver={chosen.solver}")
+                print(f"run folder: {folder} (Ctrl-C stops the run and says how to resume)")
+                sys.stdout.flush()
+            prepare_process()
+            # torch and Lightning are imported here: --help and mistakes do not wait for them.
+            package = "rnode.paper" if command == "reproduce" else "rnode.app"  # benchmarks/paper
+            return importlib.import_module(f"{package}.{command}").main(cfg)
+
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra would print its errors in several lines
+    sys.argv = [typed[0], *arguments]
+    hydra.main(version_base="1.3", config_path=str(CONF), config_name=command)(job)()

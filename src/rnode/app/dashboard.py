@@ -1,9 +1,10 @@
 """`rnode dashboard`: a view of a W&B project with what the paper's figures compare."""
 
 from omegaconf import DictConfig
+from wandb_workspaces import workspaces  # pip install -e '.[loggers]'
+from wandb_workspaces.reports import v2 as panels
 
 from rnode.app.runs import LAMBDAS
-from rnode.errors import InputError
 from rnode.training.results import BITS
 
 
@@ -12,11 +13,6 @@ def main(cfg: DictConfig) -> None:
 
     It shows likelihood against cost, NFE against the Jacobian norm, and the penalties.
     """
-    try:
-        from wandb_workspaces import workspaces  # an extra
-        from wandb_workspaces.reports import v2 as panels
-    except ModuleNotFoundError:
-        raise InputError("wandb-workspaces is missing: pip install -e '.[loggers]'") from None
     names = (BITS, "val/nfe_forward", "train/seconds_total")
     measured = [panels.SummaryMetric(name) for name in names]
     axes = [*(panels.Config(key) for key in LAMBDAS), *measured]
@@ -29,6 +25,6 @@ def main(cfg: DictConfig) -> None:
         "Penalties, likelihood and cost": [panels.ParallelCoordinatesPlot(columns=columns)],
     }
     opened = [workspaces.Section(name, plots, is_open=True) for name, plots in sections.items()]
-    view = workspaces.Workspace(cfg.wandb.entity, cfg.wandb.project, "RNODE", opened)
+    view = workspaces.Workspace(cfg.entity, cfg.project, "RNODE", opened)
     view.save()
     print(view.url)

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import polars as pl
 import torch
-from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from torch import Tensor
 
@@ -36,7 +35,7 @@ def load(path: str | Path, trust: Collection[str] = (), cfg: DictConfig | None =
     Args:
         path: a checkpoint of a run, or the folder of a run, for its best.ckpt.
         trust: your own packages, whose classes the checkpoint may name.
-        cfg: of a command, whose overrides apply to the configuration of the run.
+        cfg: of a command, whose values replace those of the run unless they are null.
 
     Raises:
         InputError: if the file is not a whole checkpoint, or names a class of another package.
@@ -45,7 +44,7 @@ def load(path: str | Path, trust: Collection[str] = (), cfg: DictConfig | None =
     checkpoint = load_checkpoint(path)
     config = config_of(checkpoint, str(path), trust)
     if cfg is not None:
-        apply_overrides(config, cfg, HydraConfig.get().overrides.task)
+        apply_overrides(config, cfg)
     data, flow = build(config, checkpoint["DataModule"])
     weights = {k.removeprefix("flow."): w for k, w in checkpoint["state_dict"].items()}
     flow.load_state_dict(weights, assign=True)

@@ -17,7 +17,7 @@ EXTREMES = 32  # images in each half of extremes.png
 
 
 def main(cfg: DictConfig) -> float:
-    """Write evaluation.json, evaluation.txt, samples.csv and extremes.png; return the bits/dim."""
+    """Write evaluation.json, samples.csv and extremes.png; return the bits/dim."""
     density = from_checkpoint(cfg)
     data, flow = density.data, density.flow
     data.setup()
@@ -33,8 +33,7 @@ def main(cfg: DictConfig) -> float:
         plot_extremes(rows, bits, data.transform.levels, EXTREMES, folder / "extremes.png")
     numbers = {name: value for name, value in summary.items() if not isinstance(value, list)}
     divergence = "exact divergence" if flow.exact else str(flow.test_probes)
-    text = print_numbers(f"{cfg.split} set, {divergence}", numbers)
-    (folder / "evaluation.txt").write_text(text, encoding="utf-8")
+    print_numbers(f"{cfg.split} set, {divergence}", numbers)
     settings = {
         "divergence": divergence,
         "ckpt_path": cfg.ckpt_path,

@@ -1,36 +1,68 @@
 """What an error becomes: one line, an exit code and, after a bug, a file with its traceback."""
 
 import contextlib
+import os
 import sys
 import traceback
 from collections.abc import Iterator
+from multiprocessing import current_process
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from rnode.app.processes import is_first_process
-from rnode.errors import Diverged, InputError, Stopped, one_line
+from rnode.app.validation import explain
+from rnode.errors import Diverged, InputError, Stopped
+from rnode.training.results import DIVERGED, FAILED, OVERRIDES
 
 MEMORY = "try a smaller dataset.batch_size or model.hidden, or solver.gradient=checkpoint"
+
+
+@contextlib.contextmanager
+def one_line_errors(job: Path | None = None) -> Iterator[None]:
+    """Print one line for an error and exit.
+
+    A failed job of a sweep, whose folder is `job`, records its error there, and the sweep goes on.
+    A signal ends the whole sweep.
+    """
+    try:
+        yield
+    except Stopped as stopped:
+        if not is_first_process():  # all stop together; the first process says so
+            sys.exit(0)
+        line = f"stopped: {stopped}"
+        if job is not None:
+            line += f"; to resume the sweep, add hydra.sweep.dir={HydraConfig.get().sweep.dir}"
+        print(line, file=sys.stderr, flush=True)
+        if current_process().name != "MainProcess":
+            os._exit(128 + stopped.signal)  # joblib would catch SystemExit and run the next job
+        sys.exit(128 + stopped.signal)
+    except Exception as error:
+        line, code = describe_error(error)
+        print(f"error: {line}", file=sys.stderr, flush=True)
+        if job is None:
+            sys.exit(code)
+        if not (job / DIVERGED).exists():
+            (job / FAILED).write_text(f"{line}\n", encoding="utf-8")
+        if not (job / OVERRIDES).exists():  # the job failed before its run started
+            (job / OVERRIDES).parent.mkdir(exist_ok=True)
+            OmegaConf.save(HydraConfig.get().overrides.task, job / OVERRIDES)
 
 
 def describe_error(error: Exception) -> tuple[str, int]:
     """Return the line that describes an error, and the exit code.
 
-    The code is 2 for a mistake in the input, 1 for a run that failed, 128 + n after signal n.
+    The code is 2 for a mistake in the input, 1 for a run that failed.
     """
     if isinstance(error, HydraException) and isinstance(cause := error.__cause__, Exception):
-        # Hydra wraps what a class that it builds raises. One that is not found has a wrong name.
-        return describe_error(InputError(cause) if isinstance(cause, ImportError) else cause)
-    line, name = one_line(error)[:1500], type(error).__name__
-    if isinstance(error, Stopped):
-        return line, 128 + error.signal
-    if isinstance(error, InputError | HydraException | OmegaConfBaseException):
+        return describe_error(cause)  # Hydra wraps what a class that it builds raises
+    line, name = explain(error)[:1000], type(error).__name__
+    mistakes = InputError | ImportError | HydraException | OmegaConfBaseException
+    if isinstance(error, mistakes) or name == "MisconfigurationException":  # of Lightning
         return line, 2
-    if name == "MisconfigurationException":  # of Lightning, which may not be loaded
-        return f"trainer: {line}", 2
     if isinstance(error, Diverged | OSError):
         return line, 1
     folder = Path(HydraConfig.get().runtime.output_dir if HydraConfig.initialized() else "outputs")
@@ -38,18 +70,4 @@ def describe_error(error: Exception) -> tuple[str, int]:
     text = "".join(traceback.format_exception(error))
     (folder / "error.log").write_text(text, encoding="utf-8")
     advice = f"{MEMORY}: " if isinstance(error, MemoryError) or "out of memory" in line else ""
-    return f"{advice}{name}: {line[:500]}; the traceback is in {folder / 'error.log'}", 1
-
-
-@contextlib.contextmanager
-def one_line_errors() -> Iterator[None]:
-    """Print one line for an error and exit."""
-    try:
-        yield
-    except Exception as error:
-        line, code = describe_error(error)
-        stopped = isinstance(error, Stopped)
-        if stopped and not is_first_process():  # all stop together; the first process says so
-            sys.exit(0)
-        print(f"{'stopped' if stopped else 'error'}: {line}", file=sys.stderr)
-        sys.exit(code)
+    return f"{advice}{name}: {line}; the traceback is in {folder / 'error.log'}", 1

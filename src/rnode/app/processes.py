@@ -57,11 +57,9 @@ def run_name() -> str:
         return f"slurm-{os.environ['SLURM_JOB_ID']}" + ("" if step == "0" else f".{step}")
     name = f"{datetime.now():%Y-%m-%d_%H-%M-%S-%f}"
     if launched() == "torchrun":  # the first process's; a restarted one gets it again
-        from torch.distributed import rendezvous  # --help and mistakes do not wait for torch
+        from torch.distributed import TCPStore  # --help and mistakes do not wait for torch
 
-        store, _, _ = next(rendezvous("env://"))
-        while hasattr(store, "underlying_store"):  # each attempt of torchrun has its own prefix
-            store = store.underlying_store
+        store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
         name = store.compare_set("rnode/run_name", "", name).decode()
     return name
 

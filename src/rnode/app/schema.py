@@ -1,37 +1,26 @@
-"""The configuration: a type, a range and a sentence for each key, which --help prints."""
+"""The configuration: a type, a range and a sentence for each key, and --help, which prints them."""
 
+import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+from pydantic import BaseModel, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from rnode.names import ADAPTIVE, DIVERGENCES, FIXED_GRID, GRADIENTS, INTEGRALS, NORMS
+from rnode.training.results import RESULTS
 
 PACKAGE = Path(__file__).resolve().parent.parent
-INSTALLED, CHECKOUT = PACKAGE / "conf", PACKAGE.parent.parent / "conf"
-CONF = INSTALLED if INSTALLED.is_dir() else CHECKOUT
+CHECKOUT = PACKAGE.parent.parent
+CONF = next(path / "conf" for path in (PACKAGE, CHECKOUT) if (path / "conf").is_dir())
 
-Whole = Annotated[int, Field(ge=0, le=2**32 - 1)]  # torch and NumPy take no larger seed
-Count = Annotated[int, Field(ge=1, le=2**32 - 1)]
-Limit = Annotated[int, Field(ge=-1, le=2**32 - 1)]
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Bounds = Annotated[list[float], Field(min_length=2, max_length=2)]
-Share = Whole | Annotated[float, Field(ge=0, le=1)]  # so many batches, or a share of them
-Size = Count | Annotated[float, Field(gt=0, lt=1)]
 Time = Annotated[str, Field(pattern=r"^(\d\d:)?\d\d:\d\d:\d\d$")]  # [DD:]HH:MM:SS
 
 
-class Section(BaseModel):
+class Section(BaseModel, strict=True, allow_inf_nan=False):
     """The options of a class or function, which refuses those that it does not take."""
-
-    model_config = ConfigDict(strict=True)
-
-
-class Command(BaseModel):
-    """What a command takes."""
-
-    model_config = ConfigDict(strict=True, extra="forbid")
 
 
 def key(description: str, default: Any = ...) -> Any:
@@ -39,21 +28,21 @@ def key(description: str, default: Any = ...) -> Any:
 
 
 class Dataset(Section):
-    batch_size: Count = key("samples in a training step (section 6: 200)")
-    eval_batch_size: Count = key("samples at a time in validation and test")
-    seed: Whole = key("seed of data order and noise")
+    batch_size: PositiveInt = key("samples in a training step (section 6: 200)", 200)
+    eval_batch_size: PositiveInt | None = key("samples at a time in validation and test")
+    seed: NonNegativeInt = key("seed of data order and noise", 0)
     alpha: Annotated[float, Field(gt=0, lt=0.5)] | None = key("α of the logit transform", None)
     flip: bool = key("flip training images at random", False)
     name: str | None = key("which data set of this kind", None)
     root: str | None = key("folder of the data, which are downloaded there if missing", None)
-    train: Count | None = key("points of an epoch, sampled afresh for every batch", None)
-    validation: Size | None = key("validation samples: a number, or a share", None)
-    test: Size | None = key("test samples: a number, or a share of all", None)
-    resize: Count | None = key("side of the images; a smaller one averages pixels", None)
-    size: Count | list[Count] | None = key("side of images or patches, or [height, width]", None)
+    train: PositiveInt | None = key("points of an epoch, sampled afresh for every batch", None)
+    validation: PositiveFloat | None = key("validation samples: a number, or a share", None)
+    test: PositiveFloat | None = key("test samples: a number, or a share of all", None)
+    resize: PositiveInt | None = key("side of the images; a smaller one averages pixels", None)
+    size: PositiveInt | list[PositiveInt] | None = key("side of images, or [height, width]", None)
     channels: Literal[1, 3] | None = key("1 for grey images, 3 for RGB", None)
     on_error: Literal["stop", "skip"] | None = key("stop at a broken file, or leave it out", None)
-    stride: Count | None = key("pixels from one patch to the next", None)
+    stride: PositiveInt | None = key("pixels from one patch to the next", None)
     path: str | None = key("file of a table: CSV, TSV, Parquet, Arrow or .npy", None)
     columns: list[str] | None = key("columns that are modelled; null: all numeric ones", None)
     context: list[str] | Literal["label"] | None = key("conditions: columns, or label", None)
@@ -65,62 +54,62 @@ class Dataset(Section):
 
 
 class Model(Section):
-    hidden: Annotated[int, Field(ge=1, le=65536)] = key("channels, or units, of a hidden layer", 64)
-    layers: Annotated[int, Field(ge=2, le=100)] = key("layers of a piece's network", 4)
-    pieces: Annotated[int, Field(ge=1, le=100)] = key("pieces before and after each squeeze", 1)
+    hidden: PositiveInt = key("channels, or units, of a hidden layer", 64)
+    layers: Annotated[int, Field(ge=2)] = key("layers of a piece's network", 4)
+    pieces: PositiveInt = key("pieces before and after each squeeze", 1)
 
 
 class Method(Section):
-    method: Literal[FIXED_GRID + ADAPTIVE] = key("method of torchdiffeq")
-    integrals: Literal[INTEGRALS] = key("how l, E and n are computed: with z, or by quadrature")
-    steps: Annotated[int, Field(ge=1, le=10_000)] = key("steps of a fixed grid")
-    rtol: Positive = key("relative tolerance of adaptive steps")
-    atol: Positive = key("absolute tolerance of adaptive steps")
-    first_step: Positive = key("first step that an adaptive method tries")
-    norm: Literal[NORMS] = key("adaptive steps bound the error of all rows, or of a batch's mean")
+    method: Literal[FIXED_GRID + ADAPTIVE] | None = key("method of torchdiffeq")
+    integrals: Literal[INTEGRALS] | None = key("how l, E, n are computed: with z, or by quadrature")
+    steps: PositiveInt | None = key("steps of a fixed grid")
+    rtol: PositiveFloat | None = key("relative tolerance of adaptive steps")
+    atol: PositiveFloat | None = key("absolute tolerance of adaptive steps")
+    first_step: PositiveFloat | None = key("first step that an adaptive method tries")
+    norm: Literal[NORMS] | None = key("adaptive steps bound the error of all rows, or their mean")
 
 
 class Solver(Section):
-    gradient: Literal[GRADIENTS] = key("how gradients are computed")
-    dtype: Literal["float32", "float64"] = key("least precise dtype of z, l, E and n")
-    train: Method = key("the method that trains")
+    gradient: Literal[GRADIENTS] = key("how gradients are computed", "backprop")
+    dtype: Literal["float32", "float64"] | None = key("least precise dtype of z, l, E and n")
+    train: Method | None = key("the method that trains", None)
     test: Method = key("the method of validation, test and sampling")
 
 
 class Regularizer(Section):
-    lambda_k: NonNegative = key("λ_K, weight of the kinetic energy")
-    lambda_j: NonNegative = key("λ_J, weight of the Jacobian's squared Frobenius norm")
+    lambda_k: NonNegativeFloat = key("λ_K, weight of the kinetic energy")
+    lambda_j: NonNegativeFloat = key("λ_J, weight of the Jacobian's squared Frobenius norm")
 
 
 class Optimizer(Section):
-    lr: NonNegative = key("learning rate")
-    weight_decay: NonNegative = key("L2 penalty of the weights")
+    lr: NonNegativeFloat = key("learning rate")
+    weight_decay: NonNegativeFloat = key("L2 penalty of the weights")
 
 
 class Trainer(Section):
-    max_epochs: Limit | None = key("epochs to train for (section 6: 100)")
-    max_steps: Limit = key("training steps after which the run stops; -1: no limit")
+    max_epochs: int | None = key("epochs to train for (section 6: 100)")
+    max_steps: int = key("training steps after which the run stops; -1: no limit")
     max_time: Time | None = key("time after which the run stops, as [DD:]HH:MM:SS")
     accelerator: str = key("cpu, gpu, mps, … or auto")
-    devices: Count | str | list[Whole] = key("number of devices, their indices, or auto")
-    num_nodes: Count = key("number of machines")
-    strategy: str | dict = key("how devices share the work; ddp for several")
+    devices: Any = key("number of devices, their indices, or auto")
+    num_nodes: PositiveInt = key("number of machines")
+    strategy: Any = key("how devices share the work; ddp for several")
     precision: Literal["32-true", "bf16-mixed", "64-true"] | None = key("bf16-mixed: inside f only")
-    gradient_clip_val: NonNegative | None = key("largest norm of the gradient; null: any")
-    accumulate_grad_batches: Count = key("batches of a training step")
-    log_every_n_steps: Whole = key("training steps from one row of metrics.csv to the next")
-    limit_train_batches: Share | None = key("number or share of the training batches of an epoch")
-    limit_val_batches: Share | None = key("number or share of the validation batches")
-    limit_test_batches: Share | None = key("number or share of the test batches")
+    gradient_clip_val: NonNegativeFloat | None = key("largest norm of the gradient; null: any")
+    accumulate_grad_batches: PositiveInt = key("batches of a training step")
+    log_every_n_steps: NonNegativeInt = key("training steps between two rows of metrics.csv")
+    limit_train_batches: NonNegativeFloat | None = key("number or share of the training batches")
+    limit_val_batches: NonNegativeFloat | None = key("number or share of the validation batches")
+    limit_test_batches: NonNegativeFloat | None = key("number or share of the test batches")
     enable_progress_bar: bool = key("print how far the run is")
 
 
 class Callback(Section):
-    every_n_steps: Count | None = key("training steps from one last.ckpt to the next", None)
-    every_n_epochs: Count | None = key("epochs from one samples.png to the next", None)
-    patience: Count | None = key("validations without a better one that stop a run", None)
+    every_n_steps: PositiveInt | None = key("training steps from one last.ckpt to the next", None)
+    every_n_epochs: PositiveInt | None = key("epochs from one samples.png to the next", None)
+    patience: PositiveInt | None = key("validations without a better one that stop a run", None)
     share: Annotated[float, Field(ge=0, le=1)] = key("share of the run by flow matching", 0.0)
-    tolerance: NonNegative = key("bits/dim from a finer grid at which the grid is refined", 0.0)
+    tolerance: NonNegativeFloat = key("bits/dim by which a finer grid has to differ", 0.0)
 
 
 class Logger(Section):
@@ -131,18 +120,18 @@ class Logger(Section):
     tags: list[str] = key("tags of the run, beside its choices of data set, model and solver", [])
 
 
-class Train(Command):
+class Train(Section, extra="forbid"):
     """Train a continuous normalizing flow (RNODE); -m sweeps over a=1,2 b=3,4."""
 
-    seed: Whole = key("seed of weights, data order, noise and probes")
+    seed: NonNegativeInt = key("seed of weights, data order, noise and probes")
     folder: str = key("the run folder, which hydra.run.dir=… sets")
     divergence: Literal[DIVERGENCES] = key("probes of div f and of the Jacobian norm")
-    probes: Count = key("random probes of a sample; up to 16 dimensions evaluation is exact")
+    probes: PositiveInt = key("random probes of a sample; up to 16 dimensions evaluation is exact")
     dequantization: Literal["uniform", "variational"] = key("noise of images: uniform, or learned")
-    warmup_steps: Whole = key("steps over which the learning rate rises linearly")
+    warmup_steps: NonNegativeInt = key("steps over which the learning rate rises linearly")
     decay: bool = key("let the learning rate fall to 0 by max_epochs or max_time (half a cosine)")
     ckpt_path: str | None = key("checkpoint to resume; auto: last.ckpt of the run folder, if any")
-    sweep_metrics: list[str] = key("names of result.json that a guided sweep optimizes")
+    sweep_metrics: list[Literal[RESULTS]] = key("results that a guided sweep optimizes")
     dataset: Dataset = key("the data")
     model: Model = key("the flow")
     solver: Solver = key("the ODE methods")
@@ -153,37 +142,31 @@ class Train(Command):
     logger: dict[str, Logger | None] = key("Lightning's; +logger.NAME._target_=… adds one")
 
 
-class CheckpointData(Section):
-    root: str | None = key("folder of the data; null: the run's own")
-    path: str | None = key("file of the table; null: the run's own")
-    eval_batch_size: Count | None = key("samples at a time; null: the run's own")
-
-
-class FromCheckpoint(Command):
+class FromCheckpoint(Section, extra="forbid"):
     folder: str = key("where files are written, which hydra.run.dir=… sets")
     ckpt_path: str = key("checkpoint of a run, such as outputs/…/best.ckpt")
-    seed: Whole = key("seed of noise, probes and samples")
+    seed: NonNegativeInt = key("seed of noise, probes and samples")
     trust: list[str] = key("your own packages, whose classes the checkpoint may name: [mydata]")
     divergence: Literal[DIVERGENCES] | None = key("null: exact up to 16 dimensions, else the run's")
-    probes: Count | None = key("random probes of a sample, 4 or more of a table; null: the run's")
-    solver: Solver = key("solver.test.…=… and solver.dtype=… replace the run's own")
+    probes: PositiveInt | None = key("random probes of a sample; null: the run's")
+    solver: Solver = key("the ODE method; null: the run's own")
     device: Literal["auto", "cpu", "cuda", "mps"] = key("auto: an accelerator if there is one")
-    dataset: CheckpointData = key("the data")
+    dataset: Dataset = key("the data; null: the run's own")
 
 
 class Evaluate(FromCheckpoint):
     """Measure a trained flow on its data: rnode evaluate outputs/…/best.ckpt"""
 
     split: Literal["test", "val"] = key("the split that is evaluated")
-    samples: Count = key("dequantizations of each image in the importance-weighted bound")
+    samples: PositiveInt = key("dequantizations of each image in the importance-weighted bound")
 
 
 class Sample(FromCheckpoint):
     """Sample from a trained flow: rnode sample outputs/…/best.ckpt"""
 
-    n: Count = key("number of samples")
+    n: PositiveInt = key("number of samples")
     context: dict[str, Any] = key("what a conditional density is given, as context.COLUMN=VALUE")
-    temperature: NonNegative = key("standard deviation of z")
+    temperature: NonNegativeFloat = key("standard deviation of z")
     trajectory: bool = key("save the way from noise to images, as a strip and an animation")
 
 
@@ -195,33 +178,29 @@ class Score(FromCheckpoint):
     context: dict[str, Any] = key("what a conditional density is given, as context.COLUMN=VALUE")
 
 
-class Reproduce(Command):
+class Reproduce(Section, extra="forbid"):
     """Reproduce a figure or the table of the paper: rnode reproduce figure=2"""
 
-    figure: Annotated[int, Field(ge=1, le=5)] | None = key("figure of the paper, 1 to 5")
-    table: Annotated[int, Field(ge=1, le=1)] | None = key("table of the paper, 1")
-    discussion: Annotated[int, Field(ge=1, le=1)] | None = key("classifiers of section 9, 1")
+    figure: Literal[1, 2, 3, 4, 5] | None = key("figure of the paper, 1 to 5")
+    table: Literal[1] | None = key("table of the paper, 1")
+    discussion: Literal[1] | None = key("classifiers of section 9, 1")
     scale: Literal["small", "paper"] = key("small: minutes on 2 cores; paper: its data, on a GPU")
     train: bool = key("run what is missing; false: use the runs that have finished")
     root: str = key("folder of FashionMNIST, MNIST and CIFAR10, downloaded there if missing")
     launcher: str = key("Hydra's launcher of the runs")
 
 
-class Report(Command):
+class Report(Section, extra="forbid"):
     """Compare runs in a browser: rnode report outputs/… outputs/…"""
 
     folders: list[str] = key("folders that are or hold runs and sweeps")
 
 
-class Project(Section):
+class Dashboard(Section, extra="forbid"):
+    """Add the views of the paper's figures to a W&B project: rnode dashboard entity=NAME"""
+
     entity: str = key("W&B user or team")
     project: str = key("W&B project")
-
-
-class Dashboard(Command):
-    """Add the views of the paper's figures to a W&B project: wandb.entity=NAME"""
-
-    wandb: Project = key("where the runs are")
 
 
 COMMANDS = {
@@ -243,3 +222,38 @@ def flatten(value: Any, path: str = "") -> dict[str, Any]:
         return {path: value}
     parts = (flatten(child, f"{path}.{key}".removeprefix(".")) for key, child in value.items())
     return {key: leaf for part in parts for key, leaf in part.items()}
+
+
+def help_text(command: str, cfg: DictConfig) -> str:
+    """Describe a command, its groups, and its keys with their values in `cfg`."""
+    lines = [COMMANDS[command].__doc__, f"\nusage: rnode {command} [group=option …] [key=value …]"]
+    for group, choice in HydraConfig.get().runtime.choices.items():
+        if "/" in group or "@" in group:
+            continue
+        lines += ["", f"{group}={choice or ''}"]
+        for file in sorted((CONF / group).glob("*.yaml")):
+            comments = file.read_text("utf-8").splitlines()
+            about = next(line for line in comments if not line.startswith("# @package"))
+            lines.append(f"  {file.stem:<20}{about[2:]}")
+    lines += ["", "keys, with their values in brackets; --cfg job --resolve prints them as YAML:"]
+    config = OmegaConf.to_container(cfg, resolve=True)
+    return "\n".join([*lines, *describe_keys(COMMANDS[command], config)])
+
+
+def describe_keys(schema: type, config: dict, path: str = "") -> list[str]:
+    """One line for each key of a section: its name, its sentence and its value."""
+    entries = {"callbacks.": Callback, "logger.": Logger}
+    lines = []
+    for name, value in config.items():
+        if name.startswith("_") or name == "source":  # for Hydra
+            continue
+        field = getattr(schema, "model_fields", {}).get(name)
+        about = field.description if field else "an option of the class"
+        if isinstance(value, dict):
+            lines.append(f"{path}{name}: {value.get('_target_', about)}")
+            section = field.annotation if field else entries.get(path)
+            lines += describe_keys(section, value, f"{path}{name}.")
+        else:
+            text = value if isinstance(value, str) else json.dumps(value)
+            lines.append(f"  {path + name:<34}{about} [{text}]")
+    return lines

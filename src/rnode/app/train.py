@@ -43,7 +43,7 @@ def main(cfg: DictConfig) -> float | list[float]:
     if sweep.in_sweep():
         devices = cfg.trainer.devices  # the process of another device would run the sweep again
         require(devices == 1 or launched(), f"trainer.devices={devices}: must be 1 in a sweep")
-        result = sweep.earlier_result(cfg, folder)
+        result = sweep.earlier_result(folder, overrides)
         if result is not None:
             print(f"{folder} has finished and is skipped")
             return sweep.metric_values(cfg, result)
