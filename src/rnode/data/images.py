@@ -20,6 +20,8 @@ from rnode.errors import InputError, one_line, require, require_choice
 from rnode.transforms import ImageTransform
 
 IDX = "train-images-idx3-ubyte and t10k-images-idx3-ubyte"
+WHITES = (1, 255, 1023, 4095, 16383, 65535)  # of shares, and of 8, 10, 12, 14 and 16 bits
+ROUNDING = 1 + 1e-6
 FILES = {"MNIST": IDX, "FashionMNIST": IDX, "KMNIST": IDX, "CIFAR10": "cifar-10-batches-py"}
 
 
@@ -127,23 +129,64 @@ def reduce_images(images: Tensor, side: int) -> Tensor:
 
 
 def arrays(root: str, **options: Any) -> Splits:
-    """Return images that NumPy has saved, uint8 (N, H, W) or (N, H, W, C).
+    """Return images that NumPy has saved, (N, H, W), (N, H, W, C) or (N, C, H, W).
 
     `root` is a folder with train_images.npy and, where they exist, val_images.npy, test_images.npy,
-    train_labels.npy, …. They are mapped into memory, and a batch is read when it is needed, unless
-    the training images are cut.
+    train_labels.npy, …. Those of uint8 are mapped into memory, and a batch is read when it is
+    needed, unless the training images are cut. Others become uint8, by the least of WHITES that
+    none exceeds.
     """
     folder = Path(root).expanduser()
     images, labels = {}, {}
     for name in SPLIT_NAMES:
         path, beside = folder / f"{name}_images.npy", folder / f"{name}_labels.npy"
-        if path.is_file():  # mapped as copy on write: torch warns of arrays that are not writable
-            x = np.load(path, mmap_mode="c")
-            fits = x.dtype == np.uint8 and x.ndim in (3, 4)
-            message = f"{path}: shape {x.shape} and type {x.dtype}"
-            require(fits, f"{message}: must be uint8, (N, H, W) or (N, H, W, C)")
-            x = x[..., None] if x.ndim == 3 else x
-            images[name] = torch.from_numpy(x).permute(0, 3, 1, 2)
-            labels[name] = np.load(beside).ravel() if beside.is_file() else np.full(len(x), "")
+        if path.is_file():
+            x = images[name] = load_array(path)
+            require(
+                x.ndim in (3, 4) and x.dtype.kind in "buif",
+                f"{path}: shape {x.shape} and type {x.dtype}: must be numbers, (N, H, W), "
+                "(N, H, W, C) or (N, C, H, W)",
+            )
+            labels[name] = load_array(beside) if beside.is_file() else np.full((len(x), 1), "")
+            right = (
+                f"{beside}: shape {labels[name].shape}: must be a label for each of {len(x)} images"
+            )
+            require(labels[name].size == len(x), right)
+            labels[name] = labels[name].ravel()
     require("train" in images, f"root={root}: holds no train_images.npy")
-    return image_splits(images, labels, **options)
+    others = [x.max() for x in images.values() if x.dtype != np.uint8]
+    white = white_of(max(others)) if others else None
+    if others:
+        print(
+            f"{root}: images of other types than uint8 have values up to {max(others):g}: {white} is white"
+        )
+    for name, x in images.items():
+        x = x if x.dtype == np.uint8 else to_bytes(x, folder / f"{name}_images.npy", white)
+        if x.ndim == 3:
+            x = x[:, None]
+        elif x.shape[1] not in (1, 3) or x.shape[3] in (1, 3):
+            x = np.moveaxis(x, 3, 1)
+        images[name] = torch.from_numpy(x)
+    return image_splits(images, labels, white=white, **options)
+
+
+def load_array(path: Path) -> np.ndarray:
+    """Map a file into memory."""
+    try:
+        return np.load(path, mmap_mode="c")  # torch warns of arrays that are not writable
+    except (OSError, EOFError, ValueError) as error:
+        raise InputError(f"{path}: is not a whole array ({one_line(error)})") from None
+
+
+def white_of(largest: float) -> int:
+    """Return the least of WHITES that a value does not exceed."""
+    return next((white for white in WHITES if largest <= white * ROUNDING), WHITES[-1])
+
+
+def to_bytes(values: np.ndarray, where: Path, white: float | None = None) -> np.ndarray:
+    """Scale pixels from 0 to `white`, by default that of the largest, to uint8."""
+    low, high = values.min(), values.max()
+    most = white or WHITES[-1]
+    right = f"{where}: pixels from {low:g} to {high:g}: must be from 0 to {most:g}"
+    require(bool(0 <= low and high <= most * ROUNDING), right)
+    return np.round(values * (255 / (white or white_of(high)))).astype(np.uint8)
