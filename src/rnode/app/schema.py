@@ -39,7 +39,7 @@ def key(description: str, default: Any = ...) -> Any:
 
 
 class Dataset(Section):
-    batch_size: Count = key("samples in a training step (section 6: 200)")
+    batch_size: Count | None = key("samples in a training step; null: follows their number", None)
     eval_batch_size: Count = key("samples at a time in validation and test")
     seed: Whole = key("seed of data order and noise")
     alpha: Annotated[float, Field(gt=0, lt=0.5)] | None = key("α of the logit transform", None)
@@ -115,7 +115,7 @@ class Trainer(Section):
 
 
 class Callback(Section):
-    every_n_steps: Count | None = key("training steps from one last.ckpt to the next", None)
+    every_n_steps: Count | None = key("training steps between checkpoints, validations", None)
     every_n_epochs: Count | None = key("epochs from one samples.png to the next", None)
     patience: Count | None = key("validations without a better one that stop a run", None)
     share: Annotated[float, Field(ge=0, le=1)] = key("share of the run by flow matching", 0.0)
@@ -138,7 +138,7 @@ class Train(Command):
     divergence: Literal[DIVERGENCES] = key("probes of div f and of the Jacobian norm")
     probes: Count = key("random probes of a sample; up to 16 dimensions evaluation is exact")
     dequantization: Literal["uniform", "variational"] = key("noise of images: uniform, or learned")
-    warmup_steps: Whole = key("steps over which the learning rate rises linearly")
+    warmup_steps: Whole | None = key("steps of a linear warm-up; null: 50, at most two epochs")
     decay: bool = key("let the learning rate fall to 0 by max_epochs or max_time (half a cosine)")
     ckpt_path: str | None = key("checkpoint to resume; auto: last.ckpt of the run folder, if any")
     sweep_metrics: list[str] = key("names of result.json that a guided sweep optimizes")

@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.progress import track
 
 from rnode.app.density import Density, from_checkpoint
-from rnode.data.folder import decode_all, find_images
+from rnode.data.folder import decode_all, find_images, layout
 from rnode.data.tables import read_table
 from rnode.errors import require
 from rnode.training.run_folder import whole_file
@@ -44,7 +44,8 @@ def read(density: Density, path: Path, names: list[str]) -> tuple[Any, pl.DataFr
         )
         files = find_images(path)
         channels, *size = density.data.shape
-        images, _, _ = decode_all(np.array(files), channels, size, density.data.transform.white)
+        shape, white = layout(files, channels, size, density.data.transform.white)
+        images, _ = decode_all(np.array(files), shape, white)
         names = [file.relative_to(path).as_posix() for file in files]
         return images, pl.DataFrame({"file": names})
     rows = np.load(path)

@@ -1,7 +1,8 @@
 """Folders of image files, decoded into memory by Pillow."""
 
+import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -12,24 +13,21 @@ from PIL import ExifTags, Image, ImageOps
 from rich.progress import track
 from torch import Tensor
 
-from rnode.data.images import to_bytes, white_of
-from rnode.data.splits import SPLIT_NAMES, SPLIT_WORDS, Splits, hold_out, image_splits
+from rnode.data.images import WHITES, to_bytes, white_of
+from rnode.data.splits import SPLIT_WORDS, Splits, hold_out, image_splits
 from rnode.errors import InputError, one_line, require
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".gif")
-UNLABELED = ("unlabeled", "unlabelled")  # folders that are no class
+UNLABELED = {"unlabeled", "unlabelled"}  # folders that are no class
 CHUNK = 1000  # files in the queue of the threads
 SIDE = 64  # of images whose own sizes differ, or suit no flow
 LARGEST_SIDE = 256  # of images that keep their size
-
-# Of a file: height and width, whether it is grey, and the largest value of more than 8 bits.
-Header = tuple[tuple[int, int], bool, float | None]
 
 
 def image_folder(
     root: str,
     channels: int | None = None,  # 1 for grey images, 3 for RGB; None: 1 if all files are grey
-    size: int | Sequence[int] | None = None,  # a side, or [height, width]; None: see `common_size`
+    size: int | Sequence[int] | None = None,  # a side, or [height, width]; None: see `own_size`
     on_error: str = "stop",
     validation: float = 0.1,
     test: float = 0.1,
@@ -37,57 +35,45 @@ def image_folder(
 ) -> Splits:
     """Return the images below a folder, uint8 (N, channels, height, width).
 
-    Folders named train, val and test are the splits if there is a train, see `divide`. The label of
-    an image is the name of its first folder. A broken file is an error unless `on_error=skip`. The
-    other options are those of `image_splits`.
+    The first folders are the splits if they are named so, see `divide`. The label of an image is
+    the name of its first folder. A broken file is an error unless `on_error=skip`. The other
+    options are those of `image_splits`.
     """
     folder = Path(root).expanduser()
-    files, divided = divide(folder, find_images(folder))
-    files = hold_out(files, validation, test)
-    paths = np.concatenate([files[name] for name in SPLIT_NAMES])
-    split = np.repeat(list(SPLIT_NAMES), [len(files[name]) for name in SPLIT_NAMES])
-    size = (size, size) if isinstance(size, int) else size
-    decoded, whole, white = decode_all(paths, channels, size, on_error=on_error)
-    counts = [int((split[whole] == name).sum()) for name in SPLIT_NAMES]
-    images = dict(zip(SPLIT_NAMES, decoded.split(counts), strict=True))
-    folders = [(*path.relative_to(folder).parts[divided:-1], "")[0] for path in paths[whole]]
-    labels = np.array(["" if name.lower() in UNLABELED else name for name in folders])
-    parts = np.split(labels, np.cumsum(counts)[:-1])
-    return image_splits(images, dict(zip(SPLIT_NAMES, parts, strict=True)), white=white, **options)
+    files, divided = divide(folder, np.array(find_images(folder)))
+    size = [size, size] if isinstance(size, int) else size
+    shape, white = layout(np.concatenate(list(files.values())), channels, size)
+    images, labels = {}, {}
+    for name, part in hold_out(files, validation, test).items():
+        images[name], decoded = decode_all(part, shape, white, on_error)
+        folders = [(*path.relative_to(folder).parts[divided:-1], "")[0] for path in decoded]
+        labels[name] = np.array(["" if first.lower() in UNLABELED else first for first in folders])
+    return image_splits(images, labels, white=white, **options)
 
 
 def find_images(folder: Path) -> list[Path]:
-    """Return the image files below a folder, in order, each once; print what is left out."""
+    """Return the image files below a folder, in order; links are followed, to each file once."""
     require(folder.is_dir(), f"root={folder}: there is no such folder")
     images, left_out = {}, Counter()
-    # A file that several links lead to is taken from a folder that is a split.
-    for path in sorted(walk(folder), key=lambda path: not split_word(folder, path)):
-        if path.name.startswith("."):
-            left_out[path.name] += 1
-        elif path.suffix.lower() not in ENDINGS:
-            left_out[path.suffix or path.name] += 1
-        elif images.setdefault(identity(path), path) is not path:
-            left_out["images that other links lead to"] += 1
+    for place, folders, names in os.walk(folder, followlinks=True):
+        paths = [Path(place, name) for name in (*folders, *names)]
+        folders.clear()  # those to enter follow
+        # A file that several links lead to belongs to a split, or else where it lies.
+        for path in sorted(
+            paths, key=lambda p: (p.name.lower() not in SPLIT_WORDS, p.is_symlink(), p)
+        ):
+            if path.name.startswith("."):
+                left_out[path.name] += 1
+            elif path.suffix.lower() not in ENDINGS and not path.is_dir():
+                left_out[path.suffix or path.name] += 1
+            elif images.setdefault(path.resolve(), path) is not path:
+                left_out["links to others"] += 1
+            elif path.is_dir():
+                folders.append(path.name)
     print_left_out(folder, left_out)
-    require(bool(images), f"root={folder}: holds no image ({', '.join(ENDINGS)})")
-    return sorted(images.values(), key=Path.as_posix)
-
-
-def walk(folder: Path, above: tuple = ()) -> Iterator[Path]:
-    """Yield files below a folder and its hidden folders as such; links are followed, but not up."""
-    above = (*above, identity(folder))
-    for path in sorted(folder.iterdir(), key=lambda path: (path.is_symlink(), path.name)):
-        if path.is_dir() and not path.name.startswith("."):
-            if identity(path) not in above:
-                yield from walk(path, above)
-        else:
-            yield path
-
-
-def identity(path: Path) -> tuple:
-    """Return what all links to a file or folder have in common."""
-    known = path.stat() if path.exists() else path.lstat()
-    return known.st_dev, known.st_ino
+    files = sorted((path for path in images.values() if not path.is_dir()), key=Path.as_posix)
+    require(bool(files), f"root={folder}: holds no image ({', '.join(ENDINGS)})")
+    return files
 
 
 def print_left_out(folder: Path, counts: Counter) -> None:
@@ -96,90 +82,52 @@ def print_left_out(folder: Path, counts: Counter) -> None:
         print(f"{folder}: left out: {words}")
 
 
-def split_word(folder: Path, path: Path) -> str:
-    """Return the split that the first folder of a file is named after, or ""."""
-    return SPLIT_WORDS.get(path.relative_to(folder).parts[0].lower(), "")
-
-
-def divide(folder: Path, paths: Sequence[Path]) -> tuple[dict[str, np.ndarray], bool]:
+def divide(folder: Path, files: np.ndarray) -> tuple[dict[str, np.ndarray], bool]:
     """Return the files of each split, and whether their first folders are the splits.
 
-    They are if there is a train, and a val, a test or no other folder. Beside other folders alone,
-    train is a class.
+    They are if there is a train, and a val, a test or no other folder. Else train is a class.
     """
-    files, split = np.array(paths), np.array([split_word(folder, path) for path in paths])
-    first = [(*path.relative_to(folder).parts[:-1], "no folder")[0] for path in paths]
-    rest = Counter(name for name, word in zip(first, split, strict=True) if not word)
-    known = set(split) - {""}
-    others = [name for name in rest if name != "no folder" and name.lower() not in UNLABELED]
-    if "train" in known and (len(known) > 1 or not others):
-        print_left_out(folder, rest)
-        return {name: files[split == name] for name in SPLIT_NAMES if name in known}, True
+    first = [(*path.relative_to(folder).parts[:-1], "no folder")[0] for path in files]
+    split = np.array([SPLIT_WORDS.get(name.lower(), "") for name in first])
+    others = Counter(name for name, word in zip(first, split, strict=True) if not word)
+    known = sorted(set(split) - {""})
+    beside = {name.lower() for name in others} - UNLABELED - {"no folder"}
+    if "train" in known and (len(known) > 1 or not beside):
+        print_left_out(folder, others)
+        return {name: files[split == name] for name in known}, True
     if known:
-        named = ", ".join(sorted({name for name, word in zip(first, split, strict=True) if word}))
-        print(f"{folder}: {named}: no splits, which would be train and val or test")
+        print(f"{folder}: {', '.join(known)}: not a split, which needs train and val or test")
     return {"train": files}, False
 
 
-def decode_all(
+def layout(
     paths: Sequence[Path],
     channels: int | None = None,
     size: Sequence[int] | None = None,
     white: float | None = None,
-    on_error: str = "stop",
-) -> tuple[Tensor, np.ndarray, float | None]:
-    """Decode files in threads, and print how their pixels and sizes are changed.
+) -> tuple[tuple[int, ...], float | None]:
+    """Return the shape (channels, height, width) of the images of files, and what they have white.
 
-    Returns:
-        uint8 (N, channels, *size), which of the files are whole, and the value of white of files
-        with more than 8 bits, by default the least of WHITES that no pixel exceeds.
+    None of the arguments is needed. White is None if no file has more than 8 bits.
     """
     headers = [header for header in in_threads(inspect, paths, "inspecting") if header is not None]
-    wide = [largest for _, _, largest in headers if largest is not None]
-    if wide and white is None:
-        white = white_of(max(wide))
-        print(
-            f"{len(wide)} images of more than 8 bits have values up to {max(wide):g}: {white} is white"
-        )
     sizes = [size for size, _, _ in headers]
-    size = size or common_size(sizes)
-    channels = channels or (1 if all(grey for _, grey, _ in headers) else 3)
-    shape = (channels, *size)
+    size = size or own_size(sizes)
     scaled = sum(other != tuple(size) for other in sizes)
     if scaled:
-        print(f"{scaled} of {len(paths)} images are scaled and cut to {size[0]}×{size[1]}")
-    images, errors = np.zeros((len(paths), *shape), np.uint8), {}
-
-    def read(i: int) -> None:
-        try:
-            images[i] = decode(paths[i], shape, white)
-        except InputError as error:
-            require(on_error == "skip", f"{error}; on_error=skip leaves such files out")
-            errors[i] = error
-
-    in_threads(read, range(len(paths)), "decoding")
-    whole = np.array([i not in errors for i in range(len(paths))])
-    if errors:
-        print(f"broken files left out: {len(errors)}, such as {errors[min(errors)]}")
-        images = images[whole]
-    flat = images.reshape(len(images), channels, -1)
-    constant = paths[whole][(flat.min(-1) == flat.max(-1)).all(-1)]
-    if len(constant):
-        print(f"{len(constant)} of {len(images)} images have one colour alone, as {constant[0]}")
-    return torch.from_numpy(images), whole, white
+        words = "{} of {} images are scaled and cut to {}×{}, as dataset.size says"
+        print(words.format(scaled, len(paths), *size))
+    wide = [largest for _, _, largest in headers if largest is not None]
+    if wide and white is None:
+        white = white_of(max(wide), f"{len(wide)} images of more than 8 bits")
+    return (channels or (1 if all(grey for _, grey, _ in headers) else 3), *size), white
 
 
-def in_threads(function: Callable, items: Sequence, title: str) -> list:
-    """Return function(item) of each item; an error ends all."""
-    title = f"{title} {len(items)} images"
-    with ThreadPoolExecutor() as pool:
-        starts = track(range(0, len(items), CHUNK), title)
-        chunks = (pool.map(function, items[start : start + CHUNK]) for start in starts)
-        return [result for chunk in chunks for result in chunk]
+def inspect(path: Path) -> tuple[tuple[int, int], bool, float | None] | None:
+    """Return height and width, whether a file is grey, and the largest of more than 8 bits.
 
-
-def inspect(path: Path) -> Header | None:
-    """Return the header of a file; None for one that `decode` refuses."""
+    None is for a file that `decode` refuses.
+    """
     try:
         with Image.open(path) as image:
             turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
@@ -193,17 +141,46 @@ def inspect(path: Path) -> Header | None:
         return None
 
 
-def common_size(sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
+def own_size(sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
     """Return the height and width of all images if they agree and suit a flow, or SIDE twice."""
-    least, largest = min(sizes, default=(SIDE, SIDE)), max(sizes, default=(SIDE, SIDE))
-    height, width = least
+    height, width = own = max(sizes, default=(SIDE, SIDE))
     while min(height, width) >= 8 and height % 2 == width % 2 == 0:  # as a multiscale flow does
         height, width = height // 2, width // 2
-    if least == largest and max(least) <= LARGEST_SIDE and 4 <= min(height, width) < 8:
-        return least
-    words = "{}×{} to {}×{}".format(*least, *largest)
-    print(f"images of {words} are taken as dataset.size={SIDE}")
-    return SIDE, SIDE
+    suits = max(own) <= LARGEST_SIDE and 4 <= min(height, width) < 8
+    return own if suits and len(set(sizes)) <= 1 else (SIDE, SIDE)
+
+
+def decode_all(
+    paths: np.ndarray, shape: Sequence[int], white: float | None, on_error: str = "stop"
+) -> tuple[Tensor, np.ndarray]:
+    """Decode files in threads: uint8 (N, *shape), and the files that are not broken."""
+    images = np.empty((len(paths), *shape), np.uint8)
+    broken = []
+
+    def read(i: int) -> None:
+        try:
+            images[i] = decode(paths[i], shape, white)
+        except InputError as error:
+            require(on_error == "skip", f"{error}; on_error=skip leaves such files out")
+            broken.append(i)
+
+    in_threads(read, range(len(paths)), "decoding")
+    if broken:
+        print(f"broken files left out: {len(broken)}, such as {paths[min(broken)]}")
+        images, paths = np.delete(images, broken, axis=0), np.delete(paths, broken)
+    flat = images.reshape(*images.shape[:2], -1)
+    constant = paths[(flat.min(-1) == flat.max(-1)).all(-1)]
+    if len(constant):
+        print(f"{len(constant)} of {len(paths)} images have one colour alone, as {constant[0]}")
+    return torch.from_numpy(images), paths
+
+
+def in_threads(function: Callable, items: Sequence, title: str) -> list:
+    """Return function(item) of each item; an error ends all."""
+    starts = track(range(0, len(items), CHUNK), f"{title} {len(items)} images")
+    with ThreadPoolExecutor() as pool:
+        chunks = (pool.map(function, items[start : start + CHUNK]) for start in starts)
+        return [result for chunk in chunks for result in chunk]
 
 
 def decode(path: Path, shape: Sequence[int], white: float | None = None) -> np.ndarray:
@@ -220,7 +197,7 @@ def decode(path: Path, shape: Sequence[int], white: float | None = None) -> np.n
     except Exception as error:  # whatever Pillow makes of the bytes of a file
         raise InputError(f"{path}: is not a whole image ({one_line(error)[:200]})") from None
     if is_wide(image):
-        image = Image.fromarray(to_bytes(np.asarray(image), path, white))
+        image = Image.fromarray(to_bytes(np.asarray(image), path, white or WHITES[-1]))
     image = ImageOps.fit(in_mode(image, channels), (width, height), Image.Resampling.BILINEAR)
     return np.asarray(image).reshape(height, width, channels).transpose(2, 0, 1)
 

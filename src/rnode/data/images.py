@@ -132,9 +132,8 @@ def arrays(root: str, **options: Any) -> Splits:
     """Return images that NumPy has saved, (N, H, W), (N, H, W, C) or (N, C, H, W).
 
     `root` is a folder with train_images.npy and, where they exist, val_images.npy, test_images.npy,
-    train_labels.npy, …. Those of uint8 are mapped into memory, and a batch is read when it is
-    needed, unless the training images are cut. Others become uint8, by the least of WHITES that
-    none exceeds.
+    train_labels.npy, …. Images of uint8 are mapped into memory, and a batch is read when it is
+    needed, unless the training images are cut. Others become uint8.
     """
     folder = Path(root).expanduser()
     images, labels = {}, {}
@@ -142,24 +141,15 @@ def arrays(root: str, **options: Any) -> Splits:
         path, beside = folder / f"{name}_images.npy", folder / f"{name}_labels.npy"
         if path.is_file():
             x = images[name] = load_array(path)
-            require(
-                x.ndim in (3, 4) and x.dtype.kind in "buif",
-                f"{path}: shape {x.shape} and type {x.dtype}: must be numbers, (N, H, W), "
-                "(N, H, W, C) or (N, C, H, W)",
-            )
-            labels[name] = load_array(beside) if beside.is_file() else np.full((len(x), 1), "")
-            right = (
-                f"{beside}: shape {labels[name].shape}: must be a label for each of {len(x)} images"
-            )
-            require(labels[name].size == len(x), right)
-            labels[name] = labels[name].ravel()
+            message = f"{path}: shape {x.shape} and type {x.dtype}: must be numbers, "
+            message += "(N, H, W), (N, H, W, C) or (N, C, H, W)"
+            require(x.ndim in (3, 4) and x.dtype.kind in "buif" and x.size > 0, message)
+            label = load_array(beside).ravel() if beside.is_file() else np.full(len(x), "")
+            require(len(label) == len(x), f"{beside}: has {len(label)} labels of {len(x)} images")
+            labels[name] = label
     require("train" in images, f"root={root}: holds no train_images.npy")
-    others = [x.max() for x in images.values() if x.dtype != np.uint8]
-    white = white_of(max(others)) if others else None
-    if others:
-        print(
-            f"{root}: images of other types than uint8 have values up to {max(others):g}: {white} is white"
-        )
+    others = [float(x.max()) for x in images.values() if x.dtype != np.uint8]
+    white = white_of(max(others), f"root={root}") if others else None
     for name, x in images.items():
         x = x if x.dtype == np.uint8 else to_bytes(x, folder / f"{name}_images.npy", white)
         if x.ndim == 3:
@@ -171,22 +161,23 @@ def arrays(root: str, **options: Any) -> Splits:
 
 
 def load_array(path: Path) -> np.ndarray:
-    """Map a file into memory."""
+    """Map a file into memory, as copy on write: torch warns of arrays that are not writable."""
     try:
-        return np.load(path, mmap_mode="c")  # torch warns of arrays that are not writable
+        return np.load(path, mmap_mode="c")
     except (OSError, EOFError, ValueError) as error:
-        raise InputError(f"{path}: is not a whole array ({one_line(error)})") from None
+        raise InputError(f"{path}: is not a whole .npy file ({one_line(error)})") from None
 
 
-def white_of(largest: float) -> int:
-    """Return the least of WHITES that a value does not exceed."""
-    return next((white for white in WHITES if largest <= white * ROUNDING), WHITES[-1])
+def white_of(largest: float, what: str) -> int:
+    """Return, and print, the least of WHITES that the largest pixel does not exceed."""
+    white = next((white for white in WHITES if largest <= white * ROUNDING), WHITES[-1])
+    print(f"{what}: values up to {largest:g}, and {white} is white")
+    return white
 
 
-def to_bytes(values: np.ndarray, where: Path, white: float | None = None) -> np.ndarray:
-    """Scale pixels from 0 to `white`, by default that of the largest, to uint8."""
+def to_bytes(values: np.ndarray, where: Path, white: float = WHITES[-1]) -> np.ndarray:
+    """Scale pixels from 0 to `white` to uint8."""
     low, high = values.min(), values.max()
-    most = white or WHITES[-1]
-    right = f"{where}: pixels from {low:g} to {high:g}: must be from 0 to {most:g}"
-    require(bool(0 <= low and high <= most * ROUNDING), right)
-    return np.round(values * (255 / (white or white_of(high)))).astype(np.uint8)
+    right = f"{where}: pixels from {low:g} to {high:g}: must be from 0 to {white:g}"
+    require(bool(low >= 0 and high <= white * ROUNDING), right)
+    return np.round(values * (255 / white)).astype(np.uint8)

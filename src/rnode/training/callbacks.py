@@ -1,6 +1,7 @@
 """Lightning callbacks: what training has cost, and figures of samples."""
 
 import gc
+import math
 import time
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from pytorch_lightning.utilities import rank_zero_only
 from rnode.training.module import RNODE
 from rnode.training.plots import plot_corner, plot_grids
 from rnode.training.run_folder import whole_file
-from rnode.transforms import ImageTransform
+from rnode.transforms import Batch, ImageTransform
 
 IMAGES, POINTS = 64, 2000  # samples in a figure
 
@@ -50,8 +51,37 @@ class Cost(Callback):
         vars(self).update(state)
 
 
+class ValidationInterval(Callback):
+    """Validates after an epoch only if `every_n_steps` have passed, and at the end of a run.
+
+    On small data a validation would cost as much as an epoch. Other intervals of Lightning stay.
+    """
+
+    def __init__(self, every_n_steps: int):
+        self.every_n_steps = every_n_steps
+
+    def on_train_start(self, trainer: Trainer, module: RNODE) -> None:
+        batches, window = trainer.num_training_batches, trainer.accumulate_grad_batches
+        self.epochs = math.ceil(self.every_n_steps / math.ceil(batches / window))
+        if (trainer.val_check_batch, trainer.check_val_every_n_epoch) != (batches, 1):
+            self.epochs = 1
+        if self.epochs > 1 and trainer.enable_validation:
+            steps = f"callbacks.validation.every_n_steps={self.every_n_steps}"
+            trainer.print(f"validation every {self.epochs} epochs, by {steps}")
+
+    def on_train_batch_start(self, trainer: Trainer, module: RNODE, batch: Batch, i: int) -> None:
+        if self.epochs > 1:
+            batches = trainer.num_training_batches
+            steps = trainer.estimated_stepping_batches - trainer.global_step
+            end = i + steps * trainer.accumulate_grad_batches
+            due = end <= batches or (trainer.current_epoch + 1) % self.epochs == 0
+            trainer.val_check_batch = min(end, batches) if due else batches + 1
+
+
 class Figures(Callback):
-    """Saves samples beside held-out data every `every_n_epochs` epochs, and of the tested weights.
+    """Saves samples beside held-out data, and of the tested weights.
+
+    It draws at the first validation of every `every_n_epochs` epochs, counted from their last.
 
     samples.png is the last figure of the folder samples.
     """
@@ -59,9 +89,15 @@ class Figures(Callback):
     def __init__(self, folder: str, every_n_epochs: int):
         self.folder, self.every_n_epochs = Path(folder), every_n_epochs
 
+    def on_train_start(self, trainer: Trainer, module: RNODE) -> None:
+        self.drawn = trainer.current_epoch // self.every_n_epochs
+
     def on_validation_end(self, trainer: Trainer, module: RNODE) -> None:
-        due = (trainer.current_epoch + 1) % self.every_n_epochs == 0
-        if due and trainer.state.fn == "fit" and not trainer.sanity_checking:
+        if trainer.state.fn != "fit" or trainer.sanity_checking:
+            return
+        due = (trainer.current_epoch + 1) // self.every_n_epochs
+        if due > self.drawn:
+            self.drawn = due
             self.draw(trainer, module, "val", f"{trainer.global_step:07d}")
 
     def on_test_end(self, trainer: Trainer, module: RNODE) -> None:
