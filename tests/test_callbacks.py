@@ -20,8 +20,8 @@ def test_entries_with_a_target_are_instantiated():
     with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = compose("train", ["dataset=table", "folder=run", "callbacks.figures=null"])
     by_type = {type(entry).__name__: entry for entry in instantiate_all(cfg.callbacks)}
-    names = "GaussianBaseline Cost SaveAndStop BestCheckpoint EarlyStopping TF32 Progress"
-    assert [*by_type] == [*names.split(), "Pretraining", "RefineGrid"]
+    names = "GaussianBaseline Cost SaveAndStop BestCheckpoint ValidationInterval EarlyStopping TF32"
+    assert [*by_type] == [*names.split(), "Progress", "Pretraining", "RefineGrid"]
     assert by_type["EarlyStopping"].patience == 20
     assert by_type["SaveAndStop"].path.parts == ("run", "last.ckpt")
     assert by_type["RefineGrid"].tolerance == 1e-2
@@ -105,6 +105,7 @@ def test_flow_matching_ends_once_its_share_of_the_run_has_passed():
 
 @pytest.mark.usefixtures("blank_figures")
 def test_figures_are_drawn_every_few_epochs_and_of_the_tested_weights(run):
-    folder = run(*EPOCHS, "trainer.max_epochs=5", "callbacks.figures.every_n_epochs=2")
+    each = ["callbacks.figures.every_n_epochs=2", "callbacks.validation=null"]
+    folder = run(*EPOCHS, "trainer.max_epochs=5", *each)
     drawn = sorted(path.stem for path in (folder / "samples").glob("*.png"))
     assert drawn == ["0000004", "0000008", "tested"]  # an epoch has two steps

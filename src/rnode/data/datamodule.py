@@ -29,10 +29,10 @@ def require_finite(rows: Tensor, where: str) -> None:
 
 
 def default_batch_size(n: int, most: int) -> int:
-    """Return a batch size with which an epoch of `n` samples has eight steps, but 16 to `most`."""
+    """Return an eighth of the `n` samples of an epoch, but 16 to `most`."""
     size = min(most, max(16, n // 8))
     if size < most:
-        print(f"dataset.batch_size={size}: an epoch of {n} training samples then has eight steps")
+        print(f"dataset.batch_size={size}, for {n} training samples")
     return size
 
 

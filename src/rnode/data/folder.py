@@ -55,19 +55,23 @@ def find_images(folder: Path) -> list[Path]:
     """Return the image files below a folder, in order; links are followed, to each file once."""
     require(folder.is_dir(), f"root={folder}: there is no such folder")
     images, left_out = {}, Counter()
-    for place, folders, names in os.walk(folder, followlinks=True):
+
+    def order(path: Path) -> tuple:  # several links to a file: a split has it, or where it lies
+        return path.name.lower() not in SPLIT_WORDS, path.is_symlink(), path
+
+    def refused(error: OSError) -> None:
+        left_out[one_line(error)] += 1
+
+    for place, folders, names in os.walk(folder, onerror=refused, followlinks=True):
         paths = [Path(place, name) for name in (*folders, *names)]
         folders.clear()  # those to enter follow
-        # A file that several links lead to belongs to a split, or else where it lies.
-        for path in sorted(
-            paths, key=lambda p: (p.name.lower() not in SPLIT_WORDS, p.is_symlink(), p)
-        ):
+        for path in sorted(paths, key=order):
             if path.name.startswith("."):
                 left_out[path.name] += 1
             elif path.suffix.lower() not in ENDINGS and not path.is_dir():
                 left_out[path.suffix or path.name] += 1
-            elif images.setdefault(path.resolve(), path) is not path:
-                left_out["links to others"] += 1
+            elif images.setdefault(os.path.realpath(path), path) is not path:
+                left_out["found again by a link"] += 1
             elif path.is_dir():
                 folders.append(path.name)
     print_left_out(folder, left_out)
@@ -106,17 +110,16 @@ def layout(
     size: Sequence[int] | None = None,
     white: float | None = None,
 ) -> tuple[tuple[int, ...], float | None]:
-    """Return the shape (channels, height, width) of the images of files, and what they have white.
+    """Return (channels, height, width) and white for files, as given or as the files have them.
 
-    None of the arguments is needed. White is None if no file has more than 8 bits.
+    White is the value of white in files of more than 8 bits; None: there are none.
     """
     headers = [header for header in in_threads(inspect, paths, "inspecting") if header is not None]
     sizes = [size for size, _, _ in headers]
     size = size or own_size(sizes)
     scaled = sum(other != tuple(size) for other in sizes)
     if scaled:
-        words = "{} of {} images are scaled and cut to {}×{}, as dataset.size says"
-        print(words.format(scaled, len(paths), *size))
+        print(f"{scaled} of {len(paths)} images are scaled and cut to size={size[0]}×{size[1]}")
     wide = [largest for _, _, largest in headers if largest is not None]
     if wide and white is None:
         white = white_of(max(wide), f"{len(wide)} images of more than 8 bits")
@@ -124,9 +127,10 @@ def layout(
 
 
 def inspect(path: Path) -> tuple[tuple[int, int], bool, float | None] | None:
-    """Return height and width, whether a file is grey, and the largest of more than 8 bits.
+    """Return height and width of a file, whether it is grey, and the largest of more than 8 bits.
 
-    None is for a file that `decode` refuses.
+    Returns:
+        None for a file that `decode` refuses.
     """
     try:
         with Image.open(path) as image:
@@ -151,25 +155,24 @@ def own_size(sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
 
 
 def decode_all(
-    paths: np.ndarray, shape: Sequence[int], white: float | None, on_error: str = "stop"
+    paths: np.ndarray, shape: Sequence[int], white: float | None, on_error: str = ""
 ) -> tuple[Tensor, np.ndarray]:
     """Decode files in threads: uint8 (N, *shape), and the files that are not broken."""
     images = np.empty((len(paths), *shape), np.uint8)
-    broken = []
+    broken, hint = [], on_error and "; on_error=skip leaves such files out"
 
     def read(i: int) -> None:
         try:
             images[i] = decode(paths[i], shape, white)
         except InputError as error:
-            require(on_error == "skip", f"{error}; on_error=skip leaves such files out")
+            require(on_error == "skip", f"{error}{hint}")
             broken.append(i)
 
     in_threads(read, range(len(paths)), "decoding")
     if broken:
         print(f"broken files left out: {len(broken)}, such as {paths[min(broken)]}")
         images, paths = np.delete(images, broken, axis=0), np.delete(paths, broken)
-    flat = images.reshape(*images.shape[:2], -1)
-    constant = paths[(flat.min(-1) == flat.max(-1)).all(-1)]
+    constant = paths[(images.min((2, 3)) == images.max((2, 3))).all(1)]
     if len(constant):
         print(f"{len(constant)} of {len(paths)} images have one colour alone, as {constant[0]}")
     return torch.from_numpy(images), paths

@@ -148,6 +148,8 @@ def arrays(root: str, **options: Any) -> Splits:
             require(len(label) == len(x), f"{beside}: has {len(label)} labels of {len(x)} images")
             labels[name] = label
     require("train" in images, f"root={root}: holds no train_images.npy")
+    shapes = {x.shape[1:] for x in images.values()}
+    require(len(shapes) == 1, f"root={root}: images of several shapes: {sorted(shapes)}")
     others = [float(x.max()) for x in images.values() if x.dtype != np.uint8]
     white = white_of(max(others), f"root={root}") if others else None
     for name, x in images.items():

@@ -13,7 +13,7 @@ from rnode.loss import bits_per_dim
 from rnode.training.module import RNODE
 from rnode.training.results import GAUSSIAN
 
-FIT, NUMBERS = 20_000, 5_000_000  # training samples, or the numbers in them: the larger limit holds
+NUMBERS = 20_000_000  # in the training samples, at most
 MAX_DIMENSIONS = 4096  # beyond, the covariance would cost minutes
 
 
@@ -47,7 +47,7 @@ def gaussian_bits(data: DataModule, rows: int, seed: int) -> float | None:
         not vary.
     """
     d = math.prod(data.shape)
-    count = min(max(FIT, NUMBERS // d), len(data.splits.train))
+    count = min(NUMBERS // d, len(data.splits.train))
     if d > MAX_DIMENSIONS or rows == 0:
         return None
     index = torch.linspace(0, len(data.splits.train) - 1, count).long().tolist()
