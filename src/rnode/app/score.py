@@ -10,6 +10,7 @@ from rich.progress import track
 
 from rnode.app.density import Density, from_checkpoint
 from rnode.data.folder import decode_all, find_images, layout
+from rnode.data.images import load_images, to_images
 from rnode.data.tables import read_table
 from rnode.errors import require
 from rnode.training.run_folder import whole_file
@@ -48,5 +49,5 @@ def read(density: Density, path: Path, names: list[str]) -> tuple[Any, pl.DataFr
         images, _ = decode_all(np.array(files), shape, white)
         names = [file.relative_to(path).as_posix() for file in files]
         return images, pl.DataFrame({"file": names})
-    rows = np.load(path)
+    rows = to_images(load_images(path), path, density.data.transform.white)
     return rows, pl.DataFrame({"row": np.arange(len(rows))})

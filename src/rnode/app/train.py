@@ -161,7 +161,10 @@ def warmup_steps(cfg: DictConfig, data: DataModule) -> int:
     """Return the steps of the warm-up, by default 50 but those of two epochs at most."""
     if cfg.warmup_steps is not None:
         return cfg.warmup_steps
-    return min(50, 2 * math.ceil(len(data.splits.train) / data.batch_size))
+    steps = 2 * math.ceil(len(data.splits.train) / data.batch_size)
+    if steps < 50:
+        print(f"warmup_steps={steps}, two epochs")
+    return min(50, steps)
 
 
 def instantiate_all(section: DictConfig) -> list:

@@ -18,6 +18,7 @@ from rnode.data.splits import SPLIT_WORDS, Splits, hold_out, image_splits
 from rnode.errors import InputError, one_line, require
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".gif")
+WIDE = ("I", "F")  # modes of 16 and 32 bits, which Pillow would clip at 255
 UNLABELED = {"unlabeled", "unlabelled"}  # folders that are no class
 CHUNK = 1000  # files in the queue of the threads
 SIDE = 64  # of images whose own sizes differ, or suit no flow
@@ -82,8 +83,7 @@ def find_images(folder: Path) -> list[Path]:
 
 def print_left_out(folder: Path, counts: Counter) -> None:
     if counts:
-        words = ", ".join(f"{name} ({count})" for name, count in counts.most_common(20))
-        print(f"{folder}: left out: {words}")
+        print(f"{folder}: left out:", ", ".join(f"{name} ({n})" for name, n in counts.items()))
 
 
 def divide(folder: Path, files: np.ndarray) -> tuple[dict[str, np.ndarray], bool]:
@@ -114,7 +114,7 @@ def layout(
 
     White is the value of white in files of more than 8 bits; None: there are none.
     """
-    headers = [header for header in in_threads(inspect, paths, "inspecting") if header is not None]
+    headers = [each for each in in_threads(inspect, paths, "inspecting") if each is not None]
     sizes = [size for size, _, _ in headers]
     size = size or own_size(sizes)
     scaled = sum(other != tuple(size) for other in sizes)
@@ -127,16 +127,15 @@ def layout(
 
 
 def inspect(path: Path) -> tuple[tuple[int, int], bool, float | None] | None:
-    """Return height and width of a file, whether it is grey, and the largest of more than 8 bits.
+    """Return height and width, whether a file is grey, and the largest of more than 8 bits.
 
-    Returns:
-        None for a file that `decode` refuses.
+    None: `decode` will refuse the file.
     """
     try:
         with Image.open(path) as image:
             turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
             size = image.size if turned else image.size[::-1]
-            if not is_wide(image):
+            if not image.mode.startswith(WIDE):
                 return size, image.mode in ("1", "L", "LA"), None
             values = np.asarray(image)
             to_bytes(values, path)
@@ -199,15 +198,10 @@ def decode(path: Path, shape: Sequence[int], white: float | None = None) -> np.n
             image.load()
     except Exception as error:  # whatever Pillow makes of the bytes of a file
         raise InputError(f"{path}: is not a whole image ({one_line(error)[:200]})") from None
-    if is_wide(image):
+    if image.mode.startswith(WIDE):
         image = Image.fromarray(to_bytes(np.asarray(image), path, white or WHITES[-1]))
     image = ImageOps.fit(in_mode(image, channels), (width, height), Image.Resampling.BILINEAR)
     return np.asarray(image).reshape(height, width, channels).transpose(2, 0, 1)
-
-
-def is_wide(image: Image.Image) -> bool:
-    """Whether pixels have 16 or 32 bits, which Pillow would clip at 255."""
-    return image.mode.startswith(("I", "F"))
 
 
 def in_mode(image: Image.Image, channels: int) -> Image.Image:

@@ -96,7 +96,10 @@ def read_idx(path: Path) -> Tensor:
         values = np.frombuffer(content, np.uint8, offset=4 + 4 * len(shape))
         return torch.tensor(values.reshape(shape))
     except (OSError, EOFError, IndexError, ValueError, zlib.error) as error:
-        raise InputError(f"{path}: is not a whole IDX file ({one_line(error)})") from None
+        reason = (
+            f"is not a whole IDX file ({one_line(error)}); once deleted, it is downloaded again"
+        )
+        raise InputError(f"{path}: {reason}") from None
 
 
 def load_cifar10(name: str, root: Path, part: str) -> tuple[Tensor, np.ndarray]:
@@ -140,10 +143,7 @@ def arrays(root: str, **options: Any) -> Splits:
     for name in SPLIT_NAMES:
         path, beside = folder / f"{name}_images.npy", folder / f"{name}_labels.npy"
         if path.is_file():
-            x = images[name] = load_array(path)
-            message = f"{path}: shape {x.shape} and type {x.dtype}: must be numbers, "
-            message += "(N, H, W), (N, H, W, C) or (N, C, H, W)"
-            require(x.ndim in (3, 4) and x.dtype.kind in "buif" and x.size > 0, message)
+            x = images[name] = load_images(path)
             label = load_array(beside).ravel() if beside.is_file() else np.full(len(x), "")
             require(len(label) == len(x), f"{beside}: has {len(label)} labels of {len(x)} images")
             labels[name] = label
@@ -153,12 +153,7 @@ def arrays(root: str, **options: Any) -> Splits:
     others = [float(x.max()) for x in images.values() if x.dtype != np.uint8]
     white = white_of(max(others), f"root={root}") if others else None
     for name, x in images.items():
-        x = x if x.dtype == np.uint8 else to_bytes(x, folder / f"{name}_images.npy", white)
-        if x.ndim == 3:
-            x = x[:, None]
-        elif x.shape[1] not in (1, 3) or x.shape[3] in (1, 3):
-            x = np.moveaxis(x, 3, 1)
-        images[name] = torch.from_numpy(x)
+        images[name] = torch.from_numpy(to_images(x, folder / f"{name}_images.npy", white))
     return image_splits(images, labels, white=white, **options)
 
 
@@ -168,6 +163,23 @@ def load_array(path: Path) -> np.ndarray:
         return np.load(path, mmap_mode="c")
     except (OSError, EOFError, ValueError) as error:
         raise InputError(f"{path}: is not a whole .npy file ({one_line(error)})") from None
+
+
+def load_images(path: Path) -> np.ndarray:
+    """Map numbers (N, H, W), (N, H, W, C) or (N, C, H, W) into memory."""
+    x = load_array(path)
+    right = "must be numbers, (N, H, W), (N, H, W, C) or (N, C, H, W)"
+    fits = x.ndim in (3, 4) and x.dtype.kind in "buif" and x.size > 0
+    require(fits, f"{path}: shape {x.shape} and type {x.dtype}: {right}")
+    return x
+
+
+def to_images(x: np.ndarray, where: Path, white: float | None) -> np.ndarray:
+    """Return what `load_images` has loaded as (N, C, H, W), uint8 if there is a `white`."""
+    x = x if x.dtype == np.uint8 or white is None else to_bytes(x, where, white)
+    if x.ndim == 3:
+        return x[:, None]
+    return x if x.shape[1] in (1, 3) and x.shape[3] not in (1, 3) else np.moveaxis(x, 3, 1)
 
 
 def white_of(largest: float, what: str) -> int:

@@ -61,13 +61,12 @@ class ValidationInterval(Callback):
         self.every_n_steps = every_n_steps
 
     def on_train_start(self, trainer: Trainer, module: RNODE) -> None:
-        batches, window = trainer.num_training_batches, trainer.accumulate_grad_batches
-        self.epochs = math.ceil(self.every_n_steps / math.ceil(batches / window))
-        if (trainer.val_check_batch, trainer.check_val_every_n_epoch) != (batches, 1):
-            self.epochs = 1
+        batches = trainer.num_training_batches
+        steps = math.ceil(batches / trainer.accumulate_grad_batches)
+        default = trainer.val_check_batch == batches and trainer.check_val_every_n_epoch == 1
+        self.epochs = math.ceil(self.every_n_steps / steps) if default else 1
         if self.epochs > 1 and trainer.enable_validation:
-            steps = f"callbacks.validation.every_n_steps={self.every_n_steps}"
-            trainer.print(f"validation every {self.epochs} epochs, by {steps}")
+            trainer.print(f"an epoch has {steps} steps: validation every {self.epochs} epochs")
 
     def on_train_batch_start(self, trainer: Trainer, module: RNODE, batch: Batch, i: int) -> None:
         if self.epochs > 1:
@@ -79,11 +78,9 @@ class ValidationInterval(Callback):
 
 
 class Figures(Callback):
-    """Saves samples beside held-out data, and of the tested weights.
+    """Saves samples beside held-out data, of the tested weights and every `every_n_epochs` epochs.
 
-    It draws at the first validation of every `every_n_epochs` epochs, counted from their last.
-
-    samples.png is the last figure of the folder samples.
+    In training it waits for a validation. samples.png is the last figure of the folder samples.
     """
 
     def __init__(self, folder: str, every_n_epochs: int):
@@ -93,10 +90,8 @@ class Figures(Callback):
         self.drawn = trainer.current_epoch // self.every_n_epochs
 
     def on_validation_end(self, trainer: Trainer, module: RNODE) -> None:
-        if trainer.state.fn != "fit" or trainer.sanity_checking:
-            return
         due = (trainer.current_epoch + 1) // self.every_n_epochs
-        if due > self.drawn:
+        if trainer.state.fn == "fit" and not trainer.sanity_checking and due > self.drawn:
             self.drawn = due
             self.draw(trainer, module, "val", f"{trainer.global_step:07d}")
 

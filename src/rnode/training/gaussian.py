@@ -3,9 +3,9 @@
 import math
 
 import torch
+import torch.nn.functional as F
 from pytorch_lightning import Callback, Trainer
 from sklearn.covariance import ledoit_wolf
-from torch import Tensor
 from torch.distributions import MultivariateNormal
 
 from rnode.data.datamodule import DataModule
@@ -54,18 +54,14 @@ def gaussian_bits(data: DataModule, rows: int, seed: int) -> float | None:
     generator = torch.Generator().manual_seed(seed)
     batch = data.transform(*data.fetch("train", index), generator=generator)
     y = batch.y.flatten(1).double()
-    weights = torch.linalg.lstsq(with_ones(batch.c), y).solution
-    y = y - with_ones(batch.c) @ weights
+    c = F.pad(batch.c.double(), (1, 0), value=1.0)
+    weights = torch.linalg.lstsq(c, y).solution
+    y = y - c @ weights
     covariance = torch.from_numpy(ledoit_wolf(y.numpy(), assume_centered=True)[0])
     factor, failed = torch.linalg.cholesky_ex(covariance)
     if failed:
         return None
     batch = data.transform.for_evaluation(*data.fetch("val", range(rows)), seed)
-    y = batch.y.flatten(1).double() - with_ones(batch.c) @ weights
+    y = batch.y.flatten(1).double() - F.pad(batch.c.double(), (1, 0), value=1.0) @ weights
     log_prob = MultivariateNormal(y.new_zeros(d), scale_tril=factor).log_prob(y)
     return float(bits_per_dim(log_prob, batch.log_det, d).mean())
-
-
-def with_ones(c: Tensor) -> Tensor:
-    """c (B, k) → (B, 1 + k) in float64."""
-    return torch.cat([c.new_ones(len(c), 1), c], 1).double()

@@ -39,7 +39,8 @@ def plot_grids(path: Path, panels: dict[str, Tensor]) -> None:
     figure, axes = plt.subplots(ncols=len(panels), squeeze=False, **size)
     for ax, (title, images) in zip(axes.flat, panels.items(), strict=True):
         ax.set_title(title)
-        plot_images(ax, images)
+        ax.imshow(image_grid(images), interpolation="nearest")
+        ax.axis("off")
     save_figure(figure, path)
 
 
@@ -63,12 +64,6 @@ def limits_of(points: Tensor) -> np.ndarray:
     low, high = np.nan_to_num(np.nanquantile(finite, [0.001, 0.999], axis=0))
     margin = 0.07 * (high - low) + 1e-6 * np.abs(low) + 1e-12
     return np.stack([low - margin, high + margin])
-
-
-def plot_images(ax: plt.Axes, images: Tensor) -> None:
-    """Plot images (N, C, H, W) in [0, 1] as a square grid."""
-    ax.imshow(image_grid(images), interpolation="nearest")
-    ax.axis("off")
 
 
 def image_grid(images: Tensor, columns: int | None = None) -> np.ndarray:
