@@ -7,12 +7,14 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
+from hydra.utils import instantiate
 from matplotlib.axes import Axes
 from PIL import Image
 
 import rnode
 from helpers import TWO_STEPS, call, rows
 from rnode import InputError
+from rnode.app.validation import compose_config, validate
 from rnode.data.datamodule import DataModule, default_batch_size
 from rnode.data.folder import find_images, image_folder
 from rnode.data.images import arrays
@@ -178,6 +180,17 @@ def test_arrays_may_have_their_channels_first(tmp_path):
         np.save(tmp_path / "train_images.npy", saved)
         np.save(tmp_path / "test_images.npy", saved)
         assert np.array_equal(arrays(str(tmp_path), validation=1).test, images)
+
+
+@pytest.mark.parametrize("dataset", ["patches", "folder"])
+def test_a_size_may_be_height_and_width(tmp_path, dataset):
+    cfg = compose_config("train", [f"dataset={dataset}", "dataset.size=[8,12]", "folder=x"])
+    if dataset == "folder":
+        cfg.dataset.root = str(write(tmp_path))
+    validate("train", cfg)
+    data = instantiate(cfg.dataset)
+    data.setup()
+    assert data.shape[1:] == (8, 12)
 
 
 # Small data

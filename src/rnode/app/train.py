@@ -159,12 +159,13 @@ def fit(cfg: DictConfig, overrides: Sequence[str] = ()) -> dict[str, float | Non
 
 def warmup_steps(cfg: DictConfig, data: DataModule) -> int:
     """Return the steps of the warm-up, by default 50 but those of two epochs at most."""
-    if cfg.warmup_steps is not None:
-        return cfg.warmup_steps
-    steps = 2 * math.ceil(len(data.splits.train) / data.batch_size)
-    if steps < 50:
-        print(f"warmup_steps={steps}, two epochs")
-    return min(50, steps)
+    n, steps = len(data.splits.train), cfg.warmup_steps
+    if steps is None:
+        steps = min(50, 2 * math.ceil(n / data.batch_size))
+    if None in (cfg.dataset.batch_size, cfg.warmup_steps):
+        chosen = f"dataset.batch_size={data.batch_size} warmup_steps={steps}"
+        print(f"{chosen}, for {n} training samples")
+    return steps
 
 
 def instantiate_all(section: DictConfig) -> list:

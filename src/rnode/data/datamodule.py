@@ -30,10 +30,7 @@ def require_finite(rows: Tensor, where: str) -> None:
 
 def default_batch_size(n: int, most: int) -> int:
     """Return an eighth of the `n` samples of an epoch, but 16 to `most`."""
-    size = min(most, max(16, n // 8))
-    if size < most:
-        print(f"dataset.batch_size={size}, for {n} training samples")
-    return size
+    return min(most, max(16, n // 8))
 
 
 class EpochOrder(DistributedSampler):

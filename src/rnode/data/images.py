@@ -3,6 +3,7 @@
 import contextlib
 import gzip
 import zlib
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,18 +37,20 @@ def digits(validation: float = 180, test: float = 360, **options: Any) -> Splits
     return image_splits({"train": images}, labels, 17, validation=validation, test=test, **options)
 
 
-def patches(size: int = 32, stride: int = 8, alpha: float = 0.05) -> Splits:
-    """Return (3, size, size) patches of scikit-learn's two photographs (427×640).
+def patches(size: int | Sequence[int] = 32, stride: int = 8, alpha: float = 0.05) -> Splits:
+    """Return (3, height, width) patches of scikit-learn's two photographs (427×640).
 
     The left 70 % of each photograph is for training, the next 15 % for validation and the rest for
     the test. No pixel is in two splits.
     """
     photos = torch.from_numpy(np.stack(load_sample_images().images)).permute(0, 3, 1, 2)
-    require(size <= 96, f"size={size}: must be at most 96, the width of a split's region")
+    height, width = (size, size) if isinstance(size, int) else size
+    fits = height <= 427 and width <= 96
+    require(fits, f"size={size}: must be at most 96, the width of a split's region")
     splits = []
     for left, right in ((0, 448), (448, 544), (544, 640)):
-        windows = photos[..., left:right].unfold(2, size, stride).unfold(3, size, stride)
-        splits.append(windows.permute(0, 2, 3, 1, 4, 5).reshape(-1, 3, size, size))
+        windows = photos[..., left:right].unfold(2, height, stride).unfold(3, width, stride)
+        splits.append(windows.permute(0, 2, 3, 1, 4, 5).reshape(-1, 3, height, width))
     return Splits(*splits, ImageTransform(256, alpha))
 
 
