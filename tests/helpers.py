@@ -33,7 +33,7 @@ TWO_STEPS = [
 ]
 EPOCHS = [  # of two steps, each validated
     *(*TWO_STEPS, "trainer.max_steps=-1", "trainer.limit_train_batches=2"),
-    "callbacks.validation=null",
+    "callbacks.interval=null",
 ]
 SMALL = [  # 90 steps in three epochs
     *("model.hidden=4", "model.pieces=1", "optimizer.lr=4e-3", "warmup_steps=5"),

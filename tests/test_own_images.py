@@ -209,7 +209,7 @@ def folder_run(tmp_path_factory):
     write(folder / "images", [*images[:39], images[39] | 4095], "tiff")
     few = [one for one in TWO_STEPS if "batch_size=4" not in one and "max" not in one]
     few += ["dataset=folder", f"dataset.root={folder / 'images'}", "trainer.max_steps=5"]
-    few += ["trainer.max_epochs=9", "callbacks.validation.every_n_steps=3"]
+    few += ["trainer.max_epochs=9", "callbacks.interval.every_n_steps=3"]
     call("train", *few, f"hydra.run.dir={folder / 'run'}")
     return folder
 
