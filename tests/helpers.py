@@ -31,7 +31,10 @@ TWO_STEPS = [
     *("trainer.limit_test_batches=1", "trainer.log_every_n_steps=1"),
     *("dataset.batch_size=4", "dataset.eval_batch_size=4", "logger.wandb.mode=disabled"),
 ]
-EPOCHS = [*TWO_STEPS, "trainer.max_steps=-1", "trainer.limit_train_batches=2"]  # of two steps
+EPOCHS = [  # of two steps, each validated
+    *(*TWO_STEPS, "trainer.max_steps=-1", "trainer.limit_train_batches=2"),
+    "callbacks.interval=null",
+]
 SMALL = [  # 90 steps in three epochs
     *("model.hidden=4", "model.pieces=1", "optimizer.lr=4e-3", "warmup_steps=5"),
     *("dataset.batch_size=16", "dataset.eval_batch_size=20", "trainer.max_epochs=3"),

@@ -20,8 +20,8 @@ def test_entries_with_a_target_are_instantiated():
     with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = compose("train", ["dataset=table", "folder=run", "callbacks.figures=null"])
     by_type = {type(entry).__name__: entry for entry in instantiate_all(cfg.callbacks)}
-    names = "GaussianBaseline Cost SaveAndStop BestCheckpoint EarlyStopping TF32 Progress"
-    assert [*by_type] == [*names.split(), "Pretraining", "RefineGrid"]
+    names = "GaussianBaseline Cost SaveAndStop BestCheckpoint ValidationInterval EarlyStopping TF32"
+    assert [*by_type] == [*names.split(), "Progress", "Pretraining", "RefineGrid"]
     assert by_type["EarlyStopping"].patience == 20
     assert by_type["SaveAndStop"].path.parts == ("run", "last.ckpt")
     assert by_type["RefineGrid"].tolerance == 1e-2

@@ -84,6 +84,7 @@ def test_every_weight_of_a_conditional_flow_gets_the_gradient_of_a_loop_over_sam
 
 def test_both_parts_stand_on_one_curve(tmp_path, capsys):
     more = ["trainer.enable_progress_bar=true", "trainer.limit_train_batches=10"]
+    more += ["callbacks.interval=null"]
     call("train", *TABLE, "callbacks.pretraining.share=0.5", *more, f"hydra.run.dir={tmp_path}")
     rows = metrics(tmp_path)
     losses = [int(row["step"]) for row in rows if row.get("train/loss")]

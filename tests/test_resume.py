@@ -23,6 +23,7 @@ SHORT = [  # two epochs of six batches
     *("trainer.limit_test_batches=1", "dataset.batch_size=4", "dataset.eval_batch_size=4"),
     *("trainer.log_every_n_steps=1", "trainer.enable_progress_bar=false"),
     *("callbacks.figures.every_n_epochs=9", "logger.wandb.mode=disabled"),
+    "callbacks.interval=null",
 ]
 
 

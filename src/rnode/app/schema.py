@@ -28,7 +28,7 @@ def key(description: str, default: Any = ...) -> Any:
 
 
 class Dataset(Section):
-    batch_size: PositiveInt = key("samples in a training step (section 6: 200)", 200)
+    batch_size: PositiveInt | None = key("samples in a step; null: follows their number", None)
     eval_batch_size: PositiveInt | None = key("samples at a time in validation and test")
     seed: NonNegativeInt = key("seed of data order and noise", 0)
     alpha: Annotated[float, Field(gt=0, lt=0.5)] | None = key("α of the logit transform", None)
@@ -105,7 +105,7 @@ class Trainer(Section):
 
 
 class Callback(Section):
-    every_n_steps: PositiveInt | None = key("training steps from one last.ckpt to the next", None)
+    every_n_steps: PositiveInt | None = key("steps between checkpoints, or validations", None)
     every_n_epochs: PositiveInt | None = key("epochs from one samples.png to the next", None)
     patience: PositiveInt | None = key("validations without a better one that stop a run", None)
     share: Annotated[float, Field(ge=0, le=1)] = key("share of the run by flow matching", 0.0)
@@ -126,9 +126,9 @@ class Train(Section, extra="forbid"):
     seed: NonNegativeInt = key("seed of weights, data order, noise and probes")
     folder: str = key("the run folder, which hydra.run.dir=… sets")
     divergence: Literal[DIVERGENCES] = key("probes of div f and of the Jacobian norm")
-    probes: PositiveInt = key("random probes of a sample; up to 16 dimensions evaluation is exact")
+    probes: PositiveInt = key("random probes of a sample")
     dequantization: Literal["uniform", "variational"] = key("noise of images: uniform, or learned")
-    warmup_steps: NonNegativeInt = key("steps over which the learning rate rises linearly")
+    warmup_steps: NonNegativeInt | None = key("steps of a linear warm-up; null: 50, or two epochs")
     decay: bool = key("let the learning rate fall to 0 by max_epochs or max_time (half a cosine)")
     ckpt_path: str | None = key("checkpoint to resume; auto: last.ckpt of the run folder, if any")
     sweep_metrics: list[Literal[RESULTS]] = key("results that a guided sweep optimizes")

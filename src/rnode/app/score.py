@@ -9,7 +9,8 @@ from omegaconf import DictConfig, OmegaConf
 from rich.progress import track
 
 from rnode.app.density import Density, from_checkpoint
-from rnode.data.folder import decode, find_images
+from rnode.data.folder import decode_all, find_images, layout
+from rnode.data.images import load_images, to_images
 from rnode.data.tables import read_table
 from rnode.errors import require
 from rnode.training.run_folder import whole_file
@@ -43,8 +44,10 @@ def read(density: Density, path: Path, names: list[str]) -> tuple[Any, pl.DataFr
             f"path: must be a .npy file; {levels} grey levels are not the bits of a pixel",
         )
         files = find_images(path)
-        images = [decode(file, density.data.shape) for file in track(files, "decoding")]
+        channels, *size = density.data.shape
+        shape, white = layout(files, channels, size, density.data.transform.white)
+        images, _ = decode_all(np.array(files), shape, white)
         names = [file.relative_to(path).as_posix() for file in files]
-        return np.stack(images), pl.DataFrame({"file": names})
-    rows = np.load(path)
+        return images, pl.DataFrame({"file": names})
+    rows = to_images(load_images(path), path, density.data.transform.white)
     return rows, pl.DataFrame({"row": np.arange(len(rows))})

@@ -20,6 +20,7 @@ from rnode.app.report import write_report
 from rnode.app.runs import Run
 from rnode.app.summary import print_numbers
 from rnode.app.validation import quote
+from rnode.data.datamodule import DataModule
 from rnode.errors import Diverged, Stopped, require
 from rnode.training.checkpoint import AtomicCheckpointIO, load_to_resume
 from rnode.training.loggers import MetricsCSV, finish_wandb
@@ -99,7 +100,7 @@ def fit(cfg: DictConfig, overrides: Sequence[str] = ()) -> dict[str, float | Non
         flow,
         instantiate(cfg.optimizer),
         **cfg.reg,
-        warmup_steps=cfg.warmup_steps,
+        warmup_steps=warmup_steps(cfg, data),
         decay=cfg.decay,
         seed=cfg.seed,
         config=config,
@@ -154,6 +155,17 @@ def fit(cfg: DictConfig, overrides: Sequence[str] = ()) -> dict[str, float | Non
     write_report([Run(folder.resolve())], folder / "report.html")
     print(f"run folder: {folder}")
     return result
+
+
+def warmup_steps(cfg: DictConfig, data: DataModule) -> int:
+    """Return the steps of the warm-up, by default 50 but those of two epochs at most."""
+    n, steps = len(data.splits.train), cfg.warmup_steps
+    if steps is None:
+        steps = min(50, 2 * math.ceil(n / data.batch_size))
+    if None in (cfg.dataset.batch_size, cfg.warmup_steps):
+        chosen = f"dataset.batch_size={data.batch_size} warmup_steps={steps}"
+        print(f"{chosen}, for {n} training samples")
+    return steps
 
 
 def instantiate_all(section: DictConfig) -> list:

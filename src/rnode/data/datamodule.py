@@ -28,6 +28,11 @@ def require_finite(rows: Tensor, where: str) -> None:
         raise InputError(f"row {row} of {where} is not finite: column {column} is {value}")
 
 
+def default_batch_size(n: int, most: int) -> int:
+    """Return an eighth of the `n` samples of an epoch, but 16 to `most`."""
+    return min(most, max(16, n // 8))
+
+
 class EpochOrder(DistributedSampler):
     """Shuffles by (seed, epoch); leaves out the batches that a resumed epoch has used."""
 
@@ -55,7 +60,7 @@ class DataModule(LightningDataModule):
     def __init__(
         self,
         source: Callable[..., Splits],  # called with **arguments
-        batch_size: int,  # of a training batch, in each process
+        batch_size: int | None,  # of a training batch, in each process; None: `default_batch_size`
         eval_batch_size: int,
         flip: bool = False,  # whether training mirrors each image with probability 1/2
         seed: int = 0,  # of the order, the flips and the noise
@@ -83,6 +88,9 @@ class DataModule(LightningDataModule):
                 require_finite(x, f"the {word} data")
         self.splits = splits
         self.transform = splits.transform
+        if self.batch_size is None:
+            table = isinstance(self.transform, TableTransform)
+            self.batch_size = default_batch_size(len(splits.train), 512 if table else 64)
         self.conditions = splits.conditions
         message = f"the data have {self.names()}, but those of the checkpoint {checkpoint}"
         require(checkpoint in (None, self.names()), message)

@@ -3,6 +3,7 @@
 import contextlib
 import gzip
 import zlib
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from rnode.errors import InputError, one_line, require, require_choice
 from rnode.transforms import ImageTransform
 
 IDX = "train-images-idx3-ubyte and t10k-images-idx3-ubyte"
+WHITES = (1, 255, 1023, 4095, 16383, 65535)  # of shares, and of 8, 10, 12, 14 and 16 bits
+ROUNDING = 1 + 1e-6
 FILES = {"MNIST": IDX, "FashionMNIST": IDX, "KMNIST": IDX, "CIFAR10": "cifar-10-batches-py"}
 
 
@@ -34,18 +37,20 @@ def digits(validation: float = 180, test: float = 360, **options: Any) -> Splits
     return image_splits({"train": images}, labels, 17, validation=validation, test=test, **options)
 
 
-def patches(size: int = 32, stride: int = 8, alpha: float = 0.05) -> Splits:
-    """Return (3, size, size) patches of scikit-learn's two photographs (427×640).
+def patches(size: int | Sequence[int] = 32, stride: int = 8, alpha: float = 0.05) -> Splits:
+    """Return (3, height, width) patches of scikit-learn's two photographs (427×640).
 
     The left 70 % of each photograph is for training, the next 15 % for validation and the rest for
     the test. No pixel is in two splits.
     """
     photos = torch.from_numpy(np.stack(load_sample_images().images)).permute(0, 3, 1, 2)
-    require(size <= 96, f"size={size}: must be at most 96, the width of a split's region")
+    height, width = (size, size) if isinstance(size, int) else size
+    fits = height <= 427 and width <= 96
+    require(fits, f"size={size}: must be at most 96, the width of a split's region")
     splits = []
     for left, right in ((0, 448), (448, 544), (544, 640)):
-        windows = photos[..., left:right].unfold(2, size, stride).unfold(3, size, stride)
-        splits.append(windows.permute(0, 2, 3, 1, 4, 5).reshape(-1, 3, size, size))
+        windows = photos[..., left:right].unfold(2, height, stride).unfold(3, width, stride)
+        splits.append(windows.permute(0, 2, 3, 1, 4, 5).reshape(-1, 3, height, width))
     return Splits(*splits, ImageTransform(256, alpha))
 
 
@@ -94,7 +99,10 @@ def read_idx(path: Path) -> Tensor:
         values = np.frombuffer(content, np.uint8, offset=4 + 4 * len(shape))
         return torch.tensor(values.reshape(shape))
     except (OSError, EOFError, IndexError, ValueError, zlib.error) as error:
-        raise InputError(f"{path}: is not a whole IDX file ({one_line(error)})") from None
+        reason = (
+            f"is not a whole IDX file ({one_line(error)}); once deleted, it is downloaded again"
+        )
+        raise InputError(f"{path}: {reason}") from None
 
 
 def load_cifar10(name: str, root: Path, part: str) -> tuple[Tensor, np.ndarray]:
@@ -127,23 +135,66 @@ def reduce_images(images: Tensor, side: int) -> Tensor:
 
 
 def arrays(root: str, **options: Any) -> Splits:
-    """Return images that NumPy has saved, uint8 (N, H, W) or (N, H, W, C).
+    """Return images that NumPy has saved, (N, H, W), (N, H, W, C) or (N, C, H, W).
 
     `root` is a folder with train_images.npy and, where they exist, val_images.npy, test_images.npy,
-    train_labels.npy, …. They are mapped into memory, and a batch is read when it is needed, unless
-    the training images are cut.
+    train_labels.npy, …. Images of uint8 are mapped into memory, and a batch is read when it is
+    needed, unless the training images are cut. Others become uint8.
     """
     folder = Path(root).expanduser()
     images, labels = {}, {}
     for name in SPLIT_NAMES:
         path, beside = folder / f"{name}_images.npy", folder / f"{name}_labels.npy"
-        if path.is_file():  # mapped as copy on write: torch warns of arrays that are not writable
-            x = np.load(path, mmap_mode="c")
-            fits = x.dtype == np.uint8 and x.ndim in (3, 4)
-            message = f"{path}: shape {x.shape} and type {x.dtype}"
-            require(fits, f"{message}: must be uint8, (N, H, W) or (N, H, W, C)")
-            x = x[..., None] if x.ndim == 3 else x
-            images[name] = torch.from_numpy(x).permute(0, 3, 1, 2)
-            labels[name] = np.load(beside).ravel() if beside.is_file() else np.full(len(x), "")
+        if path.is_file():
+            x = images[name] = load_images(path)
+            label = load_array(beside).ravel() if beside.is_file() else np.full(len(x), "")
+            require(len(label) == len(x), f"{beside}: has {len(label)} labels of {len(x)} images")
+            labels[name] = label
     require("train" in images, f"root={root}: holds no train_images.npy")
-    return image_splits(images, labels, **options)
+    shapes = {x.shape[1:] for x in images.values()}
+    require(len(shapes) == 1, f"root={root}: images of several shapes: {sorted(shapes)}")
+    others = [float(x.max()) for x in images.values() if x.dtype != np.uint8]
+    white = white_of(max(others), f"root={root}") if others else None
+    for name, x in images.items():
+        images[name] = torch.from_numpy(to_images(x, folder / f"{name}_images.npy", white))
+    return image_splits(images, labels, white=white, **options)
+
+
+def load_array(path: Path) -> np.ndarray:
+    """Map a file into memory, as copy on write: torch warns of arrays that are not writable."""
+    try:
+        return np.load(path, mmap_mode="c")
+    except (OSError, EOFError, ValueError) as error:
+        raise InputError(f"{path}: is not a whole .npy file ({one_line(error)})") from None
+
+
+def load_images(path: Path) -> np.ndarray:
+    """Map numbers (N, H, W), (N, H, W, C) or (N, C, H, W) into memory."""
+    x = load_array(path)
+    right = "must be numbers, (N, H, W), (N, H, W, C) or (N, C, H, W)"
+    fits = x.ndim in (3, 4) and x.dtype.kind in "buif" and x.size > 0
+    require(fits, f"{path}: shape {x.shape} and type {x.dtype}: {right}")
+    return x
+
+
+def to_images(x: np.ndarray, where: Path, white: float | None) -> np.ndarray:
+    """Return what `load_images` has loaded as (N, C, H, W), uint8 if there is a `white`."""
+    x = x if x.dtype == np.uint8 or white is None else to_bytes(x, where, white)
+    if x.ndim == 3:
+        return x[:, None]
+    return x if x.shape[1] in (1, 3) and x.shape[3] not in (1, 3) else np.moveaxis(x, 3, 1)
+
+
+def white_of(largest: float, what: str) -> int:
+    """Return, and print, the least of WHITES that the largest pixel does not exceed."""
+    white = next((white for white in WHITES if largest <= white * ROUNDING), WHITES[-1])
+    print(f"{what}: values up to {largest:g}, and {white} is white")
+    return white
+
+
+def to_bytes(values: np.ndarray, where: Path, white: float = WHITES[-1]) -> np.ndarray:
+    """Scale pixels from 0 to `white` to uint8."""
+    low, high = values.min(), values.max()
+    right = f"{where}: pixels from {low:g} to {high:g}: must be from 0 to {white:g}"
+    require(bool(low >= 0 and high <= white * ROUNDING), right)
+    return np.round(values * (255 / white)).astype(np.uint8)

@@ -14,7 +14,8 @@ from rnode.transforms import ImageTransform, Transform
 
 SPLIT_SEED = 0  # the same samples are held out whatever the seed of the run
 SPLIT_NAMES = {"train": "training", "val": "validation", "test": "test"}
-SPLIT_WORDS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+SPLIT_WORDS = {"train": "train", "training": "train", "val": "val", "valid": "val"}
+SPLIT_WORDS |= {"validation": "val", "dev": "val", "test": "test", "testing": "test"}
 UNCONDITIONAL = Conditions({})
 
 
@@ -45,6 +46,7 @@ def image_splits(
     validation: float = 0.1,
     test: float = 0.1,
     context: str | None = None,
+    white: float | None = None,
 ) -> Splits:
     """Return images of so many grey levels; `context=label` conditions them on their labels.
 
@@ -53,7 +55,7 @@ def image_splits(
     """
     parts = hold_out(images, validation, test)
     x = [parts[name] for name in SPLIT_NAMES]
-    transform = ImageTransform(levels, alpha)
+    transform = ImageTransform(levels, alpha, white)
     if context is None:
         return Splits(*x, transform)
     label = Label.fit(np.concatenate(list(labels.values())))

@@ -1,6 +1,7 @@
 """Lightning callbacks: what training has cost, and figures of samples."""
 
 import gc
+import math
 import time
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from pytorch_lightning.utilities import rank_zero_only
 from rnode.training.module import RNODE
 from rnode.training.plots import plot_corner, plot_grids
 from rnode.training.run_folder import whole_file
-from rnode.transforms import ImageTransform
+from rnode.transforms import Batch, ImageTransform
 
 IMAGES, POINTS = 64, 2000  # samples in a figure
 
@@ -50,18 +51,48 @@ class Cost(Callback):
         vars(self).update(state)
 
 
-class Figures(Callback):
-    """Saves samples beside held-out data every `every_n_epochs` epochs, and of the tested weights.
+class ValidationInterval(Callback):
+    """Validates after an epoch only if `every_n_steps` have passed, and at the end of a run.
 
-    samples.png is the last figure of the folder samples.
+    On small data a validation would cost as much as an epoch. Other intervals of Lightning stay.
+    """
+
+    def __init__(self, every_n_steps: int):
+        self.every_n_steps = every_n_steps
+
+    def on_train_start(self, trainer: Trainer, module: RNODE) -> None:
+        batches = trainer.num_training_batches
+        steps = math.ceil(batches / trainer.accumulate_grad_batches)
+        default = trainer.val_check_batch == batches and trainer.check_val_every_n_epoch == 1
+        self.epochs = math.ceil(self.every_n_steps / steps) if default else 1
+        if self.epochs > 1 and trainer.enable_validation:
+            trainer.print(f"an epoch has {steps} steps: validation every {self.epochs} epochs")
+
+    def on_train_batch_start(self, trainer: Trainer, module: RNODE, batch: Batch, i: int) -> None:
+        if self.epochs > 1:
+            batches = trainer.num_training_batches
+            steps = trainer.estimated_stepping_batches - trainer.global_step
+            end = i + steps * trainer.accumulate_grad_batches
+            due = end <= batches or (trainer.current_epoch + 1) % self.epochs == 0
+            trainer.val_check_batch = min(end, batches) if due else batches + 1
+
+
+class Figures(Callback):
+    """Saves samples beside held-out data, of the tested weights and every `every_n_epochs` epochs.
+
+    In training it waits for a validation. samples.png is the last figure of the folder samples.
     """
 
     def __init__(self, folder: str, every_n_epochs: int):
         self.folder, self.every_n_epochs = Path(folder), every_n_epochs
 
+    def on_train_start(self, trainer: Trainer, module: RNODE) -> None:
+        self.drawn = trainer.current_epoch // self.every_n_epochs
+
     def on_validation_end(self, trainer: Trainer, module: RNODE) -> None:
-        due = (trainer.current_epoch + 1) % self.every_n_epochs == 0
-        if due and trainer.state.fn == "fit" and not trainer.sanity_checking:
+        due = (trainer.current_epoch + 1) // self.every_n_epochs
+        if trainer.state.fn == "fit" and not trainer.sanity_checking and due > self.drawn:
+            self.drawn = due
             self.draw(trainer, module, "val", f"{trainer.global_step:07d}")
 
     def on_test_end(self, trainer: Trainer, module: RNODE) -> None:

@@ -39,7 +39,8 @@ def plot_grids(path: Path, panels: dict[str, Tensor]) -> None:
     figure, axes = plt.subplots(ncols=len(panels), squeeze=False, **size)
     for ax, (title, images) in zip(axes.flat, panels.items(), strict=True):
         ax.set_title(title)
-        plot_images(ax, images)
+        ax.imshow(image_grid(images), interpolation="nearest")
+        ax.axis("off")
     save_figure(figure, path)
 
 
@@ -58,15 +59,11 @@ def plot_band(ax: plt.Axes, curves: list[tuple[np.ndarray, np.ndarray]], **style
 
 def limits_of(points: Tensor) -> np.ndarray:
     """Return limits (2, d) of axes that show 99.8 % of the points (N, d) in each column."""
-    low, high = np.quantile(points.numpy(), [0.001, 0.999], axis=0)
-    margin = 0.07 * (high - low) + 1e-12
+    points = points.numpy().astype(np.float64)
+    finite = np.where(np.isfinite(points), points, np.nan)
+    low, high = np.nan_to_num(np.nanquantile(finite, [0.001, 0.999], axis=0))
+    margin = 0.07 * (high - low) + 1e-6 * np.abs(low) + 1e-12
     return np.stack([low - margin, high + margin])
-
-
-def plot_images(ax: plt.Axes, images: Tensor) -> None:
-    """Plot images (N, C, H, W) in [0, 1] as a square grid."""
-    ax.imshow(image_grid(images), interpolation="nearest")
-    ax.axis("off")
 
 
 def image_grid(images: Tensor, columns: int | None = None) -> np.ndarray:
@@ -84,17 +81,18 @@ def plot_corner(path: Path, panels: dict[str, Tensor], names: list[str]) -> None
     names = names[:10]
     count, first = len(names), next(iter(panels.values()))
     low, high = limits_of(first[:, :count])
+    edges = min(50, math.ceil(len(first) ** 0.5)) + 1  # of the bins
     size = {"figsize": (2 * count + 2, 2 * count + 2), "layout": "constrained"}
     figure, axes = plt.subplots(count, count, squeeze=False, **size)
     for k, (title, points) in enumerate(panels.items()):
         for i, j in np.ndindex(count, count):
             ax, color = axes[i, j], f"C{k}"
             if i == j:
-                bins = np.linspace(low[i], high[i], 51)
+                bins = np.linspace(low[i], high[i], edges)
                 values = points[:, i].numpy()
                 ax.hist(values, bins, density=True, histtype="step", color=color, label=title)
             elif (i < j) == bool(k):
-                ax.scatter(points[:, j], points[:, i], s=1, color=color)
+                ax.scatter(points[:, j], points[:, i], s=1 + 200 / len(points), color=color)
                 ax.set_ylim(low[i], high[i])
             ax.set_xlim(low[j], high[j])
             ax.tick_params(labelsize=7, labelleft=j == 0, labelbottom=i == count - 1)
