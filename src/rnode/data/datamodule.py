@@ -1,10 +1,12 @@
 """Batches of a data set for Lightning, transformed on the device."""
 
+import hashlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from pytorch_lightning import LightningDataModule, Trainer
 from torch import Tensor
@@ -12,7 +14,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from rnode.data.conditions import Conditions
 from rnode.data.splits import SPLIT_NAMES, Splits
-from rnode.errors import InputError, require
+from rnode.errors import require
 from rnode.seeding import NOISE, step_generator
 from rnode.transforms import Batch, ImageTransform, TableTransform, Transform
 
@@ -20,12 +22,12 @@ from rnode.transforms import Batch, ImageTransform, TableTransform, Transform
 Rows = tuple[Tensor, Tensor, Tensor]
 
 
-def require_finite(rows: Tensor, where: str) -> None:
-    """Raise InputError with the first row and column that is NaN or infinite."""
-    if rows.is_floating_point() and not rows.isfinite().all():
-        row, column = (~rows.isfinite()).nonzero()[0, :2].tolist()
-        value = rows[row, column]
-        raise InputError(f"row {row} of {where} is not finite: column {column} is {value}")
+def settings(shape: torch.Size, transform: Transform, context: list[str]) -> dict[str, Any]:
+    """What data must have in common with those of a checkpoint, beside what was fitted."""
+    options: Any = transform.state()
+    if isinstance(transform, TableTransform):
+        options = [column._replace(mean=0.0, std=1.0) for column in transform.columns]
+    return {"shape": list(shape), "transform": options, "context": context}
 
 
 class EpochOrder(DistributedSampler):
@@ -55,7 +57,7 @@ class DataModule(LightningDataModule):
     def __init__(
         self,
         source: Callable[..., Splits],  # called with **arguments
-        batch_size: int,  # of a training batch, in each process
+        batch_size: int | None,  # of a training batch, in each process; None: by their number
         eval_batch_size: int,
         flip: bool = False,  # whether training mirrors each image with probability 1/2
         seed: int = 0,  # of the order, the flips and the noise
@@ -69,42 +71,78 @@ class DataModule(LightningDataModule):
         self.flip = flip
         self.seed = seed
         self.splits: Splits | None = None
+        self.fingerprint: dict | None = None  # of the data: how many samples, and a hash
+        self.hashes: dict[str, Tensor] | None = None  # of each sample, by split
 
     def setup(self, stage: str | None = None) -> None:
         if self.splits is not None:
             return
-        checkpoint = self.names() if hasattr(self, "shape") else None
-        splits = self.source(**self.arguments)
-        self.shape = splits.val.shape[1:]
-        for name, word in SPLIT_NAMES.items():
-            x = getattr(splits, name)
+        trained = hasattr(self, "shape")  # a checkpoint has what was fitted
+        if trained and isinstance(self.transform, TableTransform) and "columns" in self.arguments:
+            # The file may have got other columns since.
+            self.arguments["columns"] = self.arguments["columns"] or self.transform.names
+        splits = self.splits = self.source(**self.arguments)
+        for name, x in zip(SPLIT_NAMES, splits.parts, strict=True):
             require(len(x) > 0, f"the {name} split is empty")
-            if isinstance(x, Tensor):
-                require_finite(x, f"the {word} data")
-        self.splits = splits
-        self.transform = splits.transform
-        self.conditions = splits.conditions
-        message = f"the data have {self.names()}, but those of the checkpoint {checkpoint}"
-        require(checkpoint in (None, self.names()), message)
+            finite = not isinstance(x, Tensor) or not x.is_floating_point() or x.isfinite().all()
+            require(bool(finite), f"the {SPLIT_NAMES[name]} data have values that are not finite")
+        shape = splits.val.shape[1:]
+        context = list(splits.columns[0])
+        if trained:
+            here = settings(shape, splits.transform, context)
+            there = settings(self.shape, self.transform, list(self.conditions.columns))
+            require(here == there, f"the data have {here}, but those of the checkpoint {there}")
+            splits.encode(self.transform, self.conditions)
+        else:
+            splits.fit()
+        self.shape, self.transform, self.conditions = shape, splits.transform, splits.conditions
+        for x in splits.parts:
+            if isinstance(self.transform, TableTransform) and isinstance(x, Tensor):
+                self.transform.require_inside(x)
+        self.identify()
+        size = len(splits.train) // 12  # so that an epoch has several steps
+        self.batch_size = self.batch_size or min(512, max(16, size))
 
-    def names(self) -> dict[str, list]:
-        """What the data of a checkpoint must have in common with those that are read."""
-        transform: Any = self.transform.state()
-        if isinstance(self.transform, TableTransform):  # statistics may differ by rounding
-            transform = [column._replace(mean=0.0, std=1.0) for column in self.transform.columns]
-        context = list(self.conditions.columns)
-        return {"shape": list(self.shape), "transform": transform, "context": context}
+    def identify(self) -> None:
+        """Compare the data with those of the checkpoint, and keep their samples apart as there."""
+        before, hashes = self.fingerprint, self.splits.hashes()
+        if hashes is None:
+            return
+        parts = [*hashes.values(), *self.splits.c.values()]
+        digest = hashlib.blake2b(b"".join(part.numpy().tobytes() for part in parts))
+        rows = sum(map(len, hashes.values()))
+        self.fingerprint = {"samples": rows, "hash": digest.hexdigest()}
+        if before not in (None, self.fingerprint):
+            self.splits.restore(self.hashes)
+            parts = zip(hashes, self.splits.parts, strict=True)
+            kept = [sum(np.isin(h, self.hashes["train"])) for h in hashes.values()]
+            name = self.arguments.get("path") or self.arguments.get("root") or "the data"
+            print(
+                f"{name}: differs from what the checkpoint was trained on ({rows} samples, there "
+                f"{before['samples']}); {sum(kept)} samples are of its training split and stay "
+                f"there, {sum(kept[1:])} of them left out of validation and test"
+            )
+            hashes = self.splits.hashes()
+            for name, x in zip(SPLIT_NAMES, self.splits.parts, strict=True):
+                require(len(x) > 0, f"the {name} split is empty")
+            hashes = {k: torch.cat([h, self.hashes[k]]).unique() for k, h in hashes.items()}
+        self.hashes = hashes
 
     def state_dict(self) -> dict:
         """What a trained flow needs of its data."""
         transform, conditions = self.transform.state(), self.conditions.state()
-        return {"shape": list(self.shape), "transform": transform, "conditions": conditions}
+        state = {"shape": list(self.shape), "transform": transform, "conditions": conditions}
+        return state | {"fingerprint": self.fingerprint, "hashes": self.hashes}
 
     def load_state_dict(self, state: dict) -> None:
+        """Take what a checkpoint holds, before `setup` reads the data; afterwards it is there."""
+        if self.splits is not None:
+            return
         kind = TableTransform if "columns" in state["transform"] else ImageTransform
         self.transform = kind.from_state(state["transform"])
         self.conditions = Conditions.from_state(state["conditions"])
         self.shape = torch.Size(state["shape"])
+        self.fingerprint, self.hashes = state.get("fingerprint"), state.get("hashes")
 
     def fetch(self, split: str, index: Tensor | Sequence[int]) -> Rows:
         """Return the samples of a split with the indices (B,)."""
