@@ -11,6 +11,7 @@ from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.utils import to_absolute_path
 from omegaconf import DictConfig, OmegaConf
 
 import rnode
@@ -41,8 +42,10 @@ def main() -> None:
 
 def run(command: str, arguments: list[str] | None = None) -> None:
     """Run a command with the arguments of the command line, or print its help."""
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # letters that the terminal cannot show
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # it was closed
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        getattr(sys, name).reconfigure(errors="replace")  # letters that the terminal cannot show
     OmegaConf.register_new_resolver("run_name", run_name, use_cache=True, replace=True)
     sys.path.append(os.getcwd())  # for classes of the user's
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -87,6 +90,11 @@ def start_hydra(command: str, arguments: list[str]) -> None:
 def run_command(command: str, cfg: DictConfig) -> Any:
     """Run `main(cfg)` of a command, after a check: a sampler may have chosen the values."""
     validate(command, cfg)
+    dataset = cfg.get("dataset", {})
+    for section, key in ((dataset, "path"), (dataset, "root"), (cfg, "path"), (cfg, "ckpt_path")):
+        path = section.get(key)
+        if path and path != "auto":  # other commands run elsewhere, and so does hydra.job.chdir
+            section[key] = to_absolute_path(os.path.expanduser(path))
     if command == "train" and is_first_process():
         chosen = HydraConfig.get().runtime.choices
         print(f"{chosen['dataset']} by a {chosen['model']} flow, solver={chosen['solver']}")

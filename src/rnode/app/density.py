@@ -125,7 +125,9 @@ class Density:
         exact = self.flow.test_probes.divergence == "exact"
         seeds = [self.seed] if exact else [self.seed, self.seed + 1]
         parts = [torch.empty(len(seeds), 0)]
-        for index in progress(torch.arange(len(x)).split(self.data.eval_batch_size) if len(x) else ()):
+        for index in progress(
+            torch.arange(len(x)).split(self.data.eval_batch_size) if len(x) else ()
+        ):
             batch = self.data.transform.for_evaluation(x[index], index, c[index], self.seed)
             batch = batch.to(self.device)
             measures = [solve_and_measure(self.flow, batch, seed)[1] for seed in seeds]
@@ -241,7 +243,9 @@ def fit_table(
     unknown = [name for name in options if name not in cfg.dataset]
     require(not unknown, f"{unknown}: are no keys of dataset=table, which are {list(cfg.dataset)}")
     options = plain_containers(options)
-    special = [text for text in map(str, flatten(options).values()) if re.search(r"\$\{|^\?\?\?$", text)]
+    special = [
+        text for text in map(str, flatten(options).values()) if re.search(r"\$\{|^\?\?\?$", text)
+    ]
     require(not special, f"{special}: cannot be named in an option; rename the column")
     cfg.dataset.update(options)
     cfg.trainer.max_time = max_time or cfg.trainer.max_time

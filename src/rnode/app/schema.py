@@ -40,7 +40,7 @@ def key(description: str, default: Any = ...) -> Any:
 
 
 class Dataset(Section):
-    batch_size: Count | None = key("samples in a training step (section 6: 200); null: by the data")
+    batch_size: Count | None = key("samples in a training step; null: follows their number", None)
     eval_batch_size: Count = key("samples at a time in validation and test")
     seed: Whole = key("seed of data order and noise")
     alpha: Annotated[float, Field(gt=0, lt=0.5)] | None = key("α of the logit transform", None)

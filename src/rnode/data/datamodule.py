@@ -22,6 +22,14 @@ from rnode.transforms import Batch, ImageTransform, TableTransform, Transform
 Rows = tuple[Tensor, Tensor, Tensor]
 
 
+def default_batch_size(n: int, most: int) -> int:
+    """Return a batch size with which an epoch of `n` samples has eight steps, but 16 to `most`."""
+    size = min(most, max(16, n // 8))
+    if size < most:
+        print(f"dataset.batch_size={size}: an epoch of {n} training samples then has eight steps")
+    return size
+
+
 def settings(shape: torch.Size, transform: Transform, context: list[str]) -> dict[str, Any]:
     """What data must have in common with those of a checkpoint, beside what was fitted."""
     options: Any = transform.state()
@@ -57,7 +65,7 @@ class DataModule(LightningDataModule):
     def __init__(
         self,
         source: Callable[..., Splits],  # called with **arguments
-        batch_size: int | None,  # of a training batch, in each process; None: by their number
+        batch_size: int | None,  # of a training batch, in each process; None: `default_batch_size`
         eval_batch_size: int,
         flip: bool = False,  # whether training mirrors each image with probability 1/2
         seed: int = 0,  # of the order, the flips and the noise
@@ -100,8 +108,9 @@ class DataModule(LightningDataModule):
             if isinstance(self.transform, TableTransform) and isinstance(x, Tensor):
                 self.transform.require_inside(x)
         self.identify()
-        size = len(splits.train) // 12  # so that an epoch has several steps
-        self.batch_size = self.batch_size or min(512, max(16, size))
+        if self.batch_size is None:
+            table = isinstance(self.transform, TableTransform)
+            self.batch_size = default_batch_size(len(splits.train), 512 if table else 64)
 
     def identify(self) -> None:
         """Compare the data with those of the checkpoint, and keep their samples apart as there."""

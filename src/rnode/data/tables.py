@@ -63,9 +63,7 @@ class Table:
         integer = choose("integer", self.integer, names)
         self.warn(frame[names], integer)
         columns = self.columns_of(names, integer)
-        parts = hold_out(
-            self.parts(frame, split), count_of(self.validation, len(frame)), self.test
-        )
+        parts = hold_out(self.parts(frame, split), count_of(self.validation, len(frame)), self.test)
         require(len(parts["train"]) > 1, f"{self.path}: {len(frame)} rows are too few")
         rows = torch.from_numpy(frame[names].to_numpy() + 0.0)  # −0 is 0
         train, val, test = (rows[parts[split]] for split in SPLIT_NAMES)
@@ -209,9 +207,7 @@ def read_text(path: Path) -> pl.DataFrame | np.ndarray:
         text = content.decode("latin-1")
     text = text if "\n" in text else text.replace("\r", "\n")
     separator = "\t" if path.suffix.lower() == ".tsv" else find_separator(text)
-    frame = pl.read_csv(
-        text.encode(), has_header=False, infer_schema_length=0, separator=separator
-    )
+    frame = pl.read_csv(text.encode(), has_header=False, infer_schema_length=0, separator=separator)
     frame = frame.with_columns(pl.all().str.strip_chars().fill_null(""))
     frame = frame.filter(~pl.all_horizontal(pl.all() == ""))  # empty lines
     if separator == ";":
@@ -362,7 +358,9 @@ def numbers(frame: pl.DataFrame, names: list[str], where: str) -> pl.DataFrame:
     for column in frame[names]:
         if column.dtype == pl.String and column.count():
             row = (to_numbers(column).is_null() & column.is_not_null()).arg_true()[0]
-            raise InputError(f"{where}: {column.name} is {column[row][:40]} in row {row}, no number")
+            raise InputError(
+                f"{where}: {column.name} is {column[row][:40]} in row {row}, no number"
+            )
         fits = column.count() == 0 or column.dtype.is_numeric() or column.dtype == pl.Boolean
         require(fits, f"{where}: {column.name} holds {kind(column)}, not numbers")
     return frame.select(pl.col(names).cast(pl.Float64))
