@@ -140,7 +140,7 @@ class Table:
         repeated = []
         for column in frame.drop(integer):
             value, count = column.rename("value").value_counts(sort=True, name="count").row(0)
-            if count > max(1, REPETITION_LIMIT * len(frame)):
+            if count > max(2, REPETITION_LIMIT * len(frame)):
                 repeated.append(f"{column.name} ({value:g} in {count} of {len(frame)} rows)")
         if repeated:
             words = f"repeated values, where the density rises without bound: {listed(repeated)}"
