@@ -209,6 +209,7 @@ class TableTransform(Transform):
 
     def fit(self, x: Tensor) -> "TableTransform":
         """Return the same transform with the standardization and whitening of x (N, d)."""
+        require(len(x) > 1, "the training split has 1 row, which is too few")
         self.require_inside(x)
         half = torch.full_like(x, 0.5)
         columns = []

@@ -27,7 +27,6 @@ from torch import Tensor
 from rnode.app import train
 from rnode.app.build import apply_overrides, build, config_of
 from rnode.app.processes import QUIET_LOGGERS, prepare_process
-from rnode.app.schema import flatten
 from rnode.app.validation import compose_config, validate
 from rnode.data.conditions import as_array
 from rnode.data.datamodule import DataModule
@@ -179,7 +178,7 @@ class Density:
         frame = as_frame(rows, self.columns)
         missing = [name for name in self.columns if name not in frame.columns]
         require(not missing, f"rows: lack {', '.join(missing)}; the columns are {self.columns}")
-        x = torch.from_numpy(numbers(frame, self.columns, "rows").to_numpy())
+        x = torch.from_numpy(numbers(frame, self.columns, "rows").to_numpy(writable=True))
         for row, column in (~x.isfinite()).nonzero()[:1].tolist():
             value = frame[self.columns[column]][row]
             raise InputError(f"rows: {self.columns[column]} is {value} in row {row}, not a number")
@@ -243,10 +242,8 @@ def fit_table(
     unknown = [name for name in options if name not in cfg.dataset]
     require(not unknown, f"{unknown}: are no keys of dataset=table, which are {list(cfg.dataset)}")
     options = plain_containers(options)
-    special = [
-        text for text in map(str, flatten(options).values()) if re.search(r"\$\{|^\?\?\?$", text)
-    ]
-    require(not special, f"{special}: cannot be named in an option; rename the column")
+    special = re.search(r"\$\{|'\?\?\?'", str(options))  # which OmegaConf would interpret
+    require(not special, f"{options}: a column whose name holds ${{ or is ??? must be renamed")
     cfg.dataset.update(options)
     cfg.trainer.max_time = max_time or cfg.trainer.max_time
     try:

@@ -45,6 +45,10 @@ class Table:
     validation: float = 0.1  # a share of all rows, below 1, or a number of rows
     test: float = 0.1  # likewise
 
+    @property
+    def name(self) -> str:
+        return Path(self.path).name
+
     def splits(self) -> Splits:
         """Return the modelled columns, float64 (N, d), and those of the conditions."""
         frame = read_table(Path(self.path).expanduser())
@@ -53,18 +57,19 @@ class Table:
         context = choose("context", self.context, frame.columns)
         names = choose("columns", self.columns, frame.columns)
         names = names or self.numeric(frame.drop(context, split))
-        choose("context", context, [name for name in frame.columns if name not in names])
+        both = [name for name in names if name in [*context, *split]]
+        require(not both, f"{listed(both)}: is modelled, and context or split_column names it too")
         for name in context:
             fits = frame[name].dtype in (pl.String, pl.Boolean) or kind(frame[name]) == "numbers"
             require(fits, f"context={name}: holds {kind(frame[name])}, not numbers or labels")
-        x = numbers(frame, names, self.path)
+        x = numbers(frame, names, self.name)
         self.report(frame, names, [*context, *split])
         frame = self.complete(frame.with_columns(x), [*names, *context])
+        require(len(frame) > 3, f"{self.name}: {len(frame)} rows are too few")
         integer = choose("integer", self.integer, names)
         self.warn(frame[names], integer)
         columns = self.columns_of(names, integer)
         parts = hold_out(self.parts(frame, split), count_of(self.validation, len(frame)), self.test)
-        require(len(parts["train"]) > 1, f"{self.path}: {len(frame)} rows are too few")
         rows = torch.from_numpy(frame[names].to_numpy() + 0.0)  # −0 is 0
         train, val, test = (rows[parts[split]] for split in SPLIT_NAMES)
         given = {name: frame[name].to_numpy() for name in context}
@@ -76,10 +81,10 @@ class Table:
         named = [column for column in frame if not re.fullmatch(NAMELESS, column.name)]
         for column in named:
             if column.dtype == pl.String and 2 * to_numbers(column).count() > column.count():
-                numbers(frame, [column.name], self.path)
+                numbers(frame, [column.name], self.name)
         names = [column.name for column in named if kind(column) == "numbers"]
         held = listed([f"{column.name}: {kind(column)}" for column in frame])
-        require(bool(names), f"{self.path}: has no numeric column to model ({held})")
+        require(bool(names), f"{self.name}: has no numeric column to model ({held})")
         return names
 
     def columns_of(self, names: list[str], integer: list[str]) -> list[Column]:
@@ -93,13 +98,13 @@ class Table:
 
     def report(self, frame: pl.DataFrame, names: list[str], given: list[str]) -> None:
         """Print what was read, and which columns are left out and why."""
-        print(f"{self.path}: {len(frame)} rows; modelled: {listed(names)}")
+        print(f"{self.name}: {len(frame)} rows; modelled: {listed(names)}")
         if given:
-            print(f"{self.path}: given: {listed(given)}")
+            print(f"{self.name}: given: {listed(given)}")
         others = frame.drop(names, given)
         if others.width:
             words = listed([f"{column.name or 'no name'} ({kind(column)})" for column in others])
-            print(f"{self.path}: left out: {words}")
+            print(f"{self.name}: left out: {words}")
 
     def complete(self, frame: pl.DataFrame, names: list[str]) -> pl.DataFrame:
         """Return the rows without missing and infinite values in the columns `names`."""
@@ -109,7 +114,7 @@ class Table:
         if not counts:
             return frame
         words = listed([f"{name} ({count})" for name, count in counts.items()])
-        message = f"{self.path}: values are missing or infinite in {words}; "
+        message = f"{self.name}: values are missing or infinite in {words}; "
         require(self.missing == "drop", f"{message}{hint('missing', 'drop')} leaves the rows out")
         rest = frame.drop_nulls(names)
         print(f"{message}{len(frame) - len(rest)} of {len(frame)} rows are left out")
@@ -136,7 +141,7 @@ class Table:
             integer = [column.name for column in varying if (column % 1 == 0).all()]
             if integer:
                 words = f"whole numbers in {listed(integer)}, whose density rises without bound"
-                print(f"{self.path}: {words}; {hint('integer', integer)} dequantizes them")
+                print(f"{self.name}: {words}; {hint('integer', integer)} dequantizes them")
         repeated = []
         for column in frame.drop(integer):
             value, count = column.rename("value").value_counts(sort=True, name="count").row(0)
@@ -144,7 +149,7 @@ class Table:
                 repeated.append(f"{column.name} ({value:g} in {count} of {len(frame)} rows)")
         if repeated:
             words = f"repeated values, where the density rises without bound: {listed(repeated)}"
-            print(f"{self.path}: {words}; add noise as wide as their rounding, or leave them out")
+            print(f"{self.name}: {words}; add noise as wide as their rounding, or leave them out")
 
 
 def table(**options: Any) -> Splits:
