@@ -80,7 +80,6 @@ def csv(columns, header="a,b", separator=","):
 
 A, B = (column.round(3).tolist() for column in 1000 * normal(2, N))
 FRAME = pl.DataFrame({"a": A, "b": B})
-HALVES = [v for v in range(N)]
 FILES = {  # what a file holds → the values of its columns a and b, or of two without names
     "plain.csv": csv([A, B]),
     "spaces.csv": csv([A, B], " a , b ", " , "),
@@ -231,7 +230,6 @@ def test_evaluate_equals_score_after_any_change_of_the_file(change, conditional,
     folder, frame = conditional
     new = changed(frame, change)
     new.write_csv("new.csv")
-    before = frame.to_dicts()
     data = rnode.load(folder).data
     data.arguments["path"] = str(folder.parent / "rows.csv")
     data.setup()
@@ -269,7 +267,7 @@ def test_resuming_uses_the_encoder_and_the_splits_of_the_checkpoint(conditional,
     assert torch.equal(*(state["transform"]["whitening"] for state in states))
     known = [set(state["hashes"]["train"].tolist()) for state in states]
     assert known[0] < known[1]
-    line, code = refused(
+    line, _ = refused(
         capsys,
         "train",
         "run",
@@ -294,7 +292,6 @@ def test_score_and_sample_open_the_checkpoint_alone(conditional, tmp_path, capsy
         kept.rename(folder.parent / "rows.csv")
     printed = capsys.readouterr().out
     assert "median" in printed
-    unusual = pl.read_csv("scores/scores.csv").sort("log_prob")["row"][:5].to_list()
     assert "the 5 most unusual:" in printed
     (tmp_path / "wrong.ckpt").write_text("x")
     line, _ = refused(capsys, "score", "wrong.ckpt", "path=none.csv")
@@ -306,4 +303,4 @@ def test_score_and_sample_open_the_checkpoint_alone(conditional, tmp_path, capsy
     os.mkdir("elsewhere")
     os.chdir("elsewhere")
     call("evaluate", str(folder), "hydra.run.dir=evaluation")
-    assert json.loads(open("evaluation/evaluation.json").read())["samples"] == 6
+    assert json.loads(Path("evaluation/evaluation.json").read_text())["samples"] == 6

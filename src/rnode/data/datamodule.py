@@ -14,12 +14,20 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from rnode.data.conditions import Conditions
 from rnode.data.splits import SPLIT_NAMES, Splits
-from rnode.errors import require
+from rnode.errors import InputError, require
 from rnode.seeding import NOISE, step_generator
 from rnode.transforms import Batch, ImageTransform, TableTransform, Transform
 
 # x (B, *shape), the index of each sample in its split (B,), and what it is conditioned on, c (B, k)
 Rows = tuple[Tensor, Tensor, Tensor]
+
+
+def require_finite(rows: Tensor, where: str) -> None:
+    """Raise InputError with the first row and column that is NaN or infinite."""
+    if rows.is_floating_point() and not rows.isfinite().all():
+        row, column = (~rows.isfinite()).nonzero()[0, :2].tolist()
+        value = rows[row, column]
+        raise InputError(f"row {row} of {where} is not finite: column {column} is {value}")
 
 
 def default_batch_size(n: int, most: int) -> int:
@@ -92,8 +100,8 @@ class DataModule(LightningDataModule):
         splits = self.splits = self.source(**self.arguments)
         for name, x in zip(SPLIT_NAMES, splits.parts, strict=True):
             require(len(x) > 0, f"the {name} split is empty")
-            finite = not isinstance(x, Tensor) or not x.is_floating_point() or x.isfinite().all()
-            require(bool(finite), f"the {SPLIT_NAMES[name]} data have values that are not finite")
+            if isinstance(x, Tensor):
+                require_finite(x, f"the {SPLIT_NAMES[name]} data")
         shape = splits.val.shape[1:]
         context = list(splits.columns[0])
         if trained:
