@@ -157,7 +157,7 @@ def state():
     ]
     return {
         "torch": torch.get_rng_state().tolist(),
-        "numpy": str(np.random.get_state()),  # noqa: NPY002
+        "numpy": str(np.random.get_state()),
         "random": random.getstate(),
         "environment": dict(os.environ),
         "folder": os.getcwd(),

@@ -145,7 +145,7 @@ def test_warnings_name_columns_whose_likelihood_is_misleading(frame, tmp_path, c
     table(path=str(path))
     printed = capsys.readouterr().out
     assert "whole numbers in cars, whose density" in printed
-    assert "'dataset.integer=[cars]' dequantizes them" in printed
+    assert "'dataset.integer=[\"cars\"]' dequantizes them" in printed
     assert "zero (0.5 in 500 of 500 rows)" in printed
     assert "one (1 in 500 of 500 rows)" in printed
     assert "more (7.5 in 6 of 500 rows)" in printed

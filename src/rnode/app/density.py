@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import polars as pl
@@ -227,7 +228,7 @@ def fit(
             logarithm is modelled; `logit` those between two bounds, {name: [low, high]}.
 
     Raises:
-        InputError: if an argument is invalid; it is named by its key of the configuration.
+        InputError: if an argument is invalid.
     """
     with FITS, undisturbed():
         return fit_table(rows, max_time, folder, ["dataset=table", *overrides], options)
@@ -281,26 +282,19 @@ def plain_containers(value: Any) -> Any:
 @contextlib.contextmanager
 def undisturbed() -> Iterator[None]:
     """Give a caller everything back that a run sets for the whole process."""
-    numpy_state, python_state = np.random.get_state(), random.getstate()
-    environment, singletons = dict(os.environ), copy.copy(Singleton.get_state())
-    levels = {name: logging.getLogger(name).level for name in QUIET_LOGGERS}
-    flags = [(module, name, getattr(module, name)) for module, name in PRECISION]
-    handlers = {number: signal.getsignal(number) for number in signal.valid_signals()}
-    in_python = IN_PYTHON.set(True)
-    try:
-        with torch.random.fork_rng(), warnings.catch_warnings(), contextlib.chdir("."):
-            yield
-    finally:
-        IN_PYTHON.reset(in_python)
-        np.random.set_state(numpy_state)
-        random.setstate(python_state)
-        Singleton.set_state(singletons)
-        os.environ.clear()
-        os.environ.update(environment)
-        for name, level in levels.items():
-            logging.getLogger(name).setLevel(level)
-        for module, name, value in flags:
-            setattr(module, name, value)
-        for number, handler in handlers.items():
-            if signal.getsignal(number) is not handler:
-                signal.signal(number, handler)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng())
+        stack.enter_context(warnings.catch_warnings())
+        stack.enter_context(patch.dict(os.environ))
+        stack.callback(np.random.set_state, np.random.get_state())
+        stack.callback(random.setstate, random.getstate())
+        stack.callback(Singleton.set_state, copy.copy(Singleton.get_state()))
+        stack.callback(IN_PYTHON.reset, IN_PYTHON.set(True))
+        for logger in map(logging.getLogger, QUIET_LOGGERS):
+            stack.callback(logger.setLevel, logger.level)
+        for module, name in PRECISION:
+            stack.callback(setattr, module, name, getattr(module, name))
+        if threading.current_thread() is threading.main_thread():  # others cannot set handlers
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+                stack.callback(signal.signal, number, signal.getsignal(number))
+        yield

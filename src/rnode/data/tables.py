@@ -98,13 +98,10 @@ class Table:
 
     def report(self, frame: pl.DataFrame, names: list[str], given: list[str]) -> None:
         """Print what was read, and which columns are left out and why."""
-        print(f"{self.name}: {len(frame)} rows; modelled: {listed(names)}")
-        if given:
-            print(f"{self.name}: given: {listed(given)}")
-        others = frame.drop(names, given)
-        if others.width:
-            words = listed([f"{column.name or 'no name'} ({kind(column)})" for column in others])
-            print(f"{self.name}: left out: {words}")
+        others = [f"{c.name or 'no name'} ({kind(c)})" for c in frame.drop(names, given)]
+        parts = {"modelled": names, "given": given, "left out": others}
+        words = "; ".join(f"{word}: {listed(part)}" for word, part in parts.items() if part)
+        print(f"{self.name}: {len(frame)} rows; {words}")
 
     def complete(self, frame: pl.DataFrame, names: list[str]) -> pl.DataFrame:
         """Return the rows without missing and infinite values in the columns `names`."""
@@ -180,12 +177,8 @@ def hint(option: str, value: str | list[str]) -> str:
     """Return an option as it is typed, on the command line or in Python."""
     if IN_PYTHON.get():
         return f"{option}={value!r}"
-    text = value if isinstance(value, str) else f"[{','.join(map(json_word, value))}]"
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     return shlex.quote(f"dataset.{option}={text}")
-
-
-def json_word(name: str) -> str:
-    return name if re.fullmatch(r"[A-Za-z_]\w*", name) else json.dumps(name, ensure_ascii=False)
 
 
 def read_table(path: Path, names: list[str] | None = None) -> pl.DataFrame:
