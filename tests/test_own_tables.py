@@ -269,6 +269,9 @@ def test_resuming_uses_the_encoder_and_the_splits_of_the_checkpoint(conditional,
     assert torch.equal(*(state["transform"]["whitening"] for state in states))
     known = [set(state["hashes"]["train"].tolist()) for state in states]
     assert known[0] < known[1]
+    train("new.csv", "run", *options[:1], "ckpt_path=auto", "trainer.max_epochs=3")
+    last = torch.load(tmp_path / "run" / "last.ckpt")["DataModule"]
+    assert set(last["hashes"]["train"].tolist()) == known[1]
     line, _ = refused(
         capsys,
         "train",

@@ -122,28 +122,27 @@ class DataModule(LightningDataModule):
 
     def identify(self) -> None:
         """Compare the data with those of the checkpoint, and keep their samples apart as there."""
-        before, hashes = self.fingerprint, self.splits.hashes()
+        hashes = self.splits.hashes()
         if hashes is None:
             return
         parts = [*hashes.values(), *self.splits.c.values()]
-        digest = hashlib.blake2b(b"".join(part.numpy().tobytes() for part in parts))
-        rows = sum(map(len, hashes.values()))
-        self.fingerprint = {"samples": rows, "hash": digest.hexdigest()}
-        if before not in (None, self.fingerprint):
-            self.splits.restore(self.hashes)
-            parts = zip(hashes, self.splits.parts, strict=True)
-            kept = [sum(np.isin(h, self.hashes["train"])) for h in hashes.values()]
+        digest = hashlib.blake2b(b"".join(part.numpy().tobytes() for part in parts)).hexdigest()
+        fingerprint = {"samples": sum(map(len, hashes.values())), "hash": digest}
+        if self.fingerprint is None:
+            self.fingerprint, self.hashes = fingerprint, hashes
+        elif fingerprint != self.fingerprint:
+            held_out = torch.cat([hashes["val"], hashes["test"]])
+            trained = int(np.isin(held_out, self.hashes["train"]).sum())
             name = self.arguments.get("path") or self.arguments.get("root") or "the data"
+            counts = f"{fingerprint['samples']} samples, there {self.fingerprint['samples']}"
             print(
-                f"{name}: differs from what the checkpoint was trained on ({rows} samples, there "
-                f"{before['samples']}); {sum(kept)} samples are of its training split and stay "
-                f"there, {sum(kept[1:])} of them left out of validation and test"
+                f"{name}: differs from what the checkpoint was trained on ({counts}); "
+                f"{trained} samples of its training split are left out of validation and test"
             )
-            hashes = self.splits.hashes()
-            for name, x in zip(SPLIT_NAMES, self.splits.parts, strict=True):
-                require(len(x) > 0, f"the {name} split is empty")
-            hashes = {k: torch.cat([h, self.hashes[k]]).unique() for k, h in hashes.items()}
-        self.hashes = hashes
+            self.splits.restore(self.hashes)
+            for name, part in self.splits.hashes().items():
+                require(len(part) > 0, f"the {name} split is empty")
+                self.hashes[name] = torch.cat([part, self.hashes[name]]).unique()
 
     def state_dict(self) -> dict:
         """What a trained flow needs of its data."""

@@ -206,14 +206,14 @@ def read_text(path: Path) -> pl.DataFrame | np.ndarray:
     text = text if "\n" in text else text.replace("\r", "\n")
     separator = "\t" if path.suffix.lower() == ".tsv" else find_separator(text)
     frame = pl.read_csv(text.encode(), has_header=False, infer_schema_length=0, separator=separator)
-    frame = frame.with_columns(pl.all().str.strip_chars().fill_null(""))
-    frame = frame.filter(~pl.all_horizontal(pl.all() == ""))  # empty lines
+    frame = frame.filter(~pl.all_horizontal(pl.all().is_null()))  # empty lines
     if separator == ";":
+        frame = frame.with_columns(pl.all().str.strip_chars())
         commas = [c.name for c in frame if c.slice(1).str.contains(DECIMAL_COMMA).any()]
         plain = pl.col(commas).str.replace_all(".", "", literal=True).str.replace(",", ".")
         number = pl.col(commas).str.contains(r"^[^a-zA-Z]*\d[^a-zA-Z]*$")
         frame = frame.with_columns(pl.when(number).then(plain).otherwise(pl.col(commas)))
-    header = list(frame.row(0)) if len(frame) else []
+    header = [(name or "").strip() for row in frame[:1].rows() for name in row]
     if header and not is_header(frame):
         print(f"{path}: has no header: its first row holds {listed(header, 5)}")
         return frame.to_numpy()
@@ -237,14 +237,14 @@ def is_header(frame: pl.DataFrame) -> bool:
     Numbers alone are none, unless they count, as years do. Nor are numbers beside text that is
     repeated in its column.
     """
-    first = pl.Series(frame.row(0))
+    first = pl.Series(frame.row(0)).str.strip_chars()
     values = to_numbers(first)
     if values.count() == 0:
         return True
     text = [i for i, cell in enumerate(first) if cell and values[i] is None]
     if not text:
         return len(values.drop_nulls()) > 1 and (values.drop_nulls().diff().drop_nulls() == 1).all()
-    return not any((frame[:, i] == first[i]).sum() > 1 for i in text)
+    return not any((frame[:, i].str.strip_chars() == first[i]).sum() > 1 for i in text)
 
 
 READERS = {
@@ -314,9 +314,11 @@ def typed(column: pl.Series) -> pl.Series:
         column = column.cast(pl.String)
     if column.dtype != pl.String:
         return column.cast(pl.Float64) if column.dtype.is_decimal() else column
-    text = column.str.strip_chars()
-    text = text.set(text.str.to_lowercase().is_in(MISSING), None)
-    values = to_numbers(text)
+    text, values = column, column.cast(pl.Float64, strict=False)
+    if values.null_count():
+        text = column.str.strip_chars()
+        text = text.set(text.str.to_lowercase().is_in(MISSING), None)
+        values = to_numbers(text)
     if text.count() == 0 or values.count() < text.count():
         booleans = text.str.to_lowercase().is_in(["true", "false"]).all() and text.count() > 0
         return text.str.to_lowercase() == "true" if booleans else text
