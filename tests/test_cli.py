@@ -49,7 +49,7 @@ MISTAKES = {
     "seed=1,2": "--multirun",
     "--config-dir nowhere": "nowhere: there is no such folder",
     "--multi": "there is no flag --multi",
-    "ckpt_path=nowhere.ckpt": "ckpt_path=nowhere.ckpt: there is no such file",
+    "ckpt_path=nowhere.ckpt": "/nowhere.ckpt: there is no such file",
     "hydra.run.dir=/dev/null/run": "Not a directory: '/dev/null/run'",
     # errors of the classes that Hydra builds
     "+trainer.overfit_batches=1.5": "trainer: You have passed invalid value 1.5 for overfit",
@@ -152,7 +152,7 @@ def test_bare_paths_stand_for_keys(tmp_path):
 
 
 def test_a_bug_gets_one_line_and_its_traceback_is_saved(tmp_path, capsys, monkeypatch):
-    def build(cfg):
+    def build(cfg, state):
         raise KeyError("two\nlines")
 
     monkeypatch.setattr(train, "build", build)
