@@ -31,7 +31,6 @@ from torch import Tensor
 from common import mean_and_spread, write_record
 from contenders import Point, best, maf, nsf, ot_cfm, rnode_table, train, zuko_cnf
 from rnode.app.processes import prepare_process
-from rnode.data.tables import fit_whitening
 from rnode.transforms import Column, TableTransform
 
 MOST, BATCH = 2000, 512  # rows of a measurement, and of a training step
@@ -106,8 +105,7 @@ def by_steps(make, rows: Tensor, validation: Tensor, test: Tensor, seconds: floa
 def rnode(
     rows: Tensor, validation: Tensor, test: Tensor, seconds: float, share: float = 0.3
 ) -> Point:
-    plain = TableTransform([Column(str(i)) for i in range(rows.shape[1])])
-    transform = TableTransform(plain.columns, fit_whitening(plain, rows.double()))
+    transform = TableTransform([Column(str(i)) for i in range(rows.shape[1])]).fit(rows.double())
     parts = (
         transform(part, torch.arange(len(part)), torch.empty(len(part), 0)).y
         for part in (rows, validation, test)

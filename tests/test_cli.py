@@ -45,7 +45,7 @@ MISTAKES = {
     "seed": "error: seed: & missing EQUAL",
     f"{CONF}": f"{CONF}/last.ckpt: there is no such file",
     "seed=1,2": "--multirun",
-    "ckpt_path=nowhere.ckpt": "ckpt_path=nowhere.ckpt: there is no such file",
+    "ckpt_path=nowhere.ckpt": "/nowhere.ckpt: there is no such file",
     "hydra.run.dir=/dev/null/run": "Not a directory: '/dev/null/run'",
     # errors of the classes that Hydra builds
     "+trainer.overfit_batches=1.5": "You have passed invalid value 1.5 for overfit",
@@ -144,7 +144,7 @@ def test_bare_paths_stand_for_keys(tmp_path):
 
 
 def test_a_bug_gets_one_line_and_its_traceback_is_saved(tmp_path, capsys, monkeypatch):
-    def build(cfg):
+    def build(cfg, state):
         raise KeyError("two\nlines")
 
     monkeypatch.setattr(train, "build", build)

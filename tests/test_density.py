@@ -62,8 +62,8 @@ def test_conditional_likelihood_and_samples_match_the_closed_form(fitted, rows):
     assert samples.columns == density.columns == ["a", "b"]
     assert samples.mean().row(0) == pytest.approx((3.0, 60.0), rel=0.05)
     assert samples.select(pl.all().std()).row(0) == pytest.approx((1.5, 5.0), rel=0.1)
-    assert density.sample(4, given).equals(density.sample(4, given, seed=0))
-    assert not density.sample(4, given).equals(density.sample(4, given, seed=1))
+    assert density.sample(4, given, seed=0).equals(density.sample(4, given, seed=0))
+    assert not density.sample(4, given).equals(density.sample(4, given))
     halved = density.sample(3000, given, temperature=0.5)
     assert halved["b"].std() == pytest.approx(samples["b"].std() / 2, rel=0.05)
 
@@ -96,9 +96,9 @@ def test_nonsense_is_refused_in_the_terms_of_the_table(fitted, rows):
     density, _ = fitted
     for rows_, context, message in [
         (rows.select("a", "level", "slope"), None, "rows: lack b; the columns are"),
-        (rows.with_columns(a=pl.lit(np.nan)), None, "row 0 of the rows .* is not finite"),
+        (rows.with_columns(a=pl.lit(np.nan)), None, "rows: a is nan in row 0, not a number"),
         (rows.select("a", "b"), None, "context.level, context.slope: must be given"),
-        (np.zeros((3, 5)), {"level": "low", "slope": 0}, "rows: lack a, b"),
+        (np.zeros((3, 5)), {"level": "low", "slope": 0}, "rows: 5 columns; must have 2: a, b"),
     ]:
         with pytest.raises(InputError, match=message):
             density.log_prob(rows_, context)
@@ -189,7 +189,7 @@ def test_the_commands_score_a_file_in_its_order_and_sample(fitted, rows, capsys)
     frame = pl.read_csv("samples/samples.csv")
     assert frame.columns == ["a", "b", "level", "slope"]
     assert frame["level"].to_list() == ["low"] * 7
-    np.testing.assert_allclose(frame["b"], density.sample(7, given)["b"], rtol=1e-6)
+    np.testing.assert_allclose(frame["b"], density.sample(7, given, seed=0)["b"], rtol=1e-6)
     for number in (expected.mean(), expected.min(), expected.max()):
         assert f"{number:.9f}"[:6] in printed
 

@@ -12,7 +12,7 @@ from scipy import stats
 import rnode
 from helpers import call, refused
 from rnode import InputError
-from rnode.data.tables import READERS, fit_whitening, read_table, table
+from rnode.data.tables import READERS, read_table, table
 from rnode.transforms import Column, TableTransform
 
 ROWS = 500
@@ -38,7 +38,7 @@ def frame():
 
 
 def parts_of(splits):
-    return splits.train, splits.val, splits.test
+    return splits.fit().parts
 
 
 def test_every_format_holds_the_same_columns(frame, tmp_path):
@@ -69,7 +69,7 @@ def test_splits_are_disjoint_standardized_by_training_and_always_the_same(frame,
 def test_columns_of_every_kind_are_standardized_after_their_transform(frame, tmp_path):
     frame.write_csv(path := tmp_path / "rows.csv")
     options = {"integer": ["cars"], "log": ["income"], "logit": {"share": [0, 1], "cars": [0, 20]}}
-    splits = table(path=str(path), context=["city"], **options)
+    splits = table(path=str(path), context=["city"], **options).fit()
     kinds = {c.name: (c.integer, c.log, c.bounds) for c in splits.transform.columns}
     assert kinds == {
         "height": (False, False, None),
@@ -122,19 +122,18 @@ def test_each_transform_its_inverse_and_its_log_determinant_by_autograd(column):
 def test_whitening_makes_the_columns_uncorrelated_and_has_the_jacobians_determinant():
     rng = np.random.default_rng(0)
     rows = torch.from_numpy(rng.normal(size=(900, 3)) @ rng.normal(size=(3, 3)) + 5)
-    plain = TableTransform([Column(name, mean=5.0, std=2.0) for name in "abc"])
-    transform = TableTransform(plain.columns, fit_whitening(plain, rows))
+    transform = TableTransform([Column(name) for name in "abc"]).fit(rows)
     y, log_det = transform.forward(rows, torch.rand(900, 3))
     torch.testing.assert_close(torch.cov(y.T), torch.eye(3), atol=1e-4, rtol=0)
     torch.testing.assert_close(transform.inverse(y), rows, atol=1e-5, rtol=0)
-    expected = torch.linalg.slogdet((transform.whitening / 2).T).logabsdet.float().expand(900)
+    scales = torch.tensor([column.std for column in transform.columns])
+    expected = torch.linalg.slogdet(transform.whitening / scales).logabsdet.float().expand(900)
     torch.testing.assert_close(log_det, expected)
     copy = TableTransform.from_state(transform.state())
     assert torch.equal(copy.forward(rows, torch.rand(900, 3))[0], y)
     # A direction without variance is scaled up a thousand times, not without bound.
     dependent = torch.cat([rows, rows.sum(1, keepdim=True)], 1)
-    whitening = fit_whitening(TableTransform([Column(name) for name in "abcd"]), dependent)
-    norms = whitening.norm(dim=0)
+    norms = TableTransform([Column(name) for name in "abcd"]).fit(dependent).whitening.norm(dim=0)
     torch.testing.assert_close(norms.max() / norms.min(), torch.tensor(1e3).double())
 
 
@@ -146,14 +145,14 @@ def test_warnings_name_columns_whose_likelihood_is_misleading(frame, tmp_path, c
     table(path=str(path))
     printed = capsys.readouterr().out
     assert "whole numbers in cars, whose density" in printed
-    assert "dataset.integer=[cars] dequantizes them" in printed
-    assert "zero is 0.5 in 500 of 500 rows" in printed
-    assert "one is 1 in 500 of 500 rows" in printed
-    assert "more is 7.5 in 6 of 500 rows" in printed
-    assert "few" not in printed
-    assert "height" not in printed
+    assert "'dataset.integer=[\"cars\"]' dequantizes them" in printed
+    assert "zero (0.5 in 500 of 500 rows)" in printed
+    assert "one (1 in 500 of 500 rows)" in printed
+    assert "more (7.5 in 6 of 500 rows)" in printed
+    assert "few (" not in printed
+    assert "height (" not in printed
     table(path=str(path), columns=["height", "cars"], integer=["cars"])
-    assert capsys.readouterr().out == ""
+    assert "rises without bound" not in capsys.readouterr().out
     pl.DataFrame({"flag": np.arange(50) % 2 == 0}).write_parquet(path := tmp_path / "flags.parquet")
     table(path=str(path), columns=["flag"])
     assert "whole numbers in flag" in capsys.readouterr().out
@@ -163,7 +162,9 @@ def test_rows_with_missing_values(frame, tmp_path, capsys):
     height = frame["height"].to_list()
     height[3], height[9] = None, float("nan")
     frame.with_columns(height=pl.Series(height)).write_parquet(path := tmp_path / "rows.parquet")
-    with pytest.raises(InputError, match=r"values are missing in height \(2\); missing=drop"):
+    with pytest.raises(
+        InputError, match=r"missing or infinite in height \(2\); dataset.missing=drop"
+    ):
         table(path=str(path))
     assert sum(map(len, parts_of(table(path=str(path), missing="drop")))) == ROWS - 2
     assert "2 of 500 rows are left out" in capsys.readouterr().out
@@ -171,11 +172,11 @@ def test_rows_with_missing_values(frame, tmp_path, capsys):
 
 
 BAD = {
-    "dataset.path=none.csv": "path=none.csv: there is no such file",
-    "dataset.path=rows.txt": f"path=rows.txt: must end in one of {', '.join(READERS)}",
-    "dataset.path=broken.parquet": "path=broken.parquet: cannot be read",
+    "dataset.path=none.csv": "none.csv: there is no such file",
+    "dataset.path=rows.txt": f"rows.txt: must end in one of {', '.join(READERS)}",
+    "dataset.path=broken.parquet": "broken.parquet: cannot be read",
     "dataset.columns=[hight]": "columns=hight: must be among height, income",
-    "dataset.columns=[city]": "columns=city: must be among height, income",
+    "dataset.columns=[city]": "rows.csv: city is Oslo in row 0, no number",
     "dataset.integer=[height]": "height=1",
     "dataset.log=[cars]": "cars=0: must be positive",
     "dataset.logit={share:[0.2,0.3]}": "must be between 0.2 and 0.3",

@@ -5,6 +5,9 @@ The method is that of Finlay et al. (2020). Public names are imported on first u
 """
 
 import importlib
+import os
+import random
+import warnings
 from typing import Any
 
 _MODULES = {
@@ -38,7 +41,13 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module("importlib.metadata").version("rnode-flows")
     if name not in _MODULE_OF:
         raise AttributeError(f"module 'rnode' has no attribute '{name}'")
-    return getattr(importlib.import_module(f"rnode.{_MODULE_OF[name]}"), name)
+    environment, state = dict(os.environ), random.getstate()
+    with warnings.catch_warnings():
+        module = importlib.import_module(f"rnode.{_MODULE_OF[name]}")
+    random.setstate(state)  # Lightning's import changes these three
+    os.environ.clear()
+    os.environ.update(environment)
+    return getattr(module, name)
 
 
 def __dir__() -> list[str]:

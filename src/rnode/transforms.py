@@ -14,6 +14,8 @@ from torch import Tensor
 from rnode.errors import InputError, require
 from rnode.seeding import NOISE, sample_generators
 
+VARIANCE_FLOOR = 1e-6  # share of the largest variance; directions with less are not scaled up
+
 
 class Batch(NamedTuple):
     """Transformed data: y (B, *shape), log|det dy/dx| (B,), index of each in its split (B,), and
@@ -205,6 +207,23 @@ class TableTransform(Transform):
     @property
     def names(self) -> list[str]:
         return [column.name for column in self.columns]
+
+    def fit(self, x: Tensor) -> "TableTransform":
+        """Return the same transform with the standardization and whitening of x (N, d)."""
+        require(len(x) > 1, "the training split has 1 row, which is too few")
+        self.require_inside(x)
+        half = torch.full_like(x, 0.5)
+        columns = []
+        for column, values, noise in zip(self.columns, x.T, half.T, strict=True):
+            y, _ = column(values, noise)
+            std = float(y.std(correction=0)) if y.min() < y.max() else 1.0
+            require(math.isfinite(std), f"{column.name}: its values are too far apart to be scaled")
+            columns.append(column._replace(mean=float(y.mean()), std=std))
+        y = TableTransform(columns).forward(x, half)[0].double()
+        variances, directions = torch.linalg.eigh(torch.cov(y.T).reshape(2 * x.shape[1:]))
+        require(bool(variances.max() > 0), "no column varies in the training split")
+        floor = VARIANCE_FLOOR * variances.max()
+        return TableTransform(columns, directions / variances.clamp(min=floor).sqrt())
 
     def forward(self, x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         noise = noise.clamp(min=torch.finfo(noise.dtype).tiny)  # the logarithm of 0 is infinite

@@ -10,6 +10,7 @@ from typing import Any
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.utils import to_absolute_path
 from omegaconf import DictConfig, OmegaConf
 
 import rnode
@@ -39,8 +40,10 @@ def main() -> None:
 
 def run(command: str, arguments: list[str] | None = None) -> None:
     """Run a command with the arguments of the command line, or print its help."""
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # letters that the terminal cannot show
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # it was closed
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        getattr(sys, name).reconfigure(errors="replace")  # letters that the terminal cannot show
     OmegaConf.register_new_resolver("run_name", run_name, use_cache=True, replace=True)
     sys.path.append(os.getcwd())  # for classes of the user's
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -104,6 +107,7 @@ def start_hydra(command: str, arguments: list[str]) -> None:
             (folder / name).unlink(missing_ok=True)
         with one_line_errors(folder if in_sweep() else None):
             validate(command, cfg)  # again: a sweep has chosen values of its own
+            make_paths_absolute(cfg)
             if command == "train" and is_first_process():
                 chosen = hydra_config.runtime.choices
                 print(f"{chosen.dataset} by a {chosen.model} flow, solver={chosen.solver}")
@@ -117,3 +121,12 @@ def start_hydra(command: str, arguments: list[str]) -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra would print its errors in several lines
     sys.argv = [typed[0], *arguments]
     hydra.main(version_base="1.3", config_path=str(CONF), config_name=command)(job)()
+
+
+def make_paths_absolute(cfg: DictConfig) -> None:
+    """Make the user's paths independent of the working folder, which hydra.job.chdir changes."""
+    dataset = cfg.get("dataset", {})
+    for section, key in ((dataset, "path"), (dataset, "root"), (cfg, "path"), (cfg, "ckpt_path")):
+        path = section.get(key)
+        if path and path != "auto":
+            section[key] = to_absolute_path(os.path.expanduser(path))

@@ -1,31 +1,50 @@
 """A trained density from Python: load a checkpoint or fit rows, then score and sample."""
 
+import contextlib
+import copy
+import logging
 import os
+import random
+import re
+import signal
 import tempfile
-from collections.abc import Callable, Collection, Mapping, Sequence
+import threading
+import warnings
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import polars as pl
 import torch
+from hydra.core.singleton import Singleton
 from omegaconf import DictConfig
 from torch import Tensor
 
 from rnode.app import train
 from rnode.app.build import apply_overrides, build, config_of
-from rnode.app.processes import prepare_process
+from rnode.app.processes import QUIET_LOGGERS, prepare_process
 from rnode.app.validation import compose_config, validate
-from rnode.data.datamodule import DataModule, require_finite
-from rnode.errors import require
+from rnode.data.conditions import as_array
+from rnode.data.datamodule import DataModule
+from rnode.data.tables import IN_PYTHON, as_frame, numbers
+from rnode.errors import InputError, require
 from rnode.evaluation import solve_and_measure
 from rnode.flow import Flow
 from rnode.training.checkpoint import load_checkpoint
 from rnode.training.run_folder import lock
 from rnode.transforms import TableTransform
 
+FITS = threading.Lock()  # runs set what holds for the whole process, so one trains at a time
+PRECISION = (
+    (torch.backends.cudnn, "allow_tf32"),
+    (torch.backends.cudnn, "benchmark"),
+    (torch.backends.cudnn, "deterministic"),
+    (torch.backends.cuda.matmul, "allow_tf32"),
+)
 Values = Mapping[str, Any]  # of the conditions by name: one value for all samples, or one for each
 
 
@@ -101,10 +120,12 @@ class Density:
         A table of rows may hold the conditions itself; `progress` wraps the iterator of batches.
         """
         x, columns = self.encode(rows)
-        c = self.data.conditions.encode(columns if context is None else context, len(x))
+        c = self.encode_context(columns if context is None else context, len(x))
         seeds = [self.seed] if self.flow.exact else [self.seed, self.seed + 1]
-        parts = []
-        for index in progress(torch.arange(len(x)).split(self.data.eval_batch_size)):
+        parts = [torch.empty(len(seeds), 0)]
+        for index in progress(
+            torch.arange(len(x)).split(self.data.eval_batch_size) if len(x) else ()
+        ):
             batch = self.data.transform.for_evaluation(x[index], index, c[index], self.seed)
             batch = batch.to(self.device)
             measures = [solve_and_measure(self.flow, batch, seed)[1] for seed in seeds]
@@ -124,9 +145,16 @@ class Density:
     def sample(
         self, n: int = 1, context: Values | None = None, seed: int | None = None, temperature=1.0
     ) -> Any:
-        """Sample `n` rows: uint8 images (n, C, H, W), or a polars DataFrame of the columns."""
-        c = self.data.conditions.encode(context or {}, n).to(self.device)
-        z = self.sample_z(n, self.seed if seed is None else seed, temperature)
+        """Sample `n` rows: uint8 images (n, C, H, W), or a polars DataFrame of the columns.
+
+        Without a `seed` they are new ones in every call.
+        """
+        require(n >= 0, f"n={n}: must be 0 or more")
+        if n == 0:
+            return self.sample(1, context, seed)[:0]
+        c = self.encode_context({} if context is None else context, n).to(self.device)
+        seed = int(torch.randint(2**62, ())) if seed is None else seed
+        z = self.sample_z(n, seed, temperature)
         batches = torch.arange(n).split(self.data.eval_batch_size)
         return self.decode(torch.cat([self.flow.inverse(z[i], c[i]).cpu() for i in batches]))
 
@@ -139,23 +167,33 @@ class Density:
         """Return rows as x (N, *shape), and the columns of conditions that they hold."""
         transform, shape = self.data.transform, tuple(self.data.shape)
         if self.columns is None:
-            x = torch.as_tensor(np.asarray(rows))
+            x = torch.from_numpy(as_array(rows))
             x = x[:, None] if x.dim() == 3 else x
             top = transform.levels - 1
             grey = x.shape[1:] == shape and bool((x.long().clamp(0, top) == x).all())
             right = f"(N, *{shape}) of whole numbers from 0 to {top}"
             require(grey, f"rows: are {tuple(x.shape)} of {x.dtype}; must be {right}")
             return x, {}
-        frame = as_frame(rows)
-        if frame.columns == [f"column_{i}" for i in range(len(self.columns))]:
-            frame = frame.rename(dict(zip(frame.columns, self.columns, strict=True)))
+        frame = as_frame(rows, self.columns)
         missing = [name for name in self.columns if name not in frame.columns]
         require(not missing, f"rows: lack {', '.join(missing)}; the columns are {self.columns}")
-        x = frame.select(pl.col(self.columns).cast(pl.Float64)).to_torch()
-        require_finite(x, "the rows (NaN is a missing value)")
+        x = torch.from_numpy(numbers(frame, self.columns, "rows").to_numpy(writable=True))
+        for row, column in (~x.isfinite()).nonzero()[:1].tolist():
+            value = frame[self.columns[column]][row]
+            raise InputError(f"rows: {self.columns[column]} is {value} in row {row}, not a number")
         transform.require_inside(x)
-        conditions = [name for name in self.data.conditions.columns if name in frame.columns]
-        return x, {name: frame[name].to_numpy() for name in conditions}
+        return x, self.conditions_of(frame)
+
+    def conditions_of(self, frame: pl.DataFrame) -> Values:
+        """Return the columns of conditions among those of a table."""
+        known = [name for name in self.data.conditions.columns if name in frame.columns]
+        return {name: frame[name].to_numpy() for name in known}
+
+    def encode_context(self, context: Any, n: int) -> Tensor:
+        """Return what `n` samples are conditioned on, c (n, k), from a dictionary or a table."""
+        if not isinstance(context, Mapping):
+            context = self.conditions_of(as_frame(context))
+        return self.data.conditions.encode(context, n)
 
     def decode(self, y: Tensor) -> Any:
         """Return what the flow models, y (N, *shape), as `sample` does."""
@@ -165,15 +203,6 @@ class Density:
         columns = self.data.transform.columns
         types = {column.name: pl.Int64 if column.integer else pl.Float64 for column in columns}
         return pl.DataFrame(x.numpy(), types, orient="row")
-
-
-def as_frame(rows: Any) -> pl.DataFrame:
-    """Return a table as a DataFrame; the columns of an array are column_0, column_1, …."""
-    if isinstance(rows, pl.DataFrame):
-        return rows
-    if hasattr(rows, "keys"):  # a dictionary or a DataFrame of pandas
-        return pl.DataFrame({str(name): np.asarray(rows[name]) for name in rows})
-    return pl.DataFrame(np.asarray(rows), orient="row")
 
 
 def fit(
@@ -197,17 +226,30 @@ def fit(
             logarithm is modelled; `logit` those between two bounds, {name: [low, high]}.
 
     Raises:
-        InputError: if an argument is invalid; it is named by its key of the configuration.
+        InputError: if an argument is invalid.
     """
-    overrides = ["dataset=table", *overrides]
+    with FITS, undisturbed():
+        return fit_table(rows, max_time, folder, ["dataset=table", *overrides], options)
+
+
+def fit_table(
+    rows: Any, max_time: str | None, folder: str | Path | None, overrides: list[str], options: dict
+) -> Density:
     cfg = compose_config("train", overrides)
     file = isinstance(rows, str | Path)
     cfg.dataset.path = str(Path(rows).expanduser().absolute()) if file else "rows.parquet"
     unknown = [name for name in options if name not in cfg.dataset]
     require(not unknown, f"{unknown}: are no keys of dataset=table, which are {list(cfg.dataset)}")
+    options = plain_containers(options)
+    special = re.search(r"\$\{|'\?\?\?'", str(options))  # which OmegaConf would interpret
+    require(not special, f"{options}: a column whose name holds ${{ or is ??? must be renamed")
     cfg.dataset.update(options)
     cfg.trainer.max_time = max_time or cfg.trainer.max_time
-    validate("train", cfg)
+    try:
+        validate("train", cfg)
+    except InputError as error:
+        raise InputError(re.sub(r"^(dataset\.|trainer\.(?=max_time))", "", str(error))) from None
+    frame = None if file else as_frame(rows)
     if folder is None:
         os.makedirs("outputs/table", exist_ok=True)
         folder = tempfile.mkdtemp("", f"{datetime.now():%Y-%m-%d_%H-%M-%S}-", "outputs/table")
@@ -217,9 +259,40 @@ def fit(
     cfg.folder = str(folder)
     prepare_process()
     with lock(folder, resumes=False):
-        if not file:
+        if frame is not None:
             cfg.dataset.path = str(folder / "rows.parquet")
-            as_frame(rows).write_parquet(cfg.dataset.path)
+            frame.write_parquet(cfg.dataset.path)
         train.fit(cfg, overrides)
     best = folder / "best.ckpt"
     return load(best if best.exists() else folder / "last.ckpt")
+
+
+def plain_containers(value: Any) -> Any:
+    """Return arrays, indices of pandas and numbers of NumPy as containers of Python."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    if isinstance(value, Mapping):
+        return {key: plain_containers(part) for key, part in value.items()}
+    if isinstance(value, Iterable) and not isinstance(value, str):
+        return [plain_containers(part) for part in value]
+    return value
+
+
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """Give a caller everything back that a run sets for the whole process."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng())
+        stack.enter_context(warnings.catch_warnings())
+        stack.enter_context(patch.dict(os.environ))
+        stack.callback(np.random.set_state, np.random.get_state())
+        stack.callback(random.setstate, random.getstate())
+        stack.callback(Singleton.set_state, copy.copy(Singleton.get_state()))
+        stack.callback(IN_PYTHON.reset, IN_PYTHON.set(True))
+        for logger in map(logging.getLogger, QUIET_LOGGERS):
+            stack.callback(logger.setLevel, logger.level)
+        for module, name in PRECISION:
+            stack.callback(setattr, module, name, getattr(module, name))
+        if threading.current_thread() is threading.main_thread():  # others cannot set handlers
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+                stack.callback(signal.signal, number, signal.getsignal(number))
+        yield

@@ -3,12 +3,12 @@
 from collections.abc import Iterator
 
 import numpy as np
-from matplotlib import pyplot as plt
+from matplotlib import colormaps
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 from rnode.app.runs import LAMBDAS, Run
-from rnode.training.plots import plot_band
+from rnode.training.plots import plot_band, subplots
 from rnode.training.results import BITS, MEASURES
 
 COSTS = (BITS, "val/nfe_forward", "train/seconds")
@@ -17,7 +17,7 @@ COSTS = (BITS, "val/nfe_forward", "train/seconds")
 def choose_colours(runs: list[Run]) -> dict[str, str]:
     """Return a colour for each label; runs that differ in their seed alone share one."""
     labels = list(dict.fromkeys(run.label() for run in runs))
-    shades = plt.get_cmap("viridis")(np.linspace(0, 0.9, len(labels)))
+    shades = colormaps["viridis"](np.linspace(0, 0.9, len(labels)))
     return dict(zip(labels, map(to_hex, shades), strict=True))
 
 
@@ -25,13 +25,13 @@ def plot_training(runs: list[Run], colours: dict[str, str]) -> Iterator[Figure]:
     """Plot curves of the runs, with a band over seeds, and the NFE against the Jacobian norm."""
     curves = {BITS: "val/seconds_total"} | {f"train/{name}": "step" for name in MEASURES}
     for key, against in curves.items():
-        figure, ax = plt.subplots(figsize=(5, 3.4), layout="constrained")
+        figure, ax = subplots(figsize=(5, 3.4), layout="constrained")
         for label, colour in colours.items():
             members = [run.curve(key, against) for run in runs if run.label() == label]
             plot_band(ax, members, color=colour)
         ax.set(xlabel=against, ylabel=key)
         yield figure
-    figure, ax = plt.subplots(figsize=(5, 3.4), layout="constrained")
+    figure, ax = subplots(figsize=(5, 3.4), layout="constrained")
     for run in runs:
         ax.scatter(*run.curve("train/nfe_forward", "train/jacobian"), s=12, c=colours[run.label()])
     ax.set(xlabel="train/jacobian", ylabel="train/nfe_forward")
@@ -55,7 +55,7 @@ def plot_penalties(runs: list[Run]) -> Figure | None:
     k, j = (sorted(set(values)) for values in zip(*cells, strict=True))
     if 2 * len(cells) < len(k) * len(j):
         return None
-    figure, axes = plt.subplots(ncols=len(COSTS), figsize=(15, 4.2), layout="constrained")
+    figure, axes = subplots(ncols=len(COSTS), figsize=(15, 4.2), layout="constrained")
     for ax, name in zip(axes, COSTS, strict=True):
         grid = np.full((len(k), len(j)), np.nan)
         for place, members in cells.items():

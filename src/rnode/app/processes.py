@@ -9,10 +9,16 @@ from omegaconf import DictConfig
 
 MISLEADING_WARNINGS = (
     "Checkpoint directory .* exists and is not empty",  # the run's own files are there
+    "The number of training batches .* is smaller than the logging interval",  # of small data
     "your dataloader is not resumable",  # a run resumes at the batch at which it stopped
     "Using `DistributedSampler` with the dataloaders",  # no sample is evaluated twice
     "`isinstance\\(treespec, LeafSpec\\)` is deprecated",  # in code of Lightning
     "AccumulateGrad node's stream",  # CUDA graphs are recorded on a stream of their own
+)
+QUIET_LOGGERS = (  # their lines repeat what the run prints, or advertise another logger
+    "lightning_fabric.utilities.distributed",
+    "pytorch_lightning.accelerators.cuda",
+    "pytorch_lightning.utilities.rank_zero",
 )
 
 
@@ -67,11 +73,7 @@ def run_name() -> str:
 def prepare_process() -> None:
     """Set what holds for a whole process. Must be called before Lightning and matplotlib load."""
     os.environ["MPLBACKEND"] = "Agg"  # a notebook's may not exist here, and none needs a display
-    for library in (  # their lines repeat what the run prints, or advertise another logger
-        "lightning_fabric.utilities.distributed",
-        "pytorch_lightning.accelerators.cuda",
-        "pytorch_lightning.utilities.rank_zero",
-    ):
+    for library in QUIET_LOGGERS:
         logging.getLogger(library).setLevel(logging.WARNING)
     for message in MISLEADING_WARNINGS:
         warnings.filterwarnings("ignore", f".*{message}")

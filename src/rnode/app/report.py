@@ -10,7 +10,7 @@ import polars as pl
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from jinja2 import Template
-from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 from omegaconf import DictConfig
 from rich.table import Table
 
@@ -98,10 +98,9 @@ def as_text(cell: str | float | None) -> str:
     return cell if isinstance(cell, str) else "" if cell is None else f"{cell:.5g}"
 
 
-def draw(figure: plt.Figure) -> str:
+def draw(figure: Figure) -> str:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg")
-    plt.close(figure)
     return embed(buffer.getvalue(), "svg+xml")
 
 

@@ -16,6 +16,7 @@ CHECKOUT = PACKAGE.parent.parent
 CONF = next(path / "conf" for path in (PACKAGE, CHECKOUT) if (path / "conf").is_dir())
 
 Bounds = Annotated[list[float], Field(min_length=2, max_length=2)]
+Name = str | int | float | bool | None  # of a column, as YAML reads it: 2019, true and null too
 Time = Annotated[str, Field(pattern=r"^(\d\d:)?\d\d:\d\d:\d\d$")]  # [DD:]HH:MM:SS
 
 
@@ -44,13 +45,13 @@ class Dataset(Section):
     on_error: Literal["stop", "skip"] | None = key("stop at a broken file, or leave it out", None)
     stride: PositiveInt | None = key("pixels from one patch to the next", None)
     path: str | None = key("file of a table: CSV, TSV, Parquet, Arrow or .npy", None)
-    columns: list[str] | None = key("columns that are modelled; null: all numeric ones", None)
-    context: list[str] | Literal["label"] | None = key("conditions: columns, or label", None)
-    integer: list[str] | None = key("columns of whole numbers, which are dequantized", None)
-    log: list[str] | None = key("positive columns whose logarithm is modelled", None)
-    logit: dict[str, Bounds] | None = key("{column: [low, high]} whose logit is modelled", None)
+    columns: list[Name] | None = key("columns that are modelled; null: all numeric ones", None)
+    context: list[Name] | Literal["label"] | None = key("conditions: columns, or label", None)
+    integer: list[Name] | None = key("columns of whole numbers, which are dequantized", None)
+    log: list[Name] | None = key("positive columns whose logarithm is modelled", None)
+    logit: dict[Name, Bounds] | None = key("{column: [low, high]} whose logit is modelled", None)
     missing: Literal["stop", "drop"] | None = key("stop at a missing value, or drop its row", None)
-    split_column: str | None = key("column that says train, val or test; null: by chance", None)
+    split_column: Name = key("column that says train, val or test; null: by chance", None)
 
 
 class Model(Section):
@@ -174,7 +175,7 @@ class Score(FromCheckpoint):
     """Score new data by a trained flow: rnode score outputs/…/best.ckpt path=FILE"""
 
     path: str = key("table or folder of new data")
-    id: list[str] = key("columns of the table that are copied beside the scores")
+    id: list[Name] = key("columns of the table that are copied beside the scores")
     context: dict[str, Any] = key("what a conditional density is given, as context.COLUMN=VALUE")
 
 

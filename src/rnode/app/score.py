@@ -11,15 +11,18 @@ from rich.progress import track
 from rnode.app.density import Density, from_checkpoint
 from rnode.data.folder import decode_all, find_images, layout
 from rnode.data.images import load_images, to_images
-from rnode.data.tables import read_table
+from rnode.data.tables import Names, choose, read_table
 from rnode.errors import require
 from rnode.training.run_folder import whole_file
+
+SCORES = ("log_prob", "standard_error", "bits_per_dim", "rank")
+UNUSUAL = 5  # samples that are printed
 
 
 def main(cfg: DictConfig) -> None:
     """Write scores.csv: a row for each row or image of `cfg.path`, in order."""
     density = from_checkpoint(cfg)
-    rows, identity = read(density, Path(cfg.path).expanduser(), list(cfg.id))
+    rows, identity = read(density, Path(cfg.path).expanduser(), cfg.id)
     context = OmegaConf.to_container(cfg.context) or None
     if context is None and "file" in identity and "label" in density.data.conditions.columns:
         context = {"label": [Path(file).parts[0] for file in identity["file"]]}
@@ -27,14 +30,20 @@ def main(cfg: DictConfig) -> None:
     path = Path(cfg.folder) / "scores.csv"
     with whole_file(path) as file:
         identity.with_columns(scores).write_csv(file)
-    print(scores.describe())
+    means = pl.concat([scores.mean(), scores.median(), scores.min(), scores.max()])
+    print(means.with_columns(of=pl.Series(["mean", "median", "least", "largest"])))
+    unusual = identity.with_columns(scores[["log_prob", "rank"]]).sort("log_prob")[:UNUSUAL]
+    print(f"the {len(unusual)} most unusual:\n{unusual}")
     print(f"written to {path}")
 
 
-def read(density: Density, path: Path, names: list[str]) -> tuple[Any, pl.DataFrame]:
+def read(density: Density, path: Path, names: Names) -> tuple[Any, pl.DataFrame]:
     """Read new data, and what identifies each sample: its row, its columns `names`, or its file."""
     if density.columns is not None:
-        rows = read_table(path)
+        rows = read_table(path, density.columns)
+        names = choose("id", names, rows.columns)
+        taken = [name for name in names if name in ("row", *SCORES)]
+        require(not taken, f"id={','.join(taken)}: scores.csv has such a column; rename yours")
         return rows, rows.select(pl.int_range(pl.len()).alias("row"), *names)
     require(not names, f"id={names}: must be left out; images have no columns")
     if path.is_dir():

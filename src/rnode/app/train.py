@@ -93,8 +93,9 @@ def fit(cfg: DictConfig, overrides: Sequence[str] = ()) -> dict[str, float | Non
     folder = Path(cfg.folder)
     config = OmegaConf.to_container(cfg, resolve=True)
     pl.seed_everything(cfg.seed, verbose=False)
-    data, flow = build(cfg)
     checkpoint = load_to_resume(cfg.ckpt_path, config) if cfg.ckpt_path else None
+    data, flow = build(cfg, checkpoint and checkpoint["DataModule"])
+    data.setup()
     callbacks = instantiate_all(cfg.callbacks)
     module = RNODE(
         flow,

@@ -23,7 +23,7 @@ class Numeric(NamedTuple):
     def encode(self, name: str, values: np.ndarray) -> Tensor:
         """Values (N,) → (N, 1)."""
         try:
-            numbers = torch.from_numpy(np.array(values, dtype=np.float64))
+            numbers = torch.from_numpy(values.astype(np.float64))
         except (TypeError, ValueError):
             raise InputError(f"context.{name}={values[0]}: must be a number") from None
         require(bool(numbers.isfinite().all()), f"context.{name}: must be finite numbers")
@@ -41,12 +41,12 @@ class Label(NamedTuple):
 
     @classmethod
     def fit(cls, values: np.ndarray) -> "Label":
-        return cls(tuple(map(str, np.unique(values).tolist())))
+        return cls(tuple(map(label_of, np.unique(values).tolist())))
 
     def encode(self, name: str, values: np.ndarray) -> Tensor:
         """Values (N,) → (N, size)."""
         place = {label: i for i, label in enumerate(self.classes)}
-        index = [place.get(str(value), -1) for value in values]
+        index = [place.get(label_of(value), -1) for value in values]
         if -1 in index:
             known = ", ".join(self.classes[:20])
             raise InputError(f"context.{name}={values[index.index(-1)]}: must be one of {known}")
@@ -78,7 +78,7 @@ class Conditions:
         require(not missing, f"context.{', context.'.join(missing)}: must be given")
         parts = [torch.empty(n, 0)]
         for name, column in self.columns.items():
-            array = np.atleast_1d(np.asarray(values[name]))
+            array = np.atleast_1d(as_array(values[name]))
             count = f"context.{name}: has {len(array)} values for {n} samples"
             require(len(array) in (1, n), count)
             parts.append(column.encode(name, np.broadcast_to(array, n)))
@@ -91,6 +91,23 @@ class Conditions:
     @classmethod
     def from_state(cls, state: Mapping[str, Mapping[str, Any]]) -> "Conditions":
         return cls({k: (Label if "classes" in v else Numeric)(**v) for k, v in state.items()})
+
+
+def as_array(values: Any) -> np.ndarray:
+    """Return values of any array library; masked ones are missing, NaN."""
+    if isinstance(values, Tensor):
+        values = values.detach().cpu()
+        values = values.double() if values.is_floating_point() else values
+    if isinstance(values, np.ma.MaskedArray):
+        values = values.astype(np.float64).filled(np.nan)
+    array = np.asarray(values)
+    return array.astype(np.float64) if array.dtype.char in "eg" else array  # half and long double
+
+
+def label_of(value: Any) -> str:
+    """Return the label of a value: 2.0 is the label 2."""
+    whole = isinstance(value, float) and value.is_integer()
+    return str(int(value) if whole else value)
 
 
 def fit_column(name: str, values: np.ndarray) -> Numeric | Label:

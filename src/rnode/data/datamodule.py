@@ -1,10 +1,12 @@
 """Batches of a data set for Lightning, transformed on the device."""
 
+import hashlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from pytorch_lightning import LightningDataModule, Trainer
 from torch import Tensor
@@ -31,6 +33,14 @@ def require_finite(rows: Tensor, where: str) -> None:
 def default_batch_size(n: int, most: int) -> int:
     """Return an eighth of the `n` samples of an epoch, but 16 to `most`."""
     return min(most, max(16, n // 8))
+
+
+def settings(shape: torch.Size, transform: Transform, context: list[str]) -> dict[str, Any]:
+    """What data must have in common with those of a checkpoint, beside what was fitted."""
+    options: Any = transform.state()
+    if isinstance(transform, TableTransform):
+        options = [column._replace(mean=0.0, std=1.0) for column in transform.columns]
+    return {"shape": list(shape), "transform": options, "context": context}
 
 
 class EpochOrder(DistributedSampler):
@@ -74,45 +84,78 @@ class DataModule(LightningDataModule):
         self.flip = flip
         self.seed = seed
         self.splits: Splits | None = None
+        self.fingerprint: dict | None = None  # of the data: how many samples, and a hash
+        self.hashes: dict[str, Tensor] | None = None  # of each sample, by split
 
     def setup(self, stage: str | None = None) -> None:
         if self.splits is not None:
             return
-        checkpoint = self.names() if hasattr(self, "shape") else None
-        splits = self.source(**self.arguments)
-        self.shape = splits.val.shape[1:]
-        for name, word in SPLIT_NAMES.items():
-            x = getattr(splits, name)
+        trained = hasattr(self, "shape")  # a checkpoint has what was fitted
+        if trained and isinstance(self.transform, TableTransform) and "columns" in self.arguments:
+            # The file may have got other columns since.
+            self.arguments["columns"] = self.arguments["columns"] or self.transform.names
+        splits = self.splits = self.source(**self.arguments)
+        for name, x in zip(SPLIT_NAMES, splits.parts, strict=True):
             require(len(x) > 0, f"the {name} split is empty")
             if isinstance(x, Tensor):
-                require_finite(x, f"the {word} data")
-        self.splits = splits
-        self.transform = splits.transform
+                require_finite(x, f"the {SPLIT_NAMES[name]} data")
+        shape = splits.val.shape[1:]
+        context = list(splits.columns[0])
+        if trained:
+            here = settings(shape, splits.transform, context)
+            there = settings(self.shape, self.transform, list(self.conditions.columns))
+            require(here == there, f"the data have {here}, but those of the checkpoint {there}")
+            splits.encode(self.transform, self.conditions)
+        else:
+            splits.fit()
+        self.shape, self.transform, self.conditions = shape, splits.transform, splits.conditions
+        for x in splits.parts:
+            if isinstance(self.transform, TableTransform) and isinstance(x, Tensor):
+                self.transform.require_inside(x)
+        self.identify()
         if self.batch_size is None:
             table = isinstance(self.transform, TableTransform)
             self.batch_size = default_batch_size(len(splits.train), 512 if table else 64)
-        self.conditions = splits.conditions
-        message = f"the data have {self.names()}, but those of the checkpoint {checkpoint}"
-        require(checkpoint in (None, self.names()), message)
 
-    def names(self) -> dict[str, list]:
-        """What the data of a checkpoint must have in common with those that are read."""
-        transform: Any = self.transform.state()
-        if isinstance(self.transform, TableTransform):  # statistics may differ by rounding
-            transform = [column._replace(mean=0.0, std=1.0) for column in self.transform.columns]
-        context = list(self.conditions.columns)
-        return {"shape": list(self.shape), "transform": transform, "context": context}
+    def identify(self) -> None:
+        """Compare the data with those of the checkpoint, and keep their samples apart as there."""
+        hashes = self.splits.hashes()
+        if hashes is None:
+            return
+        parts = [*hashes.values(), *self.splits.c.values()]
+        digest = hashlib.blake2b(b"".join(part.numpy().tobytes() for part in parts)).hexdigest()
+        fingerprint = {"samples": sum(map(len, hashes.values())), "hash": digest}
+        if self.fingerprint is None:
+            self.fingerprint, self.hashes = fingerprint, hashes
+        elif fingerprint != self.fingerprint:
+            held_out = torch.cat([hashes["val"], hashes["test"]])
+            trained = int(np.isin(held_out, self.hashes["train"]).sum())
+            name = self.arguments.get("path") or self.arguments.get("root") or "the data"
+            counts = f"{fingerprint['samples']} samples, there {self.fingerprint['samples']}"
+            print(
+                f"{name}: differs from what the checkpoint was trained on ({counts}); "
+                f"{trained} samples of its training split are left out of validation and test"
+            )
+            self.splits.restore(self.hashes)
+            for name, part in self.splits.hashes().items():
+                require(len(part) > 0, f"the {name} split is empty")
+                self.hashes[name] = torch.cat([part, self.hashes[name]]).unique()
 
     def state_dict(self) -> dict:
         """What a trained flow needs of its data."""
         transform, conditions = self.transform.state(), self.conditions.state()
-        return {"shape": list(self.shape), "transform": transform, "conditions": conditions}
+        state = {"shape": list(self.shape), "transform": transform, "conditions": conditions}
+        return state | {"fingerprint": self.fingerprint, "hashes": self.hashes}
 
     def load_state_dict(self, state: dict) -> None:
+        """Take what a checkpoint holds, before `setup` reads the data; afterwards it is there."""
+        if self.splits is not None:
+            return
         kind = TableTransform if "columns" in state["transform"] else ImageTransform
         self.transform = kind.from_state(state["transform"])
         self.conditions = Conditions.from_state(state["conditions"])
         self.shape = torch.Size(state["shape"])
+        self.fingerprint, self.hashes = state.get("fingerprint"), state.get("hashes")
 
     def fetch(self, split: str, index: Tensor | Sequence[int]) -> Rows:
         """Return the samples of a split with the indices (B,)."""

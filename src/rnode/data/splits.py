@@ -1,7 +1,8 @@
 """The three splits of a data set."""
 
+import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import InitVar, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ SPLIT_NAMES = {"train": "training", "val": "validation", "test": "test"}
 SPLIT_WORDS = {"train": "train", "training": "train", "val": "val", "valid": "val"}
 SPLIT_WORDS |= {"validation": "val", "dev": "val", "test": "test", "testing": "test"}
 UNCONDITIONAL = Conditions({})
+HASHED = 2**31  # bytes of a split: larger ones are memory-mapped, and reading them takes minutes
 
 
 @dataclass
@@ -31,11 +33,54 @@ class Splits:
     test: Tensor
     transform: Transform  # of samples to what a flow models
     conditions: Conditions = UNCONDITIONAL  # the encoder of `columns`
-    columns: InitVar[Sequence[Mapping[str, Any]]] = ({}, {}, {})  # by name, of each split
+    columns: Sequence[Mapping[str, Any]] = ({}, {}, {})  # by name, of each split
+    fitted: bool = True  # whether the transform and the conditions are; or `fit` must be called
 
-    def __post_init__(self, columns: Sequence[Mapping[str, Any]]):
-        parts = zip(SPLIT_NAMES, (self.train, self.val, self.test), columns, strict=True)
-        self.c = {name: self.conditions.encode(values, len(x)) for name, x, values in parts}
+    def __post_init__(self):
+        if self.fitted:
+            self.encode(self.transform, self.conditions)
+
+    def fit(self) -> "Splits":
+        """Fit the transform and the conditions to the training split."""
+        if not self.fitted:
+            self.encode(self.transform.fit(self.train), Conditions.fit(self.columns[0]))
+        return self
+
+    def encode(self, transform: Transform, conditions: Conditions) -> None:
+        """Use this transform, and the conditions for c."""
+        self.transform, self.conditions = transform, conditions
+        parts = zip(SPLIT_NAMES, self.parts, self.columns, strict=True)
+        self.c = {name: conditions.encode(values, len(x)) for name, x, values in parts}
+
+    @property
+    def parts(self) -> tuple[Any, Tensor, Tensor]:
+        """The samples of the three splits."""
+        return self.train, self.val, self.test
+
+    def hashes(self) -> dict[str, Tensor] | None:
+        """Return a hash (N,) of each sample's bytes; None for samples drawn afresh, or too many."""
+        if not all(isinstance(x, Tensor) and x.nbytes < HASHED for x in self.parts):
+            return None
+        return {name: hash_rows(x) for name, x in zip(SPLIT_NAMES, self.parts, strict=True)}
+
+    def restore(self, known: Mapping[str, Tensor]) -> None:
+        """Move each sample whose hash is in `known` to the split that has it there."""
+        here = np.repeat(range(3), [len(x) for x in self.parts])
+        found = torch.cat([hash_rows(x) for x in self.parts])
+        for i, name in reversed(list(enumerate(SPLIT_NAMES))):  # training is the last word
+            here[np.isin(found, known[name])] = i
+        x = torch.cat(self.parts)
+        columns = {k: np.concatenate([v[k] for v in self.columns]) for k in self.columns[0]}
+        places = [np.flatnonzero(here == i) for i in range(3)]
+        self.train, self.val, self.test = (x[place] for place in places)
+        self.columns = [{k: v[place] for k, v in columns.items()} for place in places]
+        self.encode(self.transform, self.conditions)
+
+
+def hash_rows(x: Tensor) -> Tensor:
+    """Return a 64-bit hash of each sample's bytes, (N,)."""
+    digests = (hashlib.blake2b(row.tobytes(), digest_size=8).digest() for row in x.numpy())
+    return torch.from_numpy(np.frombuffer(b"".join(digests), np.int64).copy())
 
 
 def image_splits(

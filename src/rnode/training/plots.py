@@ -2,12 +2,14 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
-import matplotlib
 import numpy as np
 import torch
 from cycler import cycler
-from matplotlib import pyplot as plt
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 from torchvision.utils import make_grid
@@ -15,28 +17,33 @@ from torchvision.utils import make_grid
 from rnode.flow import Flow
 from rnode.training.run_folder import whole_file
 
-matplotlib.use("Agg")  # figures go to files and need no display
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#666666")
-plt.rcParams.update(
-    {
-        "axes.prop_cycle": cycler(color=COLOURS),  # Okabe and Ito: colour-blind people tell them
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-    }
-)
+STYLE = {
+    "axes.prop_cycle": cycler(color=COLOURS),  # Okabe and Ito: colour-blind people tell them
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+}
 
 
-def save_figure(figure: plt.Figure, path: Path) -> None:
-    """Write a figure as PNG and close it."""
+def subplots(
+    nrows: int = 1, ncols: int = 1, squeeze: bool = True, **options: Any
+) -> tuple[Figure, Any]:
+    """Make a figure with axes, without pyplot: its backend and settings stay the caller's."""
+    with rc_context(STYLE):
+        figure = Figure(**options)
+        return figure, figure.subplots(nrows, ncols, squeeze=squeeze)
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG."""
     with whole_file(path) as file:
         figure.savefig(file, dpi=120, format="png")
-    plt.close(figure)
 
 
 def plot_grids(path: Path, panels: dict[str, Tensor]) -> None:
     """Plot images (N, C, H, W) in [0, 1] as square grids; `panels` holds them by their titles."""
     size = {"figsize": (5 * len(panels), 5.3), "layout": "constrained"}
-    figure, axes = plt.subplots(ncols=len(panels), squeeze=False, **size)
+    figure, axes = subplots(ncols=len(panels), squeeze=False, **size)
     for ax, (title, images) in zip(axes.flat, panels.items(), strict=True):
         ax.set_title(title)
         ax.imshow(image_grid(images), interpolation="nearest")
@@ -44,7 +51,7 @@ def plot_grids(path: Path, panels: dict[str, Tensor]) -> None:
     save_figure(figure, path)
 
 
-def plot_band(ax: plt.Axes, curves: list[tuple[np.ndarray, np.ndarray]], **style: str) -> None:
+def plot_band(ax: Axes, curves: list[tuple[np.ndarray, np.ndarray]], **style: str) -> None:
     """Plot the mean of curves (x, y) where all have values, and a band from least to largest."""
     curves = [curve for curve in curves if len(curve[0])]
     x, y = curves[0] if curves else ([], [])
@@ -78,15 +85,15 @@ def plot_corner(path: Path, panels: dict[str, Tensor], names: list[str]) -> None
     `panels` holds the tables by their titles. The pairs of the first are below the diagonal, and
     the axes show it.
     """
-    names = names[:10]
+    names = [name.replace("$", r"\$") for name in names[:10]]  # no formulas
     count, first = len(names), next(iter(panels.values()))
     low, high = limits_of(first[:, :count])
     edges = min(50, math.ceil(len(first) ** 0.5)) + 1  # of the bins
     size = {"figsize": (2 * count + 2, 2 * count + 2), "layout": "constrained"}
-    figure, axes = plt.subplots(count, count, squeeze=False, **size)
+    figure, axes = subplots(count, count, squeeze=False, **size)
     for k, (title, points) in enumerate(panels.items()):
         for i, j in np.ndindex(count, count):
-            ax, color = axes[i, j], f"C{k}"
+            ax, color = axes[i, j], COLOURS[k]
             if i == j:
                 bins = np.linspace(low[i], high[i], edges)
                 values = points[:, i].numpy()
@@ -118,7 +125,7 @@ def plot_trajectory(frames: Tensor, folder: Path) -> None:
     chosen = frames[times, :8]  # a column for each time
     columns, rows = chosen.shape[:2]
     grid = image_grid(chosen.transpose(0, 1).flatten(0, 1), columns)
-    figure, ax = plt.subplots(figsize=(columns, rows + 0.7), layout="constrained")
+    figure, ax = subplots(figsize=(columns, rows + 0.7), layout="constrained")
     ax.imshow(grid, interpolation="nearest")
     middles = grid.shape[1] / columns * (np.arange(columns) + 0.5)
     ax.set_xticks(middles, [f"{float(share):.2f}" for share in times / (len(frames) - 1)])
@@ -138,7 +145,7 @@ def plot_plane(flow: Flow, frames: Tensor, path: Path) -> None:
     across, up = (torch.linspace(*map(float, pair), 150) for pair in limits)
     points = torch.cartesian_prod(across, up).to(frames)
     density = flow.log_prob(points).exp().view(150, 150).T.float().cpu()
-    figure, (left, right) = plt.subplots(ncols=2, figsize=(10, 5.3), layout="constrained")
+    figure, (left, right) = subplots(ncols=2, figsize=(10, 5.3), layout="constrained")
     left.imshow(density, origin="lower", extent=limits.flatten())
     left.set_title("density")
     paths = frames[:, :200].cpu().numpy()

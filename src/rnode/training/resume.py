@@ -16,6 +16,7 @@ These are all places where a run reaches into the state of Lightning that is not
 import contextlib
 import math
 import signal
+import threading
 from pathlib import Path
 
 import torch
@@ -43,7 +44,8 @@ class SaveAndStop(Callback):
     def on_train_start(self, trainer: Trainer, module: RNODE) -> None:
         self.step = self.saved = trainer.global_step
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self.receive)  # Lightning restores the handlers at the end
+            if threading.current_thread() is threading.main_thread():  # others get no signals
+                signal.signal(number, self.receive)  # Lightning restores the handlers at the end
         if trainer.world_size > 1:  # on the CPU, so that no process waits for its accelerator
             self.group = torch.distributed.new_group(backend="gloo")
 

@@ -1,0 +1,311 @@
+"""Tables of users: every name of a column, every kind of file, and files that change."""
+
+import json
+import os
+import random
+import shutil
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+
+import rnode
+from helpers import call, refused
+from rnode import InputError
+from rnode.data.tables import read_table, table
+
+pytestmark = pytest.mark.usefixtures("blank_figures")
+SHORT = ["trainer.max_epochs=1", "model.hidden=4", "logger=csv", "trainer.accelerator=cpu"]
+SHORT += ["trainer.enable_progress_bar=false", "callbacks.figures.every_n_epochs=99"]
+N = 60
+
+
+def normal(*shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape)
+
+
+def train(path, folder, *options):
+    call(
+        "train",
+        "dataset=table",
+        f"dataset.path={path}",
+        f"hydra.run.dir={folder}",
+        *SHORT,
+        *options,
+    )
+
+
+@pytest.fixture(scope="module")
+def names():
+    """A hundred names of columns."""
+    rng = random.Random(0)
+    letters = "abcXYZ012 _-.,;:'\"`´!?#%&/()[]{}<>|@*+=~^°äßλ中🙂\\$\t"
+    names = {"".join(rng.choices(letters, k=rng.randint(1, 12))).strip(" \t#") for _ in range(90)}
+    names |= {"2019", "null", "true", "n", "count", "row", "rank", "index", "y", "x$y$", "a, b"}
+    return sorted(names - {""})[:100]
+
+
+@pytest.mark.slow(reason="a flow of 99 columns")
+def test_a_hundred_names_of_columns_pass_through_every_command(names):
+    frame = pl.DataFrame(dict(zip(names, normal(len(names), N), strict=True)))
+    frame.write_csv("rows.csv")
+    train("rows.csv", "run")
+    train("rows.csv", "run", "ckpt_path=auto", "trainer.max_epochs=2")
+    call("evaluate", "run", "hydra.run.dir=evaluation")
+    call("sample", "run", "n=3", "hydra.run.dir=samples")
+    call("score", "run", "path=rows.csv", "hydra.run.dir=scores")
+    density = rnode.load("run")
+    assert density.columns == names
+    assert read_table(Path("samples/samples.csv")).columns == names
+    scores = pl.read_csv("scores/scores.csv")["log_prob"]
+    np.testing.assert_allclose(scores, density.log_prob(frame.select(reversed(names))), rtol=1e-5)
+
+
+def test_options_take_names_of_every_kind(names):
+    names = [name for name in names if "${" not in name]
+    frame = pl.DataFrame(dict(zip(names, normal(len(names), N), strict=True)))
+    frame.write_csv("rows.csv")
+    fitted = rnode.fit(frame, columns=names[::9], context=names[1::50], overrides=SHORT)
+    assert fitted.columns == names[::9]
+    chosen = ["2019", "null", "true", "a, b", "x$y$"]
+    words = ",".join([*chosen[:3], *map(json.dumps, chosen[3:])])
+    train("rows.csv", "run", f"dataset.columns=[{words}]")
+    call("score", "run", "path=rows.csv", "id=[rank,n]".replace("rank,", "2019,"))
+    assert rnode.load("run").columns == chosen
+
+
+def csv(columns, header="a,b", separator=","):
+    lines = [separator.join(map(str, row)) for row in zip(*columns, strict=True)]
+    return "\n".join([*filter(None, [header]), *lines, ""])
+
+
+A, B = (column.round(3).tolist() for column in 1000 * normal(2, N))
+FRAME = pl.DataFrame({"a": A, "b": B})
+FILES = {  # what a file holds → the values of its columns a and b, or of two without names
+    "plain.csv": csv([A, B]),
+    "spaces.csv": csv([A, B], " a , b ", " , "),
+    "tabs.tsv": csv([A, B], "a\tb", "\t"),
+    "tabs.csv": csv([A, B], "a\tb", "\t"),
+    "semicolons.csv": csv([A, B], "a;b", ";"),
+    "decimal_commas.csv": csv([A, B], "a;b", ";").replace(".", ","),
+    "pipes.csv": csv([A, B], "a|b", "|"),
+    "blanks.csv": csv([A, B], "a b", " "),
+    "no_header.csv": csv([A, B], ""),
+    "text_but_no_header.csv": csv([A, B, ["u", "v"] * 30], ""),
+    "savetxt.csv": csv([A, B], "# a,b"),
+    "bom.csv": "\ufeff" + csv([A, B]),
+    "windows.csv": csv([A, B]).replace("\n", "\r\n"),
+    "old_mac.csv": csv([A, B]).replace("\n", "\r"),
+    "empty_lines.csv": csv([A, B]).replace("\n", "\n\n"),
+    "no_last_line_end.csv": csv([A, B]).rstrip(),
+    "quoted.csv": csv([[f'"{v}"' for v in A], B], '"a","b"'),
+    "dollars.csv": csv([[f'"${v:,.3f}"' for v in A], B]).replace("$-", "-$"),
+    "thousands.csv": csv([[f'"{v:,}"' for v in A], B]),
+    "per_cent.csv": csv([[f"{v} %" for v in A], B]),
+    "minus.csv": csv([A, B]).replace("-", "−"),
+    "index.csv": csv([range(N), A, B], ",a,b"),
+    "unnamed.csv": csv([range(N), A, B], "Unnamed: 0,a,b"),
+    "labels.csv": csv([A, B, ["u", "v"] * 30], "a,b,city"),
+    "dates.csv": csv([A, B, ["2020-01-02"] * N], "a,b,day"),
+    "flags.csv": csv([A, B, ["true", "False"] * 30], "a,b,flag"),
+    "nothing.csv": csv([A, B, ["NA", ""] * 30], "a,b,nothing"),
+    "CAPITALS.CSV": csv([A, B]),
+}
+
+
+@pytest.mark.parametrize(
+    "name", [*FILES, "utf16.csv", "latin.csv", "b.parquet", "c.arrow", "d.npy"]
+)
+def test_thirty_kinds_of_files_hold_the_same_two_columns(name, tmp_path, capsys):
+    path = tmp_path / name
+    if name in FILES:
+        path.write_text(FILES[name], "utf-8", newline="")
+    elif name == "utf16.csv":
+        path.write_text(FILES["plain.csv"], "utf-16")
+    elif name == "latin.csv":
+        path.write_text(csv([A, B, ["Köln", "Bonn"] * 30], "a,b,city"), "latin-1")
+    elif name == "d.npy":
+        np.save(path, FRAME.to_numpy())
+    else:
+        (FRAME.write_parquet if name == "b.parquet" else FRAME.write_ipc)(path)
+    splits = table(path=str(path))
+    nameless = "no_header" in name or name == "d.npy"
+    assert splits.transform.names == (["column_0", "column_1"] if nameless else ["a", "b"])
+    assert sum(map(len, splits.parts)) == N
+    rows = torch.cat(splits.parts)
+    np.testing.assert_allclose(rows[rows[:, 0].argsort()], FRAME.sort("a").to_numpy())
+    printed = capsys.readouterr().out
+    assert f"{name}: {N} rows; modelled: {', '.join(splits.transform.names)}" in printed
+    others = {
+        "index": "no name (numbers)",
+        "unnamed": "Unnamed: 0 (numbers)",
+        "dates": "day (text, su",
+    }
+    others |= {"labels": "city (text, such as u)", "flags": "flag (booleans)", "latin": "Köln"}
+    others |= {"nothing": "nothing (all values are missing)", "text_but": "column_2 (text, such"}
+    for start, words in others.items():
+        assert (words in printed) == name.startswith(start)
+
+
+@pytest.mark.parametrize("word", ["", "NA", "N/A", "NaN", "null", "None", "-", "?", "inf"])
+def test_missing_values_stop_a_run_or_are_left_out(word, tmp_path, capsys):
+    path = tmp_path / "rows.csv"
+    path.write_text(csv([A, [word, *B[1:]]]))
+    with pytest.raises(InputError, match=r"infinite in b \(1\); dataset.missing=drop leaves"):
+        table(path=str(path))
+    assert sum(map(len, table(path=str(path), missing="drop").parts)) == N - 1
+    assert "1 of 60 rows are left out" in capsys.readouterr().out
+    table(path=str(path), columns=["a"])
+
+
+@pytest.mark.parametrize(
+    ("cells", "options", "message"),
+    [
+        ([*A[1:], "about 5"], {}, "rows.csv: a is about 5 in row 59, no number"),
+        ([*(f"${v}" for v in A[1:]), "€5"], {}, "rows.csv: a is €5 in row 59, no number"),
+        ([*(f"{v}" for v in A[1:]), "5%"], {}, "rows.csv: a is 5% in row 59, no number"),
+        (["x"] * N, {"columns": ["a"]}, "rows.csv: a is x in row 0, no number"),
+        (A, {"columns": ["a", "a"]}, "columns=a: is there twice"),
+        (A, {"columns": ["a", "b"], "context": ["b"]}, "b: is modelled, and context"),
+        (A, {"columns": ["c"]}, "columns=c: must be among a, b"),
+        (A, {"columns": ["b"], "integer": ["b"]}, "b=.*: must be a whole number"),
+        ([1.5] * N, {"columns": ["a"]}, "no column varies in the training split"),
+    ],
+)
+def test_what_cannot_be_modelled_is_named(cells, options, message, tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text(csv([cells, B]))
+    with pytest.raises(InputError, match=message):
+        table(path=str(path), **options).fit()
+
+
+@pytest.mark.parametrize("rows", [0, 1, 2, 3])
+def test_too_few_rows_are_one_line(rows, capsys):
+    with open("rows.csv", "w") as file:
+        file.write("\n".join(csv([A, B]).split("\n")[: rows + 1]))
+    line, code = refused(capsys, "train", "dataset=table", "dataset.path=rows.csv", *SHORT)
+    assert ("holds no rows" if rows == 0 else "are too few") in line
+    assert code == 2
+
+
+def test_repeated_values_are_one_line(tmp_path, capsys):
+    often = [0.5] * 3 + B[3:]
+    path = tmp_path / "rows.csv"
+    path.write_text(csv([often, often, often], "a,b,c"))
+    table(path=str(path))
+    printed = capsys.readouterr().out
+    assert printed.count("repeated values") == 1
+    assert "a (0.5 in 3 of 60 rows), b (0.5" in printed
+    assert "add noise as wide as their rounding" in printed
+
+
+def changed(frame, change):
+    return {
+        "nothing": frame,
+        "unit": frame.with_columns(pl.col("a") * 1000),
+        "fewer": frame[: 7 * N // 8],
+        "more": pl.concat([frame, frame.with_columns(pl.col("a") + 0.1)]),
+        "shuffled": frame.sample(fraction=1.0, shuffle=True, seed=1),
+        "order": frame.select("b", "a", "city"),
+        "column": frame.with_columns(c=pl.col("a") ** 2),
+        "other": frame.with_columns(pl.col("a") + 0.01),
+        "constant": frame.with_columns(a=pl.lit(1.0)),
+    }[change]
+
+
+@pytest.fixture(scope="module")
+def conditional(tmp_path_factory):
+    """The folder of a run on rows.csv, and its frame."""
+    folder = tmp_path_factory.mktemp("conditional")
+    frame = FRAME.with_columns(city=pl.Series(["u", "v"] * 30))
+    frame.write_csv(folder / "rows.csv")
+    train(folder / "rows.csv", folder / "run", "dataset.context=[city]")
+    return folder / "run", frame
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["nothing", "unit", "fewer", "more", "shuffled", "order", "column", "other", "constant"],
+)
+def test_evaluate_equals_score_after_any_change_of_the_file(change, conditional, capsys):
+    folder, frame = conditional
+    new = changed(frame, change)
+    new.write_csv("new.csv")
+    data = rnode.load(folder).data
+    data.arguments["path"] = str(folder.parent / "rows.csv")
+    data.setup()
+    call("evaluate", str(folder), "dataset.path=new.csv", "hydra.run.dir=evaluation")
+    printed = capsys.readouterr().out
+    assert ("new.csv: differs from what the checkpoint was" in printed) == (
+        change not in ("nothing", "order", "column")
+    )
+    call("score", str(folder), "path=new.csv", "hydra.run.dir=scores")
+    scores = pl.read_csv("scores/scores.csv")["bits_per_dim"].to_numpy()
+    found = pl.read_csv("evaluation/samples.csv")["bits_per_dim"].to_numpy()
+    assert all(np.isclose(scores, bits, rtol=1e-4, atol=1e-4).any() for bits in found)
+    # No row of the training split is in another split, and none of the others in it.
+    again = rnode.load(folder).data
+    again.arguments["path"] = "new.csv"
+    again.setup()
+    old, now = ([set(map(tuple, x.tolist())) for x in d.splits.parts] for d in (data, again))
+    assert not old[0] & (now[1] | now[2])
+    assert not old[2] & now[0]
+    assert torch.equal(again.transform.whitening, data.transform.whitening)
+
+
+def test_resuming_uses_the_encoder_and_the_splits_of_the_checkpoint(conditional, tmp_path, capsys):
+    folder, frame = conditional
+    changed(frame, "more").write_csv("new.csv")
+    shutil.copytree(folder, "run")
+    options = ["dataset.context=[city]", "trainer.max_epochs=2", "ckpt_path=auto"]
+    train("new.csv", "run", *options)
+    assert (
+        "new.csv: differs from what the checkpoint was trained on (120 samples, there 60)"
+        in capsys.readouterr().out
+    )
+    states = [torch.load(f / "last.ckpt")["DataModule"] for f in (folder, tmp_path / "run")]
+    assert torch.equal(*(state["transform"]["whitening"] for state in states))
+    known = [set(state["hashes"]["train"].tolist()) for state in states]
+    assert known[0] < known[1]
+    train("new.csv", "run", *options[:1], "ckpt_path=auto", "trainer.max_epochs=3")
+    last = torch.load(tmp_path / "run" / "last.ckpt")["DataModule"]
+    assert set(last["hashes"]["train"].tolist()) == known[1]
+    line, _ = refused(
+        capsys,
+        "train",
+        "run",
+        "dataset=table",
+        "dataset.path=new.csv",
+        "dataset.context=[city]",
+        "dataset.log=[a]",
+        "hydra.run.dir=run",
+        *SHORT,
+    )
+    assert "those of the checkpoint" in line
+
+
+def test_score_and_sample_open_the_checkpoint_alone(conditional, tmp_path, capsys):
+    folder, frame = conditional
+    frame.write_csv("new.csv")
+    kept = (folder.parent / "rows.csv").rename(tmp_path / "kept.csv")
+    try:
+        call("score", str(folder), "path=new.csv", "id=[city]", "hydra.run.dir=scores")
+        call("sample", str(folder), "n=2", "context.city=u", "hydra.run.dir=samples")
+    finally:
+        kept.rename(folder.parent / "rows.csv")
+    printed = capsys.readouterr().out
+    assert "median" in printed
+    assert "the 5 most unusual:" in printed
+    (tmp_path / "wrong.ckpt").write_text("x")
+    line, _ = refused(capsys, "score", "wrong.ckpt", "path=none.csv")
+    assert "wrong.ckpt: is damaged" in line
+    frame.with_columns(rank=1).write_csv("ranked.csv")
+    line, code = refused(capsys, "score", str(folder), "path=ranked.csv", "id=[rank]")
+    assert "id=rank: scores.csv has such a column; rename yours" in line
+    assert code == 2
+    os.mkdir("elsewhere")
+    os.chdir("elsewhere")
+    call("evaluate", str(folder), "hydra.run.dir=evaluation")
+    assert json.loads(Path("evaluation/evaluation.json").read_text())["samples"] == 6
