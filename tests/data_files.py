@@ -1,4 +1,4 @@
-"""Data files in their true formats, as tests write them, and what W&B has written."""
+"""Data files in their true formats, as tests write them, and what was read or written."""
 
 import gzip
 import hashlib
@@ -57,9 +57,8 @@ def array_files(folder, size, channels=3):
     rng = np.random.default_rng(0)
     arrays = {}
     for name, count in (("train", 12), ("val", 5), ("test", 4)):
-        arrays[f"{name}_images"] = rng.integers(256, size=(count, size, size, channels)).astype(
-            "u1"
-        )
+        shape = (count, size, size, channels)
+        arrays[f"{name}_images"] = rng.integers(256, size=shape, dtype=np.uint8)
         arrays[f"{name}_labels"] = np.arange(count)[:, None] % 4
     for name, array in arrays.items():
         np.save(folder / f"{name}.npy", array)
@@ -74,6 +73,10 @@ def image_files(folder, count=40, shape=(8, 8, 3)):
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image).save(path)
     return images
+
+
+def parts_of(splits):
+    return splits.train, splits.val, splits.test
 
 
 def wandb_records(folder):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from sklearn.datasets import load_digits, load_sample_images
 
+from data_files import parts_of
 from rnode import InputError
 from rnode.data.datamodule import DataModule, EpochOrder
 from rnode.data.densities import DENSITIES, toy
@@ -49,13 +50,6 @@ def transfer(data, batch):
     return data.on_after_batch_transfer(data.on_before_batch_transfer(batch, 0), 0)
 
 
-def parts_of(splits):
-    return splits.train, splits.val, splits.test
-
-
-# Splits
-
-
 def test_digits_are_all_of_scikit_learns_in_splits_that_never_change():
     splits = digits(context="label")
     assert [len(part) for part in parts_of(splits)] == [1257, 180, 360]
@@ -77,8 +71,7 @@ def test_missing_splits_are_cut_off_the_training_samples():
     again = hold_out({"train": torch.from_numpy(rows)}, 5, 0.2)["test"].tolist()
     assert parts["test"].tolist() == again != rows[:20].tolist()
     parts = hold_out({"train": rows, "test": rows[:7]}, 0.001, 0.5)  # one sample at least
-    assert parts["test"].tolist() == rows[:7].tolist()
-    assert [len(parts[name]) for name in ("train", "val")] == [99, 1]
+    assert [len(parts[name]) for name in ("train", "val", "test")] == [99, 1, 7]
 
 
 def test_patches_come_from_disjoint_regions_of_the_photographs():
@@ -119,9 +112,6 @@ def test_densities_have_their_known_entropy_and_moments():
     spread = points - 2 * np.stack([np.cos(angle), np.sin(angle)], 1)
     entropy = math.log(8) + math.log(2 * math.pi * math.e * spread.var())
     assert math.isclose(entropy, 0.985, abs_tol=0.01)
-
-
-# Batches
 
 
 def test_training_batches_have_not_changed():
@@ -170,21 +160,19 @@ def test_evaluation_batches_have_not_changed_and_are_not_flipped():
 
 
 def test_the_order_follows_from_the_seed_and_the_epoch_and_is_shared_out():
-    def orders(seed, epoch, processes=1, done=0):
-        found = []
-        for rank in range(processes):
-            place = trainer(True, rank=rank, processes=processes, done=done)
-            found.append(EpochOrder(range(10), 2, place, seed))
-            found[-1].set_epoch(epoch)
-        return [list(sampler) for sampler in found]
+    def order(seed=0, epoch=0, **place):
+        sampler = EpochOrder(range(10), 2, trainer(True, **place), seed)
+        sampler.set_epoch(epoch)
+        return list(sampler)
 
-    (first,) = orders(0, 0)
+    first = order()
     assert sorted(first) == list(range(10))
-    assert [first] == orders(0, 0) != orders(1, 0)
-    assert [first] != orders(0, 1)
-    assert orders(0, 0, done=2) == [first[4:]]
-    first, second = orders(0, 0, processes=2)
-    assert sorted([*first, *second]) == list(range(10))
+    assert first == order()
+    assert first != order(seed=1)
+    assert first != order(epoch=1)
+    assert first[4:] == order(done=2)
+    halves = order(rank=0, processes=2) + order(rank=1, processes=2)
+    assert sorted(halves) == list(range(10))
 
 
 def test_a_checkpoint_holds_what_a_flow_needs_of_its_data():
@@ -206,13 +194,10 @@ def test_a_checkpoint_holds_what_a_flow_needs_of_its_data():
         moons.setup()
 
 
-# Errors
-
-
 def test_data_that_are_not_finite_are_named():
     for split, words in enumerate(["training", "validation", "test"]):
-        parts = [torch.zeros(9, 3) for _ in range(3)]
-        parts[split][5, 1] = math.nan
+        parts = torch.zeros(3, 9, 3)
+        parts[split, 5, 1] = math.nan
         splits = Splits(*parts, TableTransform([Column(name) for name in "abc"]))
         line = f"row 5 of the {words} data is not finite: column 1 is nan"
         with pytest.raises(InputError, match=line):
@@ -226,6 +211,7 @@ def test_data_that_are_not_finite_are_named():
         (lambda: toy("moon"), "name=moon: must be one of eight_gaussians, moons"),
         (lambda: named_images("MINST", ".", 32), "name=MINST: must be one of MNIST, FashionMNIST"),
         (lambda: digits(validation=1437), "validation=1437: must be 1 to 1436, out of 1437"),
+        (lambda: patches(size=97), "size=97: must be at most 96"),
         (lambda: reduce_images(torch.zeros(2, 1, 28, 28), 29), "resize=29: must be at most 28"),
     ],
 )

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torchvision import datasets
 
-from data_files import array_files, cifar10_files, mnist_files, write_idx
+from data_files import array_files, cifar10_files, mnist_files, parts_of, write_idx
 from rnode import InputError
 from rnode.data.images import arrays, named_images, read_idx, reduce_images
 from rnode.data.splits import hold_out
@@ -54,38 +54,30 @@ def test_idx_files_without_labels_and_in_two_folders(tmp_path, images):
     ("suffix", "damage", "message"),
     [
         ("", lambda content: b"", "starts with , not 000008"),
-        ("", lambda content: content[:-1], "cannot reshape array of size 39199"),
         ("", lambda content: content + b"x", "cannot reshape array of size 39201"),
-        (".gz", lambda content: content[:1000], "is not a whole IDX file"),
-        (".gz", lambda content: content[:1000] + b"\xff" * 99 + content[1099:], "is not a whole"),
+        (".gz", lambda content: content[:1000], "Compressed file ended"),
+        (".gz", lambda content: content[:1000] + b"\xff" * 99 + content[1099:], "CRC|invalid"),
     ],
 )
 def test_damaged_idx_files_are_refused(tmp_path, images, suffix, damage, message):
     path = tmp_path / f"train-images-idx3-ubyte{suffix}"
     write_idx(path, images)
     path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(InputError, match=f"^{re.escape(str(path))}: .*{re.escape(message)}"):
+    whole = f"^{re.escape(str(path))}: is not a whole IDX file"
+    with pytest.raises(InputError, match=f"{whole}.*{message}"):
         read_idx(path)
 
 
-@pytest.mark.parametrize(
-    ("name", "files"),
-    [
-        ("FashionMNIST", "train-images-idx3-ubyte and t10k-images-idx3-ubyte"),
-        ("CIFAR10", "cifar-10-batches-py"),
-    ],
-)
-def test_files_that_are_missing_and_cannot_be_downloaded_are_named(
-    tmp_path, monkeypatch, name, files
-):
-    class Offline:
-        def __init__(self, root, train, download=False):
-            raise OSError("no network\nat all") if download else RuntimeError("not found")
+def test_files_that_are_missing_and_cannot_be_downloaded_are_named(tmp_path, monkeypatch):
+    def offline(root, train, download=False):
+        raise OSError("no network\nat all") if download else RuntimeError("not found")
 
-    monkeypatch.setattr(datasets, name, Offline)
-    failed = f"{name} is missing or damaged, and downloading it failed (no network at all); put the"
-    with pytest.raises(InputError, match=f"{re.escape(failed)} files there: {files}"):
-        named_images(name, str(tmp_path / "empty"), 28, validation=10)
+    files = {"FashionMNIST": "train-images-idx3-ubyte and t10k", "CIFAR10": "cifar-10-batches-py"}
+    for name, words in files.items():
+        monkeypatch.setattr(datasets, name, offline)
+        failed = f"{name} is missing or damaged, and downloading it failed .no network at all.; put"
+        with pytest.raises(InputError, match=f"{failed} the files there: {words}"):
+            named_images(name, str(tmp_path / "empty"), 28, validation=10)
 
 
 def test_cifar10_is_read_as_torchvision_stores_it(tmp_path, monkeypatch):
@@ -127,26 +119,21 @@ def test_arrays_are_read_and_conditioned_on_their_labels(tmp_path, channels):
     for name in ("val", "test"):
         (tmp_path / f"{name}_images.npy").unlink()
     splits = arrays(str(tmp_path), validation=3, test=0.25, context="label")
-    assert [len(x) for x in (splits.train, splits.val, splits.test)] == [6, 3, 3]
+    assert [len(part) for part in parts_of(splits)] == [6, 3, 3]
     label_of = dict(zip(map(bytes, known["train_images"]), known["train_labels"], strict=True))
     found = [label_of[image.permute(1, 2, 0).numpy().tobytes()] for image in splits.val]
     assert splits.c["val"].argmax(1).tolist() == [int(label) for (label,) in found]
 
 
-@pytest.mark.parametrize(
-    ("array", "message"),
-    [
-        ({}, "holds no train_images"),
-        ({"train_images": np.zeros((9, 8, 8))}, r"\(9, 8, 8\) and type float64: must be uint8"),
-        ({"train_images": np.zeros((9, 8), "u1")}, r"\(9, 8\) and type uint8: must be uint8, \(N"),
-        (
-            {"train_images": np.zeros((9, 8, 8), "u1"), "train_labels": np.zeros(8)},
-            "context.label: has 6 values for 7 samples",
-        ),
-    ],
-)
-def test_arrays_that_are_no_images_are_refused(tmp_path, array, message):
-    for name, values in array.items():
-        np.save(tmp_path / f"{name}.npy", values)
-    with pytest.raises(InputError, match=message):
-        arrays(str(tmp_path), context="label")
+def test_arrays_that_are_no_images_are_refused(tmp_path):
+    with pytest.raises(InputError, match="holds no train_images"):
+        arrays(str(tmp_path))
+    np.save(tmp_path / "train_labels.npy", np.zeros(8))
+    for shape, kind, message in [
+        ((9, 8, 8), "f8", r"\(9, 8, 8\) and type float64: must be uint8"),
+        ((9, 8), "u1", r"\(9, 8\) and type uint8: must be uint8, \(N, H, W\)"),
+        ((9, 8, 8), "u1", "context.label: has 6 values for 7 samples"),
+    ]:
+        np.save(tmp_path / "train_images.npy", np.zeros(shape, kind))
+        with pytest.raises(InputError, match=message):
+            arrays(str(tmp_path), context="label")

@@ -17,13 +17,6 @@ def test_radau_starts_at_0_and_integrates_polynomials_of_degree_2n_minus_2(nodes
     assert error[-1] > 1e-10
 
 
-def test_radau_with_three_nodes_in_closed_form():
-    x, weights = radau(3)
-    root = 6**0.5
-    np.testing.assert_allclose(x, [0, (6 - root) / 10, (6 + root) / 10], rtol=1e-14)
-    np.testing.assert_allclose(weights, [1 / 9, (16 + root) / 36, (16 - root) / 36], rtol=1e-14)
-
-
 def test_simpson_is_exact_for_cubics_on_equal_steps():
     x, weights = simpson(4)
     np.testing.assert_allclose(x, [0, 0.25, 0.5, 0.75, 1])

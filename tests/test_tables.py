@@ -10,17 +10,14 @@ import torch
 from scipy import stats
 
 import rnode
+from data_files import parts_of
 from helpers import call, refused
 from rnode import InputError
 from rnode.data.tables import READERS, fit_whitening, read_table, table
 from rnode.transforms import Column, TableTransform
 
 ROWS = 500
-QUIET = [
-    "trainer.enable_progress_bar=false",
-    "logger.wandb.mode=disabled",
-    "trainer.accelerator=cpu",
-]
+QUIET = ["trainer.enable_progress_bar=false", "logger=csv", "trainer.accelerator=cpu"]
 
 
 @pytest.fixture(scope="module")
@@ -35,10 +32,6 @@ def frame():
             "city": rng.choice(["Bonn", "Oslo"], ROWS),
         }
     )
-
-
-def parts_of(splits):
-    return splits.train, splits.val, splits.test
 
 
 def test_every_format_holds_the_same_columns(frame, tmp_path):
@@ -99,26 +92,6 @@ def test_a_column_says_the_split(frame, tmp_path):
     assert not torch.equal(val, heights[1::3])
 
 
-@pytest.mark.parametrize(
-    "column",
-    [
-        Column("x", mean=3.0, std=2.0),
-        Column("x", log=True, mean=-1.0, std=0.5),
-        Column("x", bounds=(-1.0, 9.0), mean=0.3, std=1.7),
-        Column("x", integer=True, mean=3.0, std=2.0),
-        Column("x", integer=True, log=True, std=0.3),
-        Column("x", integer=True, bounds=(0.0, 9.0)),
-    ],
-)
-def test_each_transform_its_inverse_and_its_log_determinant_by_autograd(column):
-    x = torch.tensor([1.0, 3.0, 7.0], dtype=torch.float64, requires_grad=True)
-    noise = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
-    y, log_det = column(x, noise)
-    (slope,) = torch.autograd.grad(y.sum(), x)
-    torch.testing.assert_close(log_det, slope.log())
-    torch.testing.assert_close(column.inverse(y), x, rtol=1e-9, atol=1e-9)
-
-
 def test_whitening_makes_the_columns_uncorrelated_and_has_the_jacobians_determinant():
     rng = np.random.default_rng(0)
     rows = torch.from_numpy(rng.normal(size=(900, 3)) @ rng.normal(size=(3, 3)) + 5)
@@ -154,7 +127,7 @@ def test_warnings_name_columns_whose_likelihood_is_misleading(frame, tmp_path, c
     assert "height" not in printed
     table(path=str(path), columns=["height", "cars"], integer=["cars"])
     assert capsys.readouterr().out == ""
-    pl.DataFrame({"flag": np.arange(50) % 2 == 0}).write_parquet(path := tmp_path / "flags.parquet")
+    pl.DataFrame({"flag": np.arange(50) % 2 == 0}).write_csv(path)
     table(path=str(path), columns=["flag"])
     assert "whole numbers in flag" in capsys.readouterr().out
 
@@ -175,7 +148,6 @@ BAD = {
     "dataset.path=rows.txt": f"path=rows.txt: must end in one of {', '.join(READERS)}",
     "dataset.path=broken.parquet": "path=broken.parquet: cannot be read",
     "dataset.columns=[hight]": "columns=hight: must be among height, income",
-    "dataset.columns=[city]": "columns=city: must be among height, income",
     "dataset.integer=[height]": "height=1",
     "dataset.log=[cars]": "cars=0: must be positive",
     "dataset.logit={share:[0.2,0.3]}": "must be between 0.2 and 0.3",
@@ -218,9 +190,7 @@ def test_a_known_density_is_recovered_in_its_own_units(tmp_path, capsys):
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     found, error = (result[f"test/bits_per_dim{s}"] * 3 * math.log(2) for s in ("", "_se"))
     assert abs(found + true.mean()) < 2 * error
-    printed = capsys.readouterr().out
-    assert f"{found:.5g}" in printed
-    assert "test/nats_standardized" in printed
+    assert "test/nats_standardized" in capsys.readouterr().out
     # Row by row the model is close too, which the mean alone would not show.
     scores = rnode.load(tmp_path / "run" / "best.ckpt").log_prob(held_out)
     assert np.abs(scores - true).mean() < 0.1
