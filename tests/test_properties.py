@@ -6,9 +6,10 @@ Each test tries the same few cases. This tries a hundred times as many, others e
 """
 
 import contextlib
-import itertools
 import os
 import shutil
+import tempfile
+from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -67,15 +68,13 @@ def overrides(draw, command, data):
 
 @pytest.mark.parametrize(("command", "options"), [("train", [*TINY, *TOY]), ("sample", ["n=2"])])
 def test_any_overrides(fork_server, tmp_path, tiny_run, command, options):
-    numbers = itertools.count()
     if command != "train":
         options = [f"ckpt_path={tiny_run / 'last.ckpt'}", *options]
 
     @cases(3)
     @given(overrides(command, [option for option in options if option == "dataset=toy"]))
     def check(overrides):
-        folder = tmp_path / str(next(numbers)) / "run"
-        folder.parent.mkdir()
+        folder = Path(tempfile.mkdtemp(dir=tmp_path)) / "run"
         arguments = [*options, *overrides, f"hydra.run.dir={folder}"]
         request = {"run": arguments, "command": command, "out": f"{folder}.out", "network": False}
         run = Run(fork_server, folder, **request)
