@@ -2,19 +2,16 @@ import pytest
 import torch
 from torch import nn
 
-from helpers import DOPRI5, RK4, close
+from helpers import DOPRI5, RK4
 from rnode import Dynamics, InputError, Piece, Probes, State
 
 T = torch.tensor(0.2, dtype=torch.float64)
 
 
 def jacobians(field, z, c):
-    """The full Jacobian of each sample, (B, d, d), by autograd."""
-    parts = [
-        torch.autograd.functional.jacobian(lambda x, b=b: field(T, x[None], c[b, None])[0], z[b])
-        for b in range(len(z))
-    ]
-    return torch.stack([part.view(z[0].numel(), -1) for part in parts])
+    """The full Jacobian of each sample, (B, d, d), by autograd: samples do not interact."""
+    jacobian = torch.autograd.functional.jacobian(lambda x: field(T, x, c).sum(0), z)
+    return jacobian.view(z[0].numel(), len(z), -1).transpose(0, 1)
 
 
 def test_rates_are_those_of_the_full_jacobian(field_z_c):
@@ -80,15 +77,6 @@ def test_any_module_is_a_field(field_z_c, gradient):
     torch.testing.assert_close(*results, rtol=1e-9, atol=1e-10)
 
 
-def test_probes_have_the_covariance_they_promise():
-    z = torch.zeros(50000, 3, dtype=torch.float64)
-    for kind in ("gaussian", "rademacher"):
-        eps = Probes(kind, 2).sample(z)
-        covariance = sum(vectors.T @ vectors for vectors in eps) / len(z)
-        assert close(covariance, torch.eye(3, dtype=torch.float64), 0.03)
-    assert set(Probes("rademacher").sample(z).unique().tolist()) == {-1.0, 1.0}
-
-
 def test_probes_belong_to_their_generators():
     def generators(seeds):
         return [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -100,6 +88,7 @@ def test_probes_belong_to_their_generators():
     first, again, other = (Probes().sample(z, one) for one in generators([5, 5, 6]))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
+    assert set(Probes("rademacher").sample(z).unique().tolist()) == {-1.0, 1.0}
 
 
 def test_bad_probes_are_refused():

@@ -37,7 +37,6 @@ def test_the_default_sizes_are_the_papers():
         (multiscale, (1, 30, 30), "cannot halve 15×15; use images of 28×28"),
         (multiscale, (1, 9, 8), "cannot halve 9×8; use images of 8×8"),
         (multiscale, (1, 3, 8), "4 or more high and wide"),
-        (multiscale, (0, 8, 8), "4 or more high and wide"),
         (multiscale, (2,), "4 or more high and wide"),
         (mlp, (), "must be positive sizes"),
         (mlp, (3, 0), "must be positive sizes"),
@@ -142,8 +141,6 @@ def test_log_prob_and_sample_take_any_batch_shape(shape, batch):
     assert x.shape == (*batch, *shape)
     assert not x.requires_grad
     assert flow.log_prob(x).shape == batch
-    if len(batch) == 1:
-        assert flow.sample(batch[0]).shape == x.shape
 
 
 def test_a_batch_of_another_shape_is_refused():
@@ -160,7 +157,7 @@ def test_a_batch_of_another_shape_is_refused():
 
 
 def test_a_conditional_flow_is_another_flow_for_each_c():
-    """c (k,) is for all samples, c (*batch, k) for each; inverse and sample take it too."""
+    """c (k,) is for all samples, c (*batch, k) for each."""
     flow = make_flow((3,), k=2, divergence="exact", test=TIGHT).eval()
     x = torch.randn(4, 3, dtype=torch.float64)
     c = torch.randn(4, 2, dtype=torch.float64)
@@ -173,8 +170,6 @@ def test_a_conditional_flow_is_another_flow_for_each_c():
     sampled = flow.sample(4, c)
     torch.manual_seed(5)
     assert torch.equal(sampled, flow.inverse(torch.randn(4, 3, dtype=torch.float64), c))
-    frames = flow.trajectory(flow(x, c).z, c)
-    torch.testing.assert_close(frames[-1], x, rtol=1e-7, atol=1e-7)
 
 
 def test_a_solve_that_diverged_names_its_piece():
@@ -226,6 +221,7 @@ def test_empty_batches_give_empty_results(shape, divergence, gradient):
         x = torch.empty(0, *shape, dtype=torch.float64, requires_grad=True)
         flow.log_prob(x).sum().backward()
         assert x.grad.shape == x.shape
+        assert flow(x).z.shape == (0, flow.d)
         assert flow.log_prob(torch.empty(2, 0, *shape)).shape == (2, 0)
         assert flow.sample((0, 2)).shape == (0, 2, *shape)
         frames = flow.trajectory(torch.empty(0, flow.d), intervals=3)

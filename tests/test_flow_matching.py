@@ -21,7 +21,7 @@ class Known(nn.Module):
 
     def __init__(self, factor):
         super().__init__()
-        self.factor, self.unused = factor, nn.Parameter(torch.zeros(()))
+        self.factor = factor
 
     def forward(self, t, z, c):
         return self.factor(t) * z

@@ -118,13 +118,13 @@ def test_a_users_mistake_is_one_line(tmp_path, capsys, options, message):
 
 def test_the_command_scores_a_folder_given_the_class_that_each_image_lies_in(tmp_path):
     images = image_files(tmp_path / "images", 40, (8, 8))
-    data = ["dataset=folder", f"dataset.root={tmp_path / 'images'}", "dataset.size=8"]
-    data += ["dataset.channels=1", "dataset.context=label", *TWO_STEPS]
-    call("train", *data, "dataset.eval_batch_size=40", f"hydra.run.dir={tmp_path / 'run'}")
-    best, to = tmp_path / "run" / "last.ckpt", f"hydra.run.dir={tmp_path / 'scores'}"
-    call("score", f"ckpt_path={best}", f"path={tmp_path / 'images'}", to)
-    scores = pl.read_csv(tmp_path / "scores" / "scores.csv")
+    options = "root=images size=8 channels=1 context=label eval_batch_size=40"
+    data = ["dataset=folder", *(f"dataset.{option}" for option in options.split())]
+    call("train", *TWO_STEPS, *data, "hydra.run.dir=run")
+    call("score", "run/last.ckpt", "path=images", "hydra.run.dir=scores")
+    scores = pl.read_csv("scores/scores.csv")
     order = [*range(0, 40, 2), *range(1, 40, 2)]
     assert scores["file"].to_list() == [f"{i % 2}/{i:03}.png" for i in order]
-    expected = rnode.load(best).log_prob(images[order], {"label": [str(i % 2) for i in order]})
+    labels = {"label": [str(i % 2) for i in order]}
+    expected = rnode.load("run/last.ckpt").log_prob(images[order], labels)
     np.testing.assert_allclose(scores["log_prob"], expected, atol=1e-4)

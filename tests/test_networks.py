@@ -61,14 +61,6 @@ def test_field_and_vjp_are_those_of_the_plain_network_by_autograds_full_jacobian
         torch.testing.assert_close(eps_jac[:, b].flatten(1), expected, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize(("layer", "shape"), [(TimeConv2d, (2, 5, 5)), (TimeLinear, (2,))])
-def test_a_new_field_is_exactly_zero(layer, shape):
-    field, z = Field(layer, [2, 8, 8, 2], k=1), torch.randn(4, *shape)
-    f, eps_jac = field.vjp(torch.tensor(0.5), z, torch.randn(1, *z.shape), torch.randn(4, 1))
-    assert not f.any()
-    assert not eps_jac.any()
-
-
 @pytest.mark.parametrize("autocast", [False, True])
 def test_f_and_the_vjp_have_the_dtype_of_the_state(autocast):
     field, z = Field(TimeConv2d, [1, 8, 1]), torch.randn(2, 1, 4, 4, dtype=torch.float64)

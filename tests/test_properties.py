@@ -91,13 +91,10 @@ def test_any_overrides(fork_server, tmp_path, tiny_run, command, options):
 
 @st.composite
 def damaged(draw, content):
-    """Bytes of which parts were cut, inserted, doubled or replaced, or other bytes altogether."""
+    """Bytes of which parts were removed, doubled or replaced, and others inserted."""
     for _ in range(draw(st.integers(1, 3))):
-        i, j = sorted(draw(st.tuples(*[st.integers(0, len(content))] * 2)))
-        new = draw(st.binary(min_size=1, max_size=20))
-        inserted, overwritten = (content[:i] + new + content[k:] for k in (i, i + len(new)))
-        cut, doubled, removed = content[:i], content[:j] + content[i:], content[:i] + content[j:]
-        content = draw(st.sampled_from([new, cut, inserted, doubled, removed, overwritten]))
+        i, j = draw(st.tuples(*[st.integers(0, len(content))] * 2))
+        content = content[:i] + draw(st.binary(max_size=20)) + content[j:]
     return content
 
 

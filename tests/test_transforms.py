@@ -14,10 +14,9 @@ def test_logit_inverse_and_log_det_against_autograd(alpha):
     u = torch.rand(3, 2, 2, dtype=torch.float64)
     y, log_det = logit(u)
     torch.testing.assert_close(logit.inverse(y), u, rtol=1e-9, atol=1e-9)
-    for b in range(3):
-        jacobian = torch.autograd.functional.jacobian(lambda x: logit(x[None])[0].flatten(), u[b])
-        expected = torch.linalg.slogdet(jacobian.reshape(4, 4)).logabsdet
-        torch.testing.assert_close(log_det[b], expected)
+    slope = torch.autograd.functional.jacobian(lambda x: logit(x)[0].sum(0), u)  # (2, 2, 3, 2, 2)
+    jacobians = slope.flatten(3).flatten(0, 1).transpose(0, 1)
+    torch.testing.assert_close(log_det, torch.linalg.slogdet(jacobians).logabsdet)
 
 
 def test_dequantize_inverse_range_and_log_det():
@@ -28,6 +27,8 @@ def test_dequantize_inverse_range_and_log_det():
         assert u.max() < 1
     u, log_det = Dequantize(256)(x, torch.rand(x.shape) * 0.999)
     assert torch.equal(Dequantize(256).inverse(u), x)
+    beyond = ImageTransform(256, 1e-5).inverse(torch.tensor([[-20.0, 20.0]]))
+    assert beyond.tolist() == [[0, 1]]
     torch.testing.assert_close(log_det, torch.full((2,), -128 * math.log(256)))
 
 
@@ -40,15 +41,6 @@ def test_a_uniform_model_scores_log2_of_the_levels(levels):
     log_det = ImageTransform(levels, 0.05)(x, torch.arange(5), no_c(x), noise).log_det
     bits = bits_per_dim(-log_det_y, log_det, d=16)
     torch.testing.assert_close(bits, torch.full_like(bits, math.log2(levels)), rtol=1e-12, atol=0)
-
-
-def test_images_are_recovered_from_their_transform():
-    transform = ImageTransform(levels=17, alpha=1e-5)
-    x = torch.randint(17, (5, 1, 8, 8), dtype=torch.uint8)
-    y = transform(x, torch.arange(5), no_c(x)).y
-    assert torch.equal(transform.dequantize.inverse(transform.inverse(y.double())), x)
-    u = transform.inverse(torch.tensor([[-20.0, 20.0]]))  # further out than any image
-    assert u.tolist() == [[0, 1]]
 
 
 @pytest.mark.parametrize(

@@ -27,23 +27,17 @@ def images(count):
     return x, ImageTransform(LEVELS, ALPHA)(x, torch.arange(count), no_c(x), noise).y
 
 
-def test_its_log_determinant_is_that_of_its_full_jacobian(layer):
+def test_its_log_determinant_is_that_of_its_full_jacobian_and_its_inverse_undoes_it(layer):
     """The grey levels, on which a and b depend, do not change with the noise."""
-    _, y = images(3)
+    x, y = images(9)
     untrained, zero = VariationalDequantization(2, LEVELS, ALPHA).double()(y)
     torch.testing.assert_close(untrained, y, rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(zero, torch.zeros(3).double(), rtol=0, atol=1e-9)
+    torch.testing.assert_close(zero, torch.zeros(9).double(), rtol=0, atol=1e-9)
     z, log_det = layer(y)
-    for one, expected in zip(y, log_det, strict=True):
-        jacobian = torch.autograd.functional.jacobian(lambda y: layer(y[None])[0][0], one)
-        found = torch.linalg.slogdet(jacobian.view(32, 32)).logabsdet
-        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    jacobian = torch.autograd.functional.jacobian(lambda y: layer(y)[0].sum(0), y)
+    found = torch.linalg.slogdet(jacobian.view(32, 9, 32).transpose(0, 1)).logabsdet
+    torch.testing.assert_close(found, log_det, rtol=1e-9, atol=1e-9)
     assert (z - y).abs().max() > 0.1
-
-
-def test_its_inverse_undoes_it_and_grey_levels_stay(layer):
-    x, y = images(50)
-    z, _ = layer(y)
     torch.testing.assert_close(layer.inverse(z, []), y, rtol=1e-6, atol=1e-6)
     transform = ImageTransform(LEVELS, ALPHA)
     assert torch.equal(transform.dequantize.inverse(transform.logit.inverse(z)), x)
