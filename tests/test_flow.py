@@ -88,10 +88,7 @@ def test_log_prob_of_the_multiscale_flow_against_slogdet_of_its_full_jacobian():
 
 
 def test_the_gaussian_that_a_linear_flow_models():
-    """z = e^A x with z normal: x is normal with covariance e^−A e^−Aᵀ, of known log-density.
-
-    A trajectory leads from z to x through e^−tA z.
-    """
+    """z = e^A x with z normal: x is normal with covariance e^−A e^−Aᵀ, of known log-density."""
     A = torch.tensor([[0.5, 0.3], [-0.2, -0.4]], dtype=torch.float64)
     flow = Flow((2,), [Piece(Linear(A))], Solver(RK4, TIGHT), Probes("exact")).eval()
     spread = torch.matrix_exp(-A)

@@ -16,19 +16,10 @@ TABLE = ["dataset=toy", "pretrain=flow_matching", *SMALL, "dataset.train=480", "
 SOLVER = Solver(RK4, Method("dopri5", rtol=1e-9, atol=1e-9), dtype="float64")
 
 
-class Known(nn.Module):
-    """f(t, z) = factor(t) z."""
-
-    def __init__(self, factor):
-        super().__init__()
-        self.factor = factor
-
-    def forward(self, t, z, c):
-        return self.factor(t) * z
-
-
 def flow_of(*factors):
-    return Flow((3,), [Piece(Known(factor)) for factor in factors], SOLVER, Probes("exact"))
+    """f(t, z) = factor(t) z in each piece."""
+    fields = [lambda t, z, c, factor=factor: factor(t) * z for factor in factors]
+    return Flow((3,), [Piece(field) for field in fields], SOLVER, Probes("exact"))
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])

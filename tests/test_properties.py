@@ -27,9 +27,8 @@ TIMES = int(os.environ.get("TIMES", "1"))
 TINY = [*TWO_STEPS, "model.pieces=1", "dataset.test=12", "dataset.validation=12"]
 TOY = ["dataset=toy", "dataset.train=40", "model.layers=2"]
 # By these keys a larger value asks for more work, or for other processes, as it should.
-WORK = {"samples", "n", "trainer.devices", "trainer.num_nodes", "trainer.fast_dev_run"}
-WORK |= {"trainer.max_steps", "trainer.max_epochs"}
-WORK |= {f"trainer.limit_{stage}_batches" for stage in ("train", "val", "test")}
+WORK = {"samples", "n", "devices", "num_nodes", "fast_dev_run", "max_steps", "max_epochs"}
+WORK |= {f"limit_{stage}_batches" for stage in ("train", "val", "test")}
 FEW = st.sampled_from(["-1", "1", "0.5", "nan", "x", "null", "[]", "{}", "[1", "", "${seed}"])
 NUMBERS = "0 -1 1 2 0.5 -0.0 1e-30 1e30 nan inf 2147483648 1000000000000000000000000000000"
 TEXTS = "abc / .. ~ null true cpu auto best ü a=b 01:00:00:00 1,2 # % * @ ??? [1 {a:1 ] ( [[[[]]]]"
@@ -55,7 +54,7 @@ def overrides(draw, command, data):
     found = []
     for _ in range(draw(st.integers(1, 3))):
         key = draw(st.sampled_from(keys))
-        value = draw(FEW if key in WORK else VALUES)
+        value = draw(FEW if key.removeprefix("trainer.") in WORK else VALUES)
         change = draw(st.sampled_from([*["="] * 8, "letter", "bare", "+", "++", "~"]))
         if change == "letter":
             i, letter = draw(st.integers(0, len(key) - 1)), draw(st.sampled_from("ablz_.0@/"))

@@ -44,7 +44,6 @@ def solve_linear(z, method, gradient="backprop"):
 @pytest.mark.parametrize(("method", "tolerance"), [(Method("rk4", steps=20), 1e-6), (TIGHT, 1e-7)])
 def test_linear_field_in_closed_form(z, method, tolerance, gradient):
     solution = solve_linear(z, method, gradient)
-    assert torch.equal(solution.start, z)
     truth = linear_truth(z)
     torch.testing.assert_close(solution.state, truth, rtol=tolerance, atol=tolerance)
     displacement = (truth.z - z).square().sum(1)
@@ -123,13 +122,12 @@ def test_quadratures_in_closed_form_are_of_fourth_order(z, integrals, gradient):
 def gradients(field_z_c, method, gradient):
     """The gradient, with respect to the weights and z(0), of a function of all four results."""
     field, z, c = field_z_c
-    field.zero_grad()
     z = z.clone().requires_grad_()
     torch.manual_seed(1)
     state = Piece(field)(z, c, Probes().sample(z), method, gradient).state
     integrals = state.l.sum() + 0.1 * state.E.sum() + 0.2 * state.n.sum()
-    (state.z.square().sum() + integrals).backward()
-    return torch.cat([p.grad.flatten() for p in field.parameters()] + [z.grad.flatten()])
+    total = state.z.square().sum() + integrals
+    return torch.cat([g.flatten() for g in torch.autograd.grad(total, [z, *field.parameters()])])
 
 
 @pytest.mark.parametrize("integrals", ["simpson", "radau"])
@@ -288,7 +286,6 @@ def test_a_float32_flow_makes_nothing_float64(name, gradient):
         objective(flow(x), 0.1, 0.1).backward()
         flow.eval()
         flow.log_prob(x)
-        flow.inverse(torch.randn(2, flow.d))
         flow.trajectory(torch.randn(2, flow.d), intervals=2)
     assert watch.count == 0
 
@@ -297,7 +294,6 @@ def test_a_float32_flow_makes_nothing_float64(name, gradient):
     ("build", "message"),
     [
         (lambda: Method("rk5"), "method=rk5: must be one of euler, "),
-        (lambda: Method("rk4", "trapezoid"), "integrals=trapezoid: must be"),
         (lambda: Method("rk4", steps=0), "steps=0: must be at least 1"),
         (lambda: Method("rk4", "simpson", steps=5), "steps=5: must be even"),
         (lambda: Method("dopri5", "radau"), "integrals=radau: needs a method of euler, "),
