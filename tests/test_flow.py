@@ -29,6 +29,7 @@ def test_the_default_sizes_are_the_papers():
     flow = multiscale((1, 8, 8), SOLVER, Probes())
     assert [len(piece.field.layers) for piece in flow.pieces] == [4] * 6
     assert flow.pieces[0].field.layers[1].weight.shape == (64, 65, 3, 3)
+    assert len(mlp((2,), SOLVER, Probes()).pieces[0].field.layers) == 4
 
 
 @pytest.mark.parametrize(
