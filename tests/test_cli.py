@@ -80,7 +80,7 @@ def test_help_describes_every_group_option_and_key(capsys, arguments):
     if command == "train":
         assert " ".join(described["optimizer.lr"]).startswith("learning rate [")
         assert f"[{config['trainer']['max_epochs']}]" in described["trainer.max_epochs"]
-        assert " ".join(described["callbacks.save.every_n_steps"]).startswith("training steps")
+        assert " ".join(described["callbacks.save.every_n_steps"]).startswith("steps between")
         for file in CONF.glob("*/*.yaml"):
             assert f"{file.parent.name}=" in " ".join(lines)
             assert len(described[file.stem]) > 3, file

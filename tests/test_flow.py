@@ -5,19 +5,8 @@ import torch
 
 from helpers import DOPRI5, RK4, Linear, close, make_flow
 from plain import PlainFlow
-from rnode import (
-    Diverged,
-    Flow,
-    InputError,
-    Method,
-    Piece,
-    Probes,
-    Solver,
-    log_normal,
-    mlp,
-    multiscale,
-    objective,
-)
+from rnode import Flow, Method, Piece, Probes, Solver, log_normal, mlp, multiscale, objective
+from rnode.errors import Diverged, InputError
 
 TIGHT = Method("dopri5", rtol=1e-9, atol=1e-9)
 SOLVER = Solver(RK4, DOPRI5)
@@ -25,15 +14,7 @@ SOLVER = Solver(RK4, DOPRI5)
 
 @pytest.mark.parametrize(
     ("shape", "pieces"),
-    [
-        ((1, 28, 28), 10),
-        ((3, 32, 32), 14),
-        ((1, 8, 8), 6),
-        ((1, 7, 5), 2),
-        ((2, 4, 4), 2),
-        ((5, 12, 40), 6),
-        ((1, 14, 14), 6),
-    ],
+    [((1, 28, 28), 10), ((3, 32, 32), 14), ((1, 7, 5), 2), ((2, 4, 4), 2), ((5, 12, 40), 6)],
 )
 def test_pieces_are_counted_as_in_the_paper(shape, pieces):
     flow = multiscale(shape, SOLVER, Probes(), hidden=4)
@@ -48,6 +29,7 @@ def test_the_default_sizes_are_the_papers():
     flow = multiscale((1, 8, 8), SOLVER, Probes())
     assert [len(piece.field.layers) for piece in flow.pieces] == [4] * 6
     assert flow.pieces[0].field.layers[1].weight.shape == (64, 65, 3, 3)
+    assert len(mlp((2,), SOLVER, Probes()).pieces[0].field.layers) == 4
 
 
 @pytest.mark.parametrize(
@@ -56,9 +38,7 @@ def test_the_default_sizes_are_the_papers():
         (multiscale, (1, 30, 30), "cannot halve 15×15; use images of 28×28"),
         (multiscale, (1, 9, 8), "cannot halve 9×8; use images of 8×8"),
         (multiscale, (1, 3, 8), "4 or more high and wide"),
-        (multiscale, (0, 8, 8), "4 or more high and wide"),
         (multiscale, (2,), "4 or more high and wide"),
-        (multiscale, (), "4 or more high and wide"),
         (mlp, (), "must be positive sizes"),
         (mlp, (3, 0), "must be positive sizes"),
     ],
@@ -119,24 +99,23 @@ def test_the_gaussian_that_a_linear_flow_models():
     torch.testing.assert_close(flow.log_prob(x), gaussian.log_prob(x), rtol=1e-8, atol=1e-8)
     assert close(flow.sample(40000).T.cov(), covariance, 0.03)
     assert close(flow.sample(40000, temperature=0.5).T.cov(), covariance / 4, 0.03)
+    frames = flow.trajectory(x, intervals=4)
+    expected = torch.stack([x @ torch.matrix_exp(-A * k / 4).T for k in range(5)])
+    torch.testing.assert_close(frames, expected, rtol=1e-7, atol=1e-7)
 
 
-def test_the_solution_holds_what_each_piece_gave():
-    flow = make_flow((1, 8, 8))
-    state, pieces = flow.solve(torch.randn(2, 1, 8, 8, dtype=torch.float64))
-    assert len(pieces) == 6
-    for name in ("l", "E", "n"):
-        total = sum(getattr(piece.state, name) for piece in pieces)
-        torch.testing.assert_close(getattr(state, name), total)
-    # The second piece of a scale starts where the first one ended.
-    for first, second in ((0, 1), (2, 3), (4, 5)):
-        assert torch.equal(pieces[first].state.z, pieces[second].start)
-    last = pieces[-1].state.z.flatten(1)
-    assert torch.equal(state.z[:, -last.shape[1] :], last)
+STEPS_16 = Method("rk4", steps=16), {"method": "rk4", "options": {"step_size": 1 / 16}}
+ADAPTIVE = Method("dopri5", rtol=1e-8, atol=1e-8), {"method": "dopri5", "rtol": 1e-8, "atol": 1e-8}
 
 
-def against_the_plain_recipe(flow, plain, x):
-    """With the same weights, data and probes, losses agree to 1e-6 and gradients to 1e-4."""
+@pytest.mark.parametrize("shape", [(1, 8, 8), (2,)])
+@pytest.mark.parametrize("gradient", ["backprop", "checkpoint", "adjoint"])
+@pytest.mark.parametrize(("method", "options"), [STEPS_16, ADAPTIVE], ids=["rk4", "dopri5"])
+def test_loss_and_gradient_are_those_of_the_plain_recipe(shape, gradient, method, options):
+    """The steps are so small that the adjoint's gradient and the exact one agree."""
+    flow = make_flow(shape, train=method, gradient=gradient, pieces=1)
+    x = torch.randn(3, *shape, dtype=torch.float64)
+    plain = PlainFlow(flow, **options)
     torch.manual_seed(7)
     loss = objective(flow(x), 0.3, 0.2)
     torch.manual_seed(7)
@@ -152,28 +131,6 @@ def against_the_plain_recipe(flow, plain, x):
         assert close(torch.cat(ours), torch.cat(theirs), 1e-4)
 
 
-STEPS_16 = Method("rk4", steps=16), {"method": "rk4", "options": {"step_size": 1 / 16}}
-ADAPTIVE = Method("dopri5", rtol=1e-8, atol=1e-8), {"method": "dopri5", "rtol": 1e-8, "atol": 1e-8}
-
-
-@pytest.mark.parametrize("shape", [(1, 8, 8), (2,)])
-@pytest.mark.parametrize(
-    ("gradient", "method", "options"),
-    [
-        ("backprop", *STEPS_16),
-        ("checkpoint", *STEPS_16),
-        ("adjoint", *STEPS_16),
-        ("backprop", *ADAPTIVE),
-        ("adjoint", *ADAPTIVE),
-    ],
-)
-def test_loss_and_gradient_are_those_of_the_plain_recipe(shape, gradient, method, options):
-    """The steps are so small that the adjoint's gradient and the exact one agree."""
-    flow = make_flow(shape, train=method, gradient=gradient, pieces=1)
-    x = torch.randn(3, *shape, dtype=torch.float64)
-    against_the_plain_recipe(flow, PlainFlow(flow, **options), x)
-
-
 @pytest.mark.parametrize("batch", [(), (1,), (5,), (2, 3)])
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3,)])
 def test_log_prob_and_sample_take_any_batch_shape(shape, batch):
@@ -182,8 +139,6 @@ def test_log_prob_and_sample_take_any_batch_shape(shape, batch):
     assert x.shape == (*batch, *shape)
     assert not x.requires_grad
     assert flow.log_prob(x).shape == batch
-    if len(batch) == 1:
-        assert flow.sample(batch[0]).shape == x.shape
 
 
 def test_a_batch_of_another_shape_is_refused():
@@ -197,12 +152,10 @@ def test_a_batch_of_another_shape_is_refused():
     conditional = mlp((2,), SOLVER, Probes(), k=3)
     with pytest.raises(InputError, match=r"c of shape \(2, 0\): must be \(3,\) or \(2, 3\)"):
         conditional(torch.zeros(2, 2))
-    with pytest.raises(InputError, match=r"c of shape \(4,\): must be"):
-        conditional(torch.zeros(2, 2), torch.zeros(4))
 
 
 def test_a_conditional_flow_is_another_flow_for_each_c():
-    """c (k,) is for all samples, c (*batch, k) for each; inverse and sample take it too."""
+    """c (k,) is for all samples, c (*batch, k) for each."""
     flow = make_flow((3,), k=2, divergence="exact", test=TIGHT).eval()
     x = torch.randn(4, 3, dtype=torch.float64)
     c = torch.randn(4, 2, dtype=torch.float64)
@@ -211,13 +164,10 @@ def test_a_conditional_flow_is_another_flow_for_each_c():
     assert (each - flow.log_prob(x, c[0]))[1:].abs().min() > 1e-3
     paired = flow.log_prob(x.view(2, 2, 3), c.view(2, 2, 2))
     torch.testing.assert_close(paired.flatten(), each, rtol=1e-6, atol=1e-7)
-    torch.testing.assert_close(flow.inverse(flow(x, c).z, c), x, rtol=1e-7, atol=1e-7)
     torch.manual_seed(5)
     sampled = flow.sample(4, c)
     torch.manual_seed(5)
     assert torch.equal(sampled, flow.inverse(torch.randn(4, 3, dtype=torch.float64), c))
-    frames = flow.trajectory(flow(x, c).z, c)
-    torch.testing.assert_close(frames[-1], x, rtol=1e-7, atol=1e-7)
 
 
 def test_a_solve_that_diverged_names_its_piece():
@@ -237,24 +187,12 @@ def test_training_and_evaluation_use_their_own_method():
         assert flow.solve_inverse(solution.state.z)[1] == 6 * nfe
 
 
-@pytest.mark.parametrize(
-    ("dtype", "state"), [("float32", torch.float32), ("float64", torch.float64)]
-)
-def test_the_state_has_the_dtype_of_the_solver_or_a_more_precise_one(dtype, state):
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_the_state_has_the_dtype_of_the_solver_or_a_more_precise_one(dtype):
     flow = mlp((2,), Solver(RK4, DOPRI5, dtype=dtype), Probes())
-    assert all(part.dtype == state for part in flow(torch.randn(3, 2)))
-    assert flow.pieces[0].field.layers[0].weight.dtype == torch.float32
-    x = torch.randn(3, 2, dtype=torch.float64)
-    assert all(part.dtype == torch.float64 for part in flow.double()(x))
-
-
-def test_a_trajectory_goes_from_z_to_x_through_the_closed_form():
-    A = torch.tensor([[0.3, 0.8], [-0.5, 0.1]], dtype=torch.float64)
-    flow = Flow((2,), [Piece(Linear(A))], Solver(RK4, TIGHT), Probes("exact")).eval()
-    z = torch.randn(5, 2, dtype=torch.float64)
-    frames = flow.trajectory(z, intervals=4)
-    expected = torch.stack([z @ torch.matrix_exp(-A * k / 4).T for k in range(5)])
-    torch.testing.assert_close(frames, expected, rtol=1e-7, atol=1e-7)
+    x = torch.randn(3, 2)
+    assert all(part.dtype == getattr(torch, dtype) for part in flow(x))
+    assert all(part.dtype == torch.float64 for part in flow.double()(x.double()))
 
 
 @torch.no_grad()
@@ -281,9 +219,8 @@ def test_empty_batches_give_empty_results(shape, divergence, gradient):
         x = torch.empty(0, *shape, dtype=torch.float64, requires_grad=True)
         flow.log_prob(x).sum().backward()
         assert x.grad.shape == x.shape
+        assert flow(x).z.shape == (0, flow.d)
         assert flow.log_prob(torch.empty(2, 0, *shape)).shape == (2, 0)
-        assert flow.sample(0).shape == (0, *shape)
         assert flow.sample((0, 2)).shape == (0, 2, *shape)
-        z = torch.empty(0, flow.d)
-        frames = 3 * len(flow.pieces) + 1
-        assert flow.trajectory(z, intervals=3).shape == (frames, 0, *shape)
+        frames = flow.trajectory(torch.empty(0, flow.d), intervals=3)
+        assert frames.shape == (3 * len(flow.pieces) + 1, 0, *shape)

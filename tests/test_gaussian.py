@@ -43,7 +43,9 @@ def test_its_mean_is_linear_in_what_is_given():
     assert gaussian_bits(data, 9000, seed=0) == pytest.approx(entropy / math.log(2), abs=0.02)
 
 
-@pytest.mark.parametrize(("shape", "none"), [((4, 30), False), ((9, 5000), True), ((9, 3), True)])
+@pytest.mark.parametrize(
+    ("shape", "none"), [((4, 30), False), ((4200, 4097), True), ((9, 3), True)]
+)
 def test_too_many_columns_and_constant_ones_have_none(shape, none):
     rows = torch.zeros(shape) if shape == (9, 3) else torch.randn(shape)
     assert (gaussian_bits(of_splits([rows, rows, rows]), 3, seed=0) is None) == none

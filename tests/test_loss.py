@@ -2,7 +2,7 @@ import math
 
 import torch
 
-from rnode import State, bits_per_dim, log_normal, objective
+from rnode import State, bits_per_dim, objective
 
 
 def test_equation_17_by_hand():
@@ -18,12 +18,6 @@ def test_equation_17_by_hand():
     total = (2.5 - 0.5 + 0.3 + 0.04) + (0.5 + 0.25 + 0.1 + 0.08) + 2 * math.log(2 * math.pi)
     loss = objective(state, lambda_k=0.1, lambda_j=0.01)
     assert math.isclose(loss, total / (2 * 2), rel_tol=1e-12)
-
-
-def test_log_normal_is_torchs():
-    z = torch.randn(7, 5, dtype=torch.float64)
-    normal = torch.distributions.MultivariateNormal(torch.zeros(5).double(), torch.eye(5).double())
-    torch.testing.assert_close(log_normal(z), normal.log_prob(z))
 
 
 def test_bits_per_dim_are_nats_over_d_log_2():

@@ -24,7 +24,6 @@ pytestmark = pytest.mark.usefixtures("blank_figures")
 def test_a_class_of_the_users_own_is_called_when_trusted(
     tmp_path, monkeypatch, capsys, page, source, config, sizes
 ):
-    monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     text = (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
     files = dict(re.findall(r"```(python|yaml)\n(.*?)```", text, re.DOTALL))  # the last of each

@@ -119,13 +119,13 @@ def test_samples_are_new_unless_a_seed_is_given(density):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"columns": "a"}, "^columns=a: must be a"),
+        ({"columns": "a"}, "^columns=a: Input should be a"),
         ({"columns": ["a", "a"]}, "^columns=a: is there twice"),
         ({"columns": ["a", "flag"], "context": ["flag"]}, "^flag: is modelled, and context"),
         ({"columns": ["hole", "a"]}, r"in hole \(1\); missing='drop' leaves"),
         ({"columns": ["a"], "context": ["day"]}, "^context=day: holds dates or times"),
         ({"columns": ["${a}"]}, "must be renamed"),
-        ({"missing": "dropp"}, "^missing=dropp: must be 'stop' or 'drop'"),
+        ({"missing": "dropp"}, "^missing=dropp: Input should be 'stop' or 'drop'"),
         ({"max_time": "5"}, "^max_time=5: must be"),
         ({"max_tim": "5"}, "'max_tim'.: are no keys of dataset=table"),
     ],

@@ -10,17 +10,14 @@ import torch
 from scipy import stats
 
 import rnode
+from data_files import parts_of
 from helpers import call, refused
 from rnode import InputError
 from rnode.data.tables import READERS, read_table, table
 from rnode.transforms import Column, TableTransform
 
 ROWS = 500
-QUIET = [
-    "trainer.enable_progress_bar=false",
-    "logger.wandb.mode=disabled",
-    "trainer.accelerator=cpu",
-]
+QUIET = ["trainer.enable_progress_bar=false", "logger=csv", "trainer.accelerator=cpu"]
 
 
 @pytest.fixture(scope="module")
@@ -35,10 +32,6 @@ def frame():
             "city": rng.choice(["Bonn", "Oslo"], ROWS),
         }
     )
-
-
-def parts_of(splits):
-    return splits.fit().parts
 
 
 def test_every_format_holds_the_same_columns(frame, tmp_path):
@@ -70,14 +63,12 @@ def test_columns_of_every_kind_are_standardized_after_their_transform(frame, tmp
     frame.write_csv(path := tmp_path / "rows.csv")
     options = {"integer": ["cars"], "log": ["income"], "logit": {"share": [0, 1], "cars": [0, 20]}}
     splits = table(path=str(path), context=["city"], **options).fit()
-    kinds = {c.name: (c.integer, c.log, c.bounds) for c in splits.transform.columns}
-    assert kinds == {
-        "height": (False, False, None),
-        "income": (False, True, None),
-        "share": (False, False, (0.0, 1.0)),
-        "cars": (True, False, (0.0, 21.0)),  # 20 and its noise are below 21
-    }
-    plain = TableTransform(splits.transform.columns)
+    columns = splits.transform.columns
+    assert [column.name for column in columns if column.log] == ["income"]
+    assert [column.name for column in columns if column.integer] == ["cars"]
+    bounds = [column.bounds for column in columns]  # 20 and its noise are below 21
+    assert bounds == [None, None, (0.0, 1.0), (0.0, 21.0)]
+    plain = TableTransform(columns)
     y, _ = plain.forward(splits.train, torch.full_like(splits.train, 0.5))
     torch.testing.assert_close(y.mean(0), torch.zeros(4), atol=1e-5, rtol=0)
     torch.testing.assert_close(y.std(0, correction=0), torch.ones(4), atol=1e-5, rtol=0)
@@ -99,26 +90,6 @@ def test_a_column_says_the_split(frame, tmp_path):
     assert not torch.equal(val, heights[1::3])
 
 
-@pytest.mark.parametrize(
-    "column",
-    [
-        Column("x", mean=3.0, std=2.0),
-        Column("x", log=True, mean=-1.0, std=0.5),
-        Column("x", bounds=(-1.0, 9.0), mean=0.3, std=1.7),
-        Column("x", integer=True, mean=3.0, std=2.0),
-        Column("x", integer=True, log=True, std=0.3),
-        Column("x", integer=True, bounds=(0.0, 9.0)),
-    ],
-)
-def test_each_transform_its_inverse_and_its_log_determinant_by_autograd(column):
-    x = torch.tensor([1.0, 3.0, 7.0], dtype=torch.float64, requires_grad=True)
-    noise = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
-    y, log_det = column(x, noise)
-    (slope,) = torch.autograd.grad(y.sum(), x)
-    torch.testing.assert_close(log_det, slope.log())
-    torch.testing.assert_close(column.inverse(y), x, rtol=1e-9, atol=1e-9)
-
-
 def test_whitening_makes_the_columns_uncorrelated_and_has_the_jacobians_determinant():
     rng = np.random.default_rng(0)
     rows = torch.from_numpy(rng.normal(size=(900, 3)) @ rng.normal(size=(3, 3)) + 5)
@@ -129,8 +100,6 @@ def test_whitening_makes_the_columns_uncorrelated_and_has_the_jacobians_determin
     scales = torch.tensor([column.std for column in transform.columns])
     expected = torch.linalg.slogdet(transform.whitening / scales).logabsdet.float().expand(900)
     torch.testing.assert_close(log_det, expected)
-    copy = TableTransform.from_state(transform.state())
-    assert torch.equal(copy.forward(rows, torch.rand(900, 3))[0], y)
     # A direction without variance is scaled up a thousand times, not without bound.
     dependent = torch.cat([rows, rows.sum(1, keepdim=True)], 1)
     norms = TableTransform([Column(name) for name in "abcd"]).fit(dependent).whitening.norm(dim=0)
@@ -188,8 +157,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("overrides", BAD)
-def test_a_users_mistake_is_one_line(frame, tmp_path, monkeypatch, capsys, overrides):
-    monkeypatch.chdir(tmp_path)
+def test_a_users_mistake_is_one_line(frame, tmp_path, capsys, overrides):
     frame.write_csv("rows.csv")
     (tmp_path / "rows.txt").write_text("x")
     (tmp_path / "broken.parquet").write_text("x")
@@ -219,9 +187,7 @@ def test_a_known_density_is_recovered_in_its_own_units(tmp_path, capsys):
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     found, error = (result[f"test/bits_per_dim{s}"] * 3 * math.log(2) for s in ("", "_se"))
     assert abs(found + true.mean()) < 2 * error
-    printed = capsys.readouterr().out
-    assert f"{found:.5g}" in printed
-    assert "test/nats_standardized" in printed
+    assert "test/nats_standardized" in capsys.readouterr().out
     # Row by row the model is close too, which the mean alone would not show.
     scores = rnode.load(tmp_path / "run" / "best.ckpt").log_prob(held_out)
     assert np.abs(scores - true).mean() < 0.1

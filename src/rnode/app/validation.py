@@ -64,7 +64,9 @@ def validate(command: str, cfg: DictConfig) -> None:
     except ValidationError as error:
         detail = error.errors()[0]
         key = ".".join(map(str, detail["loc"]))
-        raise InputError(f"{key}={detail['input']}: {detail['msg']}") from error
+        time = detail["type"] == "string_pattern_mismatch"
+        right = "must be [DD:]HH:MM:SS" if time else detail["msg"]
+        raise InputError(f"{key}={detail['input']}: {right}") from error
 
 
 def quote(value: str) -> str:
