@@ -173,7 +173,7 @@ def test_a_checkpoint_holds_what_a_flow_needs_of_its_data():
     other = module(context="label", alpha=0.3)
     other.load_state_dict(data.state_dict())
     assert other.shape == (1, 8, 8)
-    assert other.transform.state() == {"levels": 17, "alpha": 0.01}
+    assert other.transform.state() == {"levels": 17, "alpha": 0.01, "white": None}
     assert other.conditions.size == 10
     with pytest.raises(InputError, match=r"the data have .*0\.3.* the checkpoint .*0\.01"):
         other.setup()

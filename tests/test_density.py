@@ -211,10 +211,10 @@ def test_a_folder_of_images_scores_in_the_format_of_the_training_data(digits_run
         read(rnode.load(digits_run), tmp_path, [])
 
 
-def test_narrow_tables_are_evaluated_exactly_and_wide_ones_with_four_probes_or_more():
-    for columns, probes, expected in ((16, 1, "exact"), (17, 1, "4 gauss"), (17, 6, "6 gauss")):
-        rows = np.random.default_rng(0).normal(size=(200, columns))
-        overrides = ["trainer.max_steps=1", "model.hidden=4", f"probes={probes}", *QUIET]
-        density = rnode.fit(rows, overrides=overrides)
-        assert str(density.flow.test_probes).startswith(expected)
-        assert (density.score(rows[:9])["standard_error"].min() > 0) == (columns == 17)
+@pytest.mark.parametrize("layers", [3, 4])
+def test_tables_are_evaluated_without_an_error_of_probes(layers):
+    rows = np.random.default_rng(0).normal(size=(200, 17))
+    overrides = ["trainer.max_steps=1", "model.hidden=4", f"model.layers={layers}", *QUIET]
+    density = rnode.fit(rows, overrides=overrides)
+    assert density.flow.exact
+    assert not density.score(rows[:9])["standard_error"].any()

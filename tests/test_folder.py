@@ -99,9 +99,9 @@ def test_a_broken_file_is_named_or_left_out(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("root=nowhere", "root=nowhere: there is no such folder"),
-        ("root=empty", "root=empty: holds no image"),
-        ("channels=2", "dataset.channels=2: Input should be 1 or 3"),
+        ("root=nowhere", "nowhere: there is no such folder"),
+        ("root=empty", "empty: holds no image"),
+        ("root=data channels=2", "dataset.channels=2: Input should be 1 or 3"),
         ("root=data/0 context=label", "context=label: there are images without a label"),
     ],
 )
