@@ -10,16 +10,16 @@ from torch.nn.utils import get_total_norm
 from torchmetrics import CatMetric
 
 from rnode.errors import Diverged
-from rnode.evaluation import solve_and_measure, standard_error
+from rnode.evaluation import measure, solve_and_measure, standard_error
 from rnode.flow import Flow, Solution
-from rnode.loss import bits_per_dim, log_normal, objective
+from rnode.loss import objective
 from rnode.matching import flow_matching
 from rnode.networks import Field
 from rnode.seeding import PROBES, step_generator
 from rnode.solver import integrate, solver_errors
 from rnode.training.checkpoint import FORMAT
 from rnode.training.graphs import RecordedSolves
-from rnode.training.pretraining import Pretraining, time_passed
+from rnode.training.pretraining import Pretraining, decay_passed
 from rnode.transforms import Batch
 
 NEVER = torch.iinfo(torch.int64).max
@@ -99,12 +99,10 @@ class RNODE(LightningModule):
             self.reason = f"{error}; "
             # NaN for the gradient of every parameter: all processes of DDP then stop together.
             return math.nan * sum(parameter.sum() for parameter in self.parameters())
-        state, d = self.solution.state, self.flow.d
-        loss = objective(state, self.lambda_k, self.lambda_j)
-        bits = bits_per_dim(log_normal(state.z) + state.l, batch.log_det, d).mean()
-        measures = {"kinetic": state.E.mean() / d, "jacobian": state.n.mean() / d}
-        measures |= {"bits_per_dim": bits, "nfe_forward": self.solution.nfe_forward}
-        self.log_step({"loss": loss} | measures)
+        loss = objective(self.solution.state, self.lambda_k, self.lambda_j)
+        measures = measure(self.flow, batch, self.solution)._asdict()
+        means = {name: values.mean() for name, values in measures.items()}
+        self.log_step({"loss": loss, "nfe_forward": self.solution.nfe_forward} | means)
         return loss
 
     def log_step(self, metrics: dict[str, Tensor | float]) -> None:
@@ -180,20 +178,16 @@ class RNODE(LightningModule):
 
     def on_train_batch_start(self, *_) -> None:
         """Set the learning rate of this step, and the options that a checkpoint has put back."""
-        lr = self.options["lr"] * self.schedule(self.global_step)
+        share = decay_passed(self.trainer) if self.decay else 0.0
+        lr = self.options["lr"] * self.schedule(self.global_step, share)
         self.trainer.optimizers[0].param_groups[0].update(self.options | {"lr": lr})
 
-    def schedule(self, step: int) -> float:
-        """Return the share of the learning rate that a step has: linear warmup, cosine decay."""
+    def schedule(self, step: int, share: float) -> float:
+        """Return the factor of the learning rate at a step, when `share` of the run has passed.
+
+        It rises linearly over the warmup, times a cosine that falls to 0 as the share goes to 1.
+        """
         rise = min(1.0, (step - self.pretraining.start + 1) / (self.warmup_steps + 1))
-        if not self.decay:
-            return rise
-        trainer = self.trainer
-        steps = trainer.estimated_stepping_batches
-        if trainer.max_epochs not in (None, -1):  # max_steps may end the run earlier
-            window = trainer.accumulate_grad_batches
-            steps = trainer.max_epochs * math.ceil(trainer.num_training_batches / window)
-        share = max(step / max(steps, 1), time_passed(trainer))
         return rise * (1 + math.cos(math.pi * min(share, 1.0))) / 2
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:

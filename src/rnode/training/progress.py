@@ -43,7 +43,8 @@ class Progress(Callback):
             loss = "flow matching" if module.pretraining.matching else "equation (17)"
             epoch = timedelta(seconds=round(seconds * trainer.num_training_batches))
             cost = f"{module.nfe} NFE and {seconds:.2g} s, an epoch {epoch}"
-            steps = trainer.estimated_stepping_batches - trainer.global_step
+            share = max(steps_passed(trainer), epochs_passed(trainer))
+            steps = (1 - share) * trainer.estimated_stepping_batches
             ends = [seconds * steps * trainer.accumulate_grad_batches]
             ends += [c.time_remaining() for c in trainer.callbacks if isinstance(c, Timer)]
             left = f", {timedelta(seconds=round(min(ends)))} to go" if min(ends) < math.inf else ""
