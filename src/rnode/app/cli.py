@@ -111,9 +111,12 @@ def expand(command: str, overrides: list[str]) -> list[str]:
         elif command == "report":
             folders.append(quote(text))
         elif os.path.isdir(text):
-            path = os.path.join(text, "last.ckpt" if command == "train" else "best.ckpt")
-            require(os.path.isfile(path), f"{path}: there is no such checkpoint")
-            expanded.append(f"ckpt_path={quote(path)}")
+            names = ["last.ckpt"] if command == "train" else ["best.ckpt", "last.ckpt"]
+            there = [name for name in names if os.path.isfile(os.path.join(text, name))]
+            require(bool(there), f"{text}: there is no {' or '.join(names)} in this folder")
+            if there[0] != names[0]:
+                print(f"{text} has no best.ckpt: last.ckpt is used", file=sys.stderr)
+            expanded.append(f"ckpt_path={quote(os.path.join(text, there[0]))}")
         else:
             expanded.append(f"ckpt_path={quote(text)}" if text.endswith(".ckpt") else text)
     return [*expanded, f"folders=[{','.join(folders)}]"] if folders else expanded

@@ -19,6 +19,8 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Bounds = Annotated[list[float], Field(min_length=2, max_length=2)]
 Share = Whole | Annotated[float, Field(ge=0, le=1)]  # so many batches, or a share of them
 Size = Count | Annotated[float, Field(gt=0, lt=1)]
+Some = Count | Annotated[float, Field(gt=0, le=1)]
+Strategy = Literal["auto", "ddp", "ddp_find_unused_parameters_true"]
 Time = Annotated[str, Field(pattern=r"^(\d\d:)?\d\d:\d\d:\d\d$")]  # [DD:]HH:MM:SS
 
 
@@ -103,12 +105,12 @@ class Trainer(Section):
     accelerator: str = key("cpu, gpu, mps, … or auto")
     devices: Count | str | list[Whole] = key("number of devices, their indices, or auto")
     num_nodes: Count = key("number of machines")
-    strategy: str | dict = key("how devices share the work; ddp for several")
+    strategy: Strategy | dict = key("how devices share the work; ddp for several")
     precision: Literal["32-true", "bf16-mixed", "64-true"] | None = key("bf16-mixed: inside f only")
     gradient_clip_val: NonNegative | None = key("largest norm of the gradient; null: any")
     accumulate_grad_batches: Count = key("batches of a training step")
     log_every_n_steps: Whole = key("training steps from one row of metrics.csv to the next")
-    limit_train_batches: Share | None = key("number or share of the training batches of an epoch")
+    limit_train_batches: Some | None = key("number or share of the training batches of an epoch")
     limit_val_batches: Share | None = key("number or share of the validation batches")
     limit_test_batches: Share | None = key("number or share of the test batches")
     enable_progress_bar: bool = key("print how far the run is")

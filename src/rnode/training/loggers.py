@@ -61,6 +61,15 @@ class MetricsCSV(Logger):
         pass  # config.yaml holds them
 
 
+class WandbRun(WandbLogger):
+    """A run of W&B, which begins once the settings are known: mistakes in them leave none."""
+
+    def log_hyperparams(self, params: dict) -> None:
+        step = "trainer/global_step"
+        self.experiment.define_metric("val/bits_per_dim", summary="min", step_metric=step)
+        super().log_hyperparams(params)
+
+
 def wandb_logger(folder: str, mode: str, tags: list[str], **options: object) -> WandbLogger | None:
     """Return the logger of W&B, whose summary keeps the least validation bits/dim; None: disabled.
 
@@ -72,10 +81,7 @@ def wandb_logger(folder: str, mode: str, tags: list[str], **options: object) -> 
 
     wandb.setup(wandb.Settings(silent=True))  # the table at the end says what W&B would
     place = os.environ.get("WANDB_DIR", folder)
-    logger = WandbLogger(save_dir=place, mode=mode, tags=list(tags), **options)
-    step = "trainer/global_step"
-    logger.experiment.define_metric("val/bits_per_dim", summary="min", step_metric=step)
-    return logger
+    return WandbRun(save_dir=place, mode=mode, tags=list(tags), **options)
 
 
 def finish_wandb() -> None:

@@ -123,6 +123,8 @@ class BestCheckpoint(callbacks.ModelCheckpoint):
         path = str(Path(self.dirpath) / "best.ckpt")
         if Path(path).exists():
             score = load_checkpoint(path)["callbacks"][self.state_key]["current_score"]
+            if score is None:  # the run ended before its first validation
+                return
             self.best_model_path = self.kth_best_model_path = path
             self.best_model_score = self.kth_value = score
             self.best_k_models = {path: score}

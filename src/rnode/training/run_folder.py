@@ -24,7 +24,6 @@ def whole_file(path: Path, mode: str = "wb") -> Iterator[IO]:
     part = path.with_name(f"{path.name}.part")
     text = {"encoding": "utf-8", "newline": ""} if mode == "w" else {}
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         with open(part, mode, **text) as file:
             yield file
             file.flush()
@@ -34,6 +33,8 @@ def whole_file(path: Path, mode: str = "wb") -> Iterator[IO]:
         with contextlib.suppress(OSError):
             part.unlink()
         kept = "the earlier file is intact" if path.exists() else "there is no earlier file"
+        if not path.parent.exists():
+            kept = "its folder has been removed"
         raise WriteError(f"{path} could not be written ({one_line(error)}); {kept}") from error
 
 
