@@ -30,6 +30,7 @@ from rnode.training.module import RNODE
 from rnode.training.pretraining import Pretraining
 from rnode.training.progress import Progress
 from rnode.training.results import CONFIG, DIVERGED, METRICS, OVERRIDES, RESULT, write_result
+from rnode.training.resume import batches_of_an_epoch
 from rnode.training.run_folder import ENVIRONMENT, environment, lock, whole_file
 from rnode.transforms import TableTransform
 
@@ -177,9 +178,7 @@ def build_trainer(cfg: DictConfig, callbacks: list[pl.Callback]) -> pl.Trainer:
 
 def require_interval(trainer: pl.Trainer, data: DataModule) -> None:
     """Raise InputError if val_check_interval is longer than an epoch, which counts batches anew."""
-    limit, interval = trainer.limit_train_batches, trainer.val_check_interval
-    batches = math.ceil(len(data.splits.train) / (data.batch_size * trainer.world_size))
-    batches = min(limit, batches) if isinstance(limit, int) else int(limit * batches)
+    interval, batches = trainer.val_check_interval, batches_of_an_epoch(trainer, data)
     require(
         isinstance(interval, float) or interval <= batches or not trainer.check_val_every_n_epoch,
         f"trainer.val_check_interval={interval}: must be at most {batches}, the batches of an "

@@ -8,9 +8,8 @@ from pathlib import Path
 from pytorch_lightning.loggers import Logger, WandbLogger
 from pytorch_lightning.utilities import rank_zero_only
 
-from rnode.errors import WriteError, one_line
 from rnode.training.results import read_metrics
-from rnode.training.run_folder import whole_file
+from rnode.training.run_folder import whole_file, write_error
 
 
 class MetricsCSV(Logger):
@@ -44,7 +43,7 @@ class MetricsCSV(Logger):
             with open(self.path, "a", encoding="utf-8", newline="") as file:
                 csv.DictWriter(file, self.columns).writerow(row)
         except OSError as error:
-            raise WriteError(f"{self.path} could not be written ({one_line(error)})") from error
+            raise write_error(self.path, error) from error
 
     def write(self, rows: list[dict]) -> None:
         """Replace the file by these rows; without rows there is no file."""

@@ -66,7 +66,7 @@ class Progress(Callback):
         if isinstance(trainer.datamodule.transform, TableTransform):
             scale = math.log(2) * module.flow.d
             measured = f"{scale * bits:.4f} ± {scale * error:.4f} nats ({bits:.4f} bits/dim)"
-        self.line = f"{place}: validation {measured}{better if trainer.training else ''}"
+        self.line = f"{place}: validation {measured}{better if trainer.state.fn == 'fit' else ''}"
         if time.monotonic() - self.printed >= 1:
             self.print_line(trainer)
 

@@ -32,10 +32,14 @@ def whole_file(path: Path, mode: str = "wb") -> Iterator[IO]:
     except OSError as error:
         with contextlib.suppress(OSError):
             part.unlink()
-        kept = "the earlier file is intact" if path.exists() else "there is no earlier file"
-        if not path.parent.exists():
-            kept = "its folder has been removed"
-        raise WriteError(f"{path} could not be written ({one_line(error)}); {kept}") from error
+        raise write_error(path, error) from error
+
+
+def write_error(path: Path, error: OSError) -> WriteError:
+    """Return the error of a file that could not be written."""
+    kept = "the earlier file is intact" if path.exists() else "there is no earlier file"
+    kept = kept if path.parent.exists() else "its folder has been removed"
+    return WriteError(f"{path} could not be written ({one_line(error)}); {kept}")
 
 
 @contextlib.contextmanager
