@@ -139,7 +139,7 @@ def test_a_folder_without_best_ckpt_gives_its_last_and_says_so(half, tmp_path, c
         assert "run has no best.ckpt: last.ckpt is used" in capsys.readouterr().err
     (folder / "last.ckpt").unlink()
     line, code = refused(capsys, "evaluate", str(folder))
-    assert "there is no best.ckpt or last.ckpt in this folder" in line
+    assert "best.ckpt: there is no such checkpoint" in line
     assert code == 2
 
 

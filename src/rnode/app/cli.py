@@ -112,11 +112,12 @@ def expand(command: str, overrides: list[str]) -> list[str]:
             folders.append(quote(text))
         elif os.path.isdir(text):
             names = ["last.ckpt"] if command == "train" else ["best.ckpt", "last.ckpt"]
-            there = [name for name in names if os.path.isfile(os.path.join(text, name))]
-            require(bool(there), f"{text}: there is no {' or '.join(names)} in this folder")
-            if there[0] != names[0]:
+            paths = [os.path.join(text, name) for name in names]
+            there = [path for path in paths if os.path.isfile(path)]
+            require(bool(there), f"{paths[0]}: there is no such checkpoint")
+            if there[0] != paths[0]:
                 print(f"{text} has no best.ckpt: last.ckpt is used", file=sys.stderr)
-            expanded.append(f"ckpt_path={quote(os.path.join(text, there[0]))}")
+            expanded.append(f"ckpt_path={quote(there[0])}")
         else:
             expanded.append(f"ckpt_path={quote(text)}" if text.endswith(".ckpt") else text)
     return [*expanded, f"folders=[{','.join(folders)}]"] if folders else expanded

@@ -127,9 +127,9 @@ def fit(cfg: DictConfig, overrides: Sequence[str] = ()) -> dict[str, float | Non
             trainer.validate(module, data, verbose=False)
         if best and not tested:
             trainer.print("no validation during training: best.ckpt has the last weights")
-            for path in (folder / "best.ckpt", folder / "last.ckpt"):
-                if path.name == "best.ckpt" or not path.exists():  # no step was taken
-                    trainer.save_checkpoint(path)
+            trainer.save_checkpoint(folder / "best.ckpt")
+            if trainer.global_step == 0:  # ckpt_path=auto resumes from there
+                trainer.save_checkpoint(folder / "last.ckpt")
         trained = dict(trainer.callback_metrics)
         trainer.test(module, data, ckpt_path=tested or None, weights_only=True, verbose=False)
         if not trainer.is_global_zero:

@@ -66,10 +66,7 @@ def epochs_passed(trainer: Trainer) -> float:
 
 
 def decay_passed(trainer: Trainer) -> float:
-    """Return how much of the run has passed for the learning rate, from 0 to 1.
-
-    max_steps beside max_epochs only stops the run earlier: the rate does not depend on it.
-    """
+    """Return how much of the run has passed, from 0 to 1, but for a max_steps beside max_epochs."""
     limit = steps_passed if trainer.max_epochs == -1 else epochs_passed
     return max(limit(trainer), time_passed(trainer))
 
