@@ -112,6 +112,7 @@ def plot(curves: list[dict]) -> None:
         handles, labels = ax.get_legend_handles_labels()
         shown |= dict(zip(labels, handles, strict=True))
     figure.legend(shown.values(), shown, loc="outside upper center", ncols=len(shown))
+    OUTPUTS.mkdir(parents=True, exist_ok=True)
     save_figure(figure, OUTPUTS / "peers.png")
 
 

@@ -77,7 +77,8 @@ def trainer_at(step, steps, timer=None):
     return SimpleNamespace(
         callbacks=[timer] if timer else [],
         global_step=step,
-        estimated_stepping_batches=steps,
+        max_epochs=-1,
+        max_steps=steps,
         strategy=strategy,
     )
 

@@ -135,8 +135,13 @@ def test_bare_paths_stand_for_keys(tmp_path):
 
     folder = tmp_path / 'lr=0.1,λ="1"'
     folder.mkdir()
+    with pytest.raises(InputError, match=r"/best.ckpt: there is no such checkpoint"):
+        expand("evaluate", folder)
+    (folder / "last.ckpt").touch()
     quoted = str(folder).replace('"', '\\"')
     assert expand("train", folder, "seed=3") == [f'ckpt_path="{quoted}/last.ckpt"', "seed=3"]
+    assert expand("evaluate", folder) == [f'ckpt_path="{quoted}/last.ckpt"']
+    (folder / "best.ckpt").touch()
     assert expand("evaluate", folder) == [f'ckpt_path="{quoted}/best.ckpt"']
     assert expand("sample", "a/b.ckpt", "context.a=1") == ["ckpt_path=a/b.ckpt", "++context.a=1"]
     assert expand("score", "ckpt_path=a.ckpt", "~id") == ["ckpt_path=a.ckpt", "~id"]

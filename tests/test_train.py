@@ -10,7 +10,6 @@ import torch
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
-from pytorch_lightning import LightningModule
 from pytorch_lightning.callbacks import Timer
 
 from data_files import wandb_records
@@ -25,6 +24,7 @@ from helpers import (
 )
 from rnode.app.schema import CONF
 from rnode.training.module import RNODE
+from rnode.training.pretraining import decay_passed
 from rnode.training.results import RESULTS
 
 pytestmark = pytest.mark.usefixtures("blank_figures")
@@ -154,9 +154,8 @@ def test_validation_takes_nothing_from_trainings_random_stream(run):
 def test_the_learning_rate_rises_linearly_and_falls_as_half_a_cosine(monkeypatch):
     half = Timer("00:00:00:10")
     monkeypatch.setattr(half, "time_elapsed", lambda *_: 5.0)
-    trainer = SimpleNamespace(estimated_stepping_batches=8, max_epochs=-1)
+    trainer = SimpleNamespace(max_steps=8, max_epochs=-1)
     trainer.strategy = SimpleNamespace(broadcast=lambda share: share)
-    monkeypatch.setattr(LightningModule, "trainer", trainer)
     options = {"lambda_k": 0.0, "lambda_j": 0.0, "warmup_steps": 3}
     for decay, timers in ((False, []), (True, []), (True, [half])):
         trainer.callbacks = timers
@@ -165,7 +164,11 @@ def test_the_learning_rate_rises_linearly_and_falls_as_half_a_cosine(monkeypatch
         shares = [max(step / 8, 0.5 * bool(timers)) for step in range(8)]
         fall = [(1 + math.cos(math.pi * share)) / 2 if decay else 1 for share in shares]
         expected = [a * b for a, b in zip(rise, fall, strict=True)]
-        assert [module.schedule(step) for step in range(8)] == pytest.approx(expected)
+        found = []
+        for trainer.global_step in range(8):
+            share = decay_passed(trainer) if decay else 0.0
+            found.append(module.schedule(trainer.global_step, share))
+        assert found == pytest.approx(expected)
 
 
 def test_last_ckpt_is_of_the_last_epoch_even_if_it_is_not_the_best(run):

@@ -61,6 +61,7 @@ def reproduce(path: Path, root: str) -> str:
         file = path.parent / "classifiers" / f"{data}_{recipe}_{seed}.csv"
         if not file.exists():
             curve = classify(*load_splits(data, root), recipe, seed, EPOCHS[data])
+            file.parent.mkdir(parents=True, exist_ok=True)
             with whole_file(file, "w") as opened:  # a run that was killed has no file
                 writer = csv.DictWriter(opened, curve[0])
                 writer.writeheader()

@@ -36,6 +36,7 @@ def make_panels(rows: int, columns: int, size: tuple[float, float], **options: A
 
 def save(figure: plt.Figure, path: Path, header: Sequence[str], rows: Iterable[Sequence]) -> None:
     """Write the PNG and the CSV of a figure."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     save_figure(figure, path.with_suffix(".png"))
     with open(path.with_suffix(".csv"), "w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)

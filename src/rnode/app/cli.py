@@ -20,6 +20,7 @@ from rnode.app.schema import COMMANDS, CONF, help_text
 from rnode.app.sweep import SWEPT, in_sweep
 from rnode.app.validation import compose_config, quote, validate
 from rnode.training.results import DIVERGED, FAILED
+from rnode.training.run_folder import checkpoint_of
 
 
 def main() -> None:
@@ -88,8 +89,7 @@ def expand(command: str, overrides: list[str]) -> list[str]:
         elif command == "report":
             folders.append(quote(text))
         elif os.path.isdir(text):
-            name = "last.ckpt" if command == "train" else "best.ckpt"
-            expanded.append(f"ckpt_path={quote(os.path.join(text, name))}")
+            expanded.append(f"ckpt_path={quote(str(checkpoint_of(text, command == 'train')))}")
         else:
             expanded.append(f"ckpt_path={quote(text)}" if text.endswith(".ckpt") else text)
     return [*expanded, f"folders=[{','.join(folders)}]"] if folders else expanded

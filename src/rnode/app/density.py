@@ -35,7 +35,7 @@ from rnode.errors import InputError, require
 from rnode.evaluation import solve_and_measure
 from rnode.flow import Flow
 from rnode.training.checkpoint import load_checkpoint
-from rnode.training.run_folder import lock
+from rnode.training.run_folder import checkpoint_of, lock
 from rnode.transforms import TableTransform
 
 FITS = threading.Lock()  # runs set what holds for the whole process, so one trains at a time
@@ -59,7 +59,7 @@ def load(path: str | Path, trust: Collection[str] = (), cfg: DictConfig | None =
     Raises:
         InputError: if the file is not a whole checkpoint, or names a class of another package.
     """
-    path = Path(path) / "best.ckpt" if Path(path).is_dir() else path
+    path = checkpoint_of(path) if Path(path).is_dir() else path
     checkpoint = load_checkpoint(path)
     config = config_of(checkpoint, str(path), trust)
     if cfg is not None:
@@ -263,8 +263,7 @@ def fit_table(
             cfg.dataset.path = str(folder / "rows.parquet")
             frame.write_parquet(cfg.dataset.path)
         train.fit(cfg, overrides)
-    best = folder / "best.ckpt"
-    return load(best if best.exists() else folder / "last.ckpt")
+    return load(folder)
 
 
 def plain_containers(value: Any) -> Any:

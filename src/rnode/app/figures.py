@@ -1,6 +1,6 @@
 """Figures that compare runs: curves of training, and likelihood and cost over λ_K and λ_J."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from matplotlib import colormaps
@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from rnode.app.runs import LAMBDAS, Run
 from rnode.training.plots import plot_band, subplots
-from rnode.training.results import BITS, MEASURES
+from rnode.training.results import BITS, GAUSSIAN, MEASURES
 
 COSTS = (BITS, "val/nfe_forward", "train/seconds")
 
@@ -22,41 +22,54 @@ def choose_colours(runs: list[Run]) -> dict[str, str]:
 
 
 def plot_training(runs: list[Run], colours: dict[str, str]) -> Iterator[Figure]:
-    """Plot curves of the runs, with a band over seeds, and the NFE against the Jacobian norm."""
+    """Plot curves of the runs, with a band over seeds, and the NFE against the Jacobian norm.
+
+    What no run has measured has no figure.
+    """
     curves = {BITS: "val/seconds_total"} | {f"train/{name}": "step" for name in MEASURES}
     for key, against in curves.items():
+        if not any(key in row and against in row for run in runs for row in run.rows):
+            continue
         figure, ax = subplots(figsize=(5, 3.4), layout="constrained")
         for label, colour in colours.items():
             members = [run.curve(key, against) for run in runs if run.label() == label]
             plot_band(ax, members, color=colour)
+        if key == BITS:
+            ax.set_ylim(ax.get_ylim())  # a Gaussian that is far off is not shown
+            for bits in {row[GAUSSIAN] for run in runs for row in run.rows if GAUSSIAN in row}:
+                ax.axhline(bits, color="0.5", linestyle="--", zorder=0)
         ax.set(xlabel=against, ylabel=key)
         yield figure
-    figure, ax = subplots(figsize=(5, 3.4), layout="constrained")
-    for run in runs:
-        ax.scatter(*run.curve("train/nfe_forward", "train/jacobian"), s=12, c=colours[run.label()])
-    ax.set(xlabel="train/jacobian", ylabel="train/nfe_forward")
-    yield figure
+    points = [run.curve("train/nfe_forward", "train/jacobian") for run in runs]
+    if any(xy.size for xy in points):
+        figure, ax = subplots(figsize=(5, 3.4), layout="constrained")
+        for run, xy in zip(runs, points, strict=True):
+            ax.scatter(*xy, s=12, c=colours[run.label()])
+        ax.set(xlabel="train/jacobian", ylabel="train/nfe_forward")
+        yield figure
 
 
-def plot_penalties(runs: list[Run]) -> Figure | None:
-    """Plot maps of bits/dim, NFE and seconds over λ_K and λ_J, averaged over seeds.
+def plot_penalties(runs: list[Run], costs: Sequence[str] = COSTS) -> Figure | None:
+    """Plot maps of costs, by their names in result.json, over λ_K and λ_J, averaged over seeds.
 
     Returns:
-        None if the runs share both or differ in other settings, or if they fill less than half of
-        the grid, as those of a guided sweep do.
+        None if no run has a cost, if the runs share both λ or differ in other settings, or if they
+        fill less than half of the grid, as those of a guided sweep do.
     """
     cells: dict[tuple, list[Run]] = {}
     for run in runs:
         place = tuple(run.settings.get(key) for key in LAMBDAS)
         if all(isinstance(value, float | int) for value in place):
             cells.setdefault(place, []).append(run)
-    if len(cells) < 2 or len({run.label(*LAMBDAS) for run in runs}) > 1:
+    costs = [name for name in costs if any(run.result.get(name) is not None for run in runs)]
+    if not costs or len(cells) < 2 or len({run.label(*LAMBDAS) for run in runs}) > 1:
         return None
     k, j = (sorted(set(values)) for values in zip(*cells, strict=True))
     if 2 * len(cells) < len(k) * len(j):
         return None
-    figure, axes = subplots(ncols=len(COSTS), figsize=(15, 4.2), layout="constrained")
-    for ax, name in zip(axes, COSTS, strict=True):
+    size = {"figsize": (5 * len(costs), 4.2), "layout": "constrained"}
+    figure, axes = subplots(ncols=len(costs), squeeze=False, **size)
+    for ax, name in zip(axes.flat, costs, strict=True):
         grid = np.full((len(k), len(j)), np.nan)
         for place, members in cells.items():
             y, x = k.index(place[0]), j.index(place[1])

@@ -5,6 +5,7 @@ import io
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 from hydra.core.hydra_config import HydraConfig
@@ -14,8 +15,8 @@ from matplotlib.figure import Figure
 from omegaconf import DictConfig
 from rich.table import Table
 
-from rnode.app.figures import choose_colours, plot_penalties, plot_training
-from rnode.app.runs import Run, read_runs, tabulate
+from rnode.app.figures import COSTS, choose_colours, plot_penalties, plot_training
+from rnode.app.runs import COLUMNS, Run, compare, read_runs, tabulate
 from rnode.app.summary import print_table
 from rnode.errors import require
 from rnode.training.loggers import finish_wandb
@@ -71,27 +72,39 @@ def report_sweep(folder: Path, wandb: DictConfig | None) -> None:
 
 
 def write_report(runs: list[Run], path: Path, problems: Sequence[str] = ()) -> None:
-    """Write a page about runs; `problems` says what it leaves out. The best run is bold."""
+    """Write a page about runs; `problems` says what it leaves out."""
     template = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
-    colours = choose_colours(runs)
-    header, rows = tabulate(runs)
-    samples = {run.name: file for run in runs for file in sorted(run.folder.glob("samples/*.png"))}
-    bits = {run: run.result[BITS] for run in runs if run.result.get(BITS) is not None}
-    figure = plot_penalties(runs)
+    names = dict.fromkeys(run.data for run in runs)
     text = Template(template, autoescape=True).render(
         title=path.absolute().parent.name,
-        header=header,
-        table=[(run, map(as_text, row)) for run, row in zip(runs, rows, strict=True)],
+        sections=[describe(name, [run for run in runs if run.data == name]) for name in names],
         runs=runs,
-        best=min(bits, key=bits.get, default=None),
-        colours=colours,
-        curves=map(draw, plot_training(runs, colours)),
-        penalties=figure and draw(figure),
-        samples={name: embed(file.read_bytes(), "png") for name, file in samples.items()},
         problems=problems,
     )
     with whole_file(path, "w") as file:
         file.write(text)
+
+
+def describe(name: str, runs: list[Run]) -> dict[str, Any]:
+    """Return what the page shows of the runs of one data set. The best of them is bold."""
+    compare(runs)
+    for run in runs:
+        run.swept.pop("dataset", None)  # the heading names it
+    colours = choose_colours(runs)
+    measured = [c for c in COLUMNS if any(run.result.get(c) is not None for run in runs)]
+    header, rows = tabulate(runs, measured)
+    bits = {run: run.result[BITS] for run in runs if run.result.get(BITS) is not None}
+    samples = {run.name: file for run in runs for file in sorted(run.folder.glob("samples/*.png"))}
+    figures = [*plot_training(runs, colours), *(plot_penalties(runs, [cost]) for cost in COSTS)]
+    return {
+        "name": name,
+        "header": header,
+        "table": [(run, [*map(as_text, row)]) for run, row in zip(runs, rows, strict=True)],
+        "best": min(bits, key=bits.get, default=None),
+        "colours": colours,
+        "figures": [draw(figure) for figure in figures if figure is not None],
+        "samples": {run: embed(file.read_bytes(), "png") for run, file in samples.items()},
+    }
 
 
 def as_text(cell: str | float | None) -> str:

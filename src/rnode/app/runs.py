@@ -11,7 +11,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from rnode.app.schema import flatten
-from rnode.errors import one_line
+from rnode.errors import one_line, require
 from rnode.training import results
 from rnode.training.results import BITS
 from rnode.training.run_folder import ENVIRONMENT
@@ -34,12 +34,16 @@ class Run:
         self.settings = {
             k: v if isinstance(v, float | int) else str(v) for k, v in settings.items()
         }
+        self.data = name_data(settings)
         self.swept: dict[str, object] = {}  # the settings in which runs that are compared differ
         self.environment = load(folder / ENVIRONMENT)
         self.status, self.reason = results.read_status(folder)
         self.result = (self.status == "finished" and results.read_result(folder)) or {}
         rows = results.read_metrics(folder / results.METRICS)
         self.rows = [{key: float(cell) for key, cell in row.items()} for row in rows]
+        tested = [name for name in results.TESTED if self.result.get(name) is not None]
+        whole = not tested or any(tested[0] in row for row in self.rows)  # the last to be logged
+        require(whole, f"{results.METRICS} is truncated: it lacks the test")
 
     def label(self, *ignored: str) -> str:
         """Return how the run differs from the others, apart from seed and `ignored` settings."""
@@ -53,7 +57,22 @@ class Run:
 
 
 def load(path: Path) -> dict:
-    return OmegaConf.to_container(OmegaConf.load(path)) if path.exists() else {}
+    """Read a YAML file of a run; an empty dictionary if the run ended before it was written."""
+    if not path.exists():
+        return {}
+    text = path.read_text(encoding="utf-8")
+    require(bool(text.strip(" \n\0")), f"{path.name} is empty")
+    return OmegaConf.to_container(OmegaConf.create(text))
+
+
+def name_data(settings: dict) -> str:
+    """Name a data set by its kind and all settings by which likelihoods differ."""
+    source = str(settings.get("dataset.source._target_", settings.get("dataset", "digits")))
+    name = settings.get("dataset.name") or source.rpartition(".")[2]
+    keys = ["path", "size", "resize", "channels", "columns", "context", "integer"]
+    keys += [] if settings.get("dataset.name") else ["root"]  # else where it was downloaded
+    values = {key: settings.get(f"dataset.{key}") for key in keys}
+    return " ".join([name, *(f"{key}={v}" for key, v in values.items() if v not in (None, ""))])
 
 
 def read_runs(folders: Sequence[Path]) -> tuple[list[Run], list[str]]:
@@ -71,18 +90,24 @@ def read_runs(folders: Sequence[Path]) -> tuple[list[Run], list[str]]:
         except Exception as error:  # whatever a damaged file raises
             problems.append(f"{path}: cannot be read ({one_line(error)})")
     root = commonpath([run.folder.parent for run in runs]) if runs else ""
+    for run in runs:
+        run.name = str(run.folder.relative_to(root))
+    compare(runs)
+    return runs, problems
+
+
+def compare(runs: list[Run]) -> None:
+    """Set in which settings the runs differ from one another."""
     keys = dict.fromkeys(key for run in runs for key in run.overrides)
     swept = [key for key in keys if len({run.settings.get(key) for run in runs}) > 1]
     for run in runs:
-        run.name = str(run.folder.relative_to(root))
         run.swept = {key: run.settings.get(key, "") for key in swept}
-    return runs, problems
 
 
 def tabulate(runs: list[Run], columns: Sequence[str] = COLUMNS) -> tuple[list[str], list[list]]:
     """Return a header, and a row for each run."""
     rows = [
-        [run.name, *map(str, run.swept.values()), run.status, *map(run.result.get, columns)]
+        [run.name, run.status, *map(run.result.get, columns), *map(str, run.swept.values())]
         for run in runs
     ]
-    return ["run", *runs[0].swept, "status", *columns], rows
+    return ["run", "status", *columns, *runs[0].swept], rows

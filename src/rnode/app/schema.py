@@ -17,6 +17,7 @@ CONF = next(path / "conf" for path in (PACKAGE, CHECKOUT) if (path / "conf").is_
 
 Bounds = Annotated[list[float], Field(min_length=2, max_length=2)]
 Name = str | int | float | bool | None  # of a column, as YAML reads it: 2019, true and null too
+Strategy = Literal["auto", "ddp", "ddp_find_unused_parameters_true"]
 Time = Annotated[str, Field(pattern=r"^(\d\d:)?\d\d:\d\d:\d\d$")]  # [DD:]HH:MM:SS
 
 
@@ -94,12 +95,12 @@ class Trainer(Section):
     accelerator: str = key("cpu, gpu, mps, … or auto")
     devices: Any = key("number of devices, their indices, or auto")
     num_nodes: PositiveInt = key("number of machines")
-    strategy: Any = key("how devices share the work; ddp for several")
+    strategy: Strategy | dict = key("how devices share the work; ddp for several")
     precision: Literal["32-true", "bf16-mixed", "64-true"] | None = key("bf16-mixed: inside f only")
     gradient_clip_val: NonNegativeFloat | None = key("largest norm of the gradient; null: any")
     accumulate_grad_batches: PositiveInt = key("batches of a training step")
     log_every_n_steps: NonNegativeInt = key("training steps between two rows of metrics.csv")
-    limit_train_batches: NonNegativeFloat | None = key("number or share of the training batches")
+    limit_train_batches: PositiveFloat | None = key("number or share of the training batches")
     limit_val_batches: NonNegativeFloat | None = key("number or share of the validation batches")
     limit_test_batches: NonNegativeFloat | None = key("number or share of the test batches")
     enable_progress_bar: bool = key("print how far the run is")

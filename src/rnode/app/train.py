@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytorch_lightning as pl
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
@@ -21,13 +22,15 @@ from rnode.app.runs import Run
 from rnode.app.summary import print_numbers
 from rnode.app.validation import quote
 from rnode.data.datamodule import DataModule
-from rnode.errors import Diverged, Stopped, require
+from rnode.data.splits import SPLIT_NAMES
+from rnode.errors import Diverged, InputError, Stopped, one_line, require
 from rnode.training.checkpoint import AtomicCheckpointIO, load_to_resume
 from rnode.training.loggers import MetricsCSV, finish_wandb
 from rnode.training.module import RNODE
 from rnode.training.pretraining import Pretraining
 from rnode.training.progress import Progress
 from rnode.training.results import CONFIG, DIVERGED, METRICS, OVERRIDES, RESULT, write_result
+from rnode.training.resume import batches_of_an_epoch
 from rnode.training.run_folder import ENVIRONMENT, environment, lock, whole_file
 from rnode.transforms import TableTransform
 
@@ -94,41 +97,26 @@ def fit(cfg: DictConfig, overrides: Sequence[str] = ()) -> dict[str, float | Non
     config = OmegaConf.to_container(cfg, resolve=True)
     pl.seed_everything(cfg.seed, verbose=False)
     checkpoint = load_to_resume(cfg.ckpt_path, config) if cfg.ckpt_path else None
-    data, flow = build(cfg, checkpoint and checkpoint["DataModule"])
-    data.setup()
     callbacks = instantiate_all(cfg.callbacks)
-    module = RNODE(
-        flow,
-        instantiate(cfg.optimizer),
-        **cfg.reg,
-        warmup_steps=warmup_steps(cfg, data),
-        decay=cfg.decay,
-        seed=cfg.seed,
-        config=config,
-        pretraining=next((c for c in callbacks if isinstance(c, Pretraining)), None),
-    )
-    if is_first_process():
-        (folder / RESULT).unlink(missing_ok=True)
-        files = {CONFIG: cfg, ENVIRONMENT: environment(), OVERRIDES: list(overrides)}
-        for name, content in files.items():
-            with whole_file(folder / name, "w") as file:
-                OmegaConf.save(content, file, resolve=True)
-    talks = cfg.trainer.enable_progress_bar
-    callbacks = [c for c in callbacks if talks or not isinstance(c, Progress)]
-    max_time = cfg.trainer.max_time and f"00:{cfg.trainer.max_time}"[-11:]  # DD:HH:MM:SS
     try:
-        loggers = [MetricsCSV(folder / METRICS, checkpoint), *instantiate_all(cfg.logger)]
-        trainer = instantiate(
-            cfg.trainer,
-            max_time=max_time,
-            enable_progress_bar=talks and sys.stdout.isatty(),
-            callbacks=callbacks,
-            logger=loggers,
-            enable_checkpointing=cfg.callbacks.get("best") is not None,
-            plugins=[AtomicCheckpointIO(), *cluster_plugins()],
-            default_root_dir=cfg.folder,
+        trainer = build_trainer(cfg, callbacks)  # before the data, which may take minutes to read
+        data, flow = build(cfg, checkpoint and checkpoint["DataModule"])
+        data.setup()
+        require_interval(trainer, data)
+        module = RNODE(
+            flow,
+            instantiate(cfg.optimizer),
+            **cfg.reg,
+            warmup_steps=warmup_steps(cfg, data),
+            decay=cfg.decay,
+            seed=cfg.seed,
+            config=config,
+            pretraining=next((c for c in callbacks if isinstance(c, Pretraining)), None),
         )
-        for logger in loggers:
+        if is_first_process():
+            write_settings(cfg, overrides)
+        trainer.loggers = [MetricsCSV(folder / METRICS, checkpoint), *trainer.loggers]
+        for logger in trainer.loggers:
             logger.log_hyperparams(config)
         if checkpoint is not None:
             step, epoch = checkpoint["global_step"], checkpoint["epoch"]
@@ -136,8 +124,13 @@ def fit(cfg: DictConfig, overrides: Sequence[str] = ()) -> dict[str, float | Non
         trainer.fit(module, data, ckpt_path=cfg.ckpt_path, weights_only=True)
         best = trainer.checkpoint_callback
         tested = best.best_model_path if best else None
-        if not tested:  # the run stopped before its first validation
+        if not tested:
             trainer.validate(module, data, verbose=False)
+        if best and not tested:
+            trainer.print("no validation during training: best.ckpt has the last weights")
+            trainer.save_checkpoint(folder / "best.ckpt")
+            if trainer.global_step == 0:  # ckpt_path=auto resumes from there
+                trainer.save_checkpoint(folder / "last.ckpt")
         trained = dict(trainer.callback_metrics)
         trainer.test(module, data, ckpt_path=tested or None, weights_only=True, verbose=False)
         if not trainer.is_global_zero:
@@ -146,11 +139,15 @@ def fit(cfg: DictConfig, overrides: Sequence[str] = ()) -> dict[str, float | Non
         score = best.best_model_score if tested else metrics.get("val/bits_per_dim", math.nan)
         result = write_result(folder, metrics, float(score))
         numbers = {name: number for name, number in result.items() if number is not None}
-        numbers["test/nats"] = nats = math.log(2) * flow.d * metrics["test/bits_per_dim"]
-        if isinstance(data.transform, TableTransform):
-            log_det = metrics["test/log_det"] - data.transform.log_det_whitening
-            numbers["test/nats_standardized"] = nats + log_det
-        print_numbers("test set", numbers)
+        split = "test" if "test/bits_per_dim" in metrics else "val"
+        if f"{split}/bits_per_dim" in metrics:
+            nats = math.log(2) * flow.d * metrics[f"{split}/bits_per_dim"]
+            numbers |= {f"{split}/nats": nats}
+            if isinstance(data.transform, TableTransform):
+                log_det = metrics[f"{split}/log_det"] - data.transform.log_det_whitening
+                in_nats = {f"{split}/nats": nats, f"{split}/nats_standardized": nats + log_det}
+                numbers = in_nats | numbers
+        print_numbers(f"{SPLIT_NAMES[split]} set", numbers)
     finally:
         finish_wandb()
     write_report([Run(folder.resolve())], folder / "report.html")
@@ -167,6 +164,49 @@ def warmup_steps(cfg: DictConfig, data: DataModule) -> int:
         chosen = f"dataset.batch_size={data.batch_size} warmup_steps={steps}"
         print(f"{chosen}, for {n} training samples")
     return steps
+
+
+def build_trainer(cfg: DictConfig, callbacks: list[pl.Callback]) -> pl.Trainer:
+    """Build Lightning's Trainer with the loggers of the run, but for metrics.csv."""
+    for key in ("callbacks", "default_root_dir", "enable_checkpointing", "logger", "plugins"):
+        hint = "+callbacks.NAME._target_=… and +logger.NAME._target_=… add a callback or logger"
+        require(key not in cfg.trainer, f"trainer.{key}: is set by this program; {hint}")
+    talks = cfg.trainer.enable_progress_bar
+    loggers = instantiate_all(cfg.logger)
+    try:
+        return instantiate(
+            cfg.trainer,
+            max_time=cfg.trainer.max_time and f"00:{cfg.trainer.max_time}"[-11:],  # DD:HH:MM:SS
+            enable_progress_bar=talks and sys.stdout.isatty(),
+            callbacks=[c for c in callbacks if talks or not isinstance(c, Progress)],
+            logger=loggers,
+            enable_checkpointing=cfg.callbacks.get("best") is not None,
+            plugins=[AtomicCheckpointIO(), *cluster_plugins()],
+            default_root_dir=cfg.folder,
+        )
+    except InstantiationException as error:
+        raise InputError(f"trainer: {one_line(error.__cause__ or error)}") from error
+
+
+def require_interval(trainer: pl.Trainer, data: DataModule) -> None:
+    """Raise InputError if val_check_interval is longer than an epoch, which counts batches anew."""
+    interval, batches = trainer.val_check_interval, batches_of_an_epoch(trainer, data)
+    require(
+        isinstance(interval, float) or interval <= batches or not trainer.check_val_every_n_epoch,
+        f"trainer.val_check_interval={interval}: must be at most {batches}, the batches of an "
+        "epoch; +trainer.check_val_every_n_epoch=null counts batches over epochs",
+    )
+
+
+def write_settings(cfg: DictConfig, overrides: Sequence[str]) -> None:
+    """Write what a run is made of to its folder, and remove the result of an earlier run there."""
+    folder = Path(cfg.folder)
+    (folder / RESULT).unlink(missing_ok=True)
+    (folder / OVERRIDES).parent.mkdir(exist_ok=True)
+    files = {CONFIG: cfg, ENVIRONMENT: environment(), OVERRIDES: list(overrides)}
+    for name, content in files.items():
+        with whole_file(folder / name, "w") as file:
+            OmegaConf.save(content, file, resolve=True)
 
 
 def instantiate_all(section: DictConfig) -> list:

@@ -151,12 +151,12 @@ def arrays(root: str, **options: Any) -> Splits:
             require(len(label) == len(x), f"{beside}: has {len(label)} labels of {len(x)} images")
             labels[name] = label
     require("train" in images, f"root={root}: holds no train_images.npy")
-    shapes = {x.shape[1:] for x in images.values()}
-    require(len(shapes) == 1, f"root={root}: images of several shapes: {sorted(shapes)}")
     others = [float(x.max()) for x in images.values() if x.dtype != np.uint8]
     white = white_of(max(others), f"root={root}") if others else None
     for name, x in images.items():
         images[name] = torch.from_numpy(to_images(x, folder / f"{name}_images.npy", white))
+    shapes = {tuple(x.shape[1:]) for x in images.values()}
+    require(len(shapes) == 1, f"root={root}: images of several shapes: {sorted(shapes)}")
     return image_splits(images, labels, white=white, **options)
 
 

@@ -114,6 +114,7 @@ class Figures(Callback):
         title = f"samples (step {trainer.global_step}, {stage} {bits:.3f} bits/dim)"
         panels = {"held-out data": held_out.float().cpu(), title: samples.float().cpu()}
         path = self.folder / "samples" / f"{name}.png"
+        path.parent.mkdir(exist_ok=True)
         if images:
             plot_grids(path, panels)
         else:

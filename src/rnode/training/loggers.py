@@ -8,9 +8,8 @@ from pathlib import Path
 from pytorch_lightning.loggers import Logger, WandbLogger
 from pytorch_lightning.utilities import rank_zero_only
 
-from rnode.errors import WriteError, one_line
 from rnode.training.results import read_metrics
-from rnode.training.run_folder import whole_file
+from rnode.training.run_folder import whole_file, write_error
 
 
 class MetricsCSV(Logger):
@@ -44,7 +43,7 @@ class MetricsCSV(Logger):
             with open(self.path, "a", encoding="utf-8", newline="") as file:
                 csv.DictWriter(file, self.columns).writerow(row)
         except OSError as error:
-            raise WriteError(f"{self.path} could not be written ({one_line(error)})") from error
+            raise write_error(self.path, error) from error
 
     def write(self, rows: list[dict]) -> None:
         """Replace the file by these rows; without rows there is no file."""
@@ -61,6 +60,15 @@ class MetricsCSV(Logger):
         pass  # config.yaml holds them
 
 
+class WandbRun(WandbLogger):
+    """A run of W&B, which begins once the settings are known: mistakes in them leave none."""
+
+    def log_hyperparams(self, params: dict) -> None:
+        step = "trainer/global_step"
+        self.experiment.define_metric("val/bits_per_dim", summary="min", step_metric=step)
+        super().log_hyperparams(params)
+
+
 def wandb_logger(folder: str, mode: str, tags: list[str], **options: object) -> WandbLogger | None:
     """Return the logger of W&B, whose summary keeps the least validation bits/dim; None: disabled.
 
@@ -72,10 +80,7 @@ def wandb_logger(folder: str, mode: str, tags: list[str], **options: object) -> 
 
     wandb.setup(wandb.Settings(silent=True))  # the table at the end says what W&B would
     place = os.environ.get("WANDB_DIR", folder)
-    logger = WandbLogger(save_dir=place, mode=mode, tags=list(tags), **options)
-    step = "trainer/global_step"
-    logger.experiment.define_metric("val/bits_per_dim", summary="min", step_metric=step)
-    return logger
+    return WandbRun(save_dir=place, mode=mode, tags=list(tags), **options)
 
 
 def finish_wandb() -> None:

@@ -19,7 +19,7 @@ from rnode.seeding import PROBES, step_generator
 from rnode.solver import integrate, solver_errors
 from rnode.training.checkpoint import FORMAT
 from rnode.training.graphs import RecordedSolves
-from rnode.training.pretraining import Pretraining, time_passed
+from rnode.training.pretraining import Pretraining, decay_passed
 from rnode.transforms import Batch
 
 NEVER = torch.iinfo(torch.int64).max
@@ -181,20 +181,16 @@ class RNODE(LightningModule):
 
     def on_train_batch_start(self, *_) -> None:
         """Set the learning rate of this step, and the options that a checkpoint has put back."""
-        lr = self.options["lr"] * self.schedule(self.global_step)
+        share = decay_passed(self.trainer) if self.decay else 0.0
+        lr = self.options["lr"] * self.schedule(self.global_step, share)
         self.trainer.optimizers[0].param_groups[0].update(self.options | {"lr": lr})
 
-    def schedule(self, step: int) -> float:
-        """Return the share of the learning rate that a step has: linear warmup, cosine decay."""
+    def schedule(self, step: int, share: float) -> float:
+        """Return the factor of the learning rate at a step, when `share` of the run has passed.
+
+        It rises linearly over the warmup, times a cosine that falls to 0 as the share goes to 1.
+        """
         rise = min(1.0, (step - self.pretraining.start + 1) / (self.warmup_steps + 1))
-        if not self.decay:
-            return rise
-        trainer = self.trainer
-        steps = trainer.estimated_stepping_batches
-        if trainer.max_epochs not in (None, -1):  # max_steps may end the run earlier
-            window = trainer.accumulate_grad_batches
-            steps = trainer.max_epochs * math.ceil(trainer.num_training_batches / window)
-        share = max(step / max(steps, 1), time_passed(trainer))
         return rise * (1 + math.cos(math.pi * min(share, 1.0))) / 2
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:

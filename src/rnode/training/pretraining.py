@@ -1,5 +1,7 @@
 """Flow matching before equation (17), and how much of a run has passed."""
 
+import math
+
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import Timer
 
@@ -45,7 +47,30 @@ def time_passed(trainer: Trainer) -> float:
     return trainer.strategy.broadcast(spent / (spent + max(timer.time_remaining(), 0.0)))
 
 
+def steps_passed(trainer: Trainer) -> float:
+    """Return how much of trainer.max_steps has passed, from 0 to 1; 0 if it is not set."""
+    return trainer.global_step / trainer.max_steps if trainer.max_steps > 0 else 0.0
+
+
+def epochs_passed(trainer: Trainer) -> float:
+    """Return how much of trainer.max_epochs has passed, from 0 to 1; 0 if it is not set.
+
+    Earlier epochs count as whole, however many batches they had before the run was resumed.
+    """
+    if trainer.max_epochs == -1:
+        return 0.0
+    window = trainer.accumulate_grad_batches
+    steps = math.ceil(trainer.num_training_batches / window)  # of an epoch
+    done = trainer.current_epoch * steps + trainer.fit_loop.epoch_loop.batch_idx // window
+    return done / (trainer.max_epochs * steps)
+
+
+def decay_passed(trainer: Trainer) -> float:
+    """Return how much of the run has passed, from 0 to 1, but for a max_steps beside max_epochs."""
+    limit = steps_passed if trainer.max_epochs == -1 else epochs_passed
+    return max(limit(trainer), time_passed(trainer))
+
+
 def passed(trainer: Trainer) -> float:
     """Return how much of the run has passed, from 0 to 1."""
-    steps = trainer.estimated_stepping_batches  # of max_epochs and max_steps
-    return max(trainer.global_step / steps, time_passed(trainer))
+    return max(steps_passed(trainer), epochs_passed(trainer), time_passed(trainer))

@@ -5,6 +5,7 @@ import json
 import math
 from pathlib import Path
 
+from rnode.errors import require
 from rnode.training.run_folder import whole_file
 
 CONFIG, OVERRIDES, METRICS = "config.yaml", ".hydra/overrides.yaml", "metrics.csv"
@@ -18,12 +19,20 @@ RESULTS = (BITS, "val/nfe_forward", *TRAINED, *TESTED)  # the names in result.js
 
 
 def read_metrics(path: Path) -> list[dict[str, str]]:
-    """Return the rows of a metrics.csv without empty cells; no rows if there is no file."""
+    """Return the rows of a metrics.csv without empty cells; no rows if there is no file.
+
+    Raises:
+        InputError: if the file was damaged; a last line that is not complete is left out.
+    """
     if not path.is_file():
         return []
-    with open(path, encoding="utf-8", newline="") as file:
-        lines = [line for line in file if line.endswith("\n")]  # a full disk cuts the last one
-    return [{key: cell for key, cell in row.items() if cell} for row in csv.DictReader(lines)]
+    text = path.read_text(encoding="utf-8", errors="replace")
+    lines = text.splitlines(keepends=True)
+    whole = lines if text.endswith("\n") else lines[:-1]  # a full disk cuts the last one
+    rows = [{key: cell for key, cell in row.items() if cell} for row in csv.DictReader(whole)]
+    damaged = "\0" in text or any("step" not in row or None in row for row in rows)
+    require(not damaged, f"{path} is damaged; a run goes on without it once it is removed")
+    return rows
 
 
 def write_result(folder: Path, tested: dict, best: float) -> dict[str, float | None]:

@@ -2,8 +2,8 @@
 
 These are all places where a run reaches into the state of Lightning that is not its interface:
 
-- `SaveAndStop.on_save_checkpoint` and `count_batches` set the counters of Lightning's loops in a
-  checkpoint. Lightning's own also count batches whose gradients were still being accumulated, and
+- `SaveAndStop.on_save_checkpoint` and `on_load_checkpoint` set the counters of Lightning's loops in
+  a checkpoint. Lightning's own also count batches whose gradients were still being accumulated, and
   an epoch that max_steps cut short as a whole one.
 - `EarlyStopping` does not count while flow matching trains.
 - `BestCheckpoint.load_state_dict` sets what ModelCheckpoint knows of the best checkpoint. Lightning
@@ -23,6 +23,7 @@ import torch
 from pytorch_lightning import Callback, Trainer, callbacks
 from pytorch_lightning.utilities import rank_zero_only
 
+from rnode.data.datamodule import DataModule
 from rnode.errors import Stopped
 from rnode.training.checkpoint import load_checkpoint
 from rnode.training.module import RNODE
@@ -86,6 +87,17 @@ class SaveAndStop(Callback):
         used = self.used if self.epoch == epoch else 0
         if used < trainer.num_training_batches:
             count_batches(checkpoint["loops"]["fit_loop"], epoch, used, self.step)
+        checkpoint["epoch_batches"] = trainer.num_training_batches
+
+    def on_load_checkpoint(self, trainer: Trainer, module: RNODE, checkpoint: dict) -> None:
+        """Let an epoch that was cut short go on at the same share of its batches."""
+        loops = checkpoint["loops"]["fit_loop"]
+        used = loops["epoch_loop.batch_progress"]["current"]["processed"]
+        before = checkpoint.get("epoch_batches", 0)
+        now = batches_of_an_epoch(trainer, trainer.datamodule)
+        if used < before != now:
+            used = min(round(used * now / before), now - 1)
+            count_batches(loops, checkpoint["epoch"], used, checkpoint["global_step"])
 
     def stop(self, trainer: Trainer) -> None:
         """Raise Stopped, in all processes at the same step, if any of them received a signal."""
@@ -96,6 +108,13 @@ class SaveAndStop(Callback):
             self.save(trainer)
             name = signal.Signals(int(received)).name
             raise Stopped(f"by {name} after {trainer.global_step} training steps", int(received))
+
+
+def batches_of_an_epoch(trainer: Trainer, data: DataModule) -> int:
+    """Return trainer.num_training_batches, which Lightning knows only once it trains."""
+    limit = trainer.limit_train_batches
+    batches = math.ceil(len(data.splits.train) / (data.batch_size * trainer.world_size))
+    return min(limit, batches) if isinstance(limit, int) else int(limit * batches)
 
 
 def count_batches(loops: dict, epoch: int, used: int, step: int) -> None:
@@ -125,6 +144,8 @@ class BestCheckpoint(callbacks.ModelCheckpoint):
         path = str(Path(self.dirpath) / "best.ckpt")
         if Path(path).exists():
             score = load_checkpoint(path)["callbacks"][self.state_key]["current_score"]
+            if score is None:  # the run ended before its first validation
+                return
             self.best_model_path = self.kth_best_model_path = path
             self.best_model_score = self.kth_value = score
             self.best_k_models = {path: score}

@@ -4,6 +4,7 @@ import contextlib
 import os
 import platform
 import subprocess
+import sys
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -24,7 +25,6 @@ def whole_file(path: Path, mode: str = "wb") -> Iterator[IO]:
     part = path.with_name(f"{path.name}.part")
     text = {"encoding": "utf-8", "newline": ""} if mode == "w" else {}
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         with open(part, mode, **text) as file:
             yield file
             file.flush()
@@ -33,8 +33,14 @@ def whole_file(path: Path, mode: str = "wb") -> Iterator[IO]:
     except OSError as error:
         with contextlib.suppress(OSError):
             part.unlink()
-        kept = "the earlier file is intact" if path.exists() else "there is no earlier file"
-        raise WriteError(f"{path} could not be written ({one_line(error)}); {kept}") from error
+        raise write_error(path, error) from error
+
+
+def write_error(path: Path, error: OSError) -> WriteError:
+    """Return the error of a file that could not be written."""
+    kept = "the earlier file is intact" if path.exists() else "there is no earlier file"
+    kept = kept if path.parent.exists() else "its folder has been removed"
+    return WriteError(f"{path} could not be written ({one_line(error)}); {kept}")
 
 
 @contextlib.contextmanager
@@ -54,6 +60,17 @@ def lock(folder: Path, resumes: bool) -> Iterator[None]:
             f"{folder}: another run is using this folder; wait until it has ended, or give this "
             "run another hydra.run.dir=…"
         ) from None
+
+
+def checkpoint_of(folder: str | Path, resumes: bool = False) -> Path:
+    """Return the best.ckpt of a run folder, or else its last.ckpt, from which a run resumes."""
+    best, last = (Path(folder) / name for name in ("best.ckpt", "last.ckpt"))
+    if best.is_file() and not resumes:
+        return best
+    require(last.is_file(), f"{last if resumes else best}: there is no such checkpoint")
+    if not resumes:
+        print(f"{folder} has no best.ckpt: last.ckpt is used", file=sys.stderr)
+    return last
 
 
 def environment() -> dict[str, str]:

@@ -1,0 +1,189 @@
+"""Runs at their edges: limits, options of the Trainer, other epochs on resuming, lost files."""
+
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+from lightning_utilities.core.imports import RequirementCache
+
+from helpers import call, column, refused, rows
+from rnode.training.checkpoint import load_checkpoint
+from rnode.training.module import RNODE
+
+pytestmark = pytest.mark.usefixtures("blank_figures")
+
+TOY = [  # epochs of 12 batches
+    *("dataset=toy", "dataset.train=192", "dataset.validation=50", "dataset.test=50"),
+    *("dataset.batch_size=16", "model.hidden=4", "warmup_steps=0", "trainer.max_epochs=2"),
+    *("trainer.log_every_n_steps=1", "logger.wandb.mode=disabled", "trainer.accelerator=cpu"),
+    "callbacks.refine_grid=null",
+]
+
+
+@pytest.fixture(scope="module")
+def half(tmp_path_factory):
+    """half(step) returns the folder of a run of four epochs that max_steps ended at a step."""
+    folders = {}
+
+    def run(step):
+        if step not in folders:
+            folders[step] = tmp_path_factory.mktemp("half") / "run"
+            limits = ["trainer.max_epochs=4", f"trainer.max_steps={step}"]
+            call("train", *TOY, *limits, f"hydra.run.dir={folders[step]}")
+        return folders[step]
+
+    return run
+
+
+OTHER_EPOCHS = {
+    "two devices": ["trainer.limit_train_batches=6"],  # each has half of the batches
+    "accumulation": ["trainer.accumulate_grad_batches=3"],
+    "larger batch": ["dataset.batch_size=48"],
+    "fewer rows": ["dataset.train=100"],
+    "smaller batch": ["dataset.batch_size=8"],
+}
+
+
+@pytest.mark.parametrize("step", [24, 33])
+@pytest.mark.parametrize("name", OTHER_EPOCHS)
+def test_the_rate_falls_with_the_share_of_the_epochs(half, tmp_path, name, step):
+    """A half cosine over four epochs, of which two, or two and three quarters, have passed."""
+    folder = shutil.copytree(half(step), tmp_path / "run")
+    more = [*OTHER_EPOCHS[name], "trainer.max_epochs=4", "ckpt_path=auto"]
+    call("train", *TOY, *more, f"hydra.run.dir={folder}")
+    full, epochs = column(folder, "train/lr")[0], column(folder, "train/lr")[step:]
+    steps = {"accumulation": 4, "larger batch": 4, "two devices": 6, "fewer rows": 7}.get(name, 24)
+    left = round((4 - step / 12) * steps)
+    assert abs(len(epochs) - left) <= 1
+    shares = [1 - (len(epochs) - k) / (4 * steps) for k in range(len(epochs))]
+    expected = [full * (1 + torch.tensor(torch.pi * share).cos().item()) / 2 for share in shares]
+    assert epochs == pytest.approx(expected, rel=0.01)
+    assert epochs == sorted(epochs, reverse=True)
+    assert load_checkpoint(folder / "last.ckpt")["epoch"] == 3
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ("trainer.strategy=ddp_spawn", "trainer.strategy=ddp_spawn: must be 'auto', 'ddp'"),
+        ("trainer.strategy=fsdp", "trainer.strategy=fsdp: must be 'auto', 'ddp'"),
+        ("trainer.limit_train_batches=0", "trainer.limit_train_batches=0: must be"),
+        ("+trainer.val_check_interval=50", "val_check_interval=50: must be at most 12, the batch"),
+        ("+trainer.barebones=true", "trainer: `Trainer(barebones=True, enable_checkpointing="),
+        ("+trainer.logger=false", "trainer.logger: is set by this program; +callbacks.NAME"),
+        ("+trainer.callbacks=[]", "trainer.callbacks: is set by this program"),
+        ("+trainer.plugins=[]", "trainer.plugins: is set by this program"),
+        ("+trainer.enable_checkpointing=false", "trainer.enable_checkpointing: is set by"),
+        ("+trainer.default_root_dir=x", "trainer.default_root_dir: is set by this program"),
+        ("+trainer.foo=1", "trainer: Trainer.__init__() got an unexpected keyword argument 'foo'"),
+        ("+trainer.profiler=x", "trainer: "),
+        ("trainer.accelerator=gpu", "trainer: "),
+        ("trainer.accelerator=abacus", "trainer: "),
+        ("+trainer.val_check_interval=1.5", "trainer: "),
+        ("trainer.max_epochs=-3", "trainer.max_epochs=-3: must be at least -1"),
+    ],
+)
+def test_an_option_that_cannot_work_is_one_line_before_the_run(tmp_path, capsys, option, words):
+    line, code = refused(capsys, "train", *TOY, option, f"hydra.run.dir={tmp_path / 'run'}")
+    assert words in line
+    assert code == 2
+    assert not list(tmp_path.rglob("*.log"))
+    assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+def test_a_logger_that_is_not_installed_is_named_before_the_data(tmp_path, capsys, monkeypatch):
+    absent = RequirementCache("mlflow-is-absent")
+    monkeypatch.setattr("pytorch_lightning.loggers.mlflow._MLFLOW_AVAILABLE", absent)
+    data = ["dataset=table", "dataset.path=missing.csv", "logger=mlflow"]
+    line, code = refused(capsys, "train", *data, f"hydra.run.dir={tmp_path}")
+    assert "mlflow-is-absent" in line
+    assert code == 2
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["trainer.max_steps=3"],
+        ["trainer.limit_val_batches=0"],
+        ["trainer.max_epochs=0"],
+        ["trainer.max_steps=0"],
+        ["trainer.max_time=00:00:00"],
+        ["+trainer.check_val_every_n_epoch=9"],
+        ["trainer.max_epochs=null", "trainer.max_steps=5"],
+        ["trainer.limit_test_batches=0", "trainer.max_epochs=1"],
+        ["+trainer.val_check_interval=50", "+trainer.check_val_every_n_epoch=null"],
+        ["trainer.limit_test_batches=0", "trainer.limit_val_batches=0"],
+    ],
+)
+def test_a_finished_run_has_what_later_commands_need(tmp_path, capsys, options):
+    place = f"hydra.run.dir={tmp_path / 'run'}"
+    call("train", *TOY, *options, place)
+    said = capsys.readouterr()
+    assert "error" not in said.err
+    validated = "test_batches=0" in options[0] and "max_epochs=1" in options[-1]
+    assert ("best.ckpt has the last weights" in said.out) == (not validated)
+    assert ("validation set" in said.out) == ("trainer.limit_test_batches=0" in options)
+    assert (", the best so far" in said.out) == validated
+    for command in ("evaluate", "sample"):
+        call(command, str(tmp_path / "run"), f"hydra.run.dir={tmp_path / command}")
+    call("train", *TOY, "ckpt_path=auto", "trainer.max_epochs=3", place)
+    assert load_checkpoint(tmp_path / "run" / "best.ckpt")["global_step"] in (12, 24, 36)
+
+
+def test_a_folder_without_best_ckpt_gives_its_last_and_says_so(half, tmp_path, capsys):
+    folder = shutil.copytree(half(24), tmp_path / "run")
+    (folder / "best.ckpt").unlink()
+    for command in ("evaluate", "sample"):
+        call(command, str(folder), f"hydra.run.dir={tmp_path / command}")
+        assert "run has no best.ckpt: last.ckpt is used" in capsys.readouterr().err
+    (folder / "last.ckpt").unlink()
+    line, code = refused(capsys, "evaluate", str(folder))
+    assert "best.ckpt: there is no such checkpoint" in line
+    assert code == 2
+
+
+@pytest.mark.parametrize("file", ["metrics.csv", "last.ckpt", "best.ckpt"])
+def test_a_folder_that_is_removed_does_not_come_back(tmp_path, capsys, monkeypatch, file):
+    folder, step = tmp_path / "run", RNODE.training_step
+    options = {
+        "metrics.csv": [],
+        "last.ckpt": ["callbacks.save.every_n_steps=1", "trainer.log_every_n_steps=9"],
+        "best.ckpt": ["trainer.log_every_n_steps=0"],
+    }[file]
+
+    def training_step(self, batch, batch_idx):
+        if self.global_step == 5:
+            shutil.rmtree(folder)
+        return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(RNODE, "training_step", training_step)
+    line, code = refused(capsys, "train", *TOY, *options, f"hydra.run.dir={folder}")
+    assert f"{folder}/" in line
+    assert "its folder has been removed" in line
+    assert code == 1
+    assert not folder.exists()
+
+
+def test_validations_are_at_most_a_line_a_second(tmp_path, capsys, monkeypatch):
+    clock = SimpleNamespace(now=0.0)
+
+    def monotonic():
+        clock.now += 0.1  # a few calls an epoch
+        return clock.now
+
+    monkeypatch.setattr("rnode.training.progress.time", SimpleNamespace(monotonic=monotonic))
+    short = ["trainer.max_epochs=12", "trainer.limit_train_batches=1"]
+    call("train", *TOY, *short, f"hydra.run.dir={tmp_path}")
+    lines = [line for line in capsys.readouterr().out.splitlines() if ": validation " in line]
+    assert 1 < len(lines) < 6
+    assert lines[-1].startswith("epoch 12 of 12, ")  # the last is never left out
+    assert " nats (" in lines[-1]  # a table
+
+
+def test_the_figures_of_a_table_begin_with_nats_in_its_units(tmp_path, capsys):
+    call("train", *TOY, "trainer.max_epochs=1", f"hydra.run.dir={tmp_path}")
+    table = capsys.readouterr().out.partition("test set")[2]
+    names = [line.split()[1] for line in table.splitlines() if line.startswith("│")]
+    assert names[:3] == ["test/nats", "test/nats_standardized", "val/bits_per_dim"]
+    assert "test/bits_per_dim" in rows(tmp_path)[-1]
