@@ -261,6 +261,13 @@ class Flow(nn.Module):
                 z = layer.inverse(z, factored)
         return frames, nfe
 
+    def as_z(self, x: Tensor) -> Tensor:
+        """x (B, *shape) → (B, d): z with every piece the identity."""
+        factored = []
+        for layer in self.layers:
+            x = x if isinstance(layer, SHAPE_PRESERVING) else layer(x, factored)
+        return torch.cat([part.flatten(1) for part in (*factored, x)], dim=1)
+
     def as_x(self, z: Tensor) -> Tensor:
         """z (B, d) → (B, *shape): the inverse with every piece the identity."""
         return self._rearrange(*self._split(z), len(self.layers))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from rnode.errors import InputError, require
+from rnode.radial import Radial
 from rnode.seeding import NOISE, sample_generators
 
 VARIANCE_FLOOR = 1e-6  # share of the largest variance; directions with less are not scaled up
@@ -195,12 +196,18 @@ class TableTransform(Transform):
     """Rows of a table x (B, d), in float64.
 
     Each column is transformed and standardized. Then `whitening` (d, d), if there is one, makes the
-    columns uncorrelated. log p(x) is in the table's own units.
+    columns uncorrelated, and a radial layer may follow. log p(x) is in the table's own units.
     """
 
-    def __init__(self, columns: Sequence[Column], whitening: Tensor | None = None):
+    def __init__(
+        self,
+        columns: Sequence[Column],
+        whitening: Tensor | None = None,
+        radial: Radial | None = None,
+    ):
         self.columns = tuple(columns)
         self.whitening = whitening
+        self.radial = radial
         self.log_det_whitening = 0.0 if whitening is None else float(whitening.slogdet()[1])
         self.discrete = any(column.integer for column in columns)
 
@@ -232,6 +239,9 @@ class TableTransform(Transform):
         columns, log_dets = zip(*parts, strict=True)
         y, log_det = torch.stack(columns, 1), sum(log_dets) + self.log_det_whitening
         y = y if self.whitening is None else y @ self.whitening
+        if self.radial is not None:
+            y, log_det_radial = self.radial.forward(y)
+            log_det = log_det + log_det_radial
         return y.float(), log_det.float()
 
     def require_inside(self, x: Tensor) -> None:
@@ -242,6 +252,7 @@ class TableTransform(Transform):
     def inverse(self, y: Tensor) -> Tensor:
         """y (B, d) → x (B, d), float64."""
         y = y.double().cpu()
+        y = y if self.radial is None else self.radial.inverse(y)
         y = y if self.whitening is None else torch.linalg.solve(self.whitening, y, left=False)
         parts = zip(self.columns, y.T, strict=True)
         return torch.stack([column.inverse(values) for column, values in parts], dim=1)
@@ -249,8 +260,11 @@ class TableTransform(Transform):
     def state(self) -> dict[str, Any]:
         """Plain containers, from which `from_state` makes this transform."""
         columns = {column.name: column._asdict() for column in self.columns}
-        return {"columns": columns, "whitening": self.whitening}
+        radial = None if self.radial is None else self.radial.state()
+        return {"columns": columns, "whitening": self.whitening, "radial": radial}
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> "TableTransform":
-        return cls([Column(**kept) for kept in state["columns"].values()], state["whitening"])
+        columns = [Column(**column) for column in state["columns"].values()]
+        radial = state.get("radial")
+        return cls(columns, state["whitening"], radial and Radial(**radial))

@@ -2,11 +2,13 @@
 
 from collections.abc import Collection
 
+import torch
 import yaml
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from rnode.app.schema import CONF, flatten
+from rnode.bases import Mixture
 from rnode.data.datamodule import DataModule
 from rnode.dynamics import Probes
 from rnode.errors import require
@@ -17,16 +19,16 @@ from rnode.variational import VariationalDequantization
 SECTIONS = ("dataset", "model", "solver", "dequantization", "divergence", "probes")
 
 
-def build(cfg: DictConfig, state: dict | None = None) -> tuple[DataModule, Flow]:
+def build(cfg: DictConfig, checkpoint: dict | None = None) -> tuple[DataModule, Flow]:
     """Build what dataset, model and solver describe.
 
-    `state` is the state of the data in a checkpoint. Without it the data are read.
+    What was fitted to the data comes from the checkpoint. Without one the data are read.
     """
     data = instantiate(cfg.dataset)
-    if state is None:
+    if checkpoint is None:
         data.setup()
     else:
-        data.load_state_dict(state)
+        data.load_state_dict(checkpoint["DataModule"])
     flow = instantiate(cfg.model)(
         shape=data.shape,
         solver=instantiate(cfg.solver),
@@ -40,6 +42,10 @@ def build(cfg: DictConfig, state: dict | None = None) -> tuple[DataModule, Flow]
         flow.layers.insert(0, VariationalDequantization(data.shape[0], levels, alpha))
     if isinstance(data.transform, TableTransform):
         flow.test_probes = Probes("exact")  # of fields that do not compute their divergence
+    means = (checkpoint or {}).get("state_dict", {}).get("flow.base.means")
+    if means is not None:  # loading the weights fills it
+        covariances = torch.eye(means.shape[1]).expand(len(means), -1, -1)
+        flow.base = Mixture(means.new_ones(len(means)), means, covariances, flow.k)
     return data, flow
 
 

@@ -64,7 +64,7 @@ def load(path: str | Path, trust: Collection[str] = (), cfg: DictConfig | None =
     config = config_of(checkpoint, str(path), trust)
     if cfg is not None:
         apply_overrides(config, cfg)
-    data, flow = build(config, checkpoint["DataModule"])
+    data, flow = build(config, checkpoint)
     weights = {k.removeprefix("flow."): w for k, w in checkpoint["state_dict"].items()}
     flow.load_state_dict(weights, assign=True)
     return Density(data, flow.requires_grad_().eval(), checkpoint["validation_bits"])

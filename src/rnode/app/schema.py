@@ -129,6 +129,9 @@ class Train(Section, extra="forbid"):
     folder: str = key("the run folder, which hydra.run.dir=… sets")
     divergence: Literal[DIVERGENCES] = key("probes of div f and of the Jacobian norm")
     probes: PositiveInt = key("random probes of a sample")
+    base: Literal["normal", "gaussian", "mixture", "auto"] = key(
+        "distribution of z, auto: the best"
+    )
     dequantization: Literal["uniform", "variational"] = key("noise of images: uniform, or learned")
     warmup_steps: NonNegativeInt | None = key("steps of a linear warm-up; null: 50, or two epochs")
     decay: bool = key("let the learning rate fall to 0 by max_epochs or max_time (half a cosine)")

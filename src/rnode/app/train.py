@@ -13,27 +13,32 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
+from pytorch_lightning.callbacks import Timer
+from rich.table import Table
 
 from rnode.app import sweep
 from rnode.app.build import build
 from rnode.app.processes import cluster_plugins, is_first_process, launched, match_processes
 from rnode.app.report import write_report
 from rnode.app.runs import Run
-from rnode.app.summary import print_numbers
+from rnode.app.summary import print_numbers, print_table
 from rnode.app.validation import quote
+from rnode.data.closed_forms import fit_candidates, fit_gaussian
 from rnode.data.datamodule import DataModule
 from rnode.data.splits import SPLIT_NAMES
 from rnode.errors import Diverged, InputError, Stopped, one_line, require
 from rnode.training.checkpoint import AtomicCheckpointIO, load_to_resume
+from rnode.training.gaussian import validation_rows
 from rnode.training.loggers import MetricsCSV, finish_wandb
 from rnode.training.module import RNODE
 from rnode.training.pretraining import Pretraining
 from rnode.training.progress import Progress
 from rnode.training.results import CONFIG, DIVERGED, METRICS, OVERRIDES, RESULT, write_result
-from rnode.training.resume import batches_of_an_epoch
+from rnode.training.resume import BestCheckpoint, batches_of_an_epoch
 from rnode.training.run_folder import ENVIRONMENT, environment, lock, whole_file
 from rnode.transforms import TableTransform
 
+FIT_SECONDS = 10  # after which no closed form is fitted
 ADVICE = "try a smaller optimizer.lr, a larger reg.lambda_j or more steps of solver.train"
 
 
@@ -100,7 +105,7 @@ def fit(cfg: DictConfig, overrides: Sequence[str] = ()) -> dict[str, float | Non
     callbacks = instantiate_all(cfg.callbacks)
     try:
         trainer = build_trainer(cfg, callbacks)  # before the data, which may take minutes to read
-        data, flow = build(cfg, checkpoint and checkpoint["DataModule"])
+        data, flow = build(cfg, checkpoint)
         data.setup()
         require_interval(trainer, data)
         module = RNODE(
@@ -121,11 +126,13 @@ def fit(cfg: DictConfig, overrides: Sequence[str] = ()) -> dict[str, float | Non
         if checkpoint is not None:
             step, epoch = checkpoint["global_step"], checkpoint["epoch"]
             trainer.print(f"resuming from {cfg.ckpt_path}, step {step}, epoch {epoch}")
+        if checkpoint is None and cfg.base != "normal":
+            start(cfg, trainer, module, data)
         trainer.fit(module, data, ckpt_path=cfg.ckpt_path, weights_only=True)
         best = trainer.checkpoint_callback
         tested = best.best_model_path if best else None
         if not tested:
-            trainer.validate(module, data, verbose=False)
+            trainer.validate(module, data, weights_only=True, verbose=False)
         if best and not tested:
             trainer.print("no validation during training: best.ckpt has the last weights")
             trainer.save_checkpoint(folder / "best.ckpt")
@@ -144,15 +151,36 @@ def fit(cfg: DictConfig, overrides: Sequence[str] = ()) -> dict[str, float | Non
             nats = math.log(2) * flow.d * metrics[f"{split}/bits_per_dim"]
             numbers |= {f"{split}/nats": nats}
             if isinstance(data.transform, TableTransform):
-                log_det = metrics[f"{split}/log_det"] - data.transform.log_det_whitening
-                in_nats = {f"{split}/nats": nats, f"{split}/nats_standardized": nats + log_det}
-                numbers = in_nats | numbers
+                numbers = {f"{split}/nats": nats} | numbers
         print_numbers(f"{SPLIT_NAMES[split]} set", numbers)
     finally:
         finish_wandb()
     write_report([Run(folder.resolve())], folder / "report.html")
     print(f"run folder: {folder}")
     return result
+
+
+def start(cfg: DictConfig, trainer: pl.Trainer, module: RNODE, data: DataModule) -> None:
+    """Let a flow start at the best density in closed form, which is the first best.ckpt."""
+    flow = module.flow
+    if isinstance(data.transform, TableTransform):
+        rows = validation_rows(trainer, data)
+        seconds = [FIT_SECONDS]
+        seconds += [c.time_remaining() / 10 for c in trainer.callbacks if isinstance(c, Timer)]
+        limit = min(seconds) if trainer.world_size == 1 else math.inf  # all processes fit the same
+        candidates = fit_candidates(data, cfg.base, rows, cfg.seed, limit)
+        table = Table("closed form", "nats", title="validation", title_justify="left")
+        for candidate in candidates:
+            table.add_row(candidate.name, f"{candidate.nats:.4f}")
+        if trainer.is_global_zero:
+            print_table(table)
+        data.transform, flow.base = candidates[0].transform, candidates[0].base.float()
+    else:
+        require(cfg.base == "gaussian", f"base={cfg.base}: must be normal or gaussian for images")
+        flow.base = fit_gaussian(data, flow, cfg.seed).float()
+    trainer.validate(module, data, weights_only=True, verbose=False)
+    if isinstance(best := trainer.checkpoint_callback, BestCheckpoint):
+        best.save_first(trainer)
 
 
 def warmup_steps(cfg: DictConfig, data: DataModule) -> int:

@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 from pytorch_lightning import Callback, Trainer, callbacks
 from pytorch_lightning.utilities import rank_zero_only
+from torch import Tensor
 
 from rnode.data.datamodule import DataModule
 from rnode.errors import Stopped
@@ -144,11 +145,20 @@ class BestCheckpoint(callbacks.ModelCheckpoint):
         path = str(Path(self.dirpath) / "best.ckpt")
         if Path(path).exists():
             score = load_checkpoint(path)["callbacks"][self.state_key]["current_score"]
-            if score is None:  # the run ended before its first validation
-                return
-            self.best_model_path = self.kth_best_model_path = path
-            self.best_model_score = self.kth_value = score
-            self.best_k_models = {path: score}
+            if score is not None:  # else the run ended before its first validation
+                self.remember(path, score)
+
+    def save_first(self, trainer: Trainer) -> None:
+        """Write best.ckpt before training, after a validation of the flow as it starts."""
+        path = str(Path(self.dirpath) / "best.ckpt")
+        self.current_score = trainer.callback_metrics["val/bits_per_dim"]
+        trainer.save_checkpoint(path)
+        self.remember(path, self.current_score)
+
+    def remember(self, path: str, score: Tensor) -> None:
+        self.best_model_path = self.kth_best_model_path = path
+        self.best_model_score = self.kth_value = score
+        self.best_k_models = {path: score}
 
 
 class EarlyStopping(callbacks.EarlyStopping):

@@ -1,0 +1,150 @@
+"""Densities in closed form, at which a flow can start: Gaussians and mixtures of Gaussians."""
+
+import math
+import time
+from typing import NamedTuple
+
+import torch
+from scipy.stats import skew
+from sklearn.covariance import ledoit_wolf
+from sklearn.mixture import GaussianMixture
+from torch import Tensor
+
+from rnode.bases import Gaussian, Mixture
+from rnode.data.datamodule import DataModule
+from rnode.errors import require
+from rnode.flow import Flow
+from rnode.loss import bits_per_dim
+from rnode.radial import Radial
+from rnode.transforms import Batch, TableTransform, Transform
+
+SIZES = (1, 5, 2, 10, 30)  # components, in the order in which they are tried
+TRIED_WITH_ALL = 2  # so many of the sizes are fitted after every transform, others after the best
+ROWS_PER_COMPONENT = 20  # at least
+NUMBERS = 20_000_000  # in the samples of a Gaussian, at most
+ROWS = 20_000  # of a mixture, at most
+ITERATIONS = 40  # of expectation maximization
+MAX_DIMENSIONS = 4096  # beyond, a covariance would cost minutes
+SKEWED = 0.5  # skewness from which the logarithm of a positive column is tried
+NOISE_OF_C = 0.1  # labels are unit vectors, whose covariance would be singular
+
+
+class Candidate(NamedTuple):
+    """A density in closed form of a table."""
+
+    name: str
+    transform: TableTransform
+    base: Mixture
+    nats: float  # mean −log p of the validation rows, in the units of the table
+
+
+@torch.no_grad()
+def fit_candidates(
+    data: DataModule, kind: str, rows: int, seed: int, seconds: float
+) -> list[Candidate]:
+    """Fit Gaussians and mixtures to transforms of a table.
+
+    Args:
+        data: the table, whose splits have been read.
+        kind: `gaussian`, `mixture` or `auto`, which tries both.
+        rows: number of validation rows that compare the candidates.
+        seed: of the dequantization noise and of the mixtures.
+        seconds: after so many seconds no fit begins.
+
+    Returns:
+        The candidates, that of the best validation likelihood first.
+    """
+    end = time.monotonic() + seconds
+    sizes = {"gaussian": SIZES[:1], "mixture": SIZES[1:], "auto": SIZES}[kind]
+    x, *_ = rows_of_training(data, ROWS)
+    transforms = transforms_of(data.transform, x)
+    candidates: list[Candidate] = []
+    for i, size in enumerate(sizes):
+        for name, transform in transforms.items():
+            if candidates and (len(x) < size * ROWS_PER_COMPONENT or time.monotonic() > end):
+                continue
+            base = fit_base(training_batch(data, transform, seed, ROWS), size, seed)
+            batch = transform.for_evaluation(*data.fetch("val", range(rows)), seed)
+            nats = -(base.log_prob(batch.y.double(), batch.c) + batch.log_det).mean()
+            components = "a Gaussian" if size == 1 else f"{size} Gaussians"
+            candidates.append(Candidate(f"{name}, {components}", transform, base, float(nats)))
+        candidates.sort(key=lambda candidate: candidate.nats)
+        if i + 1 == TRIED_WITH_ALL:
+            best = candidates[0].transform
+            transforms = {name: each for name, each in transforms.items() if each is best}
+    return candidates
+
+
+def transforms_of(plain: TableTransform, x: Tensor) -> dict[str, TableTransform]:
+    """Return the transform of rows x (N, d), that with more logarithms, and each made radial."""
+    candidates = zip(plain.columns, (x > 0).all(0), skew(x, axis=0) > SKEWED, strict=True)
+    columns = [
+        column._replace(log=column.log or bool(positive and skewed and not column.bounds))
+        for column, positive, skewed in candidates
+    ]
+    transforms = {"as it is": plain}
+    if columns != list(plain.columns):
+        transforms["logarithms"] = TableTransform(columns).fit(x)
+    if x.shape[1] > 1:
+        for name, transform in list(transforms.items()):
+            y, _ = transform.forward(x, torch.full_like(x, 0.5))
+            radial = Radial.fit(y.double())
+            made = TableTransform(transform.columns, transform.whitening, radial)
+            transforms[f"{name}, radial"] = made
+    return transforms
+
+
+def fit_base(batch: Batch, size: int, seed: int) -> Mixture:
+    """Fit a mixture of `size` Gaussians to y (N, *shape), given c."""
+    k = batch.c.shape[1]
+    if size == 1:
+        joint = torch.cat([batch.c, batch.y.flatten(1)], dim=1).double()
+        covariance, _ = ledoit_wolf(joint.numpy())
+        return Gaussian(joint.mean(0), torch.from_numpy(covariance), k)
+    generator = torch.Generator().manual_seed(seed)
+    c = batch.c + NOISE_OF_C * torch.randn(batch.c.shape, generator=generator)
+    joint = torch.cat([c, batch.y.flatten(1)], dim=1).double()
+    model = GaussianMixture(size, max_iter=ITERATIONS, random_state=seed).fit(joint.numpy())
+    fitted = (model.weights_, model.means_, model.covariances_)
+    return Mixture(*map(torch.from_numpy, fitted), k)
+
+
+@torch.no_grad()
+def fit_gaussian(data: DataModule, flow: Flow, seed: int) -> Gaussian:
+    """Fit the Gaussian of z of a flow whose fields are zero.
+
+    Its covariance is shrunk as Ledoit and Wolf (2004) do, so that few samples are enough.
+    """
+    require(flow.d <= MAX_DIMENSIONS, f"base=gaussian: needs at most {MAX_DIMENSIONS} dimensions")
+    batch = training_batch(data, data.transform, seed, NUMBERS // flow.d)
+    return fit_base(batch._replace(y=flow.as_z(batch.y)), 1, seed)
+
+
+@torch.no_grad()
+def gaussian_bits(data: DataModule, rows: int, seed: int) -> float | None:
+    """Return bits/dim of the first `rows` of the validation data under a Gaussian of all data.
+
+    None: they are too large, or do not vary.
+    """
+    d = math.prod(data.shape)
+    if d > MAX_DIMENSIONS or rows == 0:
+        return None
+    try:
+        base = fit_base(training_batch(data, data.transform, seed, NUMBERS // d), 1, seed)
+    except torch.linalg.LinAlgError:
+        return None
+    batch = data.transform.for_evaluation(*data.fetch("val", range(rows)), seed)
+    log_prob = base.log_prob(batch.y.flatten(1).double(), batch.c)
+    return float(bits_per_dim(log_prob, batch.log_det, d).mean())
+
+
+def training_batch(data: DataModule, transform: Transform, seed: int, most: int) -> Batch:
+    """Return at most so many training samples, transformed with uniform noise."""
+    generator = torch.Generator().manual_seed(seed)
+    return transform(*rows_of_training(data, most), generator=generator)
+
+
+def rows_of_training(data: DataModule, most: int) -> tuple[Tensor, Tensor, Tensor]:
+    count = len(data.splits.train)
+    index = torch.linspace(0, count - 1, min(most, count), dtype=torch.float64)
+    return data.fetch("train", index.long().tolist())
