@@ -1,0 +1,125 @@
+"""The radial layer, densities in closed form, and runs that start there."""
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+from scipy.stats import multivariate_t
+from torch.distributions import MultivariateNormal
+
+import rnode
+from helpers import column, make_flow
+from rnode.data.closed_forms import fit_base, fit_candidates
+from rnode.data.datamodule import DataModule
+from rnode.data.tables import table
+from rnode.radial import Radial
+from rnode.transforms import Batch
+
+A = np.array([[2.0, 0.0, 0.0], [1.0, 0.5, 0.0], [-0.3, 0.2, 1.0]])
+
+
+@pytest.fixture(scope="module")
+def heavy_tails():
+    """Rows of a multivariate t distribution with 2 degrees of freedom, and the distribution."""
+    truth = multivariate_t([1, 2, 3], A @ A.T, df=2)
+    return truth.rvs(6000, random_state=0), truth
+
+
+def test_a_radial_layer_is_inverted_and_has_autograds_log_determinant(heavy_tails):
+    x = torch.from_numpy(heavy_tails[0])
+    layer = Radial.fit(x[:3000])
+    x = torch.cat([x[3000:3020], 100 * x[:5]])  # also beyond the last knots
+    z, log_det = layer.forward(x)
+    torch.testing.assert_close(layer.inverse(z), x)
+    jacobian = torch.func.vmap(torch.func.jacrev(lambda x: layer.forward(x[None])[0][0]))(x)
+    torch.testing.assert_close(log_det, torch.linalg.slogdet(jacobian).logabsdet)
+
+
+def test_a_radial_layer_makes_heavy_tails_normal(heavy_tails):
+    rows, truth = heavy_tails
+    x = torch.from_numpy(rows)
+    z, log_det = Radial.fit(x[:3000]).forward(x[3000:])
+    normal = MultivariateNormal(torch.zeros(3).double(), torch.eye(3).double())
+    difference = truth.logpdf(rows[3000:]) - (normal.log_prob(z) + log_det).numpy()
+    assert abs(difference.mean()) < 0.05  # the Kullback–Leibler divergence
+    assert z.norm(dim=1).quantile(0.5) == pytest.approx(1.538, abs=0.05)  # of a normal in 3-D
+
+
+def module(frame, tmp_path, **options):
+    frame.write_parquet(path := tmp_path / "rows.parquet")
+    data = DataModule(table, 64, 500, path=str(path), **options)
+    data.setup()
+    return data
+
+
+def test_candidates_are_compared_by_their_likelihood_of_the_validation_rows(heavy_tails, tmp_path):
+    rows, truth = heavy_tails
+    data = module(pl.DataFrame(rows, ["a", "b", "c"]), tmp_path)
+    candidates = fit_candidates(data, "auto", 500, seed=0, seconds=np.inf)
+    best, worst = candidates[0], candidates[-1]
+    assert "radial" in best.name
+    assert worst.name == "as it is, a Gaussian"
+    nats = -truth.logpdf(data.splits.val[:500].numpy()).mean()
+    assert best.nats == pytest.approx(nats, abs=0.1)
+    assert worst.nats > nats + 0.5
+    assert [c.name for c in fit_candidates(data, "auto", 500, seed=0, seconds=0)] == [worst.name]
+
+
+def test_logarithms_of_skewed_columns_are_tried(tmp_path):
+    normal = np.random.default_rng(0).standard_normal((2000, 2))
+    frame = pl.DataFrame({"income": np.exp(normal[:, 0]), "height": normal[:, 1] + 10})
+    data = module(frame, tmp_path)
+    best, *_ = fit_candidates(data, "gaussian", 200, seed=0, seconds=np.inf)
+    assert [column.log for column in best.transform.columns] == [True, False]
+    entropy = np.log(2 * np.pi * np.e)  # of the logarithm and of the height
+    assert best.nats == pytest.approx(entropy + np.log(frame["income"]).mean(), abs=0.15)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_base_is_fitted_given_c(size):
+    """y = 3 c + noise of standard deviation 0.5; a label as well, whose part of c is singular."""
+    label = torch.nn.functional.one_hot(torch.arange(4000) % 2, 2)
+    c = torch.cat([label, torch.randn(4000, 1)], dim=1)
+    y = 3 * c[:, 2:] + label[:, :1] + 0.5 * torch.randn(4000, 1)
+    base = fit_base(Batch(y, torch.zeros(4000), torch.arange(4000), c), size, seed=0)
+    mean = -base.log_prob(y.double(), c).mean()
+    assert float(mean) == pytest.approx(np.log(0.5 * np.sqrt(2 * np.pi * np.e)), abs=0.12)
+
+
+SHORT = ["trainer.max_epochs=2", "trainer.limit_train_batches=2", "callbacks.interval=null"]
+
+
+def test_a_run_begins_at_the_best_closed_form_and_is_never_behind_it(run, tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    centres = rng.normal(size=(2, 2))[rng.integers(2, size=400)]
+    pl.DataFrame(5 * centres + rng.normal(size=(400, 2)), ["a", "b"]).write_csv(
+        path := tmp_path / "rows.csv"
+    )
+    worse = ["optimizer.lr=10", "warmup_steps=0", "trainer.gradient_clip_val=null"]
+    folder = run("dataset=table", f"dataset.path={path}", *SHORT, *worse, "model.hidden=8")
+    assert "closed form" in capsys.readouterr().out
+    first, *later = column(folder, "val/bits_per_dim")
+    assert first < min(later)
+    density = rnode.load(folder)
+    assert isinstance(density.flow.base, rnode.Mixture)
+    assert float(density.validation_bits.mean()) == pytest.approx(first, rel=1e-5)
+    samples = density.sample(500, seed=1)
+    assert np.abs(samples.mean().to_numpy() - (5 * centres).mean(0)).max() < 1
+    entropy = np.log(2) + np.log(2 * np.pi * np.e)
+    assert -density.log_prob(samples).mean() == pytest.approx(entropy, abs=0.2)
+
+
+def test_images_start_at_a_gaussian_of_z(run):
+    folder = run("base=gaussian", *SHORT, "model.hidden=4")
+    first = column(folder, "val/bits_per_dim")[0]
+    assert first == pytest.approx(2.33, abs=0.03)  # a flow with the normal base begins at 8
+    assert rnode.load(folder).flow.base.means.shape == (1, 64)
+
+
+def test_as_z_is_the_flow_whose_fields_are_zero():
+    flow = make_flow((1, 8, 8))
+    for parameter in flow.parameters():
+        torch.nn.init.zeros_(parameter)
+    x = torch.randn(3, 1, 8, 8).double()
+    torch.testing.assert_close(flow.as_z(x), flow(x).z)
+    torch.testing.assert_close(flow.as_x(flow.as_z(x)), x)
