@@ -49,26 +49,14 @@ class Keep(Callback):
         torch.save(content, f"{self.path}.{trainer.global_rank}")
 
 
-def main() -> None:
+if __name__ == "__main__":
     path, batch, gradient = sys.argv[1:]
     Probes.sample = sample
     torch.manual_seed(0)
     flow = make_flow((6,), gradient=gradient, pieces=2)
     module = RNODE(flow, torch.optim.Adam, lambda_k=0.01, lambda_j=0.01)
-    trainer = Trainer(
-        accelerator="cpu",
-        devices=2 if launched() else 1,
-        precision="64-true",
-        max_steps=1,
-        limit_val_batches=0,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[Keep(path)],
-    )
+    off = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+    options = {"max_steps": 1, "limit_val_batches": 0, **dict.fromkeys(off, False)}
+    options |= {"accelerator": "cpu", "precision": "64-true", "callbacks": [Keep(path)]}
+    trainer = Trainer(devices=2 if launched() else 1, **options)
     trainer.fit(module, DataModule(source, int(batch), 10))
-
-
-if __name__ == "__main__":
-    main()

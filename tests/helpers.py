@@ -19,6 +19,7 @@ from rnode.app import cli
 
 ROOT = Path(__file__).resolve().parent.parent
 HANG = 1800  # seconds after which a test that waits has hung; no test depends on a shorter time
+TRAIN = [sys.executable, ROOT / "src" / "train.py"]
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}  # more would wait for one another's cores
 
 RK4 = Method("rk4")
@@ -120,16 +121,17 @@ def refused(capsys, command, *overrides):
     return lines[0], stop.value.code
 
 
-def command(*arguments, cwd, script="train"):
-    """Run `python src/train.py …`, or another script, as a process of its own."""
-    return subprocess.run(
-        [sys.executable, ROOT / "src" / f"{script}.py", *arguments],
-        cwd=cwd,
-        env=ONE_THREAD,
-        capture_output=True,
-        text=True,
-        timeout=HANG,
-    )
+def process(*command, cwd=None, **variables):
+    """Run a process to its end, with further environment variables."""
+    options = {"capture_output": True, "text": True, "timeout": HANG, "check": False}
+    return subprocess.run([*map(str, command)], cwd=cwd, env=ONE_THREAD | variables, **options)
+
+
+def succeed(*command, **options):
+    """Run a process that must succeed, and return what it prints to stdout."""
+    done = process(*command, **options)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    return done.stdout
 
 
 class Run:
@@ -187,32 +189,24 @@ def alive(pid):
 
 
 def metrics(folder):
-    """The rows of metrics.csv, with all columns."""
-    with open(folder / "metrics.csv", newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def rows(folder):
     """The rows of metrics.csv without their empty columns."""
-    return [{key: value for key, value in row.items() if value} for row in metrics(folder)]
+    with open(folder / "metrics.csv", newline="") as file:
+        return [{k: value for k, value in row.items() if value} for row in csv.DictReader(file)]
 
 
 def column(folder, key):
     """The numbers of one column of metrics.csv."""
-    return [float(row[key]) for row in rows(folder) if key in row]
+    return [float(row[key]) for row in metrics(folder) if key in row]
 
 
 def curves(folder):
     """The rows of metrics.csv without the columns of time."""
-    return [{k: value for k, value in row.items() if "seconds" not in k} for row in rows(folder)]
+    return [{k: value for k, value in row.items() if "seconds" not in k} for row in metrics(folder)]
 
 
 def logged_step(folder):
     """The training step of the last row of metrics.csv; -1 before there is one."""
-    if not (folder / "metrics.csv").exists():
-        return -1
-    lines = (folder / "metrics.csv").read_text().splitlines()
-    return int(lines[-1].split(",")[lines[0].split(",").index("step")])
+    return int(metrics(folder)[-1]["step"]) if (folder / "metrics.csv").exists() else -1
 
 
 def same(a, b, path=""):
@@ -237,8 +231,6 @@ def same(a, b, path=""):
 def assert_same_run(folder, whole):
     """Assert that two run folders hold the same checkpoints and curves."""
     ends = [torch.load(f / "last.ckpt", weights_only=True) for f in (folder, whole)]
-    keys = ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "epoch")
-    keys += ("callbacks", "loops")
-    same(*({key: end[key] for key in keys} for end in ends))
+    same(*ends)
     same(*(torch.load(f / "best.ckpt", weights_only=True)["state_dict"] for f in (folder, whole)))
     assert curves(folder) == curves(whole)

@@ -1,7 +1,6 @@
-"""train.py with a fault at step 12 in the second process alone. SICK says which:
+"""train.py with a fault at step 12 in the second process alone.
 
-nan         the batch is NaN
-forward     an adaptive solver gives up
+SICK says which: the batch is NaN (nan), or an adaptive solver gives up (forward).
 """
 
 import os
@@ -27,6 +26,5 @@ def give_up(*_):
 
 
 RNODE.training_step = sick
-
 if __name__ == "__main__":
     run("train")

@@ -1,45 +1,22 @@
 """Two processes over gloo, as torchrun and Lightning start them: one run, one gradient."""
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from helpers import HANG, ROOT, column
+from helpers import TRAIN, column, succeed
 
-ONE = [sys.executable]
 TWO = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
-TESTS = Path(__file__).parent
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
-
-
-def start(*command, cwd):
-    return subprocess.run(
-        list(map(str, command)),
-        cwd=cwd,
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=HANG,
-    )
-
-
-def succeed(*command, cwd):
-    """What a command prints to stdout."""
-    done = start(*command, cwd=cwd)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
 
 
 @pytest.mark.slow(reason="starts three processes")
 @pytest.mark.parametrize("gradient", ["backprop", "adjoint"])
 def test_two_processes_have_the_gradient_of_one_with_twice_the_batch(tmp_path, gradient):
-    script = TESTS / "ddp_gradient.py"
-    succeed(*TWO, script, tmp_path / "two", 8, gradient, cwd=tmp_path)
-    succeed(*ONE, script, tmp_path / "one", 16, gradient, cwd=tmp_path)
+    script = Path(__file__).with_name("ddp_gradient.py")
+    succeed(*TWO, script, tmp_path / "two", 8, gradient)
+    succeed(sys.executable, script, tmp_path / "one", 16, gradient)
     names = ("two.0", "two.1", "one.0")
     first, second, one = (torch.load(tmp_path / name, weights_only=True) for name in names)
     assert one["gradient"].norm() > 0.01
@@ -54,7 +31,7 @@ def test_torchrun_starts_one_run(tmp_path):
     options += ["trainer.accelerator=cpu", "trainer.log_every_n_steps=1"]
     options += ["trainer.max_epochs=1", "trainer.limit_train_batches=3"]
     options += ["dataset.validation=31", "dataset.test=31", "dataset.eval_batch_size=10"]
-    out = succeed(*TWO, ROOT / "src" / "train.py", *options, cwd=tmp_path)
+    out = succeed(*TWO, TRAIN[1], *options)
     assert out.count("test/bits_per_dim ") == 1
     (folder,) = (tmp_path / "outputs" / "digits").iterdir()
     assert len(column(folder, "train/loss")) == 3

@@ -10,37 +10,35 @@ requeues.
 
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from helpers import ROOT, SMALL, assert_same_run, logged_step, rows, wait_until
+from helpers import ROOT, SMALL, assert_same_run, logged_step, metrics, succeed, wait_until
 
 SBATCH = ROOT / "scripts" / "train.sbatch"
 SHORT = [*SMALL, "trainer.limit_train_batches=20"]  # 60 steps
 OFFLINE = "logger.wandb.mode=offline"
-PYTHON = Path(sys.executable).parent  # `python` in a job is that of these tests
-ENVIRONMENT = os.environ | {"PATH": f"{PYTHON}:{os.environ['PATH']}"}
+PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # `python` is that of these tests
+pytestmark = pytest.mark.slurm
 
 
 class Job:
     """scripts/train.sbatch as a job in partition `low`, with `folder` as its working directory."""
 
     def __init__(self, folder, overrides, *options):
-        (folder / "src").symlink_to(ROOT / "src")
         place = [f"--chdir={folder}", f"--output={folder}/log", "--partition=low", "--parsable"]
         self.folder = folder
         self.id = slurm("sbatch", *place, *options, SBATCH, *overrides).strip()
         self.run = folder / "outputs" / "digits" / f"slurm-{self.id}"
 
-    def show(self, key):
-        return re.search(rf"\b{key}=(\S*)", slurm("scontrol", "show", "job", self.id))[1]
-
     @property
     def log(self):
         return (self.folder / "log").read_text()
+
+    def show(self, key):
+        return re.search(rf"\b{key}=(\S*)", slurm("scontrol", "show", "job", self.id))[1]
 
     def wait_for_step(self, step):
         wait_until(lambda: logged_step(self.run) >= step)
@@ -58,8 +56,7 @@ class Job:
 
 
 def slurm(*command):
-    done = subprocess.run(command, check=True, capture_output=True, text=True, env=ENVIRONMENT)
-    return done.stdout
+    return succeed(*command, PATH=PATH)
 
 
 @pytest.fixture(scope="module")
@@ -71,20 +68,18 @@ def whole_job(tmp_path_factory):
     return job
 
 
-@pytest.mark.slurm
 def test_two_tasks_make_one_run(whole_job):
     run = whole_job.run
     assert [path.name for path in run.parent.iterdir()] == [run.name]
     found = {path for path in whole_job.folder.rglob("*") if path.suffix in (".ckpt", ".csv")}
     assert found == {run / name for name in ("best.ckpt", "last.ckpt", "metrics.csv")}
     assert len(list(run.glob("wandb/offline-run-*"))) == 1
-    steps = [int(row["step"]) for row in rows(run) if "train/bits_per_dim" in row]
+    steps = [int(row["step"]) for row in metrics(run) if "train/bits_per_dim" in row]
     assert steps == list(range(60))
-    assert "test/bits_per_dim" in rows(run)[-1]
+    assert "test/bits_per_dim" in metrics(run)[-1]
     assert whole_job.log.count("run folder:") == 2  # its first and its last lines
 
 
-@pytest.mark.slurm
 def test_a_preempted_job_is_requeued_and_resumes_to_the_same_end(whole_job, tmp_path):
     job = Job(tmp_path, SHORT)
     job.wait_for_step(10)
@@ -95,7 +90,6 @@ def test_a_preempted_job_is_requeued_and_resumes_to_the_same_end(whole_job, tmp_
     assert_same_run(job.run, whole_job.run)
 
 
-@pytest.mark.slurm
 def test_a_job_that_reaches_its_time_limit_is_requeued_and_resumes(whole_job, tmp_path):
     limit = ("--time=2", "--signal=SIGUSR1@60")  # SLURM sends it up to a minute too early
     job = Job(tmp_path, [*SMALL, "trainer.max_epochs=1000000"], *limit)

@@ -7,15 +7,14 @@ import signal
 from pathlib import Path
 
 import pytest
-import torch
 from omegaconf import OmegaConf
 
-from helpers import TWO_STEPS, alive, call, refused, rows, same, wait_until
+from helpers import TWO_STEPS, alive, call, metrics, same, wait_until
 from rnode.errors import Diverged
+from rnode.training.checkpoint import load_checkpoint
 from rnode.training.module import RNODE
 
 TINY = [*TWO_STEPS, "model.pieces=1"]
-NEGATIVE = "reg.lambda_k=-1: must be at least 0"
 
 
 def results(folder):
@@ -28,12 +27,12 @@ def table(folder):
         return {row["job"]: row for row in csv.DictReader(file)}
 
 
-def checkpoint(folder):
-    return torch.load(folder / "last.ckpt", weights_only=True)
-
-
 def trained_steps(folder):
-    return [int(row["step"]) for row in rows(folder) if "train/loss" in row]
+    return [int(row["step"]) for row in metrics(folder) if "train/loss" in row]
+
+
+def last_step(folder):
+    return load_checkpoint(folder / "last.ckpt")["global_step"]
 
 
 def failing(capsys, *overrides):
@@ -86,23 +85,21 @@ def test_failed_jobs_are_reported_and_do_not_stop_the_others(tmp_path, capsys, m
 def test_a_repeated_sweep_skips_resumes_or_refuses_its_jobs(tmp_path, capsys):
     arguments = ["-m", *TINY, f"hydra.sweep.dir={tmp_path}", "reg.lambda_k=0,0.1"]
     call("train", *arguments)
-    files = [path for path in tmp_path.glob("*/*.*") if path.is_file() and path.suffix != ".log"]
-    before = {path: path.read_bytes() for path in files}
+    before = {path: path.read_bytes() for path in tmp_path.glob("*/*.[cjmy]*")}
     first = results(tmp_path)
     assert len(first) == 2
     call("train", *arguments, "logger.wandb.project=other", "ckpt_path=auto")
     assert capsys.readouterr().out.count("skipped") == 2
     printed = failing(capsys, f"hydra.sweep.dir={tmp_path}", "reg.lambda_k=0,0.2")
-    reason = f"{tmp_path / '1'}: holds a run of another configuration "
-    reason += "(reg.lambda_k is 0.1 there and 0.2 here); use another folder"
-    lines = printed.err.strip().splitlines()
-    assert f"error: job 1: {reason}" in lines
-    assert lines[-1] == f"failed: 1 reg.lambda_k=0.1: {reason}"
+    differs = "another configuration (reg.lambda_k is 0.1 there and 0.2 here); use another folder"
+    reason = f"{tmp_path / '1'}: holds a run of {differs}"
+    assert f"error: job 1: {reason}" in printed.err.splitlines()
+    assert printed.err.endswith(f"failed: 1 reg.lambda_k=0.1: {reason}\n")
     assert printed.out.count("skipped") == 1
     assert before == {path: path.read_bytes() for path in before}
     call("train", *arguments, "trainer.max_steps=3", "trainer.max_epochs=2")
     assert {row["status"] for row in table(tmp_path).values()} == {"finished"}
-    assert [checkpoint(tmp_path / name)["global_step"] for name in "01"] == [3, 3]
+    assert [last_step(tmp_path / name) for name in "01"] == [3, 3]
     assert trained_steps(tmp_path / "0") == [0, 1, 2]
     assert all(results(tmp_path)[name] != first[name] for name in first)
 
@@ -118,21 +115,19 @@ def test_a_sweep_that_stops_in_its_second_job_resumes_to_the_same_end(start, tmp
     run.wait_for_step(12)
     os.kill(run.pid, number)
     printed = run.finish(code=-number if number == signal.SIGKILL else 128 + number)
+    assert results(folder).keys() == {"0"}
     assert not (folder / "2").exists()
-    assert not (folder / "1" / "result.json").exists()
     if number == signal.SIGINT:
-        line = printed.strip().splitlines()[-1]
-        assert line.startswith("stopped: by SIGINT after ")
-        assert line.endswith(f"to resume the sweep, add hydra.sweep.dir={folder}")
+        assert "\nstopped: by SIGINT after " in printed
+        assert printed.endswith(f"to resume the sweep, add hydra.sweep.dir={folder}\n")
     before = (folder / "0" / "last.ckpt").stat().st_mtime_ns
-    assert 10 <= checkpoint(folder / "1")["global_step"] < 30
+    assert 10 <= last_step(folder / "1") < 30
     printed = start(tmp_path / "second", *arguments).finish()
     assert printed.count("skipped") == 1
     assert (folder / "0" / "last.ckpt").stat().st_mtime_ns == before
     start(tmp_path / "whole", *every, "reg.lambda_k=0.1").finish()
-    ends = [checkpoint(path) for path in (folder / "1", tmp_path / "whole")]
-    keys = ("state_dict", "optimizer_states", "global_step")
-    same(*({key: end[key] for key in keys} for end in ends))
+    ends = [load_checkpoint(f / "last.ckpt") for f in (folder / "1", tmp_path / "whole")]
+    same(*ends)
     assert trained_steps(folder / "1") == list(range(30))
     assert [row["status"] for row in table(folder).values()] == ["finished"] * 3
 
@@ -151,17 +146,15 @@ def test_joblib_runs_two_jobs_at_a_time_which_stop_with_the_sweep(start, tmp_pat
         os.kill(pid, signal.SIGINT)
     run.finish(code=-signal.SIGINT)
     wait_until(lambda: not any(alive(pid) for pid in children))
-    reached = [checkpoint(folder / name)["global_step"] for name in "01"]
-    assert all(5 <= step < 40 for step in reached)
+    assert all(5 <= last_step(folder / name) < 40 for name in "01")
     assert not (folder / "2" / "last.ckpt").exists()
     printed = start(tmp_path / "second", *arguments).finish(code=1)
     assert "Traceback" not in printed
-    assert printed.strip().splitlines()[-1] == f"failed: 2 reg.lambda_k=-1: {NEGATIVE}"
-    for name in "01":
-        assert checkpoint(folder / name)["global_step"] == 40
-        assert trained_steps(folder / name) == list(range(40))
-    statuses = [table(folder)[name]["status"] for name in "012"]
-    assert statuses == ["finished", "finished", "failed"]
+    assert printed.strip().endswith(
+        "failed: 2 reg.lambda_k=-1: reg.lambda_k=-1: must be at least 0"
+    )
+    assert all(trained_steps(folder / name) == list(range(40)) for name in "01")
+    assert [row["status"] for row in table(folder).values()] == ["finished", "finished", "failed"]
 
 
 def descendants(pid):
@@ -169,16 +162,12 @@ def descendants(pid):
     return [below for child in map(int, children) for below in (child, *descendants(child))]
 
 
-def guided(folder, *overrides):
-    trials = ["hydra/sweeper=optuna", "hydra.sweeper.n_trials=3"]
-    return [*trials, f"hydra.sweep.dir={folder}", *overrides]
-
-
 @pytest.mark.slow(reason="two sweeps")
 def test_a_guided_sweep_survives_a_failure_and_repeats_its_suggestions(
     tmp_path, capsys, monkeypatch
 ):
-    arguments = guided(tmp_path, "reg.lambda_k=interval(0.0,1.0)")
+    arguments = ["hydra/sweeper=optuna", "hydra.sweeper.n_trials=3", f"hydra.sweep.dir={tmp_path}"]
+    arguments += ["reg.lambda_k=interval(0.0,1.0)"]
     seen = []
     with monkeypatch.context() as patch:
 
@@ -201,24 +190,8 @@ def test_a_guided_sweep_survives_a_failure_and_repeats_its_suggestions(
     assert results(tmp_path).keys() == {"0", "1", "2"}
 
 
-@pytest.mark.parametrize(
-    ("overrides", "words"),
-    [
-        (["sweep_metrics=[val/nfe]"], "sweep_metrics=val/nfe: must be one of val/bits_per_dim, "),
-        (["hydra/launcher=joblob"], "hydra/launcher/joblob"),
-    ],
-)
-def test_mistakes_get_one_line_before_any_job(tmp_path, capsys, overrides, words):
-    folders = [f"hydra.sweep.dir={tmp_path / 'sweep'}", f"hydra.run.dir={tmp_path / 'run'}"]
-    line, code = refused(capsys, "train", "-m", *TINY, *overrides, *folders)
-    assert words in line
-    assert code == 2
-    assert not list(tmp_path.rglob("config.yaml"))
-
-
 def test_a_job_may_not_start_processes(tmp_path, capsys):
     several = ["trainer.accelerator=cpu", "trainer.devices=2", "trainer.strategy=ddp"]
     printed = failing(capsys, *several, "reg.lambda_k=0,0.1", f"hydra.sweep.dir={tmp_path}")
-    line = "error: job 0: trainer.devices=2: must be 1 in a sweep"
-    assert printed.err.count(line) == 1
+    assert printed.err.count("error: job 0: trainer.devices=2: must be 1 in a sweep") == 1
     assert not list(tmp_path.glob("*/*.ckpt"))

@@ -2,7 +2,6 @@
 # A throw-away SLURM cluster of one node, this machine, without systemd, cgroups or a database:
 #
 #     eval "$(tests/slurm/cluster.sh start)"    # sets SLURM_CONF, by which srun, sbatch and squeue find it
-#     tests/slurm/cluster.sh status
 #     tests/slurm/cluster.sh stop               # kills its jobs too
 #
 # Keys, state and logs are in one folder, $SLURM_CLUSTER (by default slurm-cluster in the temporary folder). It has two
@@ -29,9 +28,8 @@ running() { # NAME: whether the cluster's daemon of this name lives
 all_run() { for name in "${daemons[@]}"; do running "$name" || return; done; }
 
 configure() {
-    local node memory
-    node=$(slurmd -C | head -1)
-    memory=$(grep -o 'RealMemory=[0-9]*' <<<"$node")
+    local memory
+    memory=$(slurmd -C | grep -o 'RealMemory=[0-9]*')
     mkdir -p "$folder"/{state,spool,log}
     chmod 755 "$folder"
     (umask 077 && head -c 1024 /dev/urandom >"$folder/munge.key")
@@ -89,13 +87,15 @@ start() {
         }
         sleep 0.2
     done
-    status >&2
     echo "error: the node did not come up; logs: $folder/log" >&2
     exit 1
 }
 
 stop() {
-    all_run && scancel --user="$(id -un)" && wait_for_jobs
+    if all_run; then
+        scancel --user="$(id -un)"
+        for _ in {1..150}; do [[ -z $(squeue -h) ]] && break; sleep 0.2; done
+    fi
     for name in slurmd slurmctld munged; do
         running "$name" || continue
         local pid
@@ -107,18 +107,7 @@ stop() {
     [[ ! -d $folder ]] || rmdir "$folder"
 }
 
-wait_for_jobs() {
-    for _ in {1..150}; do [[ -z $(squeue -h) ]] && return; sleep 0.2; done
-}
-
-status() {
-    for name in "${daemons[@]}"; do
-        if running "$name"; then echo "$name: runs"; else echo "$name: does not run"; fi
-    done
-    all_run && sinfo && squeue
-}
-
 case ${1-} in
-start | stop | status) "$1" ;;
+start | stop) "$1" ;;
 *) sed -n '2,/^set/{/^#/s/^# \{0,1\}//p}' "$0" >&2; exit 2 ;;
 esac
