@@ -20,7 +20,7 @@ from rnode.app import cli
 ROOT = Path(__file__).resolve().parent.parent
 HANG = 1800  # seconds after which a test that waits has hung; no test depends on a shorter time
 TRAIN = [sys.executable, ROOT / "src" / "train.py"]
-ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}  # more would wait for one another's cores
+ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}  # sums then have one order on every machine
 
 RK4 = Method("rk4")
 DOPRI5 = Method("dopri5")
@@ -135,10 +135,7 @@ def succeed(*command, **options):
 
 
 class Run:
-    """A run of SMALL in a folder, as a process that the fork server (tests/forked.py) starts.
-
-    What it prints goes to a file beside the folder.
-    """
+    """A run of SMALL as a process of tests/forked.py, which prints to a file beside its folder."""
 
     def __init__(self, server, folder, *overrides, **request):
         self.server, self.folder = server, folder
@@ -155,9 +152,8 @@ class Run:
     def finish(self, code=0):
         """Wait for the end of the run, check its exit code and return what it printed."""
         ended = self.ask({"wait": self.pid})
-        printed = self.err.read_text()
-        assert ended == code, printed[-3000:]
-        return printed
+        assert ended == code, self.err.read_text()[-3000:]
+        return self.err.read_text()
 
     def wait_until(self, condition):
         """Wait until `condition()` holds; fail if the run ends before."""
@@ -207,6 +203,11 @@ def curves(folder):
 def logged_step(folder):
     """The training step of the last row of metrics.csv; -1 before there is one."""
     return int(metrics(folder)[-1]["step"]) if (folder / "metrics.csv").exists() else -1
+
+
+def last_step(folder):
+    """The training step of last.ckpt."""
+    return torch.load(folder / "last.ckpt", weights_only=True)["global_step"]
 
 
 def same(a, b, path=""):

@@ -1,7 +1,4 @@
-"""train.py with a fault at step 12 in the second process alone.
-
-SICK says which: the batch is NaN (nan), or an adaptive solver gives up (forward).
-"""
+"""train.py in whose second process alone a solver gives up at step 12."""
 
 import os
 
@@ -9,14 +6,11 @@ from rnode.app.cli import run
 from rnode.errors import Diverged
 from rnode.training.module import RNODE
 
-fault = os.environ["SICK"] if os.environ.get("LOCAL_RANK") == "1" else None
 healthy = RNODE.training_step
 
 
 def sick(self, batch, batch_idx):
-    if self.global_step == 12 and fault == "nan":
-        batch = batch._replace(y=batch.y * float("nan"))
-    if self.global_step == 12 and fault == "forward":
+    if self.global_step == 12 and os.environ.get("LOCAL_RANK") == "1":
         self.flow.pieces[0].register_forward_pre_hook(give_up)
     return healthy(self, batch, batch_idx)
 

@@ -4,26 +4,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from pytorch_lightning.callbacks import Timer
 from pytorch_lightning.trainer.states import TrainerFn
 
-from rnode.app.schema import CONF
-from rnode.app.train import instantiate_all
 from rnode.training.loggers import MetricsCSV
 from rnode.training.pretraining import Pretraining, passed
 from rnode.training.resume import EarlyStopping
-
-
-def test_entries_with_a_target_are_instantiated():
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = compose("train", ["dataset=table", "folder=run", "callbacks.figures=null"])
-    by_type = {type(entry).__name__: entry for entry in instantiate_all(cfg.callbacks)}
-    names = "GaussianBaseline Cost SaveAndStop BestCheckpoint EarlyStopping TF32 Progress"
-    assert [*by_type] == [*names.split(), "Pretraining", "RefineGrid"]
-    assert by_type["EarlyStopping"].patience == 20
-    assert by_type["SaveAndStop"].path.parts == ("run", "last.ckpt")
-    assert by_type["RefineGrid"].tolerance == 1e-2
 
 
 def validations(callback, values, matching=0):

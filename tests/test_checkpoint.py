@@ -1,8 +1,10 @@
 """Checkpoints: read as data alone, checked byte for byte, and resumed under other settings."""
 
-import builtins
+import functools
+import operator
 import pickle
 import random
+import shutil
 import zipfile
 
 import pytest
@@ -20,14 +22,11 @@ MORE = [*TWO_STEPS, "model.pieces=1", "trainer.max_steps=4", "trainer.max_epochs
 WEIGHT = "flow.layers.0.field.layers.0.weight"
 
 
-class Evil:
-    """Makes the file `path` when it is unpickled."""
-
-    def __init__(self, path):
-        self.path = str(path)
+class Evil(str):
+    """A path of a file, which unpickling makes."""
 
     def __reduce__(self):
-        return builtins.open, (self.path, "w")
+        return open, (str(self), "w")
 
 
 def as_pickle(content, path):
@@ -36,10 +35,7 @@ def as_pickle(content, path):
 
 def put(checkpoint, value, *place):
     """Set one place of nested containers; return the checkpoint."""
-    part = checkpoint
-    for key in place[:-1]:
-        part = part[key]
-    part[place[-1]] = value
+    functools.reduce(operator.getitem, place[:-1], checkpoint)[place[-1]] = value
     return checkpoint
 
 
@@ -99,6 +95,17 @@ def test_a_run_resumes_with_its_own_model_and_optimizer_alone(tiny_run, tmp_path
         line, code = refused(capsys, "train", *resume, f"{key}={here}")
         assert f"{key} is {there} there and {here} here; a run resumes with the same" in line
         assert code == 2
+
+
+def test_a_new_run_does_not_overwrite_the_checkpoints_of_an_earlier_one(tiny_run, tmp_path, capsys):
+    folder = shutil.copytree(tiny_run, tmp_path / "run")
+    for path in ("null", tiny_run / "last.ckpt"):
+        options = [*MORE, f"ckpt_path={path}", f"hydra.run.dir={folder}"]
+        line, code = refused(capsys, "train", *options)
+        assert f"{folder / 'last.ckpt'} is from an earlier run: ckpt_path=auto resumes" in line
+        assert code == 2
+    for path in tiny_run.glob("*.[cjy]*"):
+        assert (folder / path.name).read_bytes() == path.read_bytes()
 
 
 def test_a_checkpoint_removes_nothing(tiny_run, tmp_path):

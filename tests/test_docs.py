@@ -100,6 +100,5 @@ def commands():
 def test_the_command_of_a_page_is_valid(line):
     command, *arguments = shlex.split(line)
     command = command.removesuffix(".py")
-    check(
-        command, expand(command, [text for text in arguments if text[0] != "-" and text != "job"])
-    )
+    overrides = [text for text in arguments if text[0] != "-" and text != "job"]
+    check(command, expand(command, overrides))

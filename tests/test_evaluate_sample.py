@@ -62,10 +62,8 @@ def test_an_evaluation_takes_another_split_solver_and_seed(digits_run, tmp_path)
 
 def test_a_narrow_table_is_evaluated_exactly_and_has_no_bound(toy_run, tmp_path):
     summary = evaluate(tmp_path, toy_run, "probes=2")
-    assert summary["divergence"] == "exact"
-    assert summary["standard_error_probes"] == 0
+    assert (summary["divergence"], summary["standard_error_probes"]) == ("exact", 0)
     assert "bound" not in summary
-    assert not (tmp_path / "extremes.png").exists()
 
 
 def energy_distance(a, b):
@@ -125,7 +123,6 @@ def test_samples_of_images_and_their_trajectories(digits_run, tmp_path, capsys):
     ("command", "overrides", "words"),
     [
         ("evaluate", [], "ckpt_path"),
-        ("evaluate", ["nowhere.ckpt"], "there is no such file"),
         ("evaluate", ["TOY", "split=train"], "split=train: must be"),
         ("evaluate", ["DIGITS", "dataset.root=elsewhere"], "dataset.root"),
         ("evaluate", ["DIGITS", "solver.train.method=rk4"], "solver.train.method"),

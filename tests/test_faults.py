@@ -9,17 +9,12 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 
-from helpers import ONE_THREAD, SMALL, TRAIN, assert_same_run, process, refused, same, wait_until
+from helpers import ONE_THREAD, SMALL, TRAIN, assert_same_run, last_step, process, wait_until
 
 pytestmark = pytest.mark.slow(reason="runs in processes; test_resume.py stops runs in this one")
 DDP = [*SMALL, "trainer.devices=2", "trainer.strategy=ddp"]
 EVERY_7 = "callbacks.save.every_n_steps=7"
-
-
-def last_step(folder):
-    return torch.load(folder / "last.ckpt", weights_only=True)["global_step"]
 
 
 def error(run, code=1):
@@ -31,26 +26,18 @@ def error(run, code=1):
     return line
 
 
-def contents(folder):
-    files = (path for path in folder.rglob("*") if path.is_file() and path.name != ".lock")
-    return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
-
-
 @pytest.fixture
 def copy(whole, tmp_path):
     """A copy of the folder `whole`, whose run ended at step 90."""
     return shutil.copytree(whole, tmp_path / "run")
 
 
-@pytest.mark.parametrize(
-    ("step", "number"),
-    [(40, signal.SIGTERM), (65, signal.SIGUSR1), (50, signal.SIGKILL)],
-)
-def test_an_interrupted_run_resumes_to_the_same_end(start, tmp_path, whole, step, number):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGKILL])
+def test_an_interrupted_run_resumes_to_the_same_end(start, tmp_path, whole, number):
     folder = tmp_path / "run"
     options = [EVERY_7, "logger.wandb.mode=offline"]
     run = start(folder, *options)
-    run.wait_for_step(step)
+    run.wait_for_step(50)
     os.kill(run.pid, number)
     if number == signal.SIGKILL:
         run.finish(code=-number)
@@ -58,7 +45,7 @@ def test_an_interrupted_run_resumes_to_the_same_end(start, tmp_path, whole, step
         line = error(run, 128 + number)
         assert line.startswith(f"stopped: by {number.name} after ")
         assert "; to resume: rnode train model.hidden=4 " in line
-        assert last_step(folder) > step
+        assert last_step(folder) > 50
     start(folder, *options, "ckpt_path=auto").finish()
     assert_same_run(folder, whole)
 
@@ -79,7 +66,7 @@ def test_kills_while_checkpoints_are_written_leave_whole_ones(start, tmp_path):
     assert steps[-1] > 5
     start(folder, epochs, "ckpt_path=auto").finish()
     start(tmp_path / "whole", epochs).finish()
-    same(*(torch.load(f / "last.ckpt", weights_only=True) for f in (folder, tmp_path / "whole")))
+    assert_same_run(folder, tmp_path / "whole")
 
 
 @pytest.mark.parametrize("file", ["last.ckpt", "metrics.csv", "samples.png"])
@@ -100,24 +87,15 @@ def test_a_second_run_in_a_folder_is_refused_and_touches_nothing(start, tmp_path
     first = start(folder)
     first.wait_for_step(35)
     os.kill(first.pid, signal.SIGSTOP)
-    before = contents(folder)
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != ".lock"]
+    before = [(path.read_bytes(), path.stat().st_mtime_ns) for path in files]
     second = start(tmp_path / "second", f"hydra.run.dir={folder}", "seed=1", "ckpt_path=auto")
     line = error(second, 2)
     assert line.startswith(f"error: {folder}: another run is using this folder; wait until")
-    assert contents(folder) == before
+    assert before == [(path.read_bytes(), path.stat().st_mtime_ns) for path in files]
     os.kill(first.pid, signal.SIGCONT)
     first.finish()
     assert_same_run(folder, whole)
-
-
-def test_a_new_run_does_not_overwrite_the_checkpoints_of_an_earlier_one(capsys, copy):
-    elsewhere = shutil.copy(copy / "last.ckpt", copy.with_name("elsewhere.ckpt"))
-    before = contents(copy)
-    for overrides in ([], [f"ckpt_path={elsewhere}"]):
-        line, code = refused(capsys, "train", *SMALL, *overrides, f"hydra.run.dir={copy}")
-        assert f"{copy / 'last.ckpt'} is from an earlier run: ckpt_path=auto resumes that" in line
-        assert code == 2
-    assert contents(copy) == before
 
 
 def test_when_a_process_of_two_dies_the_other_stops(tmp_path):
@@ -134,12 +112,11 @@ def test_when_a_process_of_two_dies_the_other_stops(tmp_path):
     assert last_step(folder) > 0
 
 
-@pytest.mark.parametrize("fault", ["nan", "forward"])
-def test_a_run_that_diverges_in_one_process_stops_both(tmp_path, fault):
+def test_a_run_that_diverges_in_one_process_stops_both(tmp_path):
     folder = tmp_path / "run"
     options = ["trainer.limit_train_batches=10", "optimizer.lr=0.008", "decay=false"]
     options += ["solver.gradient=checkpoint", f"hydra.run.dir={folder}"]
-    done = process(sys.executable, Path(__file__).with_name("sick.py"), *DDP, *options, SICK=fault)
+    done = process(sys.executable, Path(__file__).with_name("sick.py"), *DDP, *options)
     assert done.returncode == 1, done.stderr[-3000:]
     (line,) = (line for line in done.stderr.splitlines() if "at training step 12" in line)
     assert line.startswith("error: the gradient became NaN or infinite at training step 12; ")

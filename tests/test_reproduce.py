@@ -3,6 +3,7 @@
 import csv
 import json
 
+import polars as pl
 import pytest
 from PIL import Image
 from rnode.paper import discussion
@@ -29,10 +30,7 @@ def make_run(folder, recipe, seed, bits, seconds, *, diverged=False, data="digit
         last = {"test/bits_per_dim": bits[-1], "test/nfe_forward": 150}
         rows.append({"epoch": len(bits), "step": len(bits), **last})
         (run.folder / "result.json").write_text(json.dumps(last))
-    with open(run.folder / "metrics.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
-        writer.writeheader()
-        writer.writerows(rows)
+    pl.DataFrame(rows, infer_schema_length=None).write_csv(run.folder / "metrics.csv")
     return run
 
 

@@ -1,16 +1,14 @@
-"""Jobs on a SLURM cluster.
+"""Jobs on a SLURM cluster with a partition `high` whose jobs preempt those in `low`.
 
 eval "$(tests/slurm/cluster.sh start)"
 pytest -n 0 -m slurm
 tests/slurm/cluster.sh stop
-
-The cluster has the partitions `low` and `high`: a job in `high` preempts one in `low`, which SLURM
-requeues.
 """
 
 import os
 import re
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,7 +18,8 @@ from helpers import ROOT, SMALL, assert_same_run, logged_step, metrics, succeed,
 SBATCH = ROOT / "scripts" / "train.sbatch"
 SHORT = [*SMALL, "trainer.limit_train_batches=20"]  # 60 steps
 OFFLINE = "logger.wandb.mode=offline"
-PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # `python` is that of these tests
+PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # `rnode` is that of these tests
+slurm = partial(succeed, PATH=PATH)
 pytestmark = pytest.mark.slurm
 
 
@@ -40,9 +39,6 @@ class Job:
     def show(self, key):
         return re.search(rf"\b{key}=(\S*)", slurm("scontrol", "show", "job", self.id))[1]
 
-    def wait_for_step(self, step):
-        wait_until(lambda: logged_step(self.run) >= step)
-
     def finish(self, state="COMPLETED"):
         going = ("PENDING", "RUNNING", "COMPLETING")
         wait_until(lambda: self.show("JobState") not in going, message=lambda: self.log[-3000:])
@@ -53,10 +49,6 @@ class Job:
         """The training step after which the signal of this name stopped the run, the last time."""
         pattern = rf"^stopped: by {name} after (\d+) training steps"
         return int(re.findall(pattern, self.log, re.MULTILINE)[-1])
-
-
-def slurm(*command):
-    return succeed(*command, PATH=PATH)
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +74,7 @@ def test_two_tasks_make_one_run(whole_job):
 
 def test_a_preempted_job_is_requeued_and_resumes_to_the_same_end(whole_job, tmp_path):
     job = Job(tmp_path, SHORT)
-    job.wait_for_step(10)
+    wait_until(lambda: logged_step(job.run) >= 10)
     slurm("srun", "--partition=high", "--ntasks=2", "sleep", "1")
     job.finish()
     assert job.show("Restarts") == "1"
@@ -94,7 +86,7 @@ def test_a_job_that_reaches_its_time_limit_is_requeued_and_resumes(whole_job, tm
     limit = ("--time=2", "--signal=SIGUSR1@60")  # SLURM sends it up to a minute too early
     job = Job(tmp_path, [*SMALL, "trainer.max_epochs=1000000"], *limit)
     wait_until(lambda: job.show("Restarts") != "0" and job.show("JobState") == "RUNNING")
-    job.wait_for_step(job.stopped_by("SIGUSR1") + 1)
+    wait_until(lambda: logged_step(job.run) > job.stopped_by("SIGUSR1"))
     restarts = job.show("Restarts")  # more than one where the start takes most of the time
     slurm("scancel", job.id)
     job.finish("CANCELLED")

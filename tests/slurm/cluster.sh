@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# A throw-away SLURM cluster of one node, this machine, without systemd, cgroups or a database:
+# A throw-away SLURM cluster of one node, this machine, of Debian's packages slurm-wlm and munge, without systemd,
+# cgroups or a database:
 #
 #     eval "$(tests/slurm/cluster.sh start)"    # sets SLURM_CONF, by which srun, sbatch and squeue find it
 #     tests/slurm/cluster.sh stop               # kills its jobs too
@@ -13,13 +14,6 @@ folder=${SLURM_CLUSTER:-${TMPDIR:-/tmp}/slurm-cluster}
 export SLURM_CONF=$folder/slurm.conf
 PATH=$PATH:/usr/sbin # of munged, slurmctld and slurmd
 daemons=(munged slurmctld slurmd)
-
-install() {
-    command -v munged slurmctld slurmd sbatch >/dev/null && return
-    echo "installing Debian's packages slurm-wlm and munge" >&2
-    export DEBIAN_FRONTEND=noninteractive
-    { apt-get update -q && apt-get install -qy --no-install-recommends slurm-wlm munge; } >&2
-}
 
 running() { # NAME: whether the cluster's daemon of this name lives
     [[ -s $folder/$1.pid ]] && [[ /proc/$(<"$folder/$1.pid")/exe -ef $(command -v "$1") ]]
@@ -49,7 +43,6 @@ SlurmdLogFile=$folder/log/slurmd.log
 AuthType=auth/munge
 # a job queued again waits for its credential to end, 120 s by default
 AuthInfo=socket=$folder/munge.socket,cred_expire=5
-# what needs no cgroups
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 JobAcctGatherType=jobacct_gather/none
@@ -71,7 +64,6 @@ END
 }
 
 start() {
-    install
     all_run || {
         stop
         configure
