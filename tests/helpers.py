@@ -25,8 +25,8 @@ ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}  # sums then have one order o
 RK4 = Method("rk4")
 DOPRI5 = Method("dopri5")
 
-RATE = ["optimizer.lr=4e-3", "warmup_steps=0", "decay=false"]
-QUICK = ["model.hidden=4", "trainer.max_epochs=1", "trainer.enable_progress_bar=false", *RATE]
+QUICK = ["model.hidden=4", "trainer.max_epochs=1", "trainer.enable_progress_bar=false"]
+QUICK += ["optimizer.lr=4e-3", "warmup_steps=0", "decay=false"]
 TWO_STEPS = [
     *(*QUICK, "trainer.max_steps=2", "trainer.limit_val_batches=1"),
     *("trainer.limit_test_batches=1", "trainer.log_every_n_steps=1"),

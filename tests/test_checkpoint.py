@@ -65,9 +65,7 @@ def test_nothing_in_a_checkpoint_is_executed(tiny_run, tmp_path, write, place):
         ("model.${seed}", 1, "would interpret"),
     ],
 )
-def test_a_configuration_that_would_do_other_things_is_refused(
-    tiny_run, tmp_path, place, value, words
-):
+def test_a_configuration_that_would_do_more_is_refused(tiny_run, tmp_path, place, value, words):
     checkpoint, path = load_checkpoint(tiny_run / "last.ckpt"), tmp_path / "evil.ckpt"
     torch.save(put(checkpoint, value, "config", *place.split(".")), path)
     with pytest.raises(InputError) as refusal:

@@ -60,12 +60,6 @@ def test_an_evaluation_takes_another_split_solver_and_seed(digits_run, tmp_path)
     assert 1e-5 < abs(summary["bits_per_dim"] - test) < 0.2
 
 
-def test_a_narrow_table_is_evaluated_exactly_and_has_no_bound(toy_run, tmp_path):
-    summary = evaluate(tmp_path, toy_run, "probes=2")
-    assert (summary["divergence"], summary["standard_error_probes"]) == ("exact", 0)
-    assert "bound" not in summary
-
-
 def energy_distance(a, b):
     pairs = ((a, b), (a, a), (b, b))
     between, *within = (np.linalg.norm(x[:, None] - y[None], axis=2).mean() for x, y in pairs)
@@ -86,7 +80,10 @@ def test_samples_of_a_trained_flow_are_distributed_as_its_data(toy_run, tmp_path
         assert Image.open(tmp_path / name).size[0] > 400
 
 
-def test_a_density_trained_on_2d_data_integrates_to_one(toy_run):
+def test_a_density_in_the_plane_is_exact_and_integrates_to_one(toy_run, tmp_path):
+    summary = evaluate(tmp_path, toy_run, "probes=2")
+    assert (summary["divergence"], summary["standard_error_probes"]) == ("exact", 0)
+    assert "bound" not in summary
     flow = rnode.load(toy_run / "last.ckpt").flow
     side = torch.linspace(-6, 6, 241)
     points = torch.from_numpy(DENSITIES["moons"](2000, np.random.default_rng(5))).float()

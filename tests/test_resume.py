@@ -9,20 +9,16 @@ from types import SimpleNamespace
 import pytest
 from pytorch_lightning.callbacks import timer
 
-from helpers import RATE, assert_same_run, call, column, curves, same
+from helpers import EPOCHS, assert_same_run, call, column, curves, same
 from rnode.training.checkpoint import load_checkpoint
 from rnode.training.module import RNODE
 
 pytestmark = pytest.mark.usefixtures("blank_figures")
 
 SHORT = [  # two epochs of six batches
-    *RATE,
-    *("model.hidden=4", "model.pieces=1", "solver.train.steps=1"),
-    "callbacks.refine_grid.tolerance=9",
-    *("trainer.limit_train_batches=6", "trainer.limit_val_batches=1", "trainer.max_epochs=2"),
-    *("trainer.limit_test_batches=1", "dataset.batch_size=4", "dataset.eval_batch_size=4"),
-    *("trainer.log_every_n_steps=1", "trainer.enable_progress_bar=false"),
-    *("callbacks.figures.every_n_epochs=9", "logger.wandb.mode=disabled"),
+    *(*EPOCHS, "trainer.max_epochs=2", "trainer.limit_train_batches=6", "model.pieces=1"),
+    *("solver.train.steps=1", "callbacks.refine_grid.tolerance=9"),
+    "callbacks.figures.every_n_epochs=9",
 ]
 
 

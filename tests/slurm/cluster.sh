@@ -50,12 +50,10 @@ MpiDefault=none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 SchedulerParameters=sched_interval=5,bf_interval=5
-# PreemptMode=REQUEUE: a job of \`low\` that has to make room is queued again
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 KillWait=20
 ReturnToService=2
-# two CPUs, however many the machine has
 SlurmdParameters=config_overrides
 NodeName=localhost NodeHostname=$(hostname -s) NodeAddr=127.0.0.1 CPUs=2 $memory
 PartitionName=low Nodes=localhost Default=YES PriorityTier=1 GraceTime=20
