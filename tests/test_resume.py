@@ -57,7 +57,7 @@ def at_batch(monkeypatch, number, function, method="training_step"):
 ACCUMULATE = "trainer.accumulate_grad_batches=4"  # steps after batches 4 and 6 of an epoch
 OFTEN = "+trainer.val_check_interval=2"
 DECAY = ("warmup_steps=2", "decay=true")
-REFINE = ("callbacks.refine_grid.tolerance=1e-9", "warmup_steps=3")  # after which it is finer
+REFINE = ("callbacks.refine_grid.tolerance=1e-9", "warmup_steps=3")  # at the first step
 MATCHING = ("pretrain=flow_matching", "callbacks.pretraining.share=0.3")  # for four steps
 MATCHING = (*MATCHING, "model=mlp", "decay=true")
 SAVE = ("callbacks.save.every_n_steps=2",)
