@@ -1,7 +1,6 @@
 """Fixtures that several test files share."""
 
 import functools
-import io
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +13,6 @@ from PIL import Image
 from helpers import ONE_THREAD, TWO_STEPS, Run, call, randomize
 from rnode import Field, TimeConv2d, TimeLinear
 
-SILENT = ["trainer.enable_progress_bar=false", "logger.wandb.mode=disabled"]
 torch.set_num_threads(1)  # the tests' tensors are small, and pytest-xdist runs one process a core
 
 
@@ -28,14 +26,9 @@ def alone(tmp_path, monkeypatch):
 @pytest.fixture
 def blank_figures(monkeypatch):
     """Figures are made, but their files hold a pixel: drawing them takes most of a short run."""
-    pixel = io.BytesIO()
-    Image.new("RGB", (1, 1)).save(pixel, "png")
 
     def save(self, file, **options):
-        if isinstance(file, Path):
-            file.write_bytes(pixel.getvalue())
-        else:
-            file.write(pixel.getvalue())
+        Image.new("RGB", (1, 1)).save(file, "png")
 
     monkeypatch.setattr(Figure, "savefig", save)
 
@@ -67,7 +60,6 @@ def run(tmp_path):
 def fork_server(tmp_path_factory):
     """tests/forked.py as a process, which starts runs in forks of itself."""
     command = [sys.executable, Path(__file__).with_name("forked.py")]
-    # One thread: sums are then in the same order, however many cores are free.
     options = {"env": ONE_THREAD, "cwd": tmp_path_factory.mktemp("fork_server"), "text": True}
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, **options) as server:
@@ -89,29 +81,21 @@ def whole(start, tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="session")
-def tiny_run(tmp_path_factory):
-    """The folder of a run of two steps on digits. Tests must not change it."""
-    folder = tmp_path_factory.mktemp("tiny")
-    call("train", *TWO_STEPS, "model.pieces=1", f"hydra.run.dir={folder}")
+def trained(*overrides):
+    """A fixture: the folder of a run, which tests must not change."""
+
+    @pytest.fixture(scope="session")
+    def folder(tmp_path_factory):
+        folder = tmp_path_factory.mktemp("trained")
+        call("train", *overrides, f"hydra.run.dir={folder}")
+        return folder
+
     return folder
 
 
-@pytest.fixture(scope="session")
-def digits_run(tmp_path_factory):
-    """The folder of a run on digits. Tests must not change it."""
-    folder = tmp_path_factory.mktemp("digits")
-    sizes = ["model.hidden=8", "model.pieces=1", "dataset.batch_size=128"]
-    splits = ["dataset.test=40", "dataset.validation=40"]
-    call("train", *sizes, *splits, *SILENT, "trainer.max_epochs=1", f"hydra.run.dir={folder}")
-    return folder
-
-
-@pytest.fixture(scope="session")
-def toy_run(tmp_path_factory):
-    """The folder of a run on a density in the plane. Tests must not change it."""
-    folder = tmp_path_factory.mktemp("toy")
-    data = ["dataset=toy", "dataset.name=moons", "dataset.test=500", "dataset.validation=200"]
-    short = ["trainer.max_epochs=4", "dataset.train=10000", "model.hidden=32"]
-    call("train", *data, *short, *SILENT, f"hydra.run.dir={folder}")
-    return folder
+SILENT = ["trainer.enable_progress_bar=false", "logger.wandb.mode=disabled"]
+DIGITS = ["dataset.batch_size=128", "dataset.test=40", "dataset.validation=40"]
+MOONS = ["dataset=toy", "dataset.name=moons", "dataset.test=500", "dataset.validation=200"]
+tiny_run = trained(*TWO_STEPS, "model.pieces=1")
+digits_run = trained(*SILENT, *DIGITS, "trainer.max_epochs=1", "model.hidden=8", "model.pieces=1")
+toy_run = trained(*SILENT, *MOONS, "trainer.max_epochs=4", "model.hidden=32", "dataset.train=10000")

@@ -1,4 +1,4 @@
-"""The gradient of one training step by Lightning, in one process or under torchrun.
+"""The gradient of a training step by Lightning, and the weights after it, of every process.
 
 ddp_gradient.py FILE BATCH GRADIENT
 
@@ -35,40 +35,24 @@ def sample(self, z, generators=None):
 
 
 class Keep(Callback):
-    """Saves, from every process, the gradient that the optimizer gets and the weights after."""
-
-    def __init__(self, path):
-        self.path = path
+    """Keeps the gradient that the optimizer gets."""
 
     def on_before_optimizer_step(self, trainer, module, optimizer):
         self.gradient = torch.cat([p.grad.flatten() for p in module.parameters()])
 
-    def on_train_end(self, trainer, module):
-        weights = torch.cat([p.detach().flatten() for p in module.parameters()])
-        content = {"gradient": self.gradient, "weights": weights}
-        torch.save(content, f"{self.path}.{trainer.global_rank}")
 
-
-def main() -> None:
+if __name__ == "__main__":
     path, batch, gradient = sys.argv[1:]
     Probes.sample = sample
     torch.manual_seed(0)
     flow = make_flow((6,), gradient=gradient, pieces=2)
     module = RNODE(flow, torch.optim.Adam, lambda_k=0.01, lambda_j=0.01)
-    trainer = Trainer(
-        accelerator="cpu",
-        devices=2 if launched() else 1,
-        precision="64-true",
-        max_steps=1,
-        limit_val_batches=0,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[Keep(path)],
-    )
+    keep = Keep()
+    off = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+    options = {"max_steps": 1, "limit_val_batches": 0, **dict.fromkeys(off, False)}
+    options |= {"accelerator": "cpu", "precision": "64-true", "callbacks": [keep]}
+    trainer = Trainer(devices=2 if launched() else 1, **options)
     trainer.fit(module, DataModule(source, int(batch), 10))
-
-
-if __name__ == "__main__":
-    main()
+    weights = torch.cat([p.detach().flatten() for p in module.parameters()])
+    content = {"gradient": keep.gradient, "weights": weights}
+    torch.save(content, f"{path}.{trainer.global_rank}")

@@ -3,9 +3,9 @@
 It reads one JSON object a line. {"run": [arguments], "err": file} starts a run; the answer is its
 process id. {"wait": pid} waits for its end; the answer is its exit code. Other keys of "run":
 
-    command          another command than train
-    out              a file for stdout, which otherwise goes to `err` too
-    network          false: downloads fail
+    command   another command than train
+    out       a file for stdout, which otherwise goes to `err` too
+    network   false: downloads fail
 """
 
 import json
@@ -25,19 +25,6 @@ from helpers import HANG
 from rnode.app import cli
 
 
-def main() -> None:
-    for line in sys.stdin:
-        request = json.loads(line)
-        if "run" in request:
-            pid = os.fork()
-            if pid == 0:
-                run(request)
-            print(pid, flush=True)
-        else:
-            _, status = os.waitpid(request["wait"], 0)
-            print(os.waitstatus_to_exitcode(status), flush=True)
-
-
 def run(request: dict) -> None:
     """In the child: run a command as its command line does, and exit."""
     for descriptor, key in ((2, "err"), (1, "out")):
@@ -51,18 +38,17 @@ def run(request: dict) -> None:
         urllib.request.urlopen = no_network
     command = request.get("command", "train")
     sys.argv = [f"{command}.py", *request["run"]]
-    code = 1
+    code = 0
     try:
         cli.run(command)
-        code = 0
     except SystemExit as stop:
         code = stop.code or 0
     except BaseException:
         traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def no_network(*arguments: object, **keywords: object) -> None:
@@ -70,4 +56,12 @@ def no_network(*arguments: object, **keywords: object) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    for line in sys.stdin:
+        request = json.loads(line)
+        if "run" in request:
+            answer = os.fork()
+            if answer == 0:
+                run(request)
+        else:
+            answer = os.waitstatus_to_exitcode(os.waitpid(request["wait"], 0)[1])
+        print(answer, flush=True)

@@ -19,13 +19,14 @@ from rnode.app import cli
 
 ROOT = Path(__file__).resolve().parent.parent
 HANG = 1800  # seconds after which a test that waits has hung; no test depends on a shorter time
-ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}  # more would wait for one another's cores
+TRAIN = [sys.executable, ROOT / "src" / "train.py"]
+ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}  # sums then have one order on every machine
 
 RK4 = Method("rk4")
 DOPRI5 = Method("dopri5")
 
-RATE = ["optimizer.lr=4e-3", "warmup_steps=0", "decay=false"]
-QUICK = ["model.hidden=4", "trainer.max_epochs=1", "trainer.enable_progress_bar=false", *RATE]
+QUICK = ["model.hidden=4", "trainer.max_epochs=1", "trainer.enable_progress_bar=false"]
+QUICK += ["optimizer.lr=4e-3", "warmup_steps=0", "decay=false"]
 TWO_STEPS = [
     *(*QUICK, "trainer.max_steps=2", "trainer.limit_val_batches=1"),
     *("trainer.limit_test_batches=1", "trainer.log_every_n_steps=1"),
@@ -123,23 +124,21 @@ def refused(capsys, command, *overrides):
     return lines[0], stop.value.code
 
 
-def command(*arguments, cwd):
-    """Run `python src/train.py …` as a process of its own."""
-    return subprocess.run(
-        [sys.executable, ROOT / "src" / "train.py", *arguments],
-        cwd=cwd,
-        env=ONE_THREAD,
-        capture_output=True,
-        text=True,
-        timeout=HANG,
-    )
+def process(*command, cwd=None, **variables):
+    """Run a process to its end, with further environment variables."""
+    options = {"capture_output": True, "text": True, "timeout": HANG, "check": False}
+    return subprocess.run([*map(str, command)], cwd=cwd, env=ONE_THREAD | variables, **options)
+
+
+def succeed(*command, **options):
+    """Run a process that must succeed, and return what it prints to stdout."""
+    done = process(*command, **options)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    return done.stdout
 
 
 class Run:
-    """A run of SMALL in a folder, as a process that the fork server (tests/forked.py) starts.
-
-    What it prints goes to a file beside the folder.
-    """
+    """A run of SMALL as a process of tests/forked.py, which prints to a file beside its folder."""
 
     def __init__(self, server, folder, *overrides, **request):
         self.server, self.folder = server, folder
@@ -156,9 +155,8 @@ class Run:
     def finish(self, code=0):
         """Wait for the end of the run, check its exit code and return what it printed."""
         ended = self.ask({"wait": self.pid})
-        printed = self.err.read_text()
-        assert ended == code, printed[-3000:]
-        return printed
+        assert ended == code, self.err.read_text()[-3000:]
+        return self.err.read_text()
 
     def wait_until(self, condition):
         """Wait until `condition()` holds; fail if the run ends before."""
@@ -190,32 +188,29 @@ def alive(pid):
 
 
 def metrics(folder):
-    """The rows of metrics.csv, with all columns."""
-    with open(folder / "metrics.csv", newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def rows(folder):
     """The rows of metrics.csv without their empty columns."""
-    return [{key: value for key, value in row.items() if value} for row in metrics(folder)]
+    with open(folder / "metrics.csv", newline="") as file:
+        return [{k: value for k, value in row.items() if value} for row in csv.DictReader(file)]
 
 
 def column(folder, key):
     """The numbers of one column of metrics.csv."""
-    return [float(row[key]) for row in rows(folder) if key in row]
+    return [float(row[key]) for row in metrics(folder) if key in row]
 
 
 def curves(folder):
     """The rows of metrics.csv without the columns of time."""
-    return [{k: value for k, value in row.items() if "seconds" not in k} for row in rows(folder)]
+    return [{k: value for k, value in row.items() if "seconds" not in k} for row in metrics(folder)]
 
 
 def logged_step(folder):
     """The training step of the last row of metrics.csv; -1 before there is one."""
-    if not (folder / "metrics.csv").exists():
-        return -1
-    lines = (folder / "metrics.csv").read_text().splitlines()
-    return int(lines[-1].split(",")[lines[0].split(",").index("step")])
+    return int(metrics(folder)[-1]["step"]) if (folder / "metrics.csv").exists() else -1
+
+
+def last_step(folder):
+    """The training step of last.ckpt."""
+    return torch.load(folder / "last.ckpt", weights_only=True)["global_step"]
 
 
 def same(a, b, path=""):
@@ -240,8 +235,6 @@ def same(a, b, path=""):
 def assert_same_run(folder, whole):
     """Assert that two run folders hold the same checkpoints and curves."""
     ends = [torch.load(f / "last.ckpt", weights_only=True) for f in (folder, whole)]
-    keys = ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "epoch")
-    keys += ("callbacks", "loops")
-    same(*({key: end[key] for key in keys} for end in ends))
+    same(*ends)
     same(*(torch.load(f / "best.ckpt", weights_only=True)["state_dict"] for f in (folder, whole)))
     assert curves(folder) == curves(whole)

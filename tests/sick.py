@@ -1,8 +1,4 @@
-"""train.py with a fault at step 12 in the second process alone. SICK says which:
-
-nan         the batch is NaN
-forward     an adaptive solver gives up
-"""
+"""train.py in whose second process alone a solver gives up at step 12."""
 
 import os
 
@@ -10,14 +6,11 @@ from rnode.app.cli import run
 from rnode.errors import Diverged
 from rnode.training.module import RNODE
 
-fault = os.environ["SICK"] if os.environ.get("LOCAL_RANK") == "1" else None
 healthy = RNODE.training_step
 
 
 def sick(self, batch, batch_idx):
-    if self.global_step == 12 and fault == "nan":
-        batch = batch._replace(y=batch.y * float("nan"))
-    if self.global_step == 12 and fault == "forward":
+    if self.global_step == 12 and os.environ.get("LOCAL_RANK") == "1":
         self.flow.pieces[0].register_forward_pre_hook(give_up)
     return healthy(self, batch, batch_idx)
 
@@ -27,6 +20,5 @@ def give_up(*_):
 
 
 RNODE.training_step = sick
-
 if __name__ == "__main__":
     run("train")

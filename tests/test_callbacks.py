@@ -4,43 +4,22 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from pytorch_lightning.callbacks import Timer
 from pytorch_lightning.trainer.states import TrainerFn
 
-from helpers import EPOCHS
-from rnode.app.schema import CONF
-from rnode.app.train import instantiate_all
 from rnode.training.loggers import MetricsCSV
 from rnode.training.pretraining import Pretraining, passed
 from rnode.training.resume import EarlyStopping
 
 
-def test_entries_with_a_target_are_instantiated():
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = compose("train", ["dataset=table", "folder=run", "callbacks.figures=null"])
-    by_type = {type(entry).__name__: entry for entry in instantiate_all(cfg.callbacks)}
-    names = "GaussianBaseline Cost SaveAndStop BestCheckpoint ValidationInterval EarlyStopping TF32"
-    assert [*by_type] == [*names.split(), "Progress", "Pretraining", "RefineGrid"]
-    assert by_type["EarlyStopping"].patience == 20
-    assert by_type["SaveAndStop"].path.parts == ("run", "last.ckpt")
-    assert by_type["RefineGrid"].tolerance == 1e-2
-
-
 def validations(callback, values, matching=0):
     """Return after which of the validations, counted from 1, the callback stops the run."""
-    module = SimpleNamespace(pretraining=SimpleNamespace(matching=True))
-    trainer = SimpleNamespace(
-        state=SimpleNamespace(fn=TrainerFn.FITTING),
-        sanity_checking=False,
-        should_stop=False,
-        fast_dev_run=False,
-        current_epoch=0,
-        world_size=1,
-    )
+    trainer = SimpleNamespace(current_epoch=0, world_size=1, should_stop=False)
+    trainer.sanity_checking = trainer.fast_dev_run = False
+    trainer.state = SimpleNamespace(fn=TrainerFn.FITTING)
     trainer.strategy = SimpleNamespace(reduce_boolean_decision=lambda stop, all: stop)
     for number, value in enumerate(values, 1):
-        module.pretraining.matching = number <= matching
+        module = SimpleNamespace(pretraining=SimpleNamespace(matching=number <= matching))
         trainer.callback_metrics = {"val/bits_per_dim": torch.tensor(value)}
         callback.on_validation_end(trainer, module)
         if trainer.should_stop:
@@ -59,28 +38,22 @@ def test_a_resumed_run_keeps_the_rows_that_it_does_not_log_again(tmp_path):
     path = tmp_path / "metrics.csv"
     logger = MetricsCSV(path)
     assert not path.exists()
-    logger.log_metrics({"b": 1.0}, 0)
-    logger.log_metrics({"b": 2.0}, 1)
-    logger.log_metrics({"a": 3.0}, 2)
+    for step, row in enumerate(({"b": 1.0}, {"b": 2.0}, {"a": 3.0})):
+        logger.log_metrics(row, step)
     assert path.read_text().splitlines() == ["a,b,step", ",1.0,0", ",2.0,1", "3.0,,2"]
     logger.log_metrics({"test/b": 4.0}, 1)
-    MetricsCSV(path, {"global_step": 2})
-    assert path.read_text().splitlines() == ["b,step", "1.0,0", "2.0,1"]
-    MetricsCSV(path, {"global_step": 1})
-    assert path.read_text().splitlines() == ["b,step", "1.0,0"]
+    for step, kept in ((2, ["1.0,0", "2.0,1"]), (1, ["1.0,0"])):
+        MetricsCSV(path, {"global_step": step})
+        assert path.read_text().splitlines() == ["b,step", *kept]
     MetricsCSV(path)
     assert not path.exists()
 
 
 def trainer_at(step, steps, timer=None):
-    strategy = SimpleNamespace(broadcast=lambda value: value)
-    return SimpleNamespace(
-        callbacks=[timer] if timer else [],
-        global_step=step,
-        max_epochs=-1,
-        max_steps=steps,
-        strategy=strategy,
-    )
+    trainer = SimpleNamespace(global_step=step, max_epochs=-1, max_steps=steps)
+    trainer.strategy = SimpleNamespace(broadcast=lambda value: value)
+    trainer.callbacks = [timer] if timer else []
+    return trainer
 
 
 def test_a_run_lasts_until_the_first_of_its_limits(monkeypatch):
@@ -102,10 +75,3 @@ def test_flow_matching_ends_once_its_share_of_the_run_has_passed():
     resumed.load_state_dict(callback.state_dict())
     assert (resumed.matching, resumed.start) == (False, 3)
     assert not Pretraining().matching
-
-
-@pytest.mark.usefixtures("blank_figures")
-def test_figures_are_drawn_every_few_epochs_and_of_the_tested_weights(run):
-    folder = run(*EPOCHS, "trainer.max_epochs=5", "callbacks.figures.every_n_epochs=2")
-    drawn = sorted(path.stem for path in (folder / "samples").glob("*.png"))
-    assert drawn == ["0000004", "0000008", "tested"]  # an epoch has two steps

@@ -1,8 +1,10 @@
 """Checkpoints: read as data alone, checked byte for byte, and resumed under other settings."""
 
-import builtins
+import functools
+import operator
 import pickle
 import random
+import shutil
 import zipfile
 
 import pytest
@@ -20,14 +22,11 @@ MORE = [*TWO_STEPS, "model.pieces=1", "trainer.max_steps=4", "trainer.max_epochs
 WEIGHT = "flow.layers.0.field.layers.0.weight"
 
 
-class Evil:
-    """Makes the file `path` when it is unpickled."""
-
-    def __init__(self, path):
-        self.path = str(path)
+class Evil(str):
+    """A path of a file, which unpickling makes."""
 
     def __reduce__(self):
-        return builtins.open, (self.path, "w")
+        return open, (str(self), "w")
 
 
 def as_pickle(content, path):
@@ -36,23 +35,16 @@ def as_pickle(content, path):
 
 def put(checkpoint, value, *place):
     """Set one place of nested containers; return the checkpoint."""
-    part = checkpoint
-    for key in place[:-1]:
-        part = part[key]
-    part[place[-1]] = value
+    functools.reduce(operator.getitem, place[:-1], checkpoint)[place[-1]] = value
     return checkpoint
 
 
-@pytest.mark.parametrize(
-    "place",
-    [(), ("config", "seed"), ("state_dict", WEIGHT)],
-    ids=lambda place: place[0] if place else "all of it",
-)
+@pytest.mark.parametrize("place", [(), ("config", "seed"), ("state_dict", WEIGHT)], ids=str)
 @pytest.mark.parametrize("write", [torch.save, as_pickle])
 def test_nothing_in_a_checkpoint_is_executed(tiny_run, tmp_path, write, place):
-    made, path = tmp_path / "made", tmp_path / "evil.ckpt"
-    evil = Evil(made)
-    write(put(load_checkpoint(tiny_run / "last.ckpt"), evil, *place) if place else evil, path)
+    path, made = tmp_path / "evil.ckpt", tmp_path / "made"
+    whole = load_checkpoint(tiny_run / "last.ckpt")
+    write(put(whole, Evil(made), *place) if place else Evil(made), path)
     for load in (load_checkpoint, density.load, AtomicCheckpointIO().load_checkpoint):
         with pytest.raises(InputError, match="is damaged or not a checkpoint"):
             load(str(path))
@@ -73,9 +65,7 @@ def test_nothing_in_a_checkpoint_is_executed(tiny_run, tmp_path, write, place):
         ("model.${seed}", 1, "would interpret"),
     ],
 )
-def test_a_configuration_that_would_do_other_things_is_refused(
-    tiny_run, tmp_path, place, value, words
-):
+def test_a_configuration_that_would_do_more_is_refused(tiny_run, tmp_path, place, value, words):
     checkpoint, path = load_checkpoint(tiny_run / "last.ckpt"), tmp_path / "evil.ckpt"
     torch.save(put(checkpoint, value, "config", *place.split(".")), path)
     with pytest.raises(InputError) as refusal:
@@ -84,10 +74,9 @@ def test_a_configuration_that_would_do_other_things_is_refused(
     assert words in str(refusal.value)
 
 
-def test_another_format_is_refused(tiny_run, tmp_path):
-    checkpoint, path = load_checkpoint(tiny_run / "last.ckpt"), tmp_path / "other.ckpt"
-    others = [(checkpoint | {"format": other}, other) for other in (1, FORMAT + 1)]
-    for content, found in [*others, ({"state_dict": {}}, "none"), ([1, 2], "none")]:
+def test_another_format_is_refused(tmp_path):
+    path, others = tmp_path / "other.ckpt", [({"format": n}, n) for n in (1, FORMAT + 1)]
+    for content, found in [*others, ({}, "none"), ([1, 2], "none")]:
         torch.save(content, path)
         words = f"has format {found}, and this version of rnode reads format {FORMAT}; use the"
         with pytest.raises(InputError, match=words):
@@ -96,28 +85,40 @@ def test_another_format_is_refused(tiny_run, tmp_path):
 
 def test_a_run_resumes_with_its_own_model_and_optimizer_alone(tiny_run, tmp_path, capsys):
     resume = [*MORE, f"ckpt_path={tiny_run / 'last.ckpt'}", f"hydra.run.dir={tmp_path}"]
-    line, code = refused(capsys, "train", *resume, "model.hidden=5")
-    assert "model.hidden is 4 there and 5 here; a run resumes with the same model" in line
-    assert code == 2
-    line, _ = refused(capsys, "train", *resume, "optimizer._target_=torch.optim.SGD")
-    assert "optimizer._target_ is torch.optim.Adam there and torch.optim.SGD here" in line
+    for key, there, here in (
+        ("model.hidden", "4", "5"),
+        ("optimizer._target_", "torch.optim.Adam", "torch.optim.SGD"),
+    ):
+        line, code = refused(capsys, "train", *resume, f"{key}={here}")
+        assert f"{key} is {there} there and {here} here; a run resumes with the same" in line
+        assert code == 2
+
+
+def test_a_new_run_does_not_overwrite_the_checkpoints_of_an_earlier_one(tiny_run, tmp_path, capsys):
+    folder = shutil.copytree(tiny_run, tmp_path / "run")
+    for path in ("null", tiny_run / "last.ckpt"):
+        options = [*MORE, f"ckpt_path={path}", f"hydra.run.dir={folder}"]
+        line, code = refused(capsys, "train", *options)
+        assert f"{folder / 'last.ckpt'} is from an earlier run: ckpt_path=auto resumes" in line
+        assert code == 2
+    for path in tiny_run.glob("*.[cjy]*"):
+        assert (folder / path.name).read_bytes() == path.read_bytes()
 
 
 def test_a_checkpoint_removes_nothing(tiny_run, tmp_path):
     """Lightning removes the best checkpoint that its state names once there is a better one."""
-    folder, victim = tmp_path / "out", tmp_path / "victim"
+    victim = tmp_path / "victim"
     victim.mkdir()
     (victim / "file").touch()
-    folder.mkdir()
     checkpoint = load_checkpoint(tiny_run / "last.ckpt")
     (state,) = (state for state in checkpoint["callbacks"].values() if state.get("monitor"))
     worst, path = torch.tensor(99.0), f"local://{victim}"
-    state |= {"dirpath": str(folder), "best_k_models": {path: worst}, "kth_value": worst}
+    state |= {"dirpath": str(tmp_path), "best_k_models": {path: worst}, "kth_value": worst}
     state |= {"kth_best_model_path": path, "best_model_path": path, "best_model_score": worst}
-    torch.save(checkpoint, folder / "last.ckpt")
+    torch.save(checkpoint, tmp_path / "last.ckpt")
     often = "+trainer.val_check_interval=1"
-    call("train", *MORE, often, f"hydra.run.dir={folder}", "ckpt_path=auto")
-    assert (folder / "best.ckpt").exists()
+    call("train", *MORE, often, f"hydra.run.dir={tmp_path}", "ckpt_path=auto")
+    assert (tmp_path / "best.ckpt").exists()
     assert (victim / "file").exists()
 
 
@@ -125,15 +126,13 @@ def test_a_resumed_run_has_the_settings_of_its_command_line(tiny_run, tmp_path, 
     """The command line's settings apply; weights, optimizer state, step and epoch continue."""
     path = tiny_run / "last.ckpt"
     changes = ["optimizer.lr=0.001", "optimizer.weight_decay=0.1", "warmup_steps=9", "seed=7"]
-    options = [*MORE, *changes, f"hydra.run.dir={tmp_path}"]
-    call("train", *options, f"ckpt_path={path}")
-    printed = capsys.readouterr().out.splitlines()
-    assert f"resuming from {path}, step 2, epoch 0" in printed
-    config = yaml.safe_load((tmp_path / "config.yaml").read_text())
-    (group,) = load_checkpoint(tmp_path / "last.ckpt")["optimizer_states"][0]["param_groups"]
+    call("train", *MORE, *changes, f"hydra.run.dir={tmp_path}", f"ckpt_path={path}")
+    assert f"resuming from {path}, step 2, epoch 0\n" in capsys.readouterr().out
+    checkpoint = load_checkpoint(tmp_path / "last.ckpt")
+    assert checkpoint["config"] == yaml.safe_load((tmp_path / "config.yaml").read_text())
+    (group,) = checkpoint["optimizer_states"][0]["param_groups"]
     assert group["lr"] == pytest.approx(0.001 * 4 / 10)  # the last step is the fourth
-    assert config["optimizer"]["weight_decay"] == group["weight_decay"] == 0.1
-    assert load_checkpoint(tmp_path / "last.ckpt")["config"] == config
+    assert checkpoint["config"]["optimizer"]["weight_decay"] == group["weight_decay"] == 0.1
 
 
 def test_any_flipped_bit_of_a_record_is_found(tiny_run, tmp_path):

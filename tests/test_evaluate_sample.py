@@ -22,9 +22,9 @@ def evaluate(folder, run, *overrides):
 def test_an_evaluation_agrees_with_the_test_of_the_run(digits_run, tmp_path, capsys):
     summary = evaluate(tmp_path, digits_run, "samples=3")
     printed = capsys.readouterr().out
-    keys = {"standard_error_images": "bits_per_dim_se", "nfe": "nfe_forward"}
-    for name in ("bits_per_dim", "kinetic", "jacobian", *keys):
-        key = keys.get(name, name)
+    names = {name: name for name in ("bits_per_dim", "kinetic", "jacobian")}
+    names |= {"standard_error_images": "bits_per_dim_se", "nfe": "nfe_forward"}
+    for name, key in names.items():
         assert summary[name] == pytest.approx(column(digits_run, f"test/{key}")[0], abs=2e-5), name
     assert sum(summary["nfe_by_piece"]) == pytest.approx(summary["nfe"])
     assert 0 < summary["standard_error_probes"] < summary["standard_error_images"]
@@ -33,24 +33,22 @@ def test_an_evaluation_agrees_with_the_test_of_the_run(digits_run, tmp_path, cap
     assert summary["bound"] < summary["bits_per_dim"] + summary["standard_error_probes"]
     assert summary["divergence"] == "1 gaussian probe(s) a sample"
     assert (summary["split"], summary["seed"], summary["dimensions"]) == ("test", 0, 64)
-    bits = summary["bits_per_dim"]
     for name in ("bits_per_dim", "standard_error_images", "bound", "midpoint", "nfe_max"):
         assert re.search(rf"{name} .* {summary[name]:.5g} ", printed)
     frame = pl.read_csv(tmp_path / "samples.csv")
     assert frame["index"].to_list() == list(range(40))
-    assert frame["bits_per_dim"].mean() == pytest.approx(bits)
-    assert frame["bound"].mean() == pytest.approx(summary["bound"])
+    for name in ("bits_per_dim", "bound"):
+        assert frame[name].mean() == pytest.approx(summary[name])
+    assert Image.open(tmp_path / "extremes.png").size[0] > 600
 
 
 def test_an_evaluation_takes_another_split_solver_and_seed(digits_run, tmp_path):
     summary = evaluate(tmp_path / "val", digits_run, "samples=1", "split=val")
     best = min(column(digits_run, "val/bits_per_dim"))
     assert summary["bits_per_dim"] == pytest.approx(best, abs=2e-5)
-    summary = evaluate(tmp_path / "rk4", digits_run, "samples=1", "solver.test.method=rk4")
-    assert summary["solver"]["method"] == "rk4"
-    assert summary["nfe"] == 16 * 3
     finer = ["solver.test.method=rk4", "solver.test.steps=8", "solver.dtype=float64"]
     summary = evaluate(tmp_path / "finer", digits_run, *finer, "dataset.eval_batch_size=7")
+    assert summary["solver"]["method"] == "rk4"
     assert summary["nfe"] == 32 * 3
     test = column(digits_run, "test/bits_per_dim")[0]
     assert summary["bits_per_dim"] == pytest.approx(test, abs=2e-3)
@@ -58,13 +56,6 @@ def test_an_evaluation_takes_another_split_solver_and_seed(digits_run, tmp_path)
     summary = evaluate(tmp_path / "other", digits_run, *other)
     assert summary["divergence"] == "2 rademacher probe(s) a sample"
     assert 1e-5 < abs(summary["bits_per_dim"] - test) < 0.2
-
-
-def test_a_narrow_table_is_evaluated_exactly_and_has_no_bound(toy_run, tmp_path):
-    summary = evaluate(tmp_path, toy_run, "probes=2")
-    assert summary["divergence"] == "exact"
-    assert summary["standard_error_probes"] == 0
-    assert "bound" not in summary
 
 
 def energy_distance(a, b):
@@ -87,7 +78,10 @@ def test_samples_of_a_trained_flow_are_distributed_as_its_data(toy_run, tmp_path
         assert Image.open(tmp_path / name).size[0] > 400
 
 
-def test_a_density_trained_on_2d_data_integrates_to_one(toy_run):
+def test_a_density_in_the_plane_is_exact_and_integrates_to_one(toy_run, tmp_path):
+    summary = evaluate(tmp_path, toy_run, "probes=2")
+    assert (summary["divergence"], summary["standard_error_probes"]) == ("exact", 0)
+    assert "bound" not in summary
     flow = rnode.load(toy_run / "last.ckpt").flow
     side = torch.linspace(-6, 6, 241)
     points = torch.from_numpy(DENSITIES["moons"](2000, np.random.default_rng(5))).float()
@@ -100,29 +94,23 @@ def test_a_density_trained_on_2d_data_integrates_to_one(toy_run):
 
 
 def test_samples_of_images_and_their_trajectories(digits_run, tmp_path, capsys):
-    a, b, c = (tmp_path / name for name in "abc")
-    arguments = [f"ckpt_path={digits_run}/best.ckpt", "n=10", "dataset.eval_batch_size=4"]
-    call("sample", *arguments, "trajectory=true", f"hydra.run.dir={a}")
+    def sample(name, *overrides):
+        options = ["n=10", "dataset.eval_batch_size=4", f"hydra.run.dir={tmp_path / name}"]
+        call("sample", f"ckpt_path={digits_run}/best.ckpt", *options, *overrides)
+        return np.load(tmp_path / name / "samples.npy")
+
+    samples = sample("a", "trajectory=true")
     assert "10 samples, NFE" in capsys.readouterr().out
-    samples = np.load(a / "samples.npy")
     assert samples.shape == (10, 1, 8, 8)
     assert samples.dtype == np.uint8
     assert samples.max() < 17
-    with Image.open(a / "trajectory.gif") as animation:
+    with Image.open(tmp_path / "a" / "trajectory.gif") as animation:
         assert animation.n_frames == 37
-    assert Image.open(a / "strip.png").size[0] > 400
-    call("sample", *arguments, f"hydra.run.dir={b}")
-    assert np.array_equal(samples, np.load(b / "samples.npy"))
-    assert not (b / "trajectory.gif").exists()
-    call(
-        "sample",
-        *arguments,
-        "seed=1",
-        "temperature=0.5",
-        "solver.test.method=rk4",
-        f"hydra.run.dir={c}",
-    )
-    assert not np.array_equal(samples, np.load(c / "samples.npy"))
+    assert Image.open(tmp_path / "a" / "strip.png").size[0] > 400
+    assert np.array_equal(samples, sample("b"))
+    assert not (tmp_path / "b" / "trajectory.gif").exists()
+    other = sample("c", "seed=1", "temperature=0.5", "solver.test.method=rk4")
+    assert not np.array_equal(samples, other)
     assert "NFE 48.0 a batch by rk4" in capsys.readouterr().out
 
 
@@ -130,7 +118,6 @@ def test_samples_of_images_and_their_trajectories(digits_run, tmp_path, capsys):
     ("command", "overrides", "words"),
     [
         ("evaluate", [], "ckpt_path"),
-        ("evaluate", ["nowhere.ckpt"], "there is no such file"),
         ("evaluate", ["TOY", "split=train"], "split=train: Input should be"),
         ("evaluate", ["DIGITS", "dataset.root=elsewhere"], "dataset.root"),
         ("evaluate", ["DIGITS", "solver.train.method=rk4"], "no option solver.train"),

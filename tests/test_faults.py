@@ -1,7 +1,6 @@
 """Runs that are interrupted, killed or broken, as processes: what they leave behind."""
 
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -10,18 +9,12 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 
-from helpers import HANG, ONE_THREAD, ROOT, SMALL, assert_same_run, refused, same, wait_until
+from helpers import ONE_THREAD, SMALL, TRAIN, assert_same_run, last_step, process, wait_until
 
 pytestmark = pytest.mark.slow(reason="runs in processes; test_resume.py stops runs in this one")
 DDP = [*SMALL, "trainer.devices=2", "trainer.strategy=ddp"]
-EVERY_7, EVERY_STEP = "callbacks.save.every_n_steps=7", "callbacks.save.every_n_steps=1"
-FIGURES, OFFLINE = "callbacks.figures.every_n_epochs=1", "logger.wandb.mode=offline"
-
-
-def last_step(folder):
-    return torch.load(folder / "last.ckpt", weights_only=True)["global_step"]
+EVERY_7 = "callbacks.save.every_n_steps=7"
 
 
 def error(run, code=1):
@@ -33,25 +26,12 @@ def error(run, code=1):
     return line
 
 
-def contents(folder):
-    files = (path for path in folder.rglob("*") if path.is_file() and path.name != ".lock")
-    return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
-
-
-@pytest.fixture
-def copy(whole, tmp_path):
-    """A copy of the folder `whole`, whose run ended at step 90."""
-    return shutil.copytree(whole, tmp_path / "run")
-
-
-@pytest.mark.parametrize(
-    ("step", "number"),
-    [(40, signal.SIGTERM), (65, signal.SIGUSR1), (50, signal.SIGKILL)],
-)
-def test_an_interrupted_run_resumes_to_the_same_end(start, tmp_path, whole, step, number):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGKILL])
+def test_an_interrupted_run_resumes_to_the_same_end(start, tmp_path, whole, number):
     folder = tmp_path / "run"
-    run = start(folder, EVERY_7, OFFLINE)
-    run.wait_for_step(step)
+    options = [EVERY_7, "logger.wandb.mode=offline"]
+    run = start(folder, *options)
+    run.wait_for_step(50)
     os.kill(run.pid, number)
     if number == signal.SIGKILL:
         run.finish(code=-number)
@@ -59,8 +39,8 @@ def test_an_interrupted_run_resumes_to_the_same_end(start, tmp_path, whole, step
         line = error(run, 128 + number)
         assert line.startswith(f"stopped: by {number.name} after ")
         assert "; to resume: rnode train model.hidden=4 " in line
-        assert last_step(folder) > step
-    start(folder, EVERY_7, OFFLINE, "ckpt_path=auto").finish()
+        assert last_step(folder) > 50
+    start(folder, *options, "ckpt_path=auto").finish()
     assert_same_run(folder, whole)
 
 
@@ -69,7 +49,7 @@ def test_kills_while_checkpoints_are_written_leave_whole_ones(start, tmp_path):
     epochs = "trainer.max_epochs=8"
     for kill in range(10):
         (folder / "last.ckpt.part").unlink(missing_ok=True)  # of the last kill
-        run = start(folder, epochs, "ckpt_path=auto", EVERY_STEP)
+        run = start(folder, epochs, "ckpt_path=auto", "callbacks.save.every_n_steps=1")
         run.wait_until((folder / "last.ckpt.part").exists)
         time.sleep(kill % 3 * 0.2)
         run.wait_until((folder / "last.ckpt.part").exists)
@@ -80,19 +60,20 @@ def test_kills_while_checkpoints_are_written_leave_whole_ones(start, tmp_path):
     assert steps[-1] > 5
     start(folder, epochs, "ckpt_path=auto").finish()
     start(tmp_path / "whole", epochs).finish()
-    same(*(torch.load(f / "last.ckpt", weights_only=True) for f in (folder, tmp_path / "whole")))
+    assert_same_run(folder, tmp_path / "whole")
 
 
 @pytest.mark.parametrize("file", ["last.ckpt", "metrics.csv", "samples.png"])
-def test_a_full_disk_gets_one_line_and_leaves_the_earlier_file(start, copy, file):
+def test_a_full_disk_gets_one_line_and_leaves_the_earlier_file(start, tmp_path, whole, file):
+    copy = shutil.copytree(whole, tmp_path / "run")
     before = (copy / file).read_bytes()
     (copy / f"{file}.part").symlink_to("/dev/full")
-    more = ["ckpt_path=auto", "trainer.max_epochs=4", FIGURES]
+    more = ["ckpt_path=auto", "trainer.max_epochs=4", "callbacks.figures.every_n_epochs=1"]
     line = error(start(copy, *more))
     assert line.startswith(f"error: {copy / file} could not be written ([Errno 28] No space left")
     assert line.endswith("the earlier file is intact")
     assert (copy / file).read_bytes() == before
-    assert last_step(copy) == 90
+    assert last_step(copy) == last_step(whole)
     assert not list(copy.glob("*.part"))
 
 
@@ -101,32 +82,22 @@ def test_a_second_run_in_a_folder_is_refused_and_touches_nothing(start, tmp_path
     first = start(folder)
     first.wait_for_step(35)
     os.kill(first.pid, signal.SIGSTOP)
-    before = contents(folder)
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != ".lock"]
+    before = [(path.read_bytes(), path.stat().st_mtime_ns) for path in files]
     second = start(tmp_path / "second", f"hydra.run.dir={folder}", "seed=1", "ckpt_path=auto")
     line = error(second, 2)
     assert line.startswith(f"error: {folder}: another run is using this folder; wait until")
-    assert contents(folder) == before
+    assert before == [(path.read_bytes(), path.stat().st_mtime_ns) for path in files]
     os.kill(first.pid, signal.SIGCONT)
     first.finish()
     assert_same_run(folder, whole)
-
-
-def test_a_new_run_does_not_overwrite_the_checkpoints_of_an_earlier_one(capsys, copy):
-    elsewhere = shutil.copy(copy / "last.ckpt", copy.with_name("elsewhere.ckpt"))
-    before = contents(copy)
-    for overrides in ([], [f"ckpt_path={elsewhere}"]):
-        line, code = refused(capsys, "train", *SMALL, *overrides, f"hydra.run.dir={copy}")
-        assert f"{copy / 'last.ckpt'} is from an earlier run: ckpt_path=auto resumes that" in line
-        assert code == 2
-    assert contents(copy) == before
 
 
 def test_when_a_process_of_two_dies_the_other_stops(tmp_path):
     folder, printed = tmp_path / "run", tmp_path / "err"
     long = ["trainer.max_epochs=1000", EVERY_7, f"hydra.run.dir={folder}"]
     with open(printed, "w") as err:
-        train = [sys.executable, ROOT / "src" / "train.py", *DDP, *long]
-        main = subprocess.Popen(train, stdout=err, stderr=err, env=ONE_THREAD)
+        main = subprocess.Popen([*TRAIN, *DDP, *long], stdout=err, stderr=err, env=ONE_THREAD)
     wait_until((folder / "last.ckpt").exists, lambda: main.poll() is None, printed.read_text)
     (child,) = map(int, Path(f"/proc/{main.pid}/task/{main.pid}/children").read_text().split())
     os.kill(child, signal.SIGKILL)
@@ -136,22 +107,14 @@ def test_when_a_process_of_two_dies_the_other_stops(tmp_path):
     assert last_step(folder) > 0
 
 
-@pytest.mark.parametrize("fault", ["nan", "forward"])
-def test_a_run_that_diverges_in_one_process_stops_both(tmp_path, fault):
+def test_a_run_that_diverges_in_one_process_stops_both(tmp_path):
     folder = tmp_path / "run"
     options = ["trainer.limit_train_batches=10", "optimizer.lr=0.008", "decay=false"]
     options += ["solver.gradient=checkpoint", f"hydra.run.dir={folder}"]
-    done = subprocess.run(
-        [sys.executable, Path(__file__).with_name("sick.py"), *DDP, *options],
-        check=False,
-        env=ONE_THREAD | {"SICK": fault},
-        capture_output=True,
-        text=True,
-        timeout=HANG,
-    )
+    done = process(sys.executable, Path(__file__).with_name("sick.py"), *DDP, *options)
     assert done.returncode == 1, done.stderr[-3000:]
     (line,) = (line for line in done.stderr.splitlines() if "at training step 12" in line)
-    words = "the gradient became NaN or infinite at training step 12;"
-    assert re.match(f"error: {words} .* last good checkpoint: {folder}/last.ckpt", line)
+    assert line.startswith("error: the gradient became NaN or infinite at training step 12; ")
+    assert line.endswith(f"last good checkpoint: {folder}/last.ckpt")
     assert "Traceback" not in done.stderr
     assert last_step(folder) == 10

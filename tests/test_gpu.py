@@ -38,9 +38,9 @@ def test_a_training_step_is_that_of_the_processor_and_never_waits(train, gradien
 
 def test_a_run_resumes_and_is_evaluated_and_sampled(tmp_path):
     options = [argument for argument in SMALL if "accelerator" not in argument]
-    place = f"hydra.run.dir={tmp_path / 'run'}"
-    call("train", place, *options, "trainer.accelerator=gpu", "trainer.max_steps=40")
-    call("train", place, *options, "trainer.accelerator=gpu", "ckpt_path=auto")
+    options += ["trainer.accelerator=gpu", f"hydra.run.dir={tmp_path / 'run'}"]
+    call("train", *options, "trainer.max_steps=40")
+    call("train", *options, "ckpt_path=auto")
     assert json.loads((tmp_path / "run" / "result.json").read_text())["test/bits_per_dim"] < 8
     best = str(tmp_path / "run" / "best.ckpt")
     call("evaluate", f"ckpt_path={best}", "samples=2", f"hydra.run.dir={tmp_path / 'evaluate'}")

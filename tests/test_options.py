@@ -18,9 +18,9 @@ def data_of(name, root, monkeypatch):
     at = [f"dataset.root={root}", "model.pieces=1"]
     if "mnist" in name:
         mnist_files(root)
-        return [*at, "dataset.validation=5"]
     if "cifar10" in name:
         cifar10_files(root, monkeypatch)
+    if "mnist" in name or "cifar10" in name:
         return [*at, "dataset.validation=5"]
     if name in ("arrays", "imagenet64"):
         array_files(root, 8 if name == "arrays" else 64)

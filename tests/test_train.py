@@ -13,16 +13,9 @@ from hydra.utils import instantiate
 from pytorch_lightning.callbacks import Timer
 
 from data_files import wandb_records
-from helpers import (
-    EPOCHS,
-    TWO_STEPS,
-    assert_same_run,
-    call,
-    column,
-    command,
-    make_flow,
-)
+from helpers import EPOCHS, TRAIN, TWO_STEPS, call, column, make_flow, succeed
 from rnode.app.schema import CONF
+from rnode.training.checkpoint import load_checkpoint
 from rnode.training.module import RNODE
 from rnode.training.pretraining import decay_passed
 from rnode.training.results import RESULTS
@@ -30,21 +23,13 @@ from rnode.training.results import RESULTS
 pytestmark = pytest.mark.usefixtures("blank_figures")
 
 
-def load(path):
-    return torch.load(path, weights_only=True)
-
-
 def test_the_default_run_as_a_user_starts_it(tmp_path):
     """A process, two epochs of the digits, and the files and the table that README promises."""
-    sizes = ["trainer.max_epochs=2", "dataset.batch_size=64", "model.hidden=8", "model.pieces=1"]
-    sizes += ["trainer.log_every_n_steps=1"]
-    done = command(*sizes, "hydra.run.dir=run", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr[-3000:]
+    sizes = ["model.hidden=8", "model.pieces=1", "dataset.batch_size=64", "trainer.max_epochs=2"]
+    printed = succeed(*TRAIN, *sizes, "trainer.log_every_n_steps=1", "hydra.run.dir=run")
     folder = tmp_path / "run"
-    written = (
-        "config.yaml metrics.csv result.json report.html environment.yaml .hydra/overrides.yaml"
-    )
-    for name in (*written.split(), "best.ckpt", "last.ckpt", "samples.png"):
+    written = "config.yaml metrics.csv result.json report.html environment.yaml best.ckpt last.ckpt"
+    for name in (*written.split(), "samples.png", ".hydra/overrides.yaml"):
         assert (folder / name).stat().st_size > 0, name
     config = yaml.safe_load((folder / "config.yaml").read_text())
     assert config["callbacks"]["save"]["folder"] == str(folder)  # resolved
@@ -55,14 +40,13 @@ def test_the_default_run_as_a_user_starts_it(tmp_path):
     result = json.loads((folder / "result.json").read_text())
     assert set(result) == set(RESULTS)
     for name, number in result.items():
-        assert re.search(rf"{name} .* {number:.5g} ", done.stdout), name
+        assert re.search(rf"{name} .* {number:.5g} ", printed), name
     nats = 64 * math.log(2) * result["test/bits_per_dim"]
-    assert re.search(rf"test/nats .* {nats:.5g} ", done.stdout)
-    assert re.search(r"a step .*takes 24 NFE and .* s, an epoch .*, .* to go", done.stdout)
-    assert re.search(r"epoch 2.*, step 40: validation \d.* bits/dim, the best so far", done.stdout)
+    assert re.search(rf"test/nats .* {nats:.5g} ", printed)
+    assert re.search(r"a step .*takes 24 NFE and .* s, an epoch .*, .* to go", printed)
+    assert re.search(r"epoch 2.*, step 40: validation \d.* bits/dim, the best so far", printed)
     assert list(folder.glob("wandb/offline-run-*/files/media/images/samples_*.png"))
-    checkpoint = load(folder / "last.ckpt")
-    assert (checkpoint["config"], checkpoint["epoch"]) == (config, 1)
+    assert load_checkpoint(folder / "last.ckpt")["config"] == config
 
 
 @pytest.mark.parametrize(
@@ -93,19 +77,16 @@ def test_the_papers_runs_have_its_settings(experiment, reg, method, first_step):
 def test_a_multirun_has_a_folder_and_a_wandb_run_for_each_job(tmp_path):
     overrides = [override for override in TWO_STEPS if "wandb" not in override]
     call("train", "-m", "reg.lambda_k=0,0.1", *overrides, f"hydra.sweep.dir={tmp_path}")
-    jobs = [tmp_path / "0", tmp_path / "1"]
-    for folder, lambda_k in zip(jobs, (0, 0.1), strict=True):
+    assert len({path.name for path in tmp_path.glob("*/wandb/offline-run-*/*.wandb")}) == 2
+    for folder, lambda_k in ((tmp_path / "0", 0), (tmp_path / "1", 0.1)):
         config = yaml.safe_load((folder / "config.yaml").read_text())
         assert config["reg"]["lambda_k"] == lambda_k
         assert len(column(folder, "train/loss")) == 2
-    assert len({path.name for path in tmp_path.glob("*/wandb/offline-run-*/*.wandb")}) == 2
-    for folder, name in zip(jobs, ("reg.lambda_k=0", "reg.lambda_k=0.1"), strict=True):
         (records,) = wandb_records(folder).values()
-        run = next(record.run for record in records if record.HasField("run"))
-        assert (run.display_name, run.run_group) == (name, tmp_path.name)
+        (run,) = (record.run for record in records if record.HasField("run"))
+        assert (run.display_name, run.run_group) == (f"reg.lambda_k={lambda_k}", tmp_path.name)
         assert set(run.tags) == {"dataset=digits", "model=multiscale", "solver=auto"}
-        defined = [record.metric for record in records if record.HasField("metric")]
-        least = [metric for metric in defined if metric.name == "val/bits_per_dim"]
+        least = [each.metric for each in records if each.metric.name == "val/bits_per_dim"]
         assert least[0].summary.min
         items = (item for record in records for item in record.history.item)
         keys = {(item.key or "/".join(item.nested_key)).split("/_")[0] for item in items}
@@ -130,19 +111,6 @@ def test_mlflow_and_tensorboard_hold_the_figures_of_metrics_csv(run, tmp_path):
         values = [event.value for event in events.Scalars(name)]
         assert values == pytest.approx(column(folder, name), rel=1e-6)
     assert not (folder / "wandb").exists()
-
-
-def test_a_resumed_run_ends_as_one_that_never_stopped(run):
-    once = [
-        *EPOCHS,
-        "solver.train.steps=2",
-        "warmup_steps=3",
-        "callbacks.refine_grid.tolerance=1e-9",
-    ]
-    whole = run(*once, "trainer.max_epochs=3", folder="whole")
-    folder = run(*once, "trainer.max_epochs=1")
-    run(*once, "trainer.max_epochs=3", "ckpt_path=auto")
-    assert_same_run(folder, whole)
 
 
 def test_validation_takes_nothing_from_trainings_random_stream(run):
@@ -171,8 +139,11 @@ def test_the_learning_rate_rises_linearly_and_falls_as_half_a_cosine(monkeypatch
         assert found == pytest.approx(expected)
 
 
-def test_last_ckpt_is_of_the_last_epoch_even_if_it_is_not_the_best(run):
-    folder = run(*EPOCHS, "trainer.max_epochs=4", "optimizer.lr=0.1")
+def test_the_last_the_best_and_the_drawn_epochs(run):
+    options = ["trainer.max_epochs=5", "optimizer.lr=0.1", "callbacks.figures.every_n_epochs=2"]
+    folder = run(*EPOCHS, *options)
     values = column(folder, "val/bits_per_dim")
-    assert load(folder / "last.ckpt")["epoch"] == 3
-    assert load(folder / "best.ckpt")["epoch"] == values.index(min(values)) < 3
+    assert load_checkpoint(folder / "last.ckpt")["epoch"] == 4
+    assert load_checkpoint(folder / "best.ckpt")["epoch"] == values.index(min(values)) < 4
+    drawn = sorted(path.stem for path in (folder / "samples").glob("*.png"))
+    assert drawn == ["0000004", "0000008", "tested"]  # an epoch has two steps

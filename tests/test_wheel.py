@@ -2,44 +2,15 @@
 
 import re
 import shutil
-import subprocess
 import sys
-import sysconfig
 import venv
+from pathlib import Path
 
 import pytest
 
-from helpers import HANG, ONE_THREAD, ROOT, TWO_STEPS
+from helpers import ROOT, TWO_STEPS, succeed
 
 pytestmark = pytest.mark.slow(reason="builds and installs the package, and runs seven commands")
-
-OWN_DATA = """
-import torch
-from rnode import ImageTransform
-from rnode.data.splits import Splits
-
-def stripes(count):
-    images = torch.arange(2).repeat(count, 1, 8, 4).byte()
-    return Splits(images, images[:8], images[:8], ImageTransform(levels=2, alpha=0.05))
-"""
-OWN_CONFIG = """
-# @package _global_
-# two grey levels in stripes
-dataset:
-  _target_: rnode.data.datamodule.DataModule
-  source: {_target_: own.stripes, _partial_: true}
-  count: 40
-  batch_size: 8
-  eval_batch_size: 8
-  seed: ${seed}
-"""
-
-
-def succeed(*command, cwd):
-    options = {"cwd": cwd, "env": ONE_THREAD, "timeout": HANG, "capture_output": True}
-    done = subprocess.run(list(map(str, command)), check=False, text=True, **options)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
-    return done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -56,36 +27,36 @@ def rnode(tmp_path_factory):
     venv.create(folder / "env", with_pip=False)
     python = folder / "env" / "bin" / "python"
     install = ["-m", "pip", "--python", python, "install", "--quiet", "--no-deps", "--no-index"]
-    succeed(sys.executable, *install, wheel, cwd=folder)
-    where = [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
-    packages = folder / succeed(*where, cwd=folder).strip()
-    (packages / "dependencies.pth").write_text(sysconfig.get_path("purelib"))
+    succeed(sys.executable, *install, wheel)
+    where = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    packages = Path(succeed(python, "-c", where).strip())
+    (packages / "dependencies.pth").write_text(str(Path(pytest.__file__).parents[1]))
     installed = {path.relative_to(packages / "rnode") for path in packages.rglob("conf/**/*.yaml")}
     assert installed == {path.relative_to(ROOT) for path in ROOT.glob("conf/**/*.yaml")}
     return folder / "env" / "bin" / "rnode"
 
 
 def test_every_command_works_in_an_empty_folder(rnode, tmp_path):
-    assert re.fullmatch(r"rnode \d+\.\d+\.\d+\n", succeed(rnode, "--version", cwd=tmp_path))
-    succeed(rnode, "train", *TWO_STEPS, "model.pieces=1", cwd=tmp_path)
+    assert re.fullmatch(r"rnode \d+\.\d+\.\d+\n", succeed(rnode, "--version"))
+    succeed(rnode, "train", *TWO_STEPS, "model.pieces=1")
     assert [path.name for path in tmp_path.iterdir()] == ["outputs"]
     (checkpoint,) = tmp_path.glob("outputs/digits/*/last.ckpt")
     checkpoint = checkpoint.relative_to(tmp_path)
-    assert "bits_per_dim" in succeed(rnode, "evaluate", checkpoint, "samples=1", cwd=tmp_path)
-    assert "NFE" in succeed(rnode, "sample", checkpoint, "n=4", cwd=tmp_path)
+    assert "bits_per_dim" in succeed(rnode, "evaluate", checkpoint, "samples=1")
+    assert "NFE" in succeed(rnode, "sample", checkpoint, "n=4")
     assert len(list(tmp_path.glob("outputs/evaluate/*/evaluation.json"))) == 1
     assert len(list(tmp_path.glob("outputs/sample/*/samples.png"))) == 1
-    assert "figure" in succeed(rnode, "reproduce", "--help", cwd=tmp_path)
+    assert "figure" in succeed(rnode, "reproduce", "--help")
 
 
-def test_a_users_own_data_set_trains_and_is_sampled(rnode, tmp_path):
-    (tmp_path / "own.py").write_text(OWN_DATA)
-    own = tmp_path / "own" / "dataset" / "stripes.yaml"
-    own.parent.mkdir(parents=True)
-    own.write_text(OWN_CONFIG)
-    options = ["--config-dir", "own", "dataset=stripes", *TWO_STEPS, "model.pieces=1"]
-    assert "dataset.count" in succeed(rnode, "train", *options, "--help", cwd=tmp_path)
-    succeed(rnode, "train", *options, "hydra.run.dir=run", cwd=tmp_path)
-    sample = ["trust=[own]", "run/last.ckpt", "n=4", "hydra.run.dir=samples"]
-    succeed(rnode, "sample", *sample, cwd=tmp_path)
+def test_the_users_own_data_of_the_docs_are_found_in_the_working_folder(rnode, tmp_path):
+    text = (ROOT / "docs" / "own-data.md").read_text(encoding="utf-8")
+    files = dict(re.findall(r"```(python|yaml)\n(.*?)```", text, re.DOTALL))  # the last of each
+    (tmp_path / "mydata.py").write_text(files["python"])
+    (tmp_path / "own" / "dataset").mkdir(parents=True)
+    (tmp_path / "own" / "dataset" / "mine.yaml").write_text(files["yaml"])
+    options = ["--config-dir", "own", "dataset=mine", *TWO_STEPS]
+    assert "  dataset.n " in succeed(rnode, "train", *options, "--help")
+    succeed(rnode, "train", *options, "hydra.run.dir=run")
+    succeed(rnode, "sample", "trust=[mydata]", "run/last.ckpt", "n=4", "hydra.run.dir=samples")
     assert (tmp_path / "samples" / "samples.png").exists()

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# A throw-away SLURM cluster of one node, this machine, without systemd, cgroups or a database:
+# A throw-away SLURM cluster of one node, this machine, of Debian's packages slurm-wlm and munge, without systemd,
+# cgroups or a database:
 #
 #     eval "$(tests/slurm/cluster.sh start)"    # sets SLURM_CONF, by which srun, sbatch and squeue find it
-#     tests/slurm/cluster.sh status
 #     tests/slurm/cluster.sh stop               # kills its jobs too
 #
 # Keys, state and logs are in one folder, $SLURM_CLUSTER (by default slurm-cluster in the temporary folder). It has two
@@ -15,13 +15,6 @@ export SLURM_CONF=$folder/slurm.conf
 PATH=$PATH:/usr/sbin # of munged, slurmctld and slurmd
 daemons=(munged slurmctld slurmd)
 
-install() {
-    command -v munged slurmctld slurmd sbatch >/dev/null && return
-    echo "installing Debian's packages slurm-wlm and munge" >&2
-    export DEBIAN_FRONTEND=noninteractive
-    { apt-get update -q && apt-get install -qy --no-install-recommends slurm-wlm munge; } >&2
-}
-
 running() { # NAME: whether the cluster's daemon of this name lives
     [[ -s $folder/$1.pid ]] && [[ /proc/$(<"$folder/$1.pid")/exe -ef $(command -v "$1") ]]
 }
@@ -29,9 +22,8 @@ running() { # NAME: whether the cluster's daemon of this name lives
 all_run() { for name in "${daemons[@]}"; do running "$name" || return; done; }
 
 configure() {
-    local node memory
-    node=$(slurmd -C | head -1)
-    memory=$(grep -o 'RealMemory=[0-9]*' <<<"$node")
+    local memory
+    memory=$(slurmd -C | grep -o 'RealMemory=[0-9]*')
     mkdir -p "$folder"/{state,spool,log}
     chmod 755 "$folder"
     (umask 077 && head -c 1024 /dev/urandom >"$folder/munge.key")
@@ -51,7 +43,6 @@ SlurmdLogFile=$folder/log/slurmd.log
 AuthType=auth/munge
 # a job queued again waits for its credential to end, 120 s by default
 AuthInfo=socket=$folder/munge.socket,cred_expire=5
-# what needs no cgroups
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 JobAcctGatherType=jobacct_gather/none
@@ -59,12 +50,10 @@ MpiDefault=none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 SchedulerParameters=sched_interval=5,bf_interval=5
-# PreemptMode=REQUEUE: a job of \`low\` that has to make room is queued again
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 KillWait=20
 ReturnToService=2
-# two CPUs, however many the machine has
 SlurmdParameters=config_overrides
 NodeName=localhost NodeHostname=$(hostname -s) NodeAddr=127.0.0.1 CPUs=2 $memory
 PartitionName=low Nodes=localhost Default=YES PriorityTier=1 GraceTime=20
@@ -73,7 +62,6 @@ END
 }
 
 start() {
-    install
     all_run || {
         stop
         configure
@@ -89,13 +77,15 @@ start() {
         }
         sleep 0.2
     done
-    status >&2
     echo "error: the node did not come up; logs: $folder/log" >&2
     exit 1
 }
 
 stop() {
-    all_run && scancel --user="$(id -un)" && wait_for_jobs
+    if all_run; then
+        scancel --user="$(id -un)"
+        for _ in {1..150}; do [[ -z $(squeue -h) ]] && break; sleep 0.2; done
+    fi
     for name in slurmd slurmctld munged; do
         running "$name" || continue
         local pid
@@ -107,18 +97,7 @@ stop() {
     [[ ! -d $folder ]] || rmdir "$folder"
 }
 
-wait_for_jobs() {
-    for _ in {1..150}; do [[ -z $(squeue -h) ]] && return; sleep 0.2; done
-}
-
-status() {
-    for name in "${daemons[@]}"; do
-        if running "$name"; then echo "$name: runs"; else echo "$name: does not run"; fi
-    done
-    all_run && sinfo && squeue
-}
-
 case ${1-} in
-start | stop | status) "$1" ;;
+start | stop) "$1" ;;
 *) sed -n '2,/^set/{/^#/s/^# \{0,1\}//p}' "$0" >&2; exit 2 ;;
 esac
