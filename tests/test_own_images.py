@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from PIL import Image
 
 import rnode
-from helpers import TWO_STEPS, call, rows
+from helpers import TWO_STEPS, call, metrics
 from rnode import InputError
 from rnode.app.validation import compose_config, validate
 from rnode.data.datamodule import DataModule, default_batch_size
@@ -215,7 +215,9 @@ def folder_run(tmp_path_factory):
 
 
 def test_small_data_are_validated_after_so_many_steps_and_at_the_end(folder_run):
-    assert [int(row["step"]) for row in rows(folder_run / "run") if "val/bits_per_dim" in row] == [
+    assert [
+        int(row["step"]) for row in metrics(folder_run / "run") if "val/bits_per_dim" in row
+    ] == [
         3,
         4,
     ]
@@ -235,18 +237,10 @@ def test_an_image_is_scored_as_it_was_scaled_in_training(folder_run):
     ("limit", "devices", "expected"),
     [(1.0, 1, 95), (1, 1, 10), (3, 2, 60), (0.5, 1, 50), (0.5, 2, 40), (99, 1, 95), (0.01, 1, 0)],
 )
-def test_the_gaussian_is_measured_on_the_samples_of_a_validation(
-    monkeypatch, limit, devices, expected
-):
-    monkeypatch.setattr(gaussian, "gaussian_bits", lambda data, rows, seed: rows)
-    data = SimpleNamespace(splits=SimpleNamespace(val=range(95)), eval_batch_size=10, seed=0)
-    trainer = SimpleNamespace(
-        datamodule=data, limit_val_batches=limit, world_size=devices, is_global_zero=True
-    )
-    trainer.strategy = SimpleNamespace(broadcast=lambda value: value)
-    callback = gaussian.GaussianBaseline()
-    callback.on_fit_start(trainer, None)
-    assert callback.bits == expected
+def test_the_gaussian_is_measured_on_the_samples_of_a_validation(limit, devices, expected):
+    data = SimpleNamespace(splits=SimpleNamespace(val=range(95)), eval_batch_size=10)
+    trainer = SimpleNamespace(limit_val_batches=limit, world_size=devices)
+    assert gaussian.validation_rows(trainer, data) == expected
 
 
 def test_the_gaussian_of_few_samples_is_shrunk():

@@ -19,7 +19,7 @@ import rnode
 from rnode.data.datamodule import DataModule
 from rnode.evaluation import evaluate
 from rnode.flow import Flow
-from rnode.training.plots import plot_band, plot_images, save_figure
+from rnode.training.plots import image_grid, plot_band, save_figure
 
 SAME = 0.02  # bits/dim within which two likelihoods count as equal at these sizes
 COLOURS = {"ffjord": "C0", "fast": "C1", "rnode": "C2", "rnode_adaptive": "C5"}
@@ -221,7 +221,8 @@ def plot_figure_5(runs: list[Job], path: Path) -> str:
         z = torch.randn(64, flow.d, device=like.device, dtype=like.dtype)
         frames, nfe = flow.solve_inverse(z)
         ax = axes[names.index(run.data)][0 if run.recipe == "ffjord" else 1]
-        plot_images(ax, data.transform.inverse(frames[-1]).float().cpu())
+        ax.imshow(image_grid(data.transform.inverse(frames[-1]).float().cpu()))
+        ax.axis("off")
         ax.set_title(f"{run.data}, {LABELS[run.recipe]}")
         bits = run.test("bits_per_dim")
         rows.append((run.data, run.recipe, bits, nfe))

@@ -15,6 +15,7 @@ from torch import Tensor
 
 KNOTS = 20  # quantiles of the radius
 ITERATIONS = 100  # of expectation maximization
+RIDGE = 1e-6  # variance that a constant column has at least
 LARGEST_NU = 200.0  # degrees of freedom beyond which a t distribution is normal
 
 
@@ -74,16 +75,17 @@ def interpolate(x: Tensor, knots: Tensor, values: Tensor) -> tuple[Tensor, Tenso
 
 
 def fit_t(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Fit a multivariate t distribution to x (N, d) by expectation maximization.
+    """Fit a multivariate t distribution to standardized x (N, d) by expectation maximization.
 
     Returns:
         Its location (d,) and the Cholesky factor (d, d) of its scale matrix.
     """
     n, d = x.shape
     mean, covariance, nu = x.mean(0), torch.cov(x.T).reshape(d, d), 5.0
+    ridge = RIDGE * torch.eye(d, dtype=x.dtype)
     for _ in range(ITERATIONS):
         before = mean
-        factor = torch.linalg.cholesky(covariance)
+        factor = torch.linalg.cholesky(covariance + ridge)
         y = torch.linalg.solve_triangular(factor, (x - mean).T, upper=False)
         w = (nu + d) / (nu + y.square().sum(0))
         mean = (w[:, None] * x).sum(0) / w.sum()

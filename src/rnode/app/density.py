@@ -154,14 +154,13 @@ class Density:
             return self.sample(1, context, seed)[:0]
         c = self.encode_context({} if context is None else context, n).to(self.device)
         seed = int(torch.randint(2**62, ())) if seed is None else seed
-        z = self.sample_z(n, seed, temperature)
+        z = self.sample_z(c, seed, temperature)
         batches = torch.arange(n).split(self.data.eval_batch_size)
         return self.decode(torch.cat([self.flow.inverse(z[i], c[i]).cpu() for i in batches]))
 
-    def sample_z(self, n: int, seed: int, temperature: float) -> Tensor:
-        """Sample z (n, d) with standard deviation `temperature`, equal on all devices."""
-        generator = torch.Generator().manual_seed(seed)
-        return temperature * torch.randn(n, self.flow.d, generator=generator).to(self.device)
+    def sample_z(self, c: Tensor, seed: int, temperature: float) -> Tensor:
+        """Sample z (n, d) for c (n, k) from the base, equal on all devices."""
+        return self.flow.base.sample(c, temperature, torch.Generator().manual_seed(seed))
 
     def encode(self, rows: Any) -> tuple[Tensor, Values]:
         """Return rows as x (N, *shape), and the columns of conditions that they hold."""

@@ -24,7 +24,7 @@ def main(cfg: DictConfig) -> None:
     data, flow, folder = density.data, density.flow, Path(cfg.folder)
     context = OmegaConf.to_container(cfg.context)
     c = data.conditions.encode(context, cfg.n).to(density.device)
-    z = density.sample_z(cfg.n, cfg.seed, cfg.temperature)
+    z = density.sample_z(c, cfg.seed, cfg.temperature)
     parts, nfe = [], []
     for index in track(torch.arange(cfg.n).split(data.eval_batch_size), "samples"):
         frames, evaluations = flow.solve_inverse(z[index], c[index])

@@ -5,6 +5,7 @@ import time
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from scipy.stats import skew
 from sklearn.covariance import ledoit_wolf
 from sklearn.mixture import GaussianMixture
@@ -63,15 +64,19 @@ def fit_candidates(
         for name, transform in transforms.items():
             if candidates and (len(x) < size * ROWS_PER_COMPONENT or time.monotonic() > end):
                 continue
-            base = fit_base(training_batch(data, transform, seed, ROWS), size, seed)
+            try:
+                base = fit_base(training_batch(data, transform, seed, ROWS), size, seed)
+            except (ValueError, torch.linalg.LinAlgError):  # a component has collapsed
+                continue
             batch = transform.for_evaluation(*data.fetch("val", range(rows)), seed)
             nats = -(base.log_prob(batch.y.double(), batch.c) + batch.log_det).mean()
             components = "a Gaussian" if size == 1 else f"{size} Gaussians"
             candidates.append(Candidate(f"{name}, {components}", transform, base, float(nats)))
         candidates.sort(key=lambda candidate: candidate.nats)
-        if i + 1 == TRIED_WITH_ALL:
+        if i + 1 == TRIED_WITH_ALL and candidates:
             best = candidates[0].transform
             transforms = {name: each for name, each in transforms.items() if each is best}
+    require(bool(candidates), f"base={kind}: no mixture can be fitted to so few or such rows")
     return candidates
 
 
@@ -98,9 +103,7 @@ def fit_base(batch: Batch, size: int, seed: int) -> Mixture:
     """Fit a mixture of `size` Gaussians to y (N, *shape), given c."""
     k = batch.c.shape[1]
     if size == 1:
-        joint = torch.cat([batch.c, batch.y.flatten(1)], dim=1).double()
-        covariance, _ = ledoit_wolf(joint.numpy())
-        return Gaussian(joint.mean(0), torch.from_numpy(covariance), k)
+        return fit_linear(batch.c.double(), batch.y.flatten(1).double())
     generator = torch.Generator().manual_seed(seed)
     c = batch.c + NOISE_OF_C * torch.randn(batch.c.shape, generator=generator)
     joint = torch.cat([c, batch.y.flatten(1)], dim=1).double()
@@ -109,12 +112,25 @@ def fit_base(batch: Batch, size: int, seed: int) -> Mixture:
     return Mixture(*map(torch.from_numpy, fitted), k)
 
 
+def fit_linear(c: Tensor, y: Tensor) -> Gaussian:
+    """Fit a Gaussian of (c, y) in which y is linear in c, but for noise of a shrunk covariance.
+
+    Ledoit and Wolf (2004) shrink it, so that few samples are enough.
+    """
+    k = c.shape[1]
+    weights = torch.linalg.lstsq(F.pad(c, (1, 0), value=1.0), y).solution
+    noise = y - F.pad(c, (1, 0), value=1.0) @ weights
+    covariance, _ = ledoit_wolf(noise.numpy(), assume_centered=True)
+    slopes = weights[1:]
+    of_c = torch.cov(c.T).reshape(k, k) + NOISE_OF_C**2 * torch.eye(k)
+    above = torch.cat([of_c, of_c @ slopes], dim=1)
+    below = torch.cat([slopes.T @ of_c, slopes.T @ of_c @ slopes + torch.from_numpy(covariance)], 1)
+    return Gaussian(torch.cat([c.mean(0), y.mean(0)]), torch.cat([above, below]), k)
+
+
 @torch.no_grad()
 def fit_gaussian(data: DataModule, flow: Flow, seed: int) -> Gaussian:
-    """Fit the Gaussian of z of a flow whose fields are zero.
-
-    Its covariance is shrunk as Ledoit and Wolf (2004) do, so that few samples are enough.
-    """
+    """Fit the Gaussian of z of a flow whose fields are zero."""
     require(flow.d <= MAX_DIMENSIONS, f"base=gaussian: needs at most {MAX_DIMENSIONS} dimensions")
     batch = training_batch(data, data.transform, seed, NUMBERS // flow.d)
     return fit_base(batch._replace(y=flow.as_z(batch.y)), 1, seed)
