@@ -215,9 +215,8 @@ def folder_run(tmp_path_factory):
 
 
 def test_small_data_are_validated_after_so_many_steps_and_at_the_end(folder_run):
-    assert [
-        int(row["step"]) for row in metrics(folder_run / "run") if "val/bits_per_dim" in row
-    ] == [
+    rows = metrics(folder_run / "run")
+    assert [int(row["step"]) for row in rows if "val/bits_per_dim" in row] == [
         3,
         4,
     ]
