@@ -1,5 +1,7 @@
 """The radial layer, densities in closed form, and runs that start there."""
 
+import json
+
 import numpy as np
 import polars as pl
 import pytest
@@ -8,7 +10,7 @@ from scipy.stats import multivariate_t
 from torch.distributions import MultivariateNormal
 
 import rnode
-from helpers import column, make_flow
+from helpers import call, column, make_flow
 from rnode.data.closed_forms import fit_base, fit_candidates
 from rnode.data.datamodule import DataModule
 from rnode.data.tables import table
@@ -106,6 +108,23 @@ def test_a_run_begins_at_the_best_closed_form_and_is_never_behind_it(run, tmp_pa
     assert np.abs(samples.mean().to_numpy() - (5 * centres).mean(0)).max() < 1
     expected = density.log_prob(rows).mean()
     assert density.log_prob(samples).mean() == pytest.approx(expected, abs=0.2)
+
+
+def test_a_run_with_logarithms_of_its_own_choice_is_evaluated_and_resumed(run, tmp_path):
+    normal = np.random.default_rng(0).normal(size=(300, 2))
+    path = tmp_path / "rows.csv"
+    pl.DataFrame(np.exp(normal), ["a", "b"]).with_columns(c=normal[:, 0] > 0).write_csv(path)
+    table = ["dataset=table", f"dataset.path={path}", "dataset.context=[c]", "model.hidden=8"]
+    folder = run(*table, *SHORT)
+    assert all(column.log for column in rnode.load(folder).data.transform.columns)
+    call("evaluate", str(folder), f"hydra.run.dir={tmp_path / 'evaluation'}")
+    evaluated = json.loads((tmp_path / "evaluation/evaluation.json").read_text())
+    result = json.loads((folder / "result.json").read_text())
+    assert evaluated["bits_per_dim"] == pytest.approx(result["test/bits_per_dim"], rel=1e-5)
+    means = rnode.load(folder).flow.base.means
+    longer = [option.replace("max_epochs=2", "max_epochs=3") for option in SHORT]
+    run(*table, *longer, "ckpt_path=auto")
+    assert torch.equal(rnode.load(folder / "last.ckpt").flow.base.means, means)
 
 
 def test_images_start_at_a_gaussian_of_z(run):

@@ -39,7 +39,7 @@ def settings(shape: torch.Size, transform: Transform, context: list[str]) -> dic
     """What data must have in common with those of a checkpoint, beside what was fitted."""
     options: Any = transform.state()
     if isinstance(transform, TableTransform):
-        options = [column._replace(mean=0.0, std=1.0) for column in transform.columns]
+        options = [column._replace(mean=0.0, std=1.0, log=False) for column in transform.columns]
     return {"shape": list(shape), "transform": options, "context": context}
 
 
