@@ -22,10 +22,7 @@ def choose_colours(runs: list[Run]) -> dict[str, str]:
 
 
 def plot_training(runs: list[Run], colours: dict[str, str]) -> Iterator[Figure]:
-    """Plot curves of the runs, with a band over seeds, and the NFE against the Jacobian norm.
-
-    What no run has measured has no figure.
-    """
+    """Plot curves of the runs, with a band over seeds. What no run has measured has no figure."""
     curves = {BITS: "val/seconds_total"} | {f"train/{name}": "step" for name in MEASURES}
     for key, against in curves.items():
         if not any(key in row and against in row for run in runs for row in run.rows):
@@ -39,13 +36,6 @@ def plot_training(runs: list[Run], colours: dict[str, str]) -> Iterator[Figure]:
             for bits in {row[GAUSSIAN] for run in runs for row in run.rows if GAUSSIAN in row}:
                 ax.axhline(bits, color="0.5", linestyle="--", zorder=0)
         ax.set(xlabel=against, ylabel=key)
-        yield figure
-    points = [run.curve("train/nfe_forward", "train/jacobian") for run in runs]
-    if any(xy.size for xy in points):
-        figure, ax = subplots(figsize=(5, 3.4), layout="constrained")
-        for run, xy in zip(runs, points, strict=True):
-            ax.scatter(*xy, s=12, c=colours[run.label()])
-        ax.set(xlabel="train/jacobian", ylabel="train/nfe_forward")
         yield figure
 
 

@@ -24,7 +24,7 @@ class Run:
     """A training run, read from its folder."""
 
     def __init__(self, folder: Path):
-        texts = [str(text) for text in OmegaConf.load(folder / results.OVERRIDES)]
+        texts = [str(text) for text in load(folder / results.OVERRIDES)]
         parsed = OverridesParser.create().parse_overrides(texts)
         self.folder = folder
         self.name = folder.name
@@ -60,9 +60,8 @@ def load(path: Path) -> dict:
     """Read a YAML file of a run; an empty dictionary if the run ended before it was written."""
     if not path.exists():
         return {}
-    text = path.read_text(encoding="utf-8")
-    require(bool(text.strip(" \n\0")), f"{path.name} is empty")
-    return OmegaConf.to_container(OmegaConf.create(text))
+    require(path.stat().st_size > 0, f"{path.name} is empty")
+    return OmegaConf.to_container(OmegaConf.load(path))
 
 
 def name_data(settings: dict) -> str:

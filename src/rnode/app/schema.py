@@ -169,7 +169,7 @@ class Sample(FromCheckpoint):
     n: PositiveInt = key("number of samples")
     context: dict[str, Any] = key("what a conditional density is given, as context.COLUMN=VALUE")
     temperature: NonNegativeFloat = key("standard deviation of z")
-    trajectory: bool = key("save the way from noise to images, as a strip and an animation")
+    trajectory: bool = key("save an animation from noise to images")
 
 
 class Score(FromCheckpoint):

@@ -61,4 +61,4 @@ class Sweep(Callback):
         from rnode.app.report import report_sweep  # imports torch, which takes seconds
 
         with one_line_errors():  # Hydra would turn other exceptions of a callback into warnings
-            report_sweep(Path(config.hydra.sweep.dir), config.logger.get("wandb"))
+            report_sweep(Path(config.hydra.sweep.dir))

@@ -87,17 +87,6 @@ class SaveAndStop(Callback):
         used = self.used if self.epoch == epoch else 0
         if used < trainer.num_training_batches:
             count_batches(checkpoint["loops"]["fit_loop"], epoch, used, self.step)
-        checkpoint["epoch_batches"] = trainer.num_training_batches
-
-    def on_load_checkpoint(self, trainer: Trainer, module: RNODE, checkpoint: dict) -> None:
-        """Let an epoch that was cut short go on at the same share of its batches."""
-        loops = checkpoint["loops"]["fit_loop"]
-        used = loops["epoch_loop.batch_progress"]["current"]["processed"]
-        before = checkpoint.get("epoch_batches", 0)
-        now = batches_of_an_epoch(trainer, trainer.datamodule)
-        if used < before != now:
-            used = min(round(used * now / before), now - 1)
-            count_batches(loops, checkpoint["epoch"], used, checkpoint["global_step"])
 
     def stop(self, trainer: Trainer) -> None:
         """Raise Stopped, in all processes at the same step, if any of them received a signal."""
