@@ -43,7 +43,7 @@ MISTAKES = {
     # Hydra's grammar, flags and paths
     "reg.lambda_j=[1": "error: reg.lambda_j=[1: & override_grammar",
     "seed": "error: seed: & missing EQUAL",
-    f"{CONF}": f"{CONF}/last.ckpt: there is no such file",
+    f"{CONF}": f"{CONF}/last.ckpt: there is no such checkpoint",
     "seed=1,2": "--multirun",
     "ckpt_path=nowhere.ckpt": "/nowhere.ckpt: there is no such file",
     "hydra.run.dir=/dev/null/run": "Not a directory: '/dev/null/run'",

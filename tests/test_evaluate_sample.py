@@ -83,8 +83,7 @@ def test_samples_of_a_trained_flow_are_distributed_as_its_data(toy_run, tmp_path
     assert energy_distance(rng.standard_normal((250, 2)), data) > 0.05
     same = rnode.load(toy_run).sample(250, seed=0)
     np.testing.assert_allclose(frame.to_numpy(), same.to_numpy(), rtol=1e-5, atol=1e-5)
-    for name in ("plane.png", "samples.png"):
-        assert Image.open(tmp_path / name).size[0] > 400
+    assert Image.open(tmp_path / "samples.png").size[0] > 400
 
 
 def test_a_density_trained_on_2d_data_integrates_to_one(toy_run):
@@ -99,18 +98,16 @@ def test_a_density_trained_on_2d_data_integrates_to_one(toy_run):
     assert density.sum() * (side[1] - side[0]) ** 2 == pytest.approx(1, abs=0.003)
 
 
-def test_samples_of_images_and_their_trajectories(digits_run, tmp_path, capsys):
+def test_samples_of_images_and_their_trajectories(digits_run, tmp_path):
     a, b, c = (tmp_path / name for name in "abc")
     arguments = [f"ckpt_path={digits_run}/best.ckpt", "n=10", "dataset.eval_batch_size=4"]
     call("sample", *arguments, "trajectory=true", f"hydra.run.dir={a}")
-    assert "10 samples, NFE" in capsys.readouterr().out
     samples = np.load(a / "samples.npy")
     assert samples.shape == (10, 1, 8, 8)
     assert samples.dtype == np.uint8
     assert samples.max() < 17
     with Image.open(a / "trajectory.gif") as animation:
         assert animation.n_frames == 37
-    assert Image.open(a / "strip.png").size[0] > 400
     call("sample", *arguments, f"hydra.run.dir={b}")
     assert np.array_equal(samples, np.load(b / "samples.npy"))
     assert not (b / "trajectory.gif").exists()
@@ -123,7 +120,6 @@ def test_samples_of_images_and_their_trajectories(digits_run, tmp_path, capsys):
         f"hydra.run.dir={c}",
     )
     assert not np.array_equal(samples, np.load(c / "samples.npy"))
-    assert "NFE 48.0 a batch by rk4" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -24,8 +24,8 @@ def main(cfg: DictConfig) -> float:
     frame = pl.DataFrame({name: column.numpy() for name, column in columns.items()})
     frame.with_row_index().write_csv(folder / "samples.csv")
     numbers = {name: value for name, value in summary.items() if not isinstance(value, list)}
-    divergence = "exact divergence" if flow.exact else str(flow.test_probes)
-    print_numbers(f"{cfg.split} set, {divergence}", numbers)
+    divergence = "exact" if flow.exact else str(flow.test_probes)
+    print_numbers(f"{cfg.split} set, divergence: {divergence}", numbers)
     settings = {
         "divergence": divergence,
         "ckpt_path": cfg.ckpt_path,

@@ -82,9 +82,9 @@ def describe(name: str, runs: list[Run]) -> dict[str, Any]:
     for run in runs:
         run.swept.pop("dataset", None)  # the heading names it
     colours = choose_colours(runs)
-    measured = [c for c in COLUMNS if any(run.result.get(c) is not None for run in runs)]
+    measured = [c for c in COLUMNS if any(c in run.result for run in runs)]
     header, rows = tabulate(runs, measured)
-    bits = {run: run.result[BITS] for run in runs if run.result.get(BITS) is not None}
+    bits = {run: run.result[BITS] for run in runs if BITS in run.result}
     samples = {run.name: run.folder / "samples.png" for run in runs}
     figures = [*plot_training(runs, colours), *(plot_penalties(runs, [cost]) for cost in COSTS)]
     return {

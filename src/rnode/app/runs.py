@@ -38,10 +38,11 @@ class Run:
         self.swept: dict[str, object] = {}  # the settings in which runs that are compared differ
         self.environment = load(folder / ENVIRONMENT)
         self.status, self.reason = results.read_status(folder)
-        self.result = (self.status == "finished" and results.read_result(folder)) or {}
+        result = (self.status == "finished" and results.read_result(folder)) or {}
+        self.result = {name: number for name, number in result.items() if number is not None}
         rows = results.read_metrics(folder / results.METRICS)
         self.rows = [{key: float(cell) for key, cell in row.items()} for row in rows]
-        tested = [name for name in results.TESTED if self.result.get(name) is not None]
+        tested = [name for name in results.TESTED if name in self.result]
         whole = not tested or any(tested[0] in row for row in self.rows)  # the last to be logged
         require(whole, f"{results.METRICS} is truncated: it lacks the test")
 

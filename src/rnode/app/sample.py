@@ -28,7 +28,8 @@ def main(cfg: DictConfig) -> None:
         plot_grids(folder / "samples.png", {"samples": images})
         np.save(folder / "samples.npy", samples)
     else:
-        plot_corner(folder / "samples.png", {"samples": samples.to_torch()}, density.columns)
+        points = torch.from_numpy(samples.to_numpy(writable=True))
+        plot_corner(folder / "samples.png", {"samples": points}, density.columns)
         conditions = [pl.Series(k, np.broadcast_to(v, cfg.n)) for k, v in context.items()]
         samples.with_columns(conditions).write_csv(folder / "samples.csv")
     if cfg.trajectory and density.columns is None:

@@ -51,7 +51,7 @@ class Cost(Callback):
 
 
 class ValidationInterval(Callback):
-    """Validates after an epoch only if `every_n_steps` have passed, and after the last epoch.
+    """Validates after an epoch only if `every_n_steps` have passed, and at the end of a run.
 
     On small data a validation would cost as much as an epoch. Other intervals of Lightning stay.
     """
@@ -69,6 +69,10 @@ class ValidationInterval(Callback):
             last = trainer.current_epoch + 1 == trainer.max_epochs
             last |= 0 < trainer.max_steps - trainer.global_step <= self.steps
             trainer.check_val_every_n_epoch = 1 if last else self.epochs
+
+    def on_train_batch_end(self, trainer: Trainer, module: RNODE, *_) -> None:
+        if self.epochs > 1 and trainer.global_step == trainer.max_steps:
+            trainer.should_stop = True  # Lightning then validates before the end of the epoch
 
 
 class Figures(Callback):

@@ -2,7 +2,6 @@
 
 import math
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from cycler import cycler
@@ -24,12 +23,12 @@ STYLE = {
 
 
 def subplots(
-    nrows: int = 1, ncols: int = 1, squeeze: bool = True, **options: Any
-) -> tuple[Figure, Any]:
-    """Make a figure with axes, without pyplot: its backend and settings stay the caller's."""
+    width: float, height: float, rows: int = 1, columns: int = 1
+) -> tuple[Figure, np.ndarray]:
+    """Make a figure of (rows, columns) axes, without pyplot: its settings stay the caller's."""
     with rc_context(STYLE):
-        figure = Figure(**options)
-        return figure, figure.subplots(nrows, ncols, squeeze=squeeze)
+        figure = Figure((width, height), layout="constrained")
+        return figure, figure.subplots(rows, columns, squeeze=False)
 
 
 def save_figure(figure: Figure, path: Path) -> None:
@@ -40,8 +39,7 @@ def save_figure(figure: Figure, path: Path) -> None:
 
 def plot_grids(path: Path, panels: dict[str, Tensor]) -> None:
     """Plot images (N, C, H, W) in [0, 1] as square grids; `panels` holds them by their titles."""
-    size = {"figsize": (5 * len(panels), 5.3), "layout": "constrained"}
-    figure, axes = subplots(ncols=len(panels), squeeze=False, **size)
+    figure, axes = subplots(5 * len(panels), 5.3, columns=len(panels))
     for ax, (title, images) in zip(axes.flat, panels.items(), strict=True):
         ax.set_title(title)
         plot_images(ax, images)
@@ -67,15 +65,6 @@ def plot_band(ax: Axes, curves: list[tuple[np.ndarray, np.ndarray]], **style: st
     ax.plot(x, y, marker="." if len(x) == 1 else None, **style)
 
 
-def limits_of(points: Tensor) -> np.ndarray:
-    """Return limits (2, d) of axes that show 99.8 % of the points (N, d) in each column."""
-    points = points.numpy().astype(np.float64)
-    finite = np.where(np.isfinite(points), points, np.nan)
-    low, high = np.nan_to_num(np.nanquantile(finite, [0.001, 0.999], axis=0))
-    margin = 0.07 * (high - low) + 1e-6 * np.abs(low) + 1e-12
-    return np.stack([low - margin, high + margin])
-
-
 def image_grid(images: Tensor) -> np.ndarray:
     """Images (N, C, H, W) → a square grid (H', W', 3)."""
     columns = math.ceil(len(images) ** 0.5)
@@ -86,14 +75,17 @@ def plot_corner(path: Path, panels: dict[str, Tensor], names: list[str]) -> None
     """Plot the first ten columns of one or two tables (N, d): histograms, and pairs beside them.
 
     `panels` holds the tables by their titles. The pairs of the first are below the diagonal, and
-    the axes show it.
+    the axes show 99.8 % of it in each column.
     """
     names = [name.replace("$", r"\$") for name in names[:10]]  # no formulas
     count, first = len(names), next(iter(panels.values()))
-    low, high = limits_of(first[:, :count])
+    points = first[:, :count].numpy().astype(np.float64)
+    points[~np.isfinite(points)] = np.nan
+    low, high = np.nan_to_num(np.nanquantile(points, [0.001, 0.999], axis=0))
+    margin = 0.07 * (high - low) + 1e-6 * np.abs(low) + 1e-12
+    low, high = low - margin, high + margin
     edges = min(50, math.ceil(len(first) ** 0.5)) + 1  # of the bins
-    size = {"figsize": (2 * count + 2, 2 * count + 2), "layout": "constrained"}
-    figure, axes = subplots(count, count, squeeze=False, **size)
+    figure, axes = subplots(2 * count + 2, 2 * count + 2, count, count)
     for k, (title, points) in enumerate(panels.items()):
         for i, j in np.ndindex(count, count):
             ax, color = axes[i, j], COLOURS[k]

@@ -2,9 +2,9 @@
 
 These are all places where a run reaches into the state of Lightning that is not its interface:
 
-- `SaveAndStop.on_save_checkpoint` and `on_load_checkpoint` set the counters of Lightning's loops in
-  a checkpoint. Lightning's own also count batches whose gradients were still being accumulated, and
-  an epoch that max_steps cut short as a whole one.
+- `SaveAndStop.on_save_checkpoint` sets the counters of Lightning's loops in a checkpoint. Its own
+  also count batches whose gradients were still being accumulated, and an epoch that max_steps cut
+  short as a whole one.
 - `EarlyStopping` does not count while flow matching trains.
 - `BestCheckpoint.load_state_dict` sets what ModelCheckpoint knows of the best checkpoint. Lightning
   forgets it if the folder of the run has moved, and trusts the names that a checkpoint holds.
