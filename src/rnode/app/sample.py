@@ -8,23 +8,16 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from rnode.app.density import from_checkpoint
-from rnode.training.plots import plot_corner, plot_grids, plot_trajectory
-
-FRAMES = 36  # of an animation, about
+from rnode.training.plots import plot_corner, plot_grids
 
 
-@torch.no_grad()
 def main(cfg: DictConfig) -> None:
-    """Write samples.png, and samples.npy of images or samples.csv of a table.
-
-    With trajectory=true, also trajectory.gif of images.
-    """
+    """Write samples.png, and samples.npy of images or samples.csv of a table."""
     density, folder = from_checkpoint(cfg), Path(cfg.folder)
-    transform = density.data.transform
     context = OmegaConf.to_container(cfg.context)
     samples = density.sample(cfg.n, context, cfg.seed, cfg.temperature)
     if density.columns is None:
-        images = torch.from_numpy(samples) / (transform.levels - 1)
+        images = torch.from_numpy(samples) / (density.data.transform.levels - 1)
         plot_grids(folder / "samples.png", {"samples": images})
         np.save(folder / "samples.npy", samples)
     else:
@@ -32,10 +25,4 @@ def main(cfg: DictConfig) -> None:
         plot_corner(folder / "samples.png", {"samples": points}, density.columns)
         conditions = [pl.Series(k, np.broadcast_to(v, cfg.n)) for k, v in context.items()]
         samples.with_columns(conditions).write_csv(folder / "samples.csv")
-    if cfg.trajectory and density.columns is None:
-        z = density.sample_z(cfg.n, cfg.seed, cfg.temperature)[:16]
-        c = density.encode_context(context, cfg.n)[:16].to(density.device)
-        frames = density.flow.trajectory(z, c, max(3, FRAMES // len(density.flow.pieces)))
-        frames = transform.inverse(frames).float().cpu()
-        plot_trajectory(frames, folder / "trajectory.gif")
     print(f"{cfg.n} samples in {folder}")

@@ -169,7 +169,6 @@ class Sample(FromCheckpoint):
     n: PositiveInt = key("number of samples")
     context: dict[str, Any] = key("what a conditional density is given, as context.COLUMN=VALUE")
     temperature: NonNegativeFloat = key("standard deviation of z")
-    trajectory: bool = key("save an animation from noise to images")
 
 
 class Score(FromCheckpoint):

@@ -1,4 +1,4 @@
-"""Figures as files: samples of images and of tables, trajectories."""
+"""Figures as files: samples of images and of tables."""
 
 import math
 from pathlib import Path
@@ -8,7 +8,6 @@ from cycler import cycler
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from PIL import Image
 from torch import Tensor
 from torchvision.utils import make_grid
 
@@ -103,11 +102,3 @@ def plot_corner(path: Path, panels: dict[str, Tensor], names: list[str]) -> None
         axes[i, 0].set_ylabel(name)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
     save_figure(figure, path)
-
-
-def plot_trajectory(frames: Tensor, path: Path) -> None:
-    """Write frames (times, N, C, H, W) in [0, 1] as an animated GIF."""
-    grids = ((255 * image_grid(frame)).round().astype(np.uint8) for frame in frames)
-    first, *others = (Image.fromarray(grid.repeat(4, 0).repeat(4, 1)) for grid in grids)
-    durations = [80] * len(others) + [2000]  # milliseconds
-    first.save(path, save_all=True, append_images=others, duration=durations, loop=0)
