@@ -55,10 +55,9 @@ class Progress(Callback):
         self.began, self.share = now, share
 
     def on_validation_end(self, trainer: Trainer, module: RNODE) -> None:
-        metrics, best = trainer.callback_metrics, None
-        if trainer.checkpoint_callback is not None:
-            best = trainer.checkpoint_callback.best_model_score
+        metrics = trainer.callback_metrics
         bits, error = (float(metrics[f"val/bits_per_dim{end}"]) for end in ("", "_se"))
+        best = getattr(trainer.checkpoint_callback, "best_model_score", None)
         better = "" if best is not None and bits >= best else ", the best so far"
         last = f" of {trainer.max_epochs}" if trainer.max_epochs > 0 else ""
         place = f"epoch {trainer.current_epoch + 1}{last}, step {trainer.global_step}"
