@@ -7,6 +7,8 @@ import torch
 from pytorch_lightning.callbacks import Timer
 from pytorch_lightning.trainer.states import TrainerFn
 
+from helpers import EPOCHS
+from rnode.training import callbacks
 from rnode.training.loggers import MetricsCSV
 from rnode.training.pretraining import Pretraining, passed
 from rnode.training.resume import EarlyStopping
@@ -75,3 +77,11 @@ def test_flow_matching_ends_once_its_share_of_the_run_has_passed():
     resumed.load_state_dict(callback.state_dict())
     assert (resumed.matching, resumed.start) == (False, 3)
     assert not Pretraining().matching
+
+
+def test_figures_are_drawn_every_few_epochs_and_of_the_tested_weights(run, monkeypatch):
+    titles = []
+    monkeypatch.setattr(callbacks, "plot_grids", lambda path, panels: titles.extend(panels))
+    run(*EPOCHS, "trainer.max_epochs=5", "callbacks.figures.every_n_epochs=2")
+    steps = [title.partition(", ")[0] for title in titles[1::2]]
+    assert steps == [f"samples (step {step}" for step in (4, 8, 10)]  # an epoch has two steps

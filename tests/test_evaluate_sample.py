@@ -74,8 +74,7 @@ def test_samples_of_a_trained_flow_are_distributed_as_its_data(toy_run, tmp_path
     assert energy_distance(rng.standard_normal((250, 2)), data) > 0.05
     same = rnode.load(toy_run).sample(250, seed=0)
     np.testing.assert_allclose(frame.to_numpy(), same.to_numpy(), rtol=1e-5, atol=1e-5)
-    for name in ("plane.png", "samples.png"):
-        assert Image.open(tmp_path / name).size[0] > 400
+    assert Image.open(tmp_path / "samples.png").size[0] > 400
 
 
 def test_a_density_in_the_plane_is_exact_and_integrates_to_one(toy_run, tmp_path):
@@ -93,25 +92,22 @@ def test_a_density_in_the_plane_is_exact_and_integrates_to_one(toy_run, tmp_path
     assert density.sum() * (side[1] - side[0]) ** 2 == pytest.approx(1, abs=0.003)
 
 
-def test_samples_of_images_and_their_trajectories(digits_run, tmp_path, capsys):
+def test_samples_of_images_and_their_animation(digits_run, tmp_path):
     def sample(name, *overrides):
         options = ["n=10", "dataset.eval_batch_size=4", f"hydra.run.dir={tmp_path / name}"]
         call("sample", f"ckpt_path={digits_run}/best.ckpt", *options, *overrides)
         return np.load(tmp_path / name / "samples.npy")
 
     samples = sample("a", "trajectory=true")
-    assert "10 samples, NFE" in capsys.readouterr().out
     assert samples.shape == (10, 1, 8, 8)
     assert samples.dtype == np.uint8
     assert samples.max() < 17
     with Image.open(tmp_path / "a" / "trajectory.gif") as animation:
         assert animation.n_frames == 37
-    assert Image.open(tmp_path / "a" / "strip.png").size[0] > 400
     assert np.array_equal(samples, sample("b"))
     assert not (tmp_path / "b" / "trajectory.gif").exists()
     other = sample("c", "seed=1", "temperature=0.5", "solver.test.method=rk4")
     assert not np.array_equal(samples, other)
-    assert "NFE 48.0 a batch by rk4" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

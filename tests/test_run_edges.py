@@ -41,47 +41,40 @@ OTHER_EPOCHS = {
     "accumulation": ["trainer.accumulate_grad_batches=3"],
     "larger batch": ["dataset.batch_size=48"],
     "fewer rows": ["dataset.train=100"],
-    "smaller batch": ["dataset.batch_size=8"],
 }
 
 
-@pytest.mark.parametrize("step", [24, 33])
-@pytest.mark.parametrize("name", OTHER_EPOCHS)
+@pytest.mark.parametrize(
+    ("name", "step"), [*((name, 24) for name in OTHER_EPOCHS), ("fewer rows", 33)]
+)
 def test_the_rate_falls_with_the_share_of_the_epochs(half, tmp_path, name, step):
-    """A half cosine over four epochs, of which two, or two and three quarters, have passed."""
+    """A half cosine over four epochs, of which two, or two and three quarters, have passed.
+
+    An epoch that was cut short and has other batches now may begin again.
+    """
     folder = shutil.copytree(half(step), tmp_path / "run")
     more = [*OTHER_EPOCHS[name], "trainer.max_epochs=4", "ckpt_path=auto"]
     call("train", *TOY, *more, f"hydra.run.dir={folder}")
-    full, epochs = column(folder, "train/lr")[0], column(folder, "train/lr")[step:]
-    steps = {"accumulation": 4, "larger batch": 4, "two devices": 6, "fewer rows": 7}.get(name, 24)
-    left = round((4 - step / 12) * steps)
-    assert abs(len(epochs) - left) <= 1
-    shares = [1 - (len(epochs) - k) / (4 * steps) for k in range(len(epochs))]
+    full, rates = column(folder, "train/lr")[0], column(folder, "train/lr")[step:]
+    steps = {"accumulation": 4, "larger batch": 4, "two devices": 6, "fewer rows": 7}[name]
+    assert 4 * steps - len(rates) in ([2 * steps] if step == 24 else range(2 * steps, 3 * steps))
+    shares = [1 - (len(rates) - k) / (4 * steps) for k in range(len(rates))]
     expected = [full * (1 + torch.tensor(torch.pi * share).cos().item()) / 2 for share in shares]
-    assert epochs == pytest.approx(expected, rel=0.01)
-    assert epochs == sorted(epochs, reverse=True)
+    assert rates == pytest.approx(expected, rel=0.01)
     assert load_checkpoint(folder / "last.ckpt")["epoch"] == 3
 
 
 @pytest.mark.parametrize(
     ("option", "words"),
     [
-        ("trainer.strategy=ddp_spawn", "trainer.strategy=ddp_spawn: must be 'auto', 'ddp'"),
-        ("trainer.strategy=fsdp", "trainer.strategy=fsdp: must be 'auto', 'ddp'"),
-        ("trainer.limit_train_batches=0", "trainer.limit_train_batches=0: must be"),
+        ("trainer.strategy=ddp_spawn", "trainer.strategy=ddp_spawn: Input should be 'auto', 'ddp'"),
+        ("trainer.limit_train_batches=0", "trainer.limit_train_batches=0: Input should be"),
         ("+trainer.val_check_interval=50", "val_check_interval=50: must be at most 12, the batch"),
         ("+trainer.barebones=true", "trainer: `Trainer(barebones=True, enable_checkpointing="),
         ("+trainer.logger=false", "trainer.logger: is set by this program; +callbacks.NAME"),
-        ("+trainer.callbacks=[]", "trainer.callbacks: is set by this program"),
-        ("+trainer.plugins=[]", "trainer.plugins: is set by this program"),
-        ("+trainer.enable_checkpointing=false", "trainer.enable_checkpointing: is set by"),
-        ("+trainer.default_root_dir=x", "trainer.default_root_dir: is set by this program"),
         ("+trainer.foo=1", "trainer: Trainer.__init__() got an unexpected keyword argument 'foo'"),
-        ("+trainer.profiler=x", "trainer: "),
         ("trainer.accelerator=gpu", "trainer: "),
-        ("trainer.accelerator=abacus", "trainer: "),
-        ("+trainer.val_check_interval=1.5", "trainer: "),
-        ("trainer.max_epochs=-3", "trainer.max_epochs=-3: must be at least -1"),
+        ("trainer.max_epochs=-3", "trainer: `max_epochs` must be a non-negative integer or -1"),
     ],
 )
 def test_an_option_that_cannot_work_is_one_line_before_the_run(tmp_path, capsys, option, words):
@@ -107,10 +100,8 @@ def test_a_logger_that_is_not_installed_is_named_before_the_data(tmp_path, capsy
         ["trainer.max_steps=3"],
         ["trainer.limit_val_batches=0"],
         ["trainer.max_epochs=0"],
-        ["trainer.max_steps=0"],
         ["trainer.max_time=00:00:00"],
         ["+trainer.check_val_every_n_epoch=9"],
-        ["trainer.max_epochs=null", "trainer.max_steps=5"],
         ["trainer.limit_test_batches=0", "trainer.max_epochs=1"],
         ["+trainer.val_check_interval=50", "+trainer.check_val_every_n_epoch=null"],
         ["trainer.limit_test_batches=0", "trainer.limit_val_batches=0"],
@@ -121,7 +112,7 @@ def test_a_finished_run_has_what_later_commands_need(tmp_path, capsys, options):
     call("train", *TOY, *options, place)
     said = capsys.readouterr()
     assert "error" not in said.err
-    validated = "test_batches=0" in options[0] and "max_epochs=1" in options[-1]
+    validated = options[-1] in ("trainer.max_steps=3", "trainer.max_epochs=1")
     assert ("best.ckpt has the last weights" in said.out) == (not validated)
     assert ("validation set" in said.out) == ("trainer.limit_test_batches=0" in options)
     assert (", the best so far" in said.out) == validated
@@ -143,14 +134,16 @@ def test_a_folder_without_best_ckpt_gives_its_last_and_says_so(half, tmp_path, c
     assert code == 2
 
 
-@pytest.mark.parametrize("file", ["metrics.csv", "last.ckpt", "best.ckpt"])
-def test_a_folder_that_is_removed_does_not_come_back(tmp_path, capsys, monkeypatch, file):
+@pytest.mark.parametrize(
+    "options",  # what is written next: metrics.csv, last.ckpt or best.ckpt
+    [
+        [],
+        ["callbacks.save.every_n_steps=1", "trainer.log_every_n_steps=9"],
+        ["trainer.log_every_n_steps=0"],
+    ],
+)
+def test_a_folder_that_is_removed_does_not_come_back(tmp_path, capsys, monkeypatch, options):
     folder, step = tmp_path / "run", RNODE.training_step
-    options = {
-        "metrics.csv": [],
-        "last.ckpt": ["callbacks.save.every_n_steps=1", "trainer.log_every_n_steps=9"],
-        "best.ckpt": ["trainer.log_every_n_steps=0"],
-    }[file]
 
     def training_step(self, batch, batch_idx):
         if self.global_step == 5:
@@ -173,7 +166,7 @@ def test_validations_are_at_most_a_line_a_second(tmp_path, capsys, monkeypatch):
         return clock.now
 
     monkeypatch.setattr("rnode.training.progress.time", SimpleNamespace(monotonic=monotonic))
-    short = ["trainer.max_epochs=12", "trainer.limit_train_batches=1"]
+    short = ["trainer.max_epochs=12", "trainer.limit_train_batches=1", "callbacks.interval=null"]
     call("train", *TOY, *short, f"hydra.run.dir={tmp_path}")
     lines = [line for line in capsys.readouterr().out.splitlines() if ": validation " in line]
     assert 1 < len(lines) < 6

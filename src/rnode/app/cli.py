@@ -62,9 +62,9 @@ def run(command: str, arguments: list[str] | None = None) -> None:
         fixed = overrides
         if flags.multirun:
             parsed = OverridesParser.create().parse_overrides(overrides)
-            swept = [override.key_or_group for override in parsed if override.is_sweep_override()]
-            fixed = [override.input_line for override in parsed if not override.is_sweep_override()]
-            os.environ[SWEPT] = " ".join(swept)
+            swept = [override for override in parsed if override.is_sweep_override()]
+            os.environ[SWEPT] = " ".join(override.key_or_group for override in swept)
+            fixed = [override.input_line for override in parsed if override not in swept]
             overrides.append("hydra.mode=MULTIRUN")
         cfg = compose_config(command, fixed)
         if flags.help:
@@ -101,18 +101,19 @@ def start_hydra(command: str, arguments: list[str]) -> None:
 
     def job(cfg: DictConfig) -> Any:
         sys.argv = typed  # Lightning starts other processes by it
-        hydra_config = HydraConfig.get()
-        folder = Path(hydra_config.runtime.output_dir)
+        folder = Path(HydraConfig.get().runtime.output_dir)
         for name in (DIVERGED, FAILED):  # of an earlier job in this folder
             (folder / name).unlink(missing_ok=True)
         with one_line_errors(folder if in_sweep() else None):
             validate(command, cfg)  # again: a sweep has chosen values of its own
             make_paths_absolute(cfg)
             if command == "train" and is_first_process():
-                chosen = hydra_config.runtime.choices
+                chosen = HydraConfig.get().runtime.choices
                 print(f"{chosen.dataset} by a {chosen.model} flow, solver={chosen.solver}")
-                print(f"run folder: {folder} (Ctrl-C stops the run and says how to resume)")
-                sys.stdout.flush()
+                print(
+                    f"run folder: {folder} (Ctrl-C stops the run and says how to resume)",
+                    flush=True,
+                )
             prepare_process()
             # torch and Lightning are imported here: --help and mistakes do not wait for them.
             package = "rnode.paper" if command == "reproduce" else "rnode.app"  # benchmarks/paper

@@ -19,11 +19,10 @@ EXTREMES = 32  # images in each half of extremes.png
 def main(cfg: DictConfig) -> float:
     """Write evaluation.json, samples.csv and extremes.png; return the bits/dim."""
     density = from_checkpoint(cfg)
-    data, flow = density.data, density.flow
+    data, flow, folder = density.data, density.flow, Path(cfg.folder)
     data.setup()
     batches = track(data.eval_dataloader(cfg.split), f"{cfg.split} set")
     summary, columns = evaluate(flow, data.transform, batches, cfg.samples, cfg.seed)
-    folder = Path(cfg.folder)
     if "bounds" in columns:
         columns["bound"] = columns.pop("bounds")[-1]
     frame = pl.DataFrame({name: column.numpy() for name, column in columns.items()})
@@ -32,8 +31,8 @@ def main(cfg: DictConfig) -> float:
         rows, bits = getattr(data.splits, cfg.split), columns["bits_per_dim"]
         plot_extremes(rows, bits, data.transform.levels, EXTREMES, folder / "extremes.png")
     numbers = {name: value for name, value in summary.items() if not isinstance(value, list)}
-    divergence = "exact divergence" if flow.exact else str(flow.test_probes)
-    print_numbers(f"{cfg.split} set, {divergence}", numbers)
+    divergence = "exact" if flow.exact else str(flow.test_probes)
+    print_numbers(f"{cfg.split} set, divergence: {divergence}", numbers)
     settings = {
         "divergence": divergence,
         "ckpt_path": cfg.ckpt_path,

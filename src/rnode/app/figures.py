@@ -22,15 +22,12 @@ def choose_colours(runs: list[Run]) -> dict[str, str]:
 
 
 def plot_training(runs: list[Run], colours: dict[str, str]) -> Iterator[Figure]:
-    """Plot curves of the runs, with a band over seeds, and the NFE against the Jacobian norm.
-
-    What no run has measured has no figure.
-    """
+    """Plot curves of the runs, with a band over seeds. What no run has measured has no figure."""
     curves = {BITS: "val/seconds_total"} | {f"train/{name}": "step" for name in MEASURES}
     for key, against in curves.items():
         if not any(key in row and against in row for run in runs for row in run.rows):
             continue
-        figure, ax = subplots(figsize=(5, 3.4), layout="constrained")
+        figure, ((ax,),) = subplots(5, 3.4)
         for label, colour in colours.items():
             members = [run.curve(key, against) for run in runs if run.label() == label]
             plot_band(ax, members, color=colour)
@@ -39,13 +36,6 @@ def plot_training(runs: list[Run], colours: dict[str, str]) -> Iterator[Figure]:
             for bits in {row[GAUSSIAN] for run in runs for row in run.rows if GAUSSIAN in row}:
                 ax.axhline(bits, color="0.5", linestyle="--", zorder=0)
         ax.set(xlabel=against, ylabel=key)
-        yield figure
-    points = [run.curve("train/nfe_forward", "train/jacobian") for run in runs]
-    if any(xy.size for xy in points):
-        figure, ax = subplots(figsize=(5, 3.4), layout="constrained")
-        for run, xy in zip(runs, points, strict=True):
-            ax.scatter(*xy, s=12, c=colours[run.label()])
-        ax.set(xlabel="train/jacobian", ylabel="train/nfe_forward")
         yield figure
 
 
@@ -61,20 +51,20 @@ def plot_penalties(runs: list[Run], costs: Sequence[str] = COSTS) -> Figure | No
         place = tuple(run.settings.get(key) for key in LAMBDAS)
         if all(isinstance(value, float | int) for value in place):
             cells.setdefault(place, []).append(run)
-    costs = [name for name in costs if any(run.result.get(name) is not None for run in runs)]
+    costs = [name for name in costs if any(name in run.result for run in runs)]
     if not costs or len(cells) < 2 or len({run.label(*LAMBDAS) for run in runs}) > 1:
         return None
     k, j = (sorted(set(values)) for values in zip(*cells, strict=True))
     if 2 * len(cells) < len(k) * len(j):
         return None
-    size = {"figsize": (5 * len(costs), 4.2), "layout": "constrained"}
-    figure, axes = subplots(ncols=len(costs), squeeze=False, **size)
+    figure, axes = subplots(5 * len(costs), 4.2, columns=len(costs))
     for ax, name in zip(axes.flat, costs, strict=True):
         grid = np.full((len(k), len(j)), np.nan)
         for place, members in cells.items():
             y, x = k.index(place[0]), j.index(place[1])
-            results = [run.result[name] for run in members if run.result.get(name) is not None]
-            grid[y, x] = np.mean(results) if results else np.nan
+            results = [run.result[name] for run in members if name in run.result]
+            if results:
+                grid[y, x] = np.mean(results)
             text = f"{grid[y, x]:.5g}" if results else "×"  # all runs failed
             ax.text(x, y, text, ha="center", va="center", backgroundcolor="white")
         figure.colorbar(ax.imshow(grid, origin="lower", aspect="auto"), ax=ax, label=name)

@@ -9,7 +9,6 @@ from typing import Any
 
 import polars as pl
 from hydra.core.hydra_config import HydraConfig
-from hydra.utils import instantiate
 from jinja2 import Template
 from matplotlib.figure import Figure
 from omegaconf import DictConfig
@@ -19,7 +18,6 @@ from rnode.app.figures import COSTS, choose_colours, plot_penalties, plot_traini
 from rnode.app.runs import COLUMNS, Run, compare, read_runs, tabulate
 from rnode.app.summary import print_table
 from rnode.errors import require
-from rnode.training.loggers import finish_wandb
 from rnode.training.plots import save_figure
 from rnode.training.results import BITS, RESULTS
 from rnode.training.run_folder import whole_file
@@ -37,8 +35,8 @@ def main(cfg: DictConfig) -> None:
     print(f"{len(runs)} run(s); written to {path}")
 
 
-def report_sweep(folder: Path, wandb: DictConfig | None) -> None:
-    """Print a table of the jobs, write sweep.csv, sweep.png and report.html, and log them to W&B.
+def report_sweep(folder: Path) -> None:
+    """Print a table of the jobs, and write sweep.csv, sweep.png and report.html.
 
     The program exits with 1 unless all jobs finished.
     """
@@ -52,15 +50,8 @@ def report_sweep(folder: Path, wandb: DictConfig | None) -> None:
         (_, *columns), rows = tabulate(jobs, RESULTS)
         frame = pl.DataFrame(rows, ["job", *columns], orient="row", infer_schema_length=None)
         frame.write_csv(folder / "sweep.csv")
-        figure = plot_penalties(jobs)
-        if figure:
+        if figure := plot_penalties(jobs):
             save_figure(figure, folder / "sweep.png")
-        options = {"folder": str(folder), "name": "sweep", "group": folder.name}
-        if logger := wandb and instantiate(wandb, **options):
-            logger.log_table("sweep", frame.columns, rows)
-            if figure:
-                logger.log_image("sweep.png", [str(folder / "sweep.png")])
-            finish_wandb()
         write_report(jobs, folder / "report.html", problems)
         print(f"written to {folder / 'sweep.csv'} and report.html")
     for job in (job for job in jobs if job.status != "finished"):
@@ -91,10 +82,10 @@ def describe(name: str, runs: list[Run]) -> dict[str, Any]:
     for run in runs:
         run.swept.pop("dataset", None)  # the heading names it
     colours = choose_colours(runs)
-    measured = [c for c in COLUMNS if any(run.result.get(c) is not None for run in runs)]
+    measured = [c for c in COLUMNS if any(c in run.result for run in runs)]
     header, rows = tabulate(runs, measured)
-    bits = {run: run.result[BITS] for run in runs if run.result.get(BITS) is not None}
-    samples = {run.name: file for run in runs for file in sorted(run.folder.glob("samples/*.png"))}
+    bits = {run: run.result[BITS] for run in runs if BITS in run.result}
+    samples = {run.name: run.folder / "samples.png" for run in runs}
     figures = [*plot_training(runs, colours), *(plot_penalties(runs, [cost]) for cost in COSTS)]
     return {
         "name": name,
@@ -103,7 +94,9 @@ def describe(name: str, runs: list[Run]) -> dict[str, Any]:
         "best": min(bits, key=bits.get, default=None),
         "colours": colours,
         "figures": [draw(figure) for figure in figures if figure is not None],
-        "samples": {run: embed(file.read_bytes(), "png") for run, file in samples.items()},
+        "samples": {
+            name: embed(file.read_bytes(), "png") for name, file in samples.items() if file.exists()
+        },
     }
 
 

@@ -24,7 +24,7 @@ class Run:
     """A training run, read from its folder."""
 
     def __init__(self, folder: Path):
-        texts = [str(text) for text in OmegaConf.load(folder / results.OVERRIDES)]
+        texts = [str(text) for text in load(folder / results.OVERRIDES)]
         parsed = OverridesParser.create().parse_overrides(texts)
         self.folder = folder
         self.name = folder.name
@@ -38,10 +38,11 @@ class Run:
         self.swept: dict[str, object] = {}  # the settings in which runs that are compared differ
         self.environment = load(folder / ENVIRONMENT)
         self.status, self.reason = results.read_status(folder)
-        self.result = (self.status == "finished" and results.read_result(folder)) or {}
+        result = (self.status == "finished" and results.read_result(folder)) or {}
+        self.result = {name: number for name, number in result.items() if number is not None}
         rows = results.read_metrics(folder / results.METRICS)
         self.rows = [{key: float(cell) for key, cell in row.items()} for row in rows]
-        tested = [name for name in results.TESTED if self.result.get(name) is not None]
+        tested = [name for name in results.TESTED if name in self.result]
         whole = not tested or any(tested[0] in row for row in self.rows)  # the last to be logged
         require(whole, f"{results.METRICS} is truncated: it lacks the test")
 
@@ -60,9 +61,8 @@ def load(path: Path) -> dict:
     """Read a YAML file of a run; an empty dictionary if the run ended before it was written."""
     if not path.exists():
         return {}
-    text = path.read_text(encoding="utf-8")
-    require(bool(text.strip(" \n\0")), f"{path.name} is empty")
-    return OmegaConf.to_container(OmegaConf.create(text))
+    require(path.stat().st_size > 0, f"{path.name} is empty")
+    return OmegaConf.to_container(OmegaConf.load(path))
 
 
 def name_data(settings: dict) -> str:

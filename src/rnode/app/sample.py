@@ -6,43 +6,36 @@ import numpy as np
 import polars as pl
 import torch
 from omegaconf import DictConfig, OmegaConf
-from rich.progress import track
 
 from rnode.app.density import from_checkpoint
-from rnode.training.plots import plot_corner, plot_grids, plot_plane, plot_trajectory
+from rnode.training.plots import plot_corner, plot_grids, plot_trajectory
 
 FRAMES = 36  # of an animation, about
+ANIMATED = 16  # images in it
 
 
 @torch.no_grad()
 def main(cfg: DictConfig) -> None:
-    """Write samples.png and samples.npy, or samples.csv for a table, and plane.png for 2-D flows.
+    """Write samples.png, and samples.npy of images or samples.csv of a table.
 
-    With trajectory=true, also strip.png and trajectory.gif for images.
+    With trajectory=true, also trajectory.gif of images.
     """
-    density = from_checkpoint(cfg)
-    data, flow, folder = density.data, density.flow, Path(cfg.folder)
+    density, folder = from_checkpoint(cfg), Path(cfg.folder)
     context = OmegaConf.to_container(cfg.context)
-    c = data.conditions.encode(context, cfg.n).to(density.device)
-    z = density.sample_z(c, cfg.seed, cfg.temperature)
-    parts, nfe = [], []
-    for index in track(torch.arange(cfg.n).split(data.eval_batch_size), "samples"):
-        frames, evaluations = flow.solve_inverse(z[index], c[index])
-        parts.append(frames[-1].cpu())
-        nfe.append(evaluations)
-    y = torch.cat(parts)
-    x = data.transform.inverse(y)
+    samples = density.sample(cfg.n, context, cfg.seed, cfg.temperature)
     if density.columns is None:
-        plot_grids(folder / "samples.png", {"samples": x.float()})
-        np.save(folder / "samples.npy", density.decode(y))
+        images = torch.from_numpy(samples) / (density.data.transform.levels - 1)
+        plot_grids(folder / "samples.png", {"samples": images})
+        np.save(folder / "samples.npy", samples)
     else:
-        plot_corner(folder / "samples.png", {"samples": x}, density.columns)
+        points = torch.from_numpy(samples.to_numpy(writable=True))
+        plot_corner(folder / "samples.png", {"samples": points}, density.columns)
         conditions = [pl.Series(k, np.broadcast_to(v, cfg.n)) for k, v in context.items()]
-        density.decode(y).with_columns(conditions).write_csv(folder / "samples.csv")
-    if flow.d == 2 and flow.k == 0:
-        plot_plane(flow, flow.trajectory(z[:200], intervals=32), folder / "plane.png")
+        samples.with_columns(conditions).write_csv(folder / "samples.csv")
     if cfg.trajectory and density.columns is None:
-        frames = flow.trajectory(z[:16], c[:16], max(3, FRAMES // len(flow.pieces)))
-        plot_trajectory(data.transform.inverse(frames).float().cpu(), folder)
-    print(f"{cfg.n} samples, NFE {np.mean(nfe):.1f} a batch by {flow.solver.test.method}")
-    print(f"folder: {folder}")
+        c = density.encode_context(context, cfg.n).to(density.device)
+        z = density.sample_z(c, cfg.seed, cfg.temperature)[:ANIMATED]
+        intervals = max(3, FRAMES // len(density.flow.pieces))
+        frames = density.flow.trajectory(z, c[:ANIMATED], intervals)
+        plot_trajectory(density.data.transform.inverse(frames).float().cpu(), folder)
+    print(f"{cfg.n} samples in {folder}")

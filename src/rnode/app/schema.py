@@ -74,7 +74,7 @@ class Method(Section):
 class Solver(Section):
     gradient: Literal[GRADIENTS] = key("how gradients are computed", "backprop")
     dtype: Literal["float32", "float64"] | None = key("least precise dtype of z, l, E and n")
-    train: Method | None = key("the method that trains", None)
+    train: Method = key("the method that trains", None)
     test: Method = key("the method of validation, test and sampling")
 
 
@@ -106,15 +106,15 @@ class Trainer(Section):
     enable_progress_bar: bool = key("print how far the run is")
 
 
-class Callback(Section):
+class Entry(Section):
+    """A callback or a logger."""
+
     every_n_steps: PositiveInt | None = key("steps between checkpoints, or validations", None)
     every_n_epochs: PositiveInt | None = key("epochs from one samples.png to the next", None)
     patience: PositiveInt | None = key("validations without a better one that stop a run", None)
     share: Annotated[float, Field(ge=0, le=1)] = key("share of the run by flow matching", 0.0)
     tolerance: NonNegativeFloat = key("bits/dim by which a finer grid has to differ", 0.0)
 
-
-class Logger(Section):
     mode: Literal["offline", "online", "disabled"] = key("offline, online or disabled", "offline")
     project: str | None = key("W&B project", None)
     name: str | None = key("name of the run; null: its folder, or its swept overrides", None)
@@ -143,8 +143,8 @@ class Train(Section, extra="forbid"):
     reg: Regularizer = key("the penalties of equation (17)")
     optimizer: Optimizer = key("torch.optim.Adam, or another class by optimizer._target_")
     trainer: Trainer = key("Lightning's Trainer; +trainer.OPTION=… sets any other option of it")
-    callbacks: dict[str, Callback | None] = key("Lightning's; +callbacks.NAME._target_=… adds one")
-    logger: dict[str, Logger | None] = key("Lightning's; +logger.NAME._target_=… adds one")
+    callbacks: dict[str, Entry | None] = key("Lightning's; +callbacks.NAME._target_=… adds one")
+    logger: dict[str, Entry | None] = key("Lightning's; +logger.NAME._target_=… adds one")
 
 
 class FromCheckpoint(Section, extra="forbid"):
@@ -172,7 +172,7 @@ class Sample(FromCheckpoint):
     n: PositiveInt = key("number of samples")
     context: dict[str, Any] = key("what a conditional density is given, as context.COLUMN=VALUE")
     temperature: NonNegativeFloat = key("standard deviation of z")
-    trajectory: bool = key("save the way from noise to images, as a strip and an animation")
+    trajectory: bool = key("save the way from noise to images as an animation")
 
 
 class Score(FromCheckpoint):
@@ -247,7 +247,6 @@ def help_text(command: str, cfg: DictConfig) -> str:
 
 def describe_keys(schema: type, config: dict, path: str = "") -> list[str]:
     """One line for each key of a section: its name, its sentence and its value."""
-    entries = {"callbacks.": Callback, "logger.": Logger}
     lines = []
     for name, value in config.items():
         if name.startswith("_") or name == "source":  # for Hydra
@@ -256,7 +255,7 @@ def describe_keys(schema: type, config: dict, path: str = "") -> list[str]:
         about = field.description if field else "an option of the class"
         if isinstance(value, dict):
             lines.append(f"{path}{name}: {value.get('_target_', about)}")
-            section = field.annotation if field else entries.get(path)
+            section = field.annotation if field else Entry
             lines += describe_keys(section, value, f"{path}{name}.")
         else:
             text = value if isinstance(value, str) else json.dumps(value)

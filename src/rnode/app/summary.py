@@ -9,17 +9,14 @@ from rich.table import Table
 WIDE = 1000  # columns of a file or a pipe, which cut nothing off
 
 
-def print_numbers(title: str, numbers: Mapping[str, float]) -> str:
-    """Print numbers by their names below a title, and return what was printed."""
+def print_numbers(title: str, numbers: Mapping[str, float]) -> None:
+    """Print numbers by their names below a title."""
     table = Table("quantity", "value", title=title, title_justify="left")
     for name, number in numbers.items():
         table.add_row(name, f"{number:.5g}")
-    return print_table(table)
+    print_table(table)
 
 
-def print_table(table: Table) -> str:
-    """Print a table, and return its text."""
+def print_table(table: Table) -> None:
     width = None if sys.stdout.isatty() else WIDE
-    console = Console(record=True, markup=False, highlight=False, width=width)
-    console.print(table)
-    return console.export_text()
+    Console(markup=False, highlight=False, width=width).print(table)

@@ -26,8 +26,7 @@ def in_sweep() -> bool:
 
 def metric_values(cfg: DictConfig, result: dict) -> float | list[float]:
     """Return the results that a guided sweep optimizes; NaN for one that was not measured."""
-    measured = [result.get(name) for name in cfg.sweep_metrics]
-    values = [math.nan if value is None else value for value in measured]
+    values = [math.nan if result.get(k) is None else result[k] for k in cfg.sweep_metrics]
     return values[0] if len(values) == 1 else values
 
 
@@ -61,4 +60,4 @@ class Sweep(Callback):
         from rnode.app.report import report_sweep  # imports torch, which takes seconds
 
         with one_line_errors():  # Hydra would turn other exceptions of a callback into warnings
-            report_sweep(Path(config.hydra.sweep.dir), config.logger.get("wandb"))
+            report_sweep(Path(config.hydra.sweep.dir))

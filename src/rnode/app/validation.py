@@ -63,7 +63,7 @@ def validate(command: str, cfg: DictConfig) -> None:
         COMMANDS[command].model_validate(OmegaConf.to_container(cfg, resolve=True))
     except ValidationError as error:
         detail = error.errors()[0]
-        key = ".".join(map(str, detail["loc"]))
+        key = ".".join(str(part) for part in detail["loc"] if "[" not in str(part))  # no types
         time = detail["type"] == "string_pattern_mismatch"
         right = "must be [DD:]HH:MM:SS" if time else detail["msg"]
         raise InputError(f"{key}={detail['input']}: {right}") from error

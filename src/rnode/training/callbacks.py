@@ -1,4 +1,4 @@
-"""Lightning callbacks: what training has cost, and figures of samples."""
+"""Lightning callbacks: what training has cost, when it is validated, figures of samples."""
 
 import gc
 import math
@@ -12,8 +12,7 @@ from pytorch_lightning.utilities import rank_zero_only
 
 from rnode.training.module import RNODE
 from rnode.training.plots import plot_corner, plot_grids
-from rnode.training.run_folder import whole_file
-from rnode.transforms import Batch, ImageTransform
+from rnode.transforms import ImageTransform
 
 IMAGES, POINTS = 64, 2000  # samples in a figure
 
@@ -61,30 +60,29 @@ class ValidationInterval(Callback):
         self.every_n_steps = every_n_steps
 
     def on_train_start(self, trainer: Trainer, module: RNODE) -> None:
-        batches = trainer.num_training_batches
-        steps = math.ceil(batches / trainer.accumulate_grad_batches)
-        default = trainer.val_check_batch == batches and trainer.check_val_every_n_epoch == 1
-        self.epochs = math.ceil(self.every_n_steps / steps) if default else 1
-        if self.epochs > 1 and trainer.enable_validation:
-            trainer.print(f"an epoch has {steps} steps: validation every {self.epochs} epochs")
+        self.steps = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
+        default = trainer.val_check_interval == trainer.check_val_every_n_epoch == 1
+        self.epochs = math.ceil(self.every_n_steps / self.steps) if default else 1
 
-    def on_train_batch_start(self, trainer: Trainer, module: RNODE, batch: Batch, i: int) -> None:
+    def on_train_batch_start(self, trainer: Trainer, module: RNODE, *_) -> None:
         if self.epochs > 1:
-            batches = trainer.num_training_batches
-            steps = trainer.estimated_stepping_batches - trainer.global_step
-            end = i + steps * trainer.accumulate_grad_batches
-            due = end <= batches or (trainer.current_epoch + 1) % self.epochs == 0
-            trainer.val_check_batch = min(end, batches) if due else batches + 1
+            last = trainer.current_epoch + 1 == trainer.max_epochs
+            last |= 0 < trainer.max_steps - trainer.global_step <= self.steps
+            trainer.check_val_every_n_epoch = 1 if last else self.epochs
+
+    def on_train_batch_end(self, trainer: Trainer, module: RNODE, *_) -> None:
+        if self.epochs > 1 and trainer.global_step == trainer.max_steps:
+            trainer.should_stop = True  # Lightning then validates before the end of the epoch
 
 
 class Figures(Callback):
-    """Saves samples beside held-out data, of the tested weights and every `every_n_epochs` epochs.
+    """Saves samples.png, samples beside held-out data: every `every_n_epochs`, and at the test.
 
-    In training it waits for a validation. samples.png is the last figure of the folder samples.
+    In training it waits for a validation.
     """
 
     def __init__(self, folder: str, every_n_epochs: int):
-        self.folder, self.every_n_epochs = Path(folder), every_n_epochs
+        self.path, self.every_n_epochs = Path(folder) / "samples.png", every_n_epochs
 
     def on_train_start(self, trainer: Trainer, module: RNODE) -> None:
         self.drawn = trainer.current_epoch // self.every_n_epochs
@@ -93,14 +91,14 @@ class Figures(Callback):
         due = (trainer.current_epoch + 1) // self.every_n_epochs
         if trainer.state.fn == "fit" and not trainer.sanity_checking and due > self.drawn:
             self.drawn = due
-            self.draw(trainer, module, "val", f"{trainer.global_step:07d}")
+            self.draw(trainer, module, "val")
 
     def on_test_end(self, trainer: Trainer, module: RNODE) -> None:
-        self.draw(trainer, module, "test", "tested")
+        self.draw(trainer, module, "test")
 
     @rank_zero_only
     @torch.no_grad()
-    def draw(self, trainer: Trainer, module: RNODE, stage: str, name: str) -> None:
+    def draw(self, trainer: Trainer, module: RNODE, stage: str) -> None:
         """Write and log a figure of validation data and as many samples for the same c."""
         data, device = trainer.datamodule, module.device
         images = isinstance(data.transform, ImageTransform)
@@ -113,14 +111,10 @@ class Figures(Callback):
         bits = float(trainer.callback_metrics[f"{stage}/bits_per_dim"])
         title = f"samples (step {trainer.global_step}, {stage} {bits:.3f} bits/dim)"
         panels = {"held-out data": held_out.float().cpu(), title: samples.float().cpu()}
-        path = self.folder / "samples" / f"{name}.png"
-        path.parent.mkdir(exist_ok=True)
         if images:
-            plot_grids(path, panels)
+            plot_grids(self.path, panels)
         else:
-            plot_corner(path, panels, data.transform.names)
-        with whole_file(self.folder / "samples.png") as file:
-            file.write(path.read_bytes())
+            plot_corner(self.path, panels, data.transform.names)
         for logger in (each for each in trainer.loggers if isinstance(each, WandbLogger)):
-            logger.log_image("samples", [str(path)])
+            logger.log_image("samples", [str(self.path)])
         gc.collect()  # figures refer to themselves and would pile up

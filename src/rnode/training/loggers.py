@@ -24,14 +24,10 @@ class MetricsCSV(Logger):
     def __init__(self, path: Path, checkpoint: dict | None = None):
         super().__init__()
         self.path, self.columns = path, []
-        rows = []
-        if checkpoint is not None:
-            before = (
-                row for row in read_metrics(path) if int(row["step"]) < checkpoint["global_step"]
-            )
-            rows = [row for row in before if not any(key.startswith("test/") for key in row)]
         if rank_zero_only.rank == 0:
-            self.write(rows)
+            rows = [] if checkpoint is None else read_metrics(path)
+            done = (row for row in rows if int(row["step"]) < checkpoint["global_step"])
+            self.write([row for row in done if not any(key.startswith("test/") for key in row)])
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
@@ -76,9 +72,7 @@ def wandb_logger(folder: str, mode: str, tags: list[str], **options: object) -> 
     """
     if mode == "disabled":
         return None
-    import wandb  # takes a second to import
-
-    wandb.setup(wandb.Settings(silent=True))  # the table at the end says what W&B would
+    os.environ.setdefault("WANDB_SILENT", "true")  # the table at the end says what W&B would
     place = os.environ.get("WANDB_DIR", folder)
     return WandbRun(save_dir=place, mode=mode, tags=list(tags), **options)
 

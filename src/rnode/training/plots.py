@@ -1,11 +1,9 @@
-"""Figures as files: samples, the most and least likely data, trajectories."""
+"""Figures as files: samples of images and of tables."""
 
 import math
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
 from cycler import cycler
 from matplotlib import rc_context
 from matplotlib.axes import Axes
@@ -14,7 +12,6 @@ from PIL import Image
 from torch import Tensor
 from torchvision.utils import make_grid
 
-from rnode.flow import Flow
 from rnode.training.run_folder import whole_file
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#666666")
@@ -26,12 +23,12 @@ STYLE = {
 
 
 def subplots(
-    nrows: int = 1, ncols: int = 1, squeeze: bool = True, **options: Any
-) -> tuple[Figure, Any]:
-    """Make a figure with axes, without pyplot: its backend and settings stay the caller's."""
+    width: float, height: float, rows: int = 1, columns: int = 1
+) -> tuple[Figure, np.ndarray]:
+    """Make a figure of (rows, columns) axes, without pyplot: its settings stay the caller's."""
     with rc_context(STYLE):
-        figure = Figure(**options)
-        return figure, figure.subplots(nrows, ncols, squeeze=squeeze)
+        figure = Figure((width, height), layout="constrained")
+        return figure, figure.subplots(rows, columns, squeeze=False)
 
 
 def save_figure(figure: Figure, path: Path) -> None:
@@ -42,13 +39,17 @@ def save_figure(figure: Figure, path: Path) -> None:
 
 def plot_grids(path: Path, panels: dict[str, Tensor]) -> None:
     """Plot images (N, C, H, W) in [0, 1] as square grids; `panels` holds them by their titles."""
-    size = {"figsize": (5 * len(panels), 5.3), "layout": "constrained"}
-    figure, axes = subplots(ncols=len(panels), squeeze=False, **size)
+    figure, axes = subplots(5 * len(panels), 5.3, columns=len(panels))
     for ax, (title, images) in zip(axes.flat, panels.items(), strict=True):
         ax.set_title(title)
-        ax.imshow(image_grid(images), interpolation="nearest")
-        ax.axis("off")
+        plot_images(ax, images)
     save_figure(figure, path)
+
+
+def plot_images(ax: Axes, images: Tensor) -> None:
+    """Plot images (N, C, H, W) in [0, 1] as a square grid."""
+    ax.imshow(image_grid(images), interpolation="nearest")
+    ax.axis("off")
 
 
 def plot_band(ax: Axes, curves: list[tuple[np.ndarray, np.ndarray]], **style: str) -> None:
@@ -64,18 +65,9 @@ def plot_band(ax: Axes, curves: list[tuple[np.ndarray, np.ndarray]], **style: st
     ax.plot(x, y, marker="." if len(x) == 1 else None, **style)
 
 
-def limits_of(points: Tensor) -> np.ndarray:
-    """Return limits (2, d) of axes that show 99.8 % of the points (N, d) in each column."""
-    points = points.numpy().astype(np.float64)
-    finite = np.where(np.isfinite(points), points, np.nan)
-    low, high = np.nan_to_num(np.nanquantile(finite, [0.001, 0.999], axis=0))
-    margin = 0.07 * (high - low) + 1e-6 * np.abs(low) + 1e-12
-    return np.stack([low - margin, high + margin])
-
-
-def image_grid(images: Tensor, columns: int | None = None) -> np.ndarray:
-    """Images (N, C, H, W) → a grid (H', W', 3), square by default."""
-    columns = columns or math.ceil(len(images) ** 0.5)
+def image_grid(images: Tensor) -> np.ndarray:
+    """Images (N, C, H, W) → a square grid (H', W', 3)."""
+    columns = math.ceil(len(images) ** 0.5)
     return make_grid(images, nrow=columns, padding=1, pad_value=0.5).permute(1, 2, 0).numpy()
 
 
@@ -83,14 +75,17 @@ def plot_corner(path: Path, panels: dict[str, Tensor], names: list[str]) -> None
     """Plot the first ten columns of one or two tables (N, d): histograms, and pairs beside them.
 
     `panels` holds the tables by their titles. The pairs of the first are below the diagonal, and
-    the axes show it.
+    the axes show 99.8 % of it in each column.
     """
     names = [name.replace("$", r"\$") for name in names[:10]]  # no formulas
     count, first = len(names), next(iter(panels.values()))
-    low, high = limits_of(first[:, :count])
+    points = first[:, :count].numpy().astype(np.float64)
+    points[~np.isfinite(points)] = np.nan
+    low, high = np.nan_to_num(np.nanquantile(points, [0.001, 0.999], axis=0))
+    margin = 0.07 * (high - low) + 1e-6 * np.abs(low) + 1e-12
+    low, high = low - margin, high + margin
     edges = min(50, math.ceil(len(first) ** 0.5)) + 1  # of the bins
-    size = {"figsize": (2 * count + 2, 2 * count + 2), "layout": "constrained"}
-    figure, axes = subplots(count, count, squeeze=False, **size)
+    figure, axes = subplots(2 * count + 2, 2 * count + 2, count, count)
     for k, (title, points) in enumerate(panels.items()):
         for i, j in np.ndindex(count, count):
             ax, color = axes[i, j], COLOURS[k]
@@ -120,38 +115,9 @@ def plot_extremes(rows: Tensor, bits: Tensor, levels: int, count: int, path: Pat
 
 
 def plot_trajectory(frames: Tensor, folder: Path) -> None:
-    """Write frames (times, N, C, H, W) in [0, 1] as strip.png and trajectory.gif."""
-    times = torch.linspace(0, len(frames) - 1, min(len(frames), 12)).round().long()
-    chosen = frames[times, :8]  # a column for each time
-    columns, rows = chosen.shape[:2]
-    grid = image_grid(chosen.transpose(0, 1).flatten(0, 1), columns)
-    figure, ax = subplots(figsize=(columns, rows + 0.7), layout="constrained")
-    ax.imshow(grid, interpolation="nearest")
-    middles = grid.shape[1] / columns * (np.arange(columns) + 0.5)
-    ax.set_xticks(middles, [f"{float(share):.2f}" for share in times / (len(frames) - 1)])
-    ax.set(yticks=[], xlabel="share of the way from noise to image")
-    save_figure(figure, folder / "strip.png")
+    """Write frames (times, N, C, H, W) in [0, 1] as trajectory.gif."""
     grids = ((255 * image_grid(frame)).round().astype(np.uint8) for frame in frames)
     first, *others = (Image.fromarray(grid.repeat(4, 0).repeat(4, 1)) for grid in grids)
     durations = [80] * len(others) + [2000]  # milliseconds
     path = folder / "trajectory.gif"
     first.save(path, save_all=True, append_images=others, duration=durations, loop=0)
-
-
-@torch.no_grad()
-def plot_plane(flow: Flow, frames: Tensor, path: Path) -> None:
-    """Plot the density of a 2-D flow, and the paths `frames` (times, N, 2)."""
-    limits = limits_of(torch.cat([frames[0], frames[-1]]).cpu()).T  # of noise and samples
-    across, up = (torch.linspace(*map(float, pair), 150) for pair in limits)
-    points = torch.cartesian_prod(across, up).to(frames)
-    density = flow.log_prob(points).exp().view(150, 150).T.float().cpu()
-    figure, (left, right) = subplots(ncols=2, figsize=(10, 5.3), layout="constrained")
-    left.imshow(density, origin="lower", extent=limits.flatten())
-    left.set_title("density")
-    paths = frames[:, :200].cpu().numpy()
-    right.plot(paths[..., 0], paths[..., 1], color="0.6", linewidth=0.5)
-    right.scatter(*paths[0].T, s=4, label="z, normal")
-    right.scatter(*paths[-1].T, s=4, label="x, sample")
-    right.set(xlim=limits[0], ylim=limits[1], aspect="equal", title="trajectories")
-    figure.legend(loc="outside lower right", ncols=2)
-    save_figure(figure, path)

@@ -38,39 +38,30 @@ class Pretraining(Callback):
         vars(self).update(state)
 
 
-def time_passed(trainer: Trainer) -> float:
-    """Return how much of trainer.max_time has passed, from 0 to 1; 0 if it is not set."""
-    timer = next((each for each in trainer.callbacks if isinstance(each, Timer)), None)
-    if timer is None:
-        return 0.0
-    spent = timer.time_elapsed()
-    return trainer.strategy.broadcast(spent / (spent + max(timer.time_remaining(), 0.0)))
-
-
 def steps_passed(trainer: Trainer) -> float:
     """Return how much of trainer.max_steps has passed, from 0 to 1; 0 if it is not set."""
     return trainer.global_step / trainer.max_steps if trainer.max_steps > 0 else 0.0
 
 
-def epochs_passed(trainer: Trainer) -> float:
-    """Return how much of trainer.max_epochs has passed, from 0 to 1; 0 if it is not set.
+def decay_passed(trainer: Trainer) -> float:
+    """Return how much of the run has passed, from 0 to 1, but for a max_steps beside max_epochs.
 
     Earlier epochs count as whole, however many batches they had before the run was resumed.
     """
     if trainer.max_epochs == -1:
-        return 0.0
-    window = trainer.accumulate_grad_batches
-    steps = math.ceil(trainer.num_training_batches / window)  # of an epoch
-    done = trainer.current_epoch * steps + trainer.fit_loop.epoch_loop.batch_idx // window
-    return done / (trainer.max_epochs * steps)
-
-
-def decay_passed(trainer: Trainer) -> float:
-    """Return how much of the run has passed, from 0 to 1, but for a max_steps beside max_epochs."""
-    limit = steps_passed if trainer.max_epochs == -1 else epochs_passed
-    return max(limit(trainer), time_passed(trainer))
+        share = steps_passed(trainer)
+    else:
+        window = trainer.accumulate_grad_batches
+        steps = math.ceil(trainer.num_training_batches / window)  # of an epoch
+        done = trainer.current_epoch * steps + trainer.fit_loop.epoch_loop.batch_idx // window
+        share = done / (trainer.max_epochs * steps)
+    for timer in (each for each in trainer.callbacks if isinstance(each, Timer)):  # of max_time
+        spent = timer.time_elapsed()
+        spent_share = spent / (spent + max(timer.time_remaining(), 0.0))
+        share = max(share, trainer.strategy.broadcast(spent_share))
+    return share
 
 
 def passed(trainer: Trainer) -> float:
     """Return how much of the run has passed, from 0 to 1."""
-    return max(steps_passed(trainer), epochs_passed(trainer), time_passed(trainer))
+    return max(steps_passed(trainer), decay_passed(trainer))

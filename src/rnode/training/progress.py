@@ -1,4 +1,4 @@
-"""What a run prints while it trains: what it is, how long an epoch takes, and validations."""
+"""What a run prints while it trains: what it is, how long it takes, and validations."""
 
 import math
 import time
@@ -6,22 +6,21 @@ from datetime import timedelta
 
 import torch
 from pytorch_lightning import Callback, Trainer
-from pytorch_lightning.callbacks import Timer
 
 from rnode.data.datamodule import SPLIT_NAMES
 from rnode.training.module import RNODE
-from rnode.training.pretraining import epochs_passed, steps_passed
+from rnode.training.pretraining import passed
 from rnode.transforms import TableTransform
-
-ESTIMATE_STEP = 3  # step after which the duration is estimated; the first step is not timed
 
 
 class Progress(Callback):
-    """Prints the data, the flow and the device, the time of an epoch, and validations."""
+    """Prints the data, the flow and the device, the time of an epoch, and validations.
 
-    steps = 0  # steps of this process by the current loss
+    The time is that of two steps after the first batch of each loss.
+    """
+
+    batches = 0  # of this process by the current loss
     start = 0  # the first step of equation (17)
-    began = 0.0  # time after the first step
     line = ""  # of the last validation, if it is not printed
     printed = -math.inf  # time of the last line
 
@@ -36,29 +35,29 @@ class Progress(Callback):
         )
 
     def on_train_batch_end(self, trainer: Trainer, module: RNODE, *_) -> None:
-        self.steps = self.steps + 1 if self.start == module.pretraining.start else 1
+        self.batches = self.batches + 1 if self.start == module.pretraining.start else 1
         self.start = module.pretraining.start
-        if self.steps in (1, ESTIMATE_STEP) and torch.accelerator.is_available():
+        timed = 2 * trainer.accumulate_grad_batches
+        if self.batches not in (1, 1 + timed):
+            return
+        if torch.accelerator.is_available():
             torch.accelerator.synchronize()
-        if self.steps == 1:
-            self.began = time.monotonic()
-        if self.steps == ESTIMATE_STEP:
-            seconds = (time.monotonic() - self.began) / (ESTIMATE_STEP - 1)
+        now, share = time.monotonic(), passed(trainer)
+        if self.batches > 1:
+            seconds = (now - self.began) / timed
             loss = "flow matching" if module.pretraining.matching else "equation (17)"
             epoch = timedelta(seconds=round(seconds * trainer.num_training_batches))
-            cost = f"{module.nfe} NFE and {seconds:.2g} s, an epoch {epoch}"
-            share = max(steps_passed(trainer), epochs_passed(trainer))
-            steps = (1 - share) * trainer.estimated_stepping_batches
-            ends = [seconds * steps * trainer.accumulate_grad_batches]
-            ends += [c.time_remaining() for c in trainer.callbacks if isinstance(c, Timer)]
-            left = f", {timedelta(seconds=round(min(ends)))} to go" if min(ends) < math.inf else ""
-            trainer.print(f"a step of {loss} takes {cost}{left}")
+            line = f"a step of {loss} takes {module.nfe} NFE and {seconds:.2g} s, an epoch {epoch}"
+            if share > self.share:  # the run has a limit
+                left = (now - self.began) * (1 - share) / (share - self.share)
+                line += f", {timedelta(seconds=round(left))} to go"
+            trainer.print(line)
+        self.began, self.share = now, share
 
     def on_validation_end(self, trainer: Trainer, module: RNODE) -> None:
-        metrics, best = trainer.callback_metrics, None
-        if trainer.checkpoint_callback is not None:
-            best = trainer.checkpoint_callback.best_model_score
+        metrics = trainer.callback_metrics
         bits, error = (float(metrics[f"val/bits_per_dim{end}"]) for end in ("", "_se"))
+        best = getattr(trainer.checkpoint_callback, "best_model_score", None)
         better = "" if best is not None and bits >= best else ", the best so far"
         last = f" of {trainer.max_epochs}" if trainer.max_epochs > 0 else ""
         place = f"epoch {trainer.current_epoch + 1}{last}, step {trainer.global_step}"

@@ -96,11 +96,10 @@ class TF32(Callback):
     full float32, as every method evaluates.
     """
 
-    def on_fit_start(self, *_) -> None:
-        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-
     def on_train_batch_start(self, trainer: Trainer, module: RNODE, *_) -> None:
         torch.backends.cudnn.allow_tf32 = not module.flow.solver.train.adaptive
 
     def on_train_batch_end(self, *_) -> None:
         torch.backends.cudnn.allow_tf32 = False
+
+    on_fit_start = on_train_batch_end

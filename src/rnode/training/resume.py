@@ -2,9 +2,9 @@
 
 These are all places where a run reaches into the state of Lightning that is not its interface:
 
-- `SaveAndStop.on_save_checkpoint` and `on_load_checkpoint` set the counters of Lightning's loops in
-  a checkpoint. Lightning's own also count batches whose gradients were still being accumulated, and
-  an epoch that max_steps cut short as a whole one.
+- `SaveAndStop.on_save_checkpoint` sets the counters of Lightning's loops in a checkpoint. Its own
+  also count batches whose gradients were still being accumulated, and an epoch that max_steps cut
+  short as a whole one.
 - `EarlyStopping` does not count while flow matching trains.
 - `BestCheckpoint.load_state_dict` sets what ModelCheckpoint knows of the best checkpoint. Lightning
   forgets it if the folder of the run has moved, and trusts the names that a checkpoint holds.
@@ -88,17 +88,6 @@ class SaveAndStop(Callback):
         used = self.used if self.epoch == epoch else 0
         if used < trainer.num_training_batches:
             count_batches(checkpoint["loops"]["fit_loop"], epoch, used, self.step)
-        checkpoint["epoch_batches"] = trainer.num_training_batches
-
-    def on_load_checkpoint(self, trainer: Trainer, module: RNODE, checkpoint: dict) -> None:
-        """Let an epoch that was cut short go on at the same share of its batches."""
-        loops = checkpoint["loops"]["fit_loop"]
-        used = loops["epoch_loop.batch_progress"]["current"]["processed"]
-        before = checkpoint.get("epoch_batches", 0)
-        now = batches_of_an_epoch(trainer, trainer.datamodule)
-        if used < before != now:
-            used = min(round(used * now / before), now - 1)
-            count_batches(loops, checkpoint["epoch"], used, checkpoint["global_step"])
 
     def stop(self, trainer: Trainer) -> None:
         """Raise Stopped, in all processes at the same step, if any of them received a signal."""
