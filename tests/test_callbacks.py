@@ -10,20 +10,19 @@ from pytorch_lightning.trainer.states import TrainerFn
 from helpers import EPOCHS
 from rnode.training import callbacks
 from rnode.training.loggers import MetricsCSV
-from rnode.training.pretraining import Pretraining, passed
 from rnode.training.resume import EarlyStopping
+from rnode.training.schedule import passed
 
 
-def validations(callback, values, matching=0):
+def validations(callback, values):
     """Return after which of the validations, counted from 1, the callback stops the run."""
     trainer = SimpleNamespace(current_epoch=0, world_size=1, should_stop=False)
     trainer.sanity_checking = trainer.fast_dev_run = False
     trainer.state = SimpleNamespace(fn=TrainerFn.FITTING)
     trainer.strategy = SimpleNamespace(reduce_boolean_decision=lambda stop, all: stop)
     for number, value in enumerate(values, 1):
-        module = SimpleNamespace(pretraining=SimpleNamespace(matching=number <= matching))
         trainer.callback_metrics = {"val/bits_per_dim": torch.tensor(value)}
-        callback.on_validation_end(trainer, module)
+        callback.on_validation_end(trainer, None)
         if trainer.should_stop:
             return number
     return None
@@ -32,7 +31,6 @@ def validations(callback, values, matching=0):
 def test_a_run_stops_early_after_so_many_validations_without_a_better_one():
     values = [3.0, 2.0, 2.5, 2.1, 2.2, 2.3]
     assert validations(EarlyStopping(3), values) == 5
-    assert validations(EarlyStopping(3), values, matching=3) == 6
     assert validations(EarlyStopping(None), values) is None
 
 
@@ -64,19 +62,6 @@ def test_a_run_lasts_until_the_first_of_its_limits(monkeypatch):
     assert passed(trainer_at(6, 30)) == 0.2
     assert passed(trainer_at(6, 30, timer)) == pytest.approx(0.4)
     assert passed(trainer_at(15, 30, timer)) == 0.5
-
-
-def test_flow_matching_ends_once_its_share_of_the_run_has_passed():
-    callback, optimizer = Pretraining(0.5), SimpleNamespace(state={"step": 1})
-    for step in range(6):
-        trainer = trainer_at(step, 6)
-        trainer.print, trainer.optimizers = print, [optimizer]
-        callback.on_train_batch_start(trainer, SimpleNamespace())
-        assert callback.matching == (step < 3) == bool(optimizer.state)
-    resumed = Pretraining(0.5)
-    resumed.load_state_dict(callback.state_dict())
-    assert (resumed.matching, resumed.start) == (False, 3)
-    assert not Pretraining().matching
 
 
 def test_figures_are_drawn_every_few_epochs_and_of_the_tested_weights(run, monkeypatch):

@@ -54,7 +54,8 @@ def test_a_mistake_gets_one_line(tmp_path, capsys, arguments, words):
 
 
 @pytest.mark.parametrize(
-    "arguments", ["train", "train dataset=mnist", "train pretrain=flow_matching", "sample"]
+    "arguments",
+    ["train", "train dataset=mnist", "train dataset=table dataset.path=x.csv", "sample"],
 )
 def test_help_describes_every_group_option_and_key(capsys, arguments):
     command, *overrides = arguments.split()

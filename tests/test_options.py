@@ -9,7 +9,7 @@ from rnode.app.schema import CONF
 
 pytestmark = pytest.mark.usefixtures("blank_figures")
 DATA = ("arrays", "cifar10", "digits", "folder", "mnist", "patches", "table", "toy")
-GROUPS = ("dataset", "experiment", "model", "pretrain", "regularizer", "solver")
+GROUPS = ("dataset", "experiment", "model", "regularizer", "solver")
 
 
 def data_of(name, root, monkeypatch):
@@ -50,7 +50,6 @@ def options():
 def test_every_option_of_every_group_takes_two_steps(run, tmp_path, monkeypatch, group, name):
     reads = group in ("dataset", "experiment")
     data = data_of(name, tmp_path / "data", monkeypatch) if reads else []
-    data += ["model=mlp"] if group == "pretrain" else []  # a flow on one space
     folder = run(f"{group}={name}", *TWO_STEPS, *data)
     losses = column(folder, "train/loss")
     assert len(losses) == 2

@@ -58,8 +58,7 @@ ACCUMULATE = "trainer.accumulate_grad_batches=4"  # steps after batches 4 and 6 
 OFTEN = "+trainer.val_check_interval=2"
 DECAY = ("warmup_steps=2", "decay=true")
 REFINE = ("callbacks.refine_grid.tolerance=1e-9", "warmup_steps=3")  # at the first step
-MATCHING = ("pretrain=flow_matching", "callbacks.pretraining.share=0.3")  # for four steps
-MATCHING = (*MATCHING, "model=mlp", "decay=true")
+GAUSSIAN = ("base=gaussian", "decay=true")
 SAVE = ("callbacks.save.every_n_steps=2",)
 
 
@@ -114,7 +113,7 @@ def crash():
     ("options", "end", "batch"),
     [
         ((), terminate, 5),
-        (MATCHING, terminate, 2),
+        (GAUSSIAN, terminate, 2),
         (SAVE, crash, 7),
         *(slow((), terminate, batch) for batch in (3, 6, 11)),
         *(slow((ACCUMULATE,), terminate, batch) for batch in (3, 5, 9)),

@@ -17,8 +17,8 @@ from helpers import EPOCHS, TRAIN, TWO_STEPS, call, column, make_flow, succeed
 from rnode.app.schema import CONF
 from rnode.training.checkpoint import load_checkpoint
 from rnode.training.module import RNODE
-from rnode.training.pretraining import decay_passed
 from rnode.training.results import RESULTS
+from rnode.training.schedule import decay_passed
 
 pytestmark = pytest.mark.usefixtures("blank_figures")
 

@@ -16,7 +16,6 @@ _MODULES = {
     "dynamics": ("Dynamics", "Probes", "State"),
     "errors": ("Diverged", "InputError"),
     "flow": ("FactorOut", "Flatten", "Flow", "Piece", "PieceSolution", "Solution", "Squeeze"),
-    "matching": ("flow_matching",),
     "models": ("mlp", "multiscale"),
     "networks": ("Field", "TimeConv2d", "TimeLinear"),
     "loss": ("bits_per_dim", "log_normal", "objective"),

@@ -31,7 +31,6 @@ from rnode.training.checkpoint import AtomicCheckpointIO, load_to_resume
 from rnode.training.gaussian import validation_rows
 from rnode.training.loggers import MetricsCSV, finish_wandb
 from rnode.training.module import RNODE
-from rnode.training.pretraining import Pretraining
 from rnode.training.progress import Progress
 from rnode.training.results import CONFIG, DIVERGED, METRICS, OVERRIDES, RESULT, write_result
 from rnode.training.resume import BestCheckpoint, batches_of_an_epoch
@@ -116,7 +115,6 @@ def fit(cfg: DictConfig, overrides: Sequence[str] = ()) -> dict[str, float | Non
             decay=cfg.decay,
             seed=cfg.seed,
             config=config,
-            pretraining=next((c for c in callbacks if isinstance(c, Pretraining)), None),
         )
         if is_first_process():
             write_settings(cfg, overrides)

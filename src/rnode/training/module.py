@@ -13,13 +13,12 @@ from rnode.errors import Diverged
 from rnode.evaluation import measure, solve_and_measure, standard_error
 from rnode.flow import Flow, Solution
 from rnode.loss import objective
-from rnode.matching import flow_matching
 from rnode.networks import Field
 from rnode.seeding import PROBES, step_generator
 from rnode.solver import integrate, solver_errors
 from rnode.training.checkpoint import FORMAT
 from rnode.training.graphs import RecordedSolves
-from rnode.training.pretraining import Pretraining, decay_passed
+from rnode.training.schedule import decay_passed
 from rnode.transforms import Batch
 
 NEVER = torch.iinfo(torch.int64).max
@@ -29,8 +28,7 @@ class RNODE(LightningModule):
     """A flow that trains by equation (17).
 
     It logs bits_per_dim; kinetic and jacobian, E and n per dimension; nfe_forward and nfe_backward,
-    evaluations of f summed over the pieces. The loss of flow matching, which may come first, has
-    none of these.
+    evaluations of f summed over the pieces.
     """
 
     def __init__(
@@ -43,7 +41,6 @@ class RNODE(LightningModule):
         decay: bool = False,  # whether it then falls to 0 by the end of the run, as half a cosine
         seed: int = 0,  # of noise and probes
         config: dict | None = None,  # of the run, as plain containers; checkpoints carry it
-        pretraining: Pretraining | None = None,  # which steps have the loss of flow matching
     ):
         super().__init__()
         self.flow = flow
@@ -54,14 +51,13 @@ class RNODE(LightningModule):
         self.decay = decay
         self.seed = seed
         self.config = config or {}
-        self.pretraining = pretraining or Pretraining()
         # A row per sample: index, log_det, bits/dim, E/d, n/d. NaN is kept: the run has diverged.
         self.evaluated = CatMetric(nan_strategy="disable")
         self.validation_bits = torch.zeros(0)  # bits/dim of the validation samples, ascending
         self.first_bad_step = torch.tensor(NEVER)  # on the device, so that no step waits for it
         self.reason = ""  # why a solver gave up in this process
         self.step = 0  # the training step that runs
-        self.solution: Solution | None = None  # of this step; None for flow matching
+        self.solution: Solution | None = None  # of this step
         self.nfe = 0  # evaluations of f in the last training step
         self.integrate = integrate  # or CUDA graphs of it
 
@@ -89,10 +85,6 @@ class RNODE(LightningModule):
         self.step = self.global_step
         place = (self.seed, self.current_epoch, batch_idx, self.global_rank)
         generator = step_generator(self.device, *place, PROBES)
-        if self.pretraining.matching:
-            loss = flow_matching(self.flow, batch.y, batch.c, generator)
-            self.log_step({"loss": loss})
-            return loss
         try:
             self.solution = self.flow.solve(batch.y, batch.c, generator, self.integrate)
         except Diverged as error:
@@ -119,7 +111,7 @@ class RNODE(LightningModule):
             raise Diverged(f"{error} in the gradient at training step {self.step}") from None
 
     def on_after_backward(self) -> None:
-        self.nfe = len(self.flow.pieces) if self.pretraining.matching else 0
+        self.nfe = 0
         if self.solution is not None:
             self.log_step({"nfe_backward": self.solution.nfe_backward})
             self.nfe = self.solution.nfe_forward + self.solution.nfe_backward
@@ -190,7 +182,7 @@ class RNODE(LightningModule):
 
         It rises linearly over the warmup, times a cosine that falls to 0 as the share goes to 1.
         """
-        rise = min(1.0, (step - self.pretraining.start + 1) / (self.warmup_steps + 1))
+        rise = min(1.0, (step + 1) / (self.warmup_steps + 1))
         return rise * (1 + math.cos(math.pi * min(share, 1.0))) / 2
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:

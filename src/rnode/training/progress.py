@@ -9,18 +9,17 @@ from pytorch_lightning import Callback, Trainer
 
 from rnode.data.datamodule import SPLIT_NAMES
 from rnode.training.module import RNODE
-from rnode.training.pretraining import passed
+from rnode.training.schedule import passed
 from rnode.transforms import TableTransform
 
 
 class Progress(Callback):
     """Prints the data, the flow and the device, the time of an epoch, and validations.
 
-    The time is that of two steps after the first batch of each loss.
+    The time is that of two steps after the first batch.
     """
 
-    batches = 0  # of this process by the current loss
-    start = 0  # the first step of equation (17)
+    batches = 0  # of this process
     line = ""  # of the last validation, if it is not printed
     printed = -math.inf  # time of the last line
 
@@ -35,8 +34,7 @@ class Progress(Callback):
         )
 
     def on_train_batch_end(self, trainer: Trainer, module: RNODE, *_) -> None:
-        self.batches = self.batches + 1 if self.start == module.pretraining.start else 1
-        self.start = module.pretraining.start
+        self.batches += 1
         timed = 2 * trainer.accumulate_grad_batches
         if self.batches not in (1, 1 + timed):
             return
@@ -45,9 +43,8 @@ class Progress(Callback):
         now, share = time.monotonic(), passed(trainer)
         if self.batches > 1:
             seconds = (now - self.began) / timed
-            loss = "flow matching" if module.pretraining.matching else "equation (17)"
             epoch = timedelta(seconds=round(seconds * trainer.num_training_batches))
-            line = f"a step of {loss} takes {module.nfe} NFE and {seconds:.2g} s, an epoch {epoch}"
+            line = f"a step takes {module.nfe} NFE and {seconds:.2g} s, an epoch {epoch}"
             if share > self.share:  # the run has a limit
                 left = (now - self.began) * (1 - share) / (share - self.share)
                 line += f", {timedelta(seconds=round(left))} to go"

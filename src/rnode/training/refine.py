@@ -33,9 +33,9 @@ class RefineGrid(Callback):
             module.flow.solver = with_steps(module.flow.solver, self.steps)
 
     def on_train_batch_start(self, trainer: Trainer, module: RNODE, *_) -> None:
-        step = trainer.global_step - module.pretraining.start
+        step = trainer.global_step
         adaptive = module.flow.solver.train.adaptive  # it has no grid
-        if module.pretraining.matching or adaptive or doublings(step) == 0:
+        if adaptive or doublings(step) == 0:
             return
         data = trainer.datamodule
         index = torch.arange(min(data.batch_size, len(data.splits.val)))
@@ -65,9 +65,9 @@ class RefineGrid(Callback):
 
 
 def doublings(step: int) -> int:
-    """How often the grid may be doubled at a step of equation (17).
+    """How often the grid may be doubled at a step.
 
-    Flow matching may leave a flow that needs a much finer grid. Up to step 30, errors come and go.
+    Up to step 30, errors come and go.
     """
     if step == 0:
         return 4

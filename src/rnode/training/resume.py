@@ -5,7 +5,6 @@ These are all places where a run reaches into the state of Lightning that is not
 - `SaveAndStop.on_save_checkpoint` sets the counters of Lightning's loops in a checkpoint. Its own
   also count batches whose gradients were still being accumulated, and an epoch that max_steps cut
   short as a whole one.
-- `EarlyStopping` does not count while flow matching trains.
 - `BestCheckpoint.load_state_dict` sets what ModelCheckpoint knows of the best checkpoint. Lightning
   forgets it if the folder of the run has moved, and trusts the names that a checkpoint holds.
 - `rnode.training.module.RNODE.logs` and `rnode.data.datamodule` read
@@ -156,8 +155,3 @@ class EarlyStopping(callbacks.EarlyStopping):
     def __init__(self, patience: int | None):
         patience = math.inf if patience is None else patience
         super().__init__("val/bits_per_dim", patience=patience, check_on_train_epoch_end=False)
-
-    def on_validation_end(self, trainer: Trainer, module: RNODE) -> None:
-        super().on_validation_end(trainer, module)
-        if module.pretraining.matching:
-            self.wait_count = 0
