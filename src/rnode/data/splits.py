@@ -49,8 +49,14 @@ class Splits:
     def encode(self, transform: Transform, conditions: Conditions) -> None:
         """Use this transform, and the conditions for c."""
         self.transform, self.conditions = transform, conditions
-        parts = zip(SPLIT_NAMES, self.parts, self.columns, strict=True)
-        self.c = {name: conditions.encode(values, len(x)) for name, x, values in parts}
+        self.c = {}
+        for name, x, values in zip(SPLIT_NAMES, self.parts, self.columns, strict=True):
+            require(len(x) > 0, f"the {name} split is empty")
+            if isinstance(x, Tensor) and x.is_floating_point():
+                require(
+                    bool(x.isfinite().all()), f"the {name} split has values that are not finite"
+                )
+            self.c[name] = conditions.encode(values, len(x))
 
     @property
     def parts(self) -> tuple[Any, Tensor, Tensor]:
@@ -65,11 +71,10 @@ class Splits:
 
     def restore(self, known: Mapping[str, Tensor]) -> None:
         """Move each sample whose hash is in `known` to the split that has it there."""
-        here = np.repeat(range(3), [len(x) for x in self.parts])
-        found = torch.cat([hash_rows(x) for x in self.parts])
-        for i, name in reversed(list(enumerate(SPLIT_NAMES))):  # training is the last word
-            here[np.isin(found, known[name])] = i
         x = torch.cat(self.parts)
+        here = np.repeat(range(3), [len(part) for part in self.parts])
+        for i, name in reversed(list(enumerate(SPLIT_NAMES))):  # training is the last word
+            here[np.isin(hash_rows(x), known[name])] = i
         columns = {k: np.concatenate([v[k] for v in self.columns]) for k in self.columns[0]}
         places = [np.flatnonzero(here == i) for i in range(3)]
         self.train, self.val, self.test = (x[place] for place in places)
@@ -91,7 +96,6 @@ def image_splits(
     validation: float = 0.1,
     test: float = 0.1,
     context: str | None = None,
-    white: float | None = None,
 ) -> Splits:
     """Return images of so many grey levels; `context=label` conditions them on their labels.
 
@@ -100,7 +104,7 @@ def image_splits(
     """
     parts = hold_out(images, validation, test)
     x = [parts[name] for name in SPLIT_NAMES]
-    transform = ImageTransform(levels, alpha, white)
+    transform = ImageTransform(levels, alpha)
     if context is None:
         return Splits(*x, transform)
     label = Label.fit(np.concatenate(list(labels.values())))

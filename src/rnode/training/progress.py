@@ -8,7 +8,7 @@ import torch
 from pytorch_lightning import Callback, Trainer
 from pytorch_lightning.callbacks import Timer
 
-from rnode.data.datamodule import SPLIT_NAMES
+from rnode.data.splits import SPLIT_NAMES
 from rnode.training.module import RNODE
 from rnode.training.pretraining import epochs_passed, steps_passed
 from rnode.transforms import TableTransform
