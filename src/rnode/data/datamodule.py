@@ -91,9 +91,6 @@ class DataModule(LightningDataModule):
         else:
             splits.fit()
         self.shape, self.transform, self.conditions = shape, splits.transform, splits.conditions
-        for x in splits.parts:
-            if isinstance(self.transform, TableTransform) and isinstance(x, Tensor):
-                self.transform.require_inside(x)
         self.identify()
         if self.batch_size is None:
             most = 512 if isinstance(self.transform, TableTransform) else 64

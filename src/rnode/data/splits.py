@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rnode.data.conditions import Conditions, Label
 from rnode.errors import require
-from rnode.transforms import ImageTransform, Transform
+from rnode.transforms import ImageTransform, TableTransform, Transform
 
 SPLIT_SEED = 0  # the same samples are held out whatever the seed of the run
 SPLIT_NAMES = {"train": "training", "val": "validation", "test": "test"}
@@ -52,10 +52,8 @@ class Splits:
         self.c = {}
         for name, x, values in zip(SPLIT_NAMES, self.parts, self.columns, strict=True):
             require(len(x) > 0, f"the {name} split is empty")
-            if isinstance(x, Tensor) and x.is_floating_point():
-                require(
-                    bool(x.isfinite().all()), f"the {name} split has values that are not finite"
-                )
+            if isinstance(transform, TableTransform) and isinstance(x, Tensor):
+                transform.require_inside(x)
             self.c[name] = conditions.encode(values, len(x))
 
     @property
@@ -72,9 +70,10 @@ class Splits:
     def restore(self, known: Mapping[str, Tensor]) -> None:
         """Move each sample whose hash is in `known` to the split that has it there."""
         x = torch.cat(self.parts)
+        found = hash_rows(x)
         here = np.repeat(range(3), [len(part) for part in self.parts])
         for i, name in reversed(list(enumerate(SPLIT_NAMES))):  # training is the last word
-            here[np.isin(hash_rows(x), known[name])] = i
+            here[np.isin(found, known[name])] = i
         columns = {k: np.concatenate([v[k] for v in self.columns]) for k in self.columns[0]}
         places = [np.flatnonzero(here == i) for i in range(3)]
         self.train, self.val, self.test = (x[place] for place in places)
