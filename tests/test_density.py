@@ -1,7 +1,6 @@
 """A trained density from Python, and the commands that score and sample."""
 
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import polars as pl
@@ -87,33 +86,6 @@ def test_the_rank_is_the_share_of_validation_samples_that_are_more_likely(fitted
     assert np.isnan(unvalidated.score(rows[:2])["rank"]).all()
 
 
-def test_columns_have_any_name_and_integers_stay_integers():
-    """No value of an argument is read as a command line would be."""
-    n, name = np.random.default_rng(0).poisson(4, 400), "x, λ=[1]"
-    table = {"n": n, name: np.exp(n / 2), "share": (n + 1) / 50}
-    options = {"integer": ["n"], "log": [name], "logit": {"share": (0, 1)}}
-    density = rnode.fit(
-        table, overrides=["trainer.max_steps=2", "model.hidden=4", *QUIET], **options
-    )
-    samples = density.sample(50)
-    assert samples.schema == {"n": pl.Int64, name: pl.Float64, "share": pl.Float64}
-    assert samples["n"].n_unique() > 1
-    assert samples[name].min() > 0
-    assert 0 < samples["share"].min() < samples["share"].max() < 1
-
-
-def test_fit_writes_to_folders_of_its_own_alone(rows):
-    fit = partial(rnode.fit, rows[["a", "b"]], overrides=["trainer.max_steps=1", *QUIET])
-    fit()
-    fit()
-    runs = list(Path("outputs/table").iterdir())
-    assert len(runs) == 2
-    for options in ({"colums": ["a"]}, {"columns": "a"}, {"max_time": "5"}):
-        with pytest.raises(InputError):
-            fit(**options)
-    assert list(Path("outputs/table").iterdir()) == runs
-
-
 def test_pixels_are_checked_and_score_as_the_evaluation_does(digits_run):
     density = rnode.load(digits_run / "best.ckpt")
     density.data.setup()
@@ -177,7 +149,7 @@ def test_a_folder_of_images_scores_in_the_format_of_the_training_data(digits_run
     assert identity["file"].to_list() == ["1.png", "b/0.png"]
     np.testing.assert_array_equal(images, pixels[[1, 0]])
     assert np.isfinite(density.log_prob(images)).all()
-    with pytest.raises(InputError, match="17 grey levels are not the bits of a pixel"):
+    with pytest.raises(InputError, match="path: must be a .npy file, of 17 grey levels"):
         read(rnode.load(digits_run), tmp_path, [])
 
 

@@ -63,16 +63,6 @@ def test_each_image_is_in_one_split_whose_cut_never_changes(tmp_path):
     assert found[-3:] == [91, 7, 83]  # as in every version
 
 
-def test_folders_named_as_splits_are_the_splits(tmp_path):
-    images = image_files(tmp_path / "train", 20, (4, 4))
-    image_files(tmp_path / "test" / "deep", 5, (4, 4))
-    image_files(tmp_path / "elsewhere", 5, (4, 4))
-    splits = load(tmp_path, validation=3, context="label")
-    assert [len(part) for part in parts_of(splits)] == [17, 3, 5]
-    assert splits.conditions.columns["label"].classes == ("0", "1", "deep")
-    assert np.array_equal(splits.test[:, 0], images[[0, 2, 4, 1, 3]])
-
-
 def test_a_broken_file_is_named_or_left_out(tmp_path, capsys):
     image_files(tmp_path, 100, (4, 4))
     path = tmp_path / "1" / "001.png"

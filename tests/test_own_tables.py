@@ -175,17 +175,6 @@ def test_too_few_rows_are_one_line(rows, capsys):
     assert code == 2
 
 
-def test_repeated_values_are_one_line(tmp_path, capsys):
-    often = [0.5] * 3 + B[3:]
-    path = tmp_path / "rows.csv"
-    path.write_text(csv([often, often, often], "a,b,c"))
-    table(path=str(path))
-    printed = capsys.readouterr().out
-    assert printed.count("repeated values") == 1
-    assert "a (0.5 in 3 of 60 rows), b (0.5" in printed
-    assert "add noise as wide as their rounding" in printed
-
-
 CHANGES = {
     "nothing": lambda frame: frame,
     "unit": lambda frame: frame.with_columns(pl.col("a") * 1000),

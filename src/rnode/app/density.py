@@ -150,8 +150,6 @@ class Density:
         They are new ones in every call unless a `seed` is given.
         """
         require(n >= 0, f"n={n}: must be 0 or more")
-        if n == 0:
-            return self.sample(1, context, seed)[:0]
         c = self.encode_context({} if context is None else context, n).to(self.device)
         seed = int(torch.randint(2**62, ())) if seed is None else seed
         z = self.sample_z(n, seed, temperature)

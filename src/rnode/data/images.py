@@ -76,9 +76,8 @@ def load_idx(name: str, root: Path, part: str) -> tuple[Tensor, np.ndarray]:
         beside = folder / f"{stem}-labels-idx1-ubyte{ending}"
         if path.is_file():
             images = read_idx(path)[:, None]
-            return images, read_idx(beside).numpy() if beside.is_file() else np.full(
-                len(images), ""
-            )
+            labels = read_idx(beside).numpy() if beside.is_file() else np.full(len(images), "")
+            return images, labels
     known = from_torchvision(name, root, part)
     return known.data[:, None], known.targets.numpy()
 

@@ -227,7 +227,6 @@ def as_frame(rows: Any, names: list[str] | None = None, where: str = "rows") -> 
         pairs = rows.items()
     else:
         array = as_array(rows)
-        array = array[:, None] if array.ndim == 1 else array
         require(array.ndim == 2, f"{where}: are {array.shape}; must be (N, d)")
         names = names or [f"column_{i}" for i in range(array.shape[1])]
         right = f"must have {len(names)}: {listed(names)}"
