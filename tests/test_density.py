@@ -149,8 +149,8 @@ def test_a_folder_of_images_scores_in_the_format_of_the_training_data(digits_run
     assert identity["file"].to_list() == ["1.png", "b/0.png"]
     np.testing.assert_array_equal(images, pixels[[1, 0]])
     assert np.isfinite(density.log_prob(images)).all()
-    with pytest.raises(InputError, match="path: must be a .npy file, of 17 grey levels"):
-        read(rnode.load(digits_run), tmp_path, [])
+    with pytest.raises(InputError, match="of whole numbers from 0 to 16"):
+        rnode.load(digits_run).log_prob(read(rnode.load(digits_run), tmp_path, [])[0])
 
 
 @pytest.mark.parametrize("layers", [3, 4])

@@ -47,8 +47,6 @@ def read(density: Density, path: Path, names: Names) -> tuple[Any, pl.DataFrame]
         return rows, rows.select(pl.int_range(pl.len()).alias("row"), *names)
     require(not names, f"id={names}: must be left out; images have no columns")
     if path.is_dir():
-        levels = density.data.transform.levels
-        require(levels == 256, f"path: must be a .npy file, of {levels} grey levels")
         files = find_images(path)
         images, _ = decode_all(files, density.data.shape)
         names = [file.relative_to(path).as_posix() for file in files]
