@@ -69,7 +69,7 @@ def test_numbers_are_standardized_and_labels_become_unit_vectors():
         ({"year": [1.0], "maker": ["c"]}, "context.maker=c: must be one of a, b"),
         ({"year": ["x"], "maker": ["a"]}, "context.year=x: must be a number"),
         ({"year": [np.nan], "maker": ["a"]}, "context.year: must be finite"),
-        ({"year": [1.0]}, "context.maker: must be given"),
+        ({"year": [1.0]}, "context.maker: the conditions are year, maker"),
         ({"year": 1.0, "maker": "a", "town": 3}, "context.town: the conditions are year, maker"),
         ({"year": 1.0, "maker": ["a", "b"]}, "context.maker: has 2 values for 1 samples"),
     ],

@@ -20,34 +20,19 @@ def images():
     return np.random.default_rng(0).integers(256, size=(50, 28, 28), dtype=np.uint8)
 
 
-@pytest.mark.parametrize(
-    ("folder", "ending"),
-    [("", "-idx3-ubyte.gz"), ("MNIST/raw", "-idx3-ubyte"), ("archive", ".idx3-ubyte")],
-)
-def test_idx_files_are_found_in_their_usual_places_and_spellings(tmp_path, images, folder, ending):
+@pytest.mark.parametrize(("folder", "ending"), [("", ".gz"), ("MNIST/raw", "")])
+def test_idx_files_are_found_in_their_usual_places(tmp_path, images, folder, ending):
     (tmp_path / folder).mkdir(parents=True, exist_ok=True)
     for stem, count in (("train", 50), ("t10k", 7)):
-        write_idx(tmp_path / folder / f"{stem}-images{ending}", images[:count])
-        labels = ending.replace("idx3", "idx1")
-        write_idx(tmp_path / folder / f"{stem}-labels{labels}", images[:count, 0, 0] % 5)
+        write_idx(tmp_path / folder / f"{stem}-images-idx3-ubyte{ending}", images[:count])
+        labels = images[:count, 0, 0] % 5
+        write_idx(tmp_path / folder / f"{stem}-labels-idx1-ubyte{ending}", labels)
     splits = named_images(root=str(tmp_path), context="label", **MNIST)
     parts = hold_out({"train": torch.from_numpy(images), "test": torch.tensor(images[:7])}, 10, 0)
     for name, part in parts.items():
         assert torch.equal(getattr(splits, name), part[:, None])
         assert torch.equal(splits.c[name].argmax(1), part[:, 0, 0].long() % 5)
     assert (splits.transform.levels, splits.transform.logit.alpha) == (256, 0.05)
-
-
-def test_idx_files_without_labels_and_in_two_folders(tmp_path, images):
-    for name in ("a/train-images-idx3-ubyte", "a/t10k-images-idx3-ubyte"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        write_idx(tmp_path / name, images)
-    with pytest.raises(InputError, match="context=label: there are images without a label"):
-        named_images(root=str(tmp_path), context="label", **MNIST)
-    (tmp_path / "b").mkdir()
-    write_idx(tmp_path / "b/train-images-idx3-ubyte", images)
-    with pytest.raises(InputError, match="a/train.* and .*b/train.*: name one of their folders"):
-        named_images(root=str(tmp_path), **MNIST)
 
 
 @pytest.mark.parametrize(
@@ -112,24 +97,3 @@ def test_arrays_are_read_and_conditioned_on_their_labels(tmp_path, channels):
         (tmp_path / f"{name}_images.npy").unlink()
     splits = arrays(str(tmp_path), validation=3, test=0.25, context="label")
     assert [len(part) for part in parts_of(splits)] == [6, 3, 3]
-
-
-@pytest.mark.parametrize(
-    ("array", "message"),
-    [
-        ({}, "holds no train_images"),
-        (
-            {"train_images": np.zeros((9, 8), "u1")},
-            r"\(9, 8\) and type uint8: must be numbers, \(N",
-        ),
-        (
-            {"train_images": np.zeros((9, 8, 8), "u1"), "train_labels": np.zeros(8)},
-            "has 8 labels of 9 images",
-        ),
-    ],
-)
-def test_arrays_that_are_no_images_are_refused(tmp_path, array, message):
-    for name, values in array.items():
-        np.save(tmp_path / f"{name}.npy", values)
-    with pytest.raises(InputError, match=message):
-        arrays(str(tmp_path), context="label")

@@ -28,15 +28,10 @@ FRAME = pl.DataFrame({"a": X[:, 0], "b": X[:, 1], "flag": FLAGS})
 
 
 class Pandas:
-    """What is read of a DataFrame of pandas, with an index and columns of objects."""
+    """What is read of a DataFrame of pandas."""
 
     def __init__(self, columns):
-        self.columns = list(columns)
-        self.iloc = self
-        self.values = list(columns.values())
-
-    def __getitem__(self, place):
-        return self.values[place[1]]
+        self.items = columns.items
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +42,6 @@ def density(tmp_path_factory):
 
 ROWS = {
     "order": FRAME.select("flag", "b", "a"),
-    "lazy": FRAME.lazy(),
     "more": FRAME.with_columns(day=pl.date(2020, 1, 1), text=pl.lit("x"), list=pl.lit([1])),
     "text": FRAME.with_columns(pl.col("a", "b").cast(pl.String), pl.col("flag").cast(pl.String)),
     "dictionary": FRAME.to_dict(as_series=False),
@@ -55,13 +49,10 @@ ROWS = {
     "pandas": Pandas(
         {"mixed": np.array([1, "x"] * 30, object), "b": X[:, 1], "a": X[:, 0], "flag": FLAGS}
     ),
-    "structured": np.rec.fromarrays([FLAGS, X[:, 1], X[:, 0]], names="flag,b,a"),
 }
 ARRAYS = {
     "array": X,
     "list": X.tolist(),
-    "transposed": np.asfortranarray(X),
-    "float32": X.astype(np.float32),
     "long double": X.astype(np.longdouble),
     "nothing masked": np.ma.masked_array(X),
     "gradient": torch.tensor(X, requires_grad=True),
@@ -97,7 +88,10 @@ def test_bfloat16_is_rounded_and_no_rows_are_no_scores(density):
         ({"a": [1, "x"], "b": [1, 2]}, "rows: a is x in row 1, no number"),
         ({"a": [1, None], "b": [1, 2]}, "rows: a is nan in row 1|rows: a is None in row 1"),
         ({"a": [1, np.inf], "b": [1, 2]}, "rows: a is inf in row 1"),
-        ({"a": [1], " a": [2], "b": [1]}, "rows: two columns have the name a"),
+        (
+            {"a": [1], " a": [2], "b": [1]},
+            "rows: two columns have the name a",
+        ),
     ],
 )
 def test_rows_that_cannot_be_scored_are_named(rows, message, density):
@@ -123,8 +117,7 @@ def test_samples_are_new_unless_a_seed_is_given(density):
         ({"columns": ["a", "a"]}, "^columns=a: is there twice"),
         ({"columns": ["a", "flag"], "context": ["flag"]}, "^flag: is modelled, and context"),
         ({"columns": ["hole", "a"]}, r"in hole \(1\); missing='drop' leaves"),
-        ({"columns": ["a"], "context": ["day"]}, "^context=day: holds dates or times"),
-        ({"columns": ["${a}"]}, "must be renamed"),
+        ({"columns": ["a"], "context": ["day"]}, "^context=day: must be among a, b, hole, flag"),
         ({"missing": "dropp"}, "^missing=dropp: Input should be 'stop' or 'drop'"),
         ({"max_time": "5"}, "^max_time=5: must be"),
         ({"max_tim": "5"}, "'max_tim'.: are no keys of dataset=table"),
@@ -146,8 +139,9 @@ def test_options_may_be_arrays_and_columns_booleans():
         test=np.int64(7),
         overrides=SHORT,
     )
-    assert fitted.columns == ["flag", "a"]
-    assert set(fitted.sample(50)["flag"].to_list()) <= set(range(-9, 10))
+    samples = fitted.sample(50)
+    assert samples.schema == {"flag": pl.Int64, "a": pl.Float64}
+    assert samples["a"].is_between(-9, 9).all()
 
 
 def state():

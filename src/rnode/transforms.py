@@ -116,10 +116,9 @@ class ImageTransform(Transform):
 
     discrete = True
 
-    def __init__(self, levels: int, alpha: float, white: float | None = None):
+    def __init__(self, levels: int, alpha: float):
         self.dequantize = Dequantize(levels)
         self.logit = Logit(alpha)
-        self.white = white  # that pixels of more than 8 bits were scaled by; None: there were none
 
     @property
     def levels(self) -> int:
@@ -136,7 +135,7 @@ class ImageTransform(Transform):
 
     def state(self) -> dict[str, Any]:
         """The arguments of this transform."""
-        return {"levels": self.levels, "alpha": self.logit.alpha, "white": self.white}
+        return {"levels": self.levels, "alpha": self.logit.alpha}
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> "ImageTransform":

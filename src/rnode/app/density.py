@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import json
 import logging
 import os
 import random
@@ -10,7 +11,7 @@ import signal
 import tempfile
 import threading
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -119,13 +120,12 @@ class Density:
         1 is most unusual. It is NaN if the run had not validated before it wrote the checkpoint.
         A table of rows may hold the conditions itself; `progress` wraps the iterator of batches.
         """
-        x, columns = self.encode(rows)
-        c = self.encode_context(columns if context is None else context, len(x))
+        x, table = self.encode(rows)
+        c = self.encode_context(table if context is None else context, len(x))
         seeds = [self.seed] if self.flow.exact else [self.seed, self.seed + 1]
         parts = [torch.empty(len(seeds), 0)]
-        for index in progress(
-            torch.arange(len(x)).split(self.data.eval_batch_size) if len(x) else ()
-        ):
+        batches = torch.arange(len(x)).split(self.data.eval_batch_size) if len(x) else ()
+        for index in progress(batches):
             batch = self.data.transform.for_evaluation(x[index], index, c[index], self.seed)
             batch = batch.to(self.device)
             measures = [solve_and_measure(self.flow, batch, seed)[1] for seed in seeds]
@@ -147,11 +147,9 @@ class Density:
     ) -> Any:
         """Sample `n` rows: uint8 images (n, C, H, W), or a polars DataFrame of the columns.
 
-        Without a `seed` they are new ones in every call.
+        They are new ones in every call unless a `seed` is given.
         """
         require(n >= 0, f"n={n}: must be 0 or more")
-        if n == 0:
-            return self.sample(1, context, seed)[:0]
         c = self.encode_context({} if context is None else context, n).to(self.device)
         seed = int(torch.randint(2**62, ())) if seed is None else seed
         z = self.sample_z(c, seed, temperature)
@@ -162,8 +160,8 @@ class Density:
         """Sample z (n, d) for c (n, k) from the base, equal on all devices."""
         return self.flow.base.sample(c, temperature, torch.Generator().manual_seed(seed))
 
-    def encode(self, rows: Any) -> tuple[Tensor, Values]:
-        """Return rows as x (N, *shape), and the columns of conditions that they hold."""
+    def encode(self, rows: Any) -> tuple[Tensor, Values | pl.DataFrame]:
+        """Return rows as x (N, *shape), and the table that may hold their conditions."""
         transform, shape = self.data.transform, tuple(self.data.shape)
         if self.columns is None:
             x = torch.from_numpy(as_array(rows))
@@ -181,17 +179,14 @@ class Density:
             value = frame[self.columns[column]][row]
             raise InputError(f"rows: {self.columns[column]} is {value} in row {row}, not a number")
         transform.require_inside(x)
-        return x, self.conditions_of(frame)
-
-    def conditions_of(self, frame: pl.DataFrame) -> Values:
-        """Return the columns of conditions among those of a table."""
-        known = [name for name in self.data.conditions.columns if name in frame.columns]
-        return {name: frame[name].to_numpy() for name in known}
+        return x, frame
 
     def encode_context(self, context: Any, n: int) -> Tensor:
         """Return what `n` samples are conditioned on, c (n, k), from a dictionary or a table."""
         if not isinstance(context, Mapping):
-            context = self.conditions_of(as_frame(context))
+            frame = as_frame(context)
+            known = [name for name in self.data.conditions.columns if name in frame.columns]
+            context = {name: frame[name].to_numpy() for name in known}
         return self.data.conditions.encode(context, n)
 
     def decode(self, y: Tensor) -> Any:
@@ -228,51 +223,36 @@ def fit(
         InputError: if an argument is invalid.
     """
     with FITS, undisturbed():
-        return fit_table(rows, max_time, folder, ["dataset=table", *overrides], options)
+        cfg = compose_config("train", ["dataset=table", *overrides])
+        unknown = [name for name in options if name not in cfg.dataset]
+        require(not unknown, f"{unknown}: are no keys of dataset=table ({', '.join(cfg.dataset)})")
+        cfg.dataset.update(json.loads(json.dumps(options, default=to_list)))
+        cfg.trainer.max_time = max_time or cfg.trainer.max_time
+        frame = None if isinstance(rows, str | Path) else as_frame(rows)
+        cfg.dataset.path = str(Path(rows).expanduser().absolute()) if frame is None else ""
+        try:
+            validate("train", cfg)
+        except InputError as error:  # as the arguments of this function are called
+            raise InputError(re.sub(r"^(dataset|trainer)\.", "", str(error))) from None
+        if folder is None:
+            os.makedirs("outputs/table", exist_ok=True)
+            folder = tempfile.mkdtemp("", f"{datetime.now():%Y-%m-%d_%H-%M-%S}-", "outputs/table")
+        folder = Path(folder).absolute()
+        folder.mkdir(parents=True, exist_ok=True)
+        require(not any(folder.iterdir()), f"folder={folder}: must be new or empty")
+        cfg.folder = str(folder)
+        prepare_process()
+        with lock(folder, resumes=False):
+            if frame is not None:
+                cfg.dataset.path = str(folder / "rows.parquet")
+                frame.write_parquet(cfg.dataset.path)
+            train.fit(cfg, ["dataset=table", *overrides])
+        return load(folder)
 
 
-def fit_table(
-    rows: Any, max_time: str | None, folder: str | Path | None, overrides: list[str], options: dict
-) -> Density:
-    cfg = compose_config("train", overrides)
-    file = isinstance(rows, str | Path)
-    cfg.dataset.path = str(Path(rows).expanduser().absolute()) if file else "rows.parquet"
-    unknown = [name for name in options if name not in cfg.dataset]
-    require(not unknown, f"{unknown}: are no keys of dataset=table, which are {list(cfg.dataset)}")
-    options = plain_containers(options)
-    special = re.search(r"\$\{|'\?\?\?'", str(options))  # which OmegaConf would interpret
-    require(not special, f"{options}: a column whose name holds ${{ or is ??? must be renamed")
-    cfg.dataset.update(options)
-    cfg.trainer.max_time = max_time or cfg.trainer.max_time
-    try:
-        validate("train", cfg)
-    except InputError as error:
-        raise InputError(re.sub(r"^(dataset\.|trainer\.(?=max_time))", "", str(error))) from None
-    frame = None if file else as_frame(rows)
-    if folder is None:
-        os.makedirs("outputs/table", exist_ok=True)
-        folder = tempfile.mkdtemp("", f"{datetime.now():%Y-%m-%d_%H-%M-%S}-", "outputs/table")
-    folder = Path(folder).absolute()
-    folder.mkdir(parents=True, exist_ok=True)
-    require(not any(folder.iterdir()), f"folder={folder}: must be new or empty")
-    cfg.folder = str(folder)
-    prepare_process()
-    with lock(folder, resumes=False):
-        if frame is not None:
-            cfg.dataset.path = str(folder / "rows.parquet")
-            frame.write_parquet(cfg.dataset.path)
-        train.fit(cfg, overrides)
-    return load(folder)
-
-
-def plain_containers(value: Any) -> Any:
-    """Return arrays, indices of pandas and numbers of NumPy as containers of Python."""
-    value = value.tolist() if hasattr(value, "tolist") else value
-    if isinstance(value, Mapping):
-        return {key: plain_containers(part) for key, part in value.items()}
-    if isinstance(value, Iterable) and not isinstance(value, str):
-        return [plain_containers(part) for part in value]
-    return value
+def to_list(values: Any) -> Any:
+    """Return names or numbers of NumPy, pandas or polars as those of Python."""
+    return values.tolist() if hasattr(values, "tolist") else list(values)
 
 
 @contextlib.contextmanager

@@ -9,8 +9,8 @@ from omegaconf import DictConfig, OmegaConf
 from rich.progress import track
 
 from rnode.app.density import Density, from_checkpoint
-from rnode.data.folder import decode_all, find_images, layout
-from rnode.data.images import load_images, to_images
+from rnode.data.folder import decode_all, find_images
+from rnode.data.images import load_images
 from rnode.data.tables import Names, choose, read_table
 from rnode.errors import require
 from rnode.training.run_folder import whole_file
@@ -47,16 +47,9 @@ def read(density: Density, path: Path, names: Names) -> tuple[Any, pl.DataFrame]
         return rows, rows.select(pl.int_range(pl.len()).alias("row"), *names)
     require(not names, f"id={names}: must be left out; images have no columns")
     if path.is_dir():
-        levels = density.data.transform.levels
-        require(
-            levels == 256,
-            f"path: must be a .npy file; {levels} grey levels are not the bits of a pixel",
-        )
         files = find_images(path)
-        channels, *size = density.data.shape
-        shape, white = layout(files, channels, size, density.data.transform.white)
-        images, _ = decode_all(np.array(files), shape, white)
+        images, _ = decode_all(files, density.data.shape)
         names = [file.relative_to(path).as_posix() for file in files]
         return images, pl.DataFrame({"file": names})
-    rows = to_images(load_images(path), path, density.data.transform.white)
+    rows = load_images(path)
     return rows, pl.DataFrame({"row": np.arange(len(rows))})

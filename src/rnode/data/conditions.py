@@ -71,16 +71,15 @@ class Conditions:
 
     def encode(self, values: Mapping[str, Any], n: int) -> Tensor:
         """Encode what `n` samples are conditioned on: columns of `n` values, or of one → (n, k)."""
-        unknown = [name for name in values if name not in self.columns]
+        wrong = [name for name in self.columns if name not in values]
+        wrong += [name for name in values if name not in self.columns]
         known = ", ".join(self.columns) or "none"
-        require(not unknown, f"context.{', context.'.join(unknown)}: the conditions are {known}")
-        missing = [name for name in self.columns if name not in values]
-        require(not missing, f"context.{', context.'.join(missing)}: must be given")
+        require(not wrong, f"context.{', context.'.join(wrong)}: the conditions are {known}")
         parts = [torch.empty(n, 0)]
         for name, column in self.columns.items():
             array = np.atleast_1d(as_array(values[name]))
-            count = f"context.{name}: has {len(array)} values for {n} samples"
-            require(len(array) in (1, n), count)
+            fits = len(array) in (1, n)
+            require(fits, f"context.{name}: has {len(array)} values for {n} samples")
             parts.append(column.encode(name, np.broadcast_to(array, n)))
         return torch.cat(parts, dim=1)
 

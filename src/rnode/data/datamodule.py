@@ -6,33 +6,19 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from pytorch_lightning import LightningDataModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
 from rnode.data.conditions import Conditions
-from rnode.data.splits import SPLIT_NAMES, Splits
-from rnode.errors import InputError, require
+from rnode.data.splits import Splits
+from rnode.errors import require
 from rnode.seeding import NOISE, step_generator
 from rnode.transforms import Batch, ImageTransform, TableTransform, Transform
 
 # x (B, *shape), the index of each sample in its split (B,), and what it is conditioned on, c (B, k)
 Rows = tuple[Tensor, Tensor, Tensor]
-
-
-def require_finite(rows: Tensor, where: str) -> None:
-    """Raise InputError with the first row and column that is NaN or infinite."""
-    if rows.is_floating_point() and not rows.isfinite().all():
-        row, column = (~rows.isfinite()).nonzero()[0, :2].tolist()
-        value = rows[row, column]
-        raise InputError(f"row {row} of {where} is not finite: column {column} is {value}")
-
-
-def default_batch_size(n: int, most: int) -> int:
-    """Return an eighth of the `n` samples of an epoch, but 16 to `most`."""
-    return min(most, max(16, n // 8))
 
 
 def settings(shape: torch.Size, transform: Transform, context: list[str]) -> dict[str, Any]:
@@ -70,7 +56,7 @@ class DataModule(LightningDataModule):
     def __init__(
         self,
         source: Callable[..., Splits],  # called with **arguments
-        batch_size: int | None,  # of a training batch, in each process; None: `default_batch_size`
+        batch_size: int | None,  # of a training batch, in each process; None: an eighth of `train`
         eval_batch_size: int,
         flip: bool = False,  # whether training mirrors each image with probability 1/2
         seed: int = 0,  # of the order, the flips and the noise
@@ -84,7 +70,7 @@ class DataModule(LightningDataModule):
         self.flip = flip
         self.seed = seed
         self.splits: Splits | None = None
-        self.fingerprint: dict | None = None  # of the data: how many samples, and a hash
+        self.fingerprint: str | None = None  # a hash of the data
         self.hashes: dict[str, Tensor] | None = None  # of each sample, by split
 
     def setup(self, stage: str | None = None) -> None:
@@ -95,10 +81,6 @@ class DataModule(LightningDataModule):
             # The file may have got other columns since.
             self.arguments["columns"] = self.arguments["columns"] or self.transform.names
         splits = self.splits = self.source(**self.arguments)
-        for name, x in zip(SPLIT_NAMES, splits.parts, strict=True):
-            require(len(x) > 0, f"the {name} split is empty")
-            if isinstance(x, Tensor):
-                require_finite(x, f"the {SPLIT_NAMES[name]} data")
         shape = splits.val.shape[1:]
         context = list(splits.columns[0])
         if trained:
@@ -109,13 +91,10 @@ class DataModule(LightningDataModule):
         else:
             splits.fit()
         self.shape, self.transform, self.conditions = shape, splits.transform, splits.conditions
-        for x in splits.parts:
-            if isinstance(self.transform, TableTransform) and isinstance(x, Tensor):
-                self.transform.require_inside(x)
         self.identify()
         if self.batch_size is None:
-            table = isinstance(self.transform, TableTransform)
-            self.batch_size = default_batch_size(len(splits.train), 512 if table else 64)
+            most = 512 if isinstance(self.transform, TableTransform) else 64
+            self.batch_size = min(most, max(16, len(splits.train) // 8))
 
     def identify(self) -> None:
         """Compare the data with those of the checkpoint, and keep their samples apart as there."""
@@ -123,22 +102,16 @@ class DataModule(LightningDataModule):
         if hashes is None:
             return
         parts = [*hashes.values(), *self.splits.c.values()]
-        digest = hashlib.blake2b(b"".join(part.numpy().tobytes() for part in parts)).hexdigest()
-        fingerprint = {"samples": sum(map(len, hashes.values())), "hash": digest}
+        content = b"".join(part.numpy().tobytes() for part in parts)
+        fingerprint = hashlib.blake2b(content).hexdigest()
         if self.fingerprint is None:
             self.fingerprint, self.hashes = fingerprint, hashes
         elif fingerprint != self.fingerprint:
-            held_out = torch.cat([hashes["val"], hashes["test"]])
-            trained = int(np.isin(held_out, self.hashes["train"]).sum())
-            name = self.arguments.get("path") or self.arguments.get("root") or "the data"
-            counts = f"{fingerprint['samples']} samples, there {self.fingerprint['samples']}"
-            print(
-                f"{name}: differs from what the checkpoint was trained on ({counts}); "
-                f"{trained} samples of its training split are left out of validation and test"
-            )
+            path = self.arguments.get("path") or self.arguments.get("root") or "the data"
+            what = "differs from what the checkpoint was trained on"
+            print(f"{path}: {what}; samples that it knows stay in their splits")
             self.splits.restore(self.hashes)
             for name, part in self.splits.hashes().items():
-                require(len(part) > 0, f"the {name} split is empty")
                 self.hashes[name] = torch.cat([part, self.hashes[name]]).unique()
 
     def state_dict(self) -> dict:

@@ -3,7 +3,7 @@
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +13,20 @@ from PIL import ExifTags, Image, ImageOps
 from rich.progress import track
 from torch import Tensor
 
-from rnode.data.images import WHITES, to_bytes, white_of
 from rnode.data.splits import SPLIT_WORDS, Splits, hold_out, image_splits
 from rnode.errors import InputError, one_line, require
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".gif")
-WIDE = ("I", "F")  # modes of 16 and 32 bits, which Pillow would clip at 255
-UNLABELED = {"unlabeled", "unlabelled"}  # folders that are no class
-CHUNK = 1000  # files in the queue of the threads
-SIDE = 64  # of images whose own sizes differ, or suit no flow
+WIDE = ("I", "F")  # modes of 16 and 32 bits, whose white is not known
+UNLABELED = ("unlabeled", "unlabelled")  # folders that are no class
+SIDE = 64  # of images whose own sizes differ or are too large
 LARGEST_SIDE = 256  # of images that keep their size
 
 
 def image_folder(
     root: str,
     channels: int | None = None,  # 1 for grey images, 3 for RGB; None: 1 if all files are grey
-    size: int | Sequence[int] | None = None,  # a side, or [height, width]; None: see `own_size`
+    size: int | Sequence[int] | None = None,  # a side, or [height, width]; None: see `layout`
     on_error: str = "stop",
     validation: float = 0.1,
     test: float = 0.1,
@@ -41,32 +39,26 @@ def image_folder(
     options are those of `image_splits`.
     """
     folder = Path(root).expanduser()
-    files, divided = divide(folder, np.array(find_images(folder)))
+    files, divided = divide(folder, find_images(folder))
     size = [size, size] if isinstance(size, int) else size
-    shape, white = layout(np.concatenate(list(files.values())), channels, size)
+    shape = layout(np.concatenate(list(files.values())), channels, size)
     images, labels = {}, {}
     for name, part in hold_out(files, validation, test).items():
-        images[name], decoded = decode_all(part, shape, white, on_error)
+        images[name], decoded = decode_all(part, shape, on_error)
         folders = [(*path.relative_to(folder).parts[divided:-1], "")[0] for path in decoded]
         labels[name] = np.array(["" if first.lower() in UNLABELED else first for first in folders])
-    return image_splits(images, labels, white=white, **options)
+    return image_splits(images, labels, **options)
 
 
-def find_images(folder: Path) -> list[Path]:
+def find_images(folder: Path) -> np.ndarray:
     """Return the image files below a folder, in order; links are followed, to each file once."""
     require(folder.is_dir(), f"root={folder}: there is no such folder")
-    images, left_out = {}, Counter()
-
-    def order(path: Path) -> tuple:  # several links to a file: a split has it, or where it lies
-        return path.name.lower() not in SPLIT_WORDS, path.is_symlink(), path
-
-    def refused(error: OSError) -> None:
-        left_out[one_line(error)] += 1
-
-    for place, folders, names in os.walk(folder, onerror=refused, followlinks=True):
+    images, left_out, errors = {}, Counter(), []
+    for place, folders, names in os.walk(folder, onerror=errors.append, followlinks=True):
         paths = [Path(place, name) for name in (*folders, *names)]
         folders.clear()  # those to enter follow
-        for path in sorted(paths, key=order):
+        # A file that a link leads to as well is taken from the folder of a split.
+        for path in sorted(paths, key=lambda path: (path.name.lower() not in SPLIT_WORDS, path)):
             if path.name.startswith("."):
                 left_out[path.name] += 1
             elif path.suffix.lower() not in ENDINGS and not path.is_dir():
@@ -75,10 +67,11 @@ def find_images(folder: Path) -> list[Path]:
                 left_out["found again by a link"] += 1
             elif path.is_dir():
                 folders.append(path.name)
+    left_out.update(map(one_line, errors))
     print_left_out(folder, left_out)
     files = sorted((path for path in images.values() if not path.is_dir()), key=Path.as_posix)
     require(bool(files), f"root={folder}: holds no image ({', '.join(ENDINGS)})")
-    return files
+    return np.array(files)
 
 
 def print_left_out(folder: Path, counts: Counter) -> None:
@@ -95,8 +88,8 @@ def divide(folder: Path, files: np.ndarray) -> tuple[dict[str, np.ndarray], bool
     split = np.array([SPLIT_WORDS.get(name.lower(), "") for name in first])
     others = Counter(name for name, word in zip(first, split, strict=True) if not word)
     known = sorted(set(split) - {""})
-    beside = {name.lower() for name in others} - UNLABELED - {"no folder"}
-    if "train" in known and (len(known) > 1 or not beside):
+    classes = {name.lower() for name in others} - {*UNLABELED, "no folder"}
+    if "train" in known and (len(known) > 1 or not classes):
         print_left_out(folder, others)
         return {name: files[split == name] for name in known}, True
     if known:
@@ -105,56 +98,35 @@ def divide(folder: Path, files: np.ndarray) -> tuple[dict[str, np.ndarray], bool
 
 
 def layout(
-    paths: Sequence[Path],
-    channels: int | None = None,
-    size: Sequence[int] | None = None,
-    white: float | None = None,
-) -> tuple[tuple[int, ...], float | None]:
-    """Return (channels, height, width) and white for files, as given or as the files have them.
+    paths: np.ndarray, channels: int | None, size: Sequence[int] | None
+) -> tuple[int, int, int]:
+    """Return channels, height and width, as given or as the files have them.
 
-    White is the value of white in files of more than 8 bits; None: there are none.
+    The size is theirs if they agree and are not too large, else SIDE.
     """
-    headers = [each for each in in_threads(inspect, paths, "inspecting") if each is not None]
-    sizes = [size for size, _, _ in headers]
-    size = size or own_size(sizes)
-    scaled = sum(other != tuple(size) for other in sizes)
+    headers = [header for header in in_threads(inspect, paths, "inspecting") if header]
+    sizes = {size for size, _ in headers}
+    own = max(sizes, default=(SIDE, SIDE))
+    height, width = size or (own if len(sizes) == 1 and max(own) <= LARGEST_SIDE else (SIDE, SIDE))
+    scaled = sum(own != (height, width) for own, _ in headers)
     if scaled:
-        print(f"{scaled} of {len(paths)} images are scaled and cut to size={size[0]}×{size[1]}")
-    wide = [largest for _, _, largest in headers if largest is not None]
-    if wide and white is None:
-        white = white_of(max(wide), f"{len(wide)} images of more than 8 bits")
-    return (channels or (1 if all(grey for _, grey, _ in headers) else 3), *size), white
+        print(f"{scaled} of {len(paths)} images are scaled and cut to size={height}×{width}")
+    return channels or (1 if all(grey for _, grey in headers) else 3), height, width
 
 
-def inspect(path: Path) -> tuple[tuple[int, int], bool, float | None] | None:
-    """Return height and width, whether a file is grey, and the largest of more than 8 bits.
-
-    None: `decode` will refuse the file.
-    """
+def inspect(path: Path) -> tuple[tuple[int, int], bool] | None:
+    """Return height and width, and whether a file is grey; None: `decode` will refuse the file."""
     try:
         with Image.open(path) as image:
             turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
             size = image.size if turned else image.size[::-1]
-            if not image.mode.startswith(WIDE):
-                return size, image.mode in ("1", "L", "LA"), None
-            values = np.asarray(image)
-            to_bytes(values, path)
-            return size, True, float(values.max())
+            return size, image.mode in ("1", "L", "LA")
     except Exception:
         return None
 
 
-def own_size(sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
-    """Return the height and width of all images if they agree and suit a flow, or SIDE twice."""
-    height, width = own = max(sizes, default=(SIDE, SIDE))
-    while min(height, width) >= 8 and height % 2 == width % 2 == 0:  # as a multiscale flow does
-        height, width = height // 2, width // 2
-    suits = max(own) <= LARGEST_SIDE and 4 <= min(height, width) < 8
-    return own if suits and len(set(sizes)) <= 1 else (SIDE, SIDE)
-
-
 def decode_all(
-    paths: np.ndarray, shape: Sequence[int], white: float | None, on_error: str = ""
+    paths: np.ndarray, shape: Sequence[int], on_error: str = ""
 ) -> tuple[Tensor, np.ndarray]:
     """Decode files in threads: uint8 (N, *shape), and the files that are not broken."""
     images = np.empty((len(paths), *shape), np.uint8)
@@ -162,7 +134,7 @@ def decode_all(
 
     def read(i: int) -> None:
         try:
-            images[i] = decode(paths[i], shape, white)
+            images[i] = decode(paths[i], shape)
         except InputError as error:
             require(on_error == "skip", f"{error}{hint}")
             broken.append(i)
@@ -179,17 +151,16 @@ def decode_all(
 
 def in_threads(function: Callable, items: Sequence, title: str) -> list:
     """Return function(item) of each item; an error ends all."""
-    starts = track(range(0, len(items), CHUNK), f"{title} {len(items)} images")
-    with ThreadPoolExecutor() as pool:
-        chunks = (pool.map(function, items[start : start + CHUNK]) for start in starts)
-        return [result for chunk in chunks for result in chunk]
+    with ThreadPool() as pool:
+        results = pool.imap(function, items)
+        return list(track(results, f"{title} {len(items)} images", len(items)))
 
 
-def decode(path: Path, shape: Sequence[int], white: float | None = None) -> np.ndarray:
+def decode(path: Path, shape: Sequence[int]) -> np.ndarray:
     """Return an image, uint8 (channels, height, width) of this `shape`.
 
     What is longer is cut around the centre, and the rest is scaled. A file that is not a whole
-    image, or has pixels beyond 0 to `white`, raises InputError.
+    image, or has more than 8 bits, raises InputError.
     """
     channels, height, width = shape
     try:
@@ -198,15 +169,8 @@ def decode(path: Path, shape: Sequence[int], white: float | None = None) -> np.n
             image.load()
     except Exception as error:  # whatever Pillow makes of the bytes of a file
         raise InputError(f"{path}: is not a whole image ({one_line(error)[:200]})") from None
-    if image.mode.startswith(WIDE):
-        image = Image.fromarray(to_bytes(np.asarray(image), path, white or WHITES[-1]))
-    image = ImageOps.fit(in_mode(image, channels), (width, height), Image.Resampling.BILINEAR)
+    bits = f"{path}: has pixels of more than 8 bits (mode {image.mode}); save it with 8 bits"
+    require(not image.mode.startswith(WIDE), bits)
+    image = image.convert("L" if channels == 1 else "RGB")
+    image = ImageOps.fit(image, (width, height), Image.Resampling.BILINEAR)
     return np.asarray(image).reshape(height, width, channels).transpose(2, 0, 1)
-
-
-def in_mode(image: Image.Image, channels: int) -> Image.Image:
-    """Convert an image to 8 bits of grey or RGB; transparent pixels lie on black."""
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
-    return image.convert("L" if channels == 1 else "RGB")

@@ -2,6 +2,7 @@
 
 import contextlib
 import gzip
+import itertools
 import zlib
 from collections.abc import Sequence
 from functools import partial
@@ -21,8 +22,6 @@ from rnode.errors import InputError, one_line, require, require_choice
 from rnode.transforms import ImageTransform
 
 IDX = "train-images-idx3-ubyte and t10k-images-idx3-ubyte"
-WHITES = (1, 255, 1023, 4095, 16383, 65535)  # of shares, and of 8, 10, 12, 14 and 16 bits
-ROUNDING = 1 + 1e-6
 FILES = {"MNIST": IDX, "FashionMNIST": IDX, "KMNIST": IDX, "CIFAR10": "cifar-10-batches-py"}
 
 
@@ -58,7 +57,7 @@ def named_images(name: str, root: str, resize: int, **options: Any) -> Splits:
     """Return a data set of FILES, uint8 (N, C, resize, resize).
 
     `root` holds the files as torchvision stores them; what is missing is downloaded. IDX files are
-    also found in `root` itself and in one folder there, gzipped or plain.
+    also found in `root` itself, gzipped or plain.
     """
     require_choice("name", name, FILES)
     load = load_cifar10 if name == "CIFAR10" else load_idx
@@ -70,39 +69,31 @@ def named_images(name: str, root: str, resize: int, **options: Any) -> Splits:
 
 
 def load_idx(name: str, root: Path, part: str) -> tuple[Tensor, np.ndarray]:
-    """Return images (N, 1, H, W) of IDX files, and the labels in the file beside them."""
-    path = find_idx(name, root, part)
-    images = read_idx(path)[:, None]
-    beside = path.with_name(path.name.replace("images", "labels").replace("idx3", "idx1"))
-    return images, read_idx(beside).numpy() if beside.is_file() else np.full(len(images), "")
-
-
-def find_idx(name: str, root: Path, part: str) -> Path:
-    """Find a file of images, which is downloaded if it is missing."""
-    file = {"train": "train", "test": "t10k"}[part] + "-images[-.]idx3-ubyte*"
-    for folder in ("", f"{name}/raw/", "*/"):
-        if paths := sorted(root.glob(folder + file)):
-            several = f"root={root}: {paths[0]} and {paths[-1]}: name one of their folders as root"
-            require(paths[0].parent == paths[-1].parent, several)
-            return paths[0]
-    from_torchvision(name, root, part)
-    return find_idx(name, root, part)
+    """Return images (N, 1, H, W) of IDX files, and their labels; missing files are downloaded."""
+    stem = {"train": "train", "test": "t10k"}[part]
+    for folder, ending in itertools.product((root, root / name / "raw"), ("", ".gz")):
+        path = folder / f"{stem}-images-idx3-ubyte{ending}"
+        beside = folder / f"{stem}-labels-idx1-ubyte{ending}"
+        if path.is_file():
+            images = read_idx(path)[:, None]
+            labels = read_idx(beside).numpy() if beside.is_file() else np.full(len(images), "")
+            return images, labels
+    known = from_torchvision(name, root, part)
+    return known.data[:, None], known.targets.numpy()
 
 
 def read_idx(path: Path) -> Tensor:
     """Read an IDX file: bytes 00 00 08 n; n sizes as big-endian uint32; the array."""
     try:
         content = path.read_bytes()
-        content = gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content
+        content = gzip.decompress(content) if path.suffix == ".gz" else content
         require(content[:3] == b"\0\0\x08", f"starts with {content[:4].hex()}, not 000008")
         shape = np.frombuffer(content, ">u4", content[3], offset=4)
         values = np.frombuffer(content, np.uint8, offset=4 + 4 * len(shape))
         return torch.tensor(values.reshape(shape))
     except (OSError, EOFError, IndexError, ValueError, zlib.error) as error:
-        reason = (
-            f"is not a whole IDX file ({one_line(error)}); once deleted, it is downloaded again"
-        )
-        raise InputError(f"{path}: {reason}") from None
+        reason = f"is not a whole IDX file ({one_line(error)})"
+        raise InputError(f"{path}: {reason}; once deleted, it is downloaded again") from None
 
 
 def load_cifar10(name: str, root: Path, part: str) -> tuple[Tensor, np.ndarray]:
@@ -135,13 +126,14 @@ def reduce_images(images: Tensor, side: int) -> Tensor:
 
 
 def arrays(root: str, **options: Any) -> Splits:
-    """Return images that NumPy has saved, (N, H, W), (N, H, W, C) or (N, C, H, W).
+    """Return images that NumPy has saved, uint8 (N, H, W), (N, H, W, C) or (N, C, H, W).
 
     `root` is a folder with train_images.npy and, where they exist, val_images.npy, test_images.npy,
-    train_labels.npy, …. Images of uint8 are mapped into memory, and a batch is read when it is
-    needed, unless the training images are cut. Others become uint8.
+    train_labels.npy, …. The images are mapped into memory, and a batch is read when it is needed,
+    unless the training images are cut.
     """
     folder = Path(root).expanduser()
+    require((folder / "train_images.npy").is_file(), f"root={root}: holds no train_images.npy")
     images, labels = {}, {}
     for name in SPLIT_NAMES:
         path, beside = folder / f"{name}_images.npy", folder / f"{name}_labels.npy"
@@ -150,14 +142,9 @@ def arrays(root: str, **options: Any) -> Splits:
             label = load_array(beside).ravel() if beside.is_file() else np.full(len(x), "")
             require(len(label) == len(x), f"{beside}: has {len(label)} labels of {len(x)} images")
             labels[name] = label
-    require("train" in images, f"root={root}: holds no train_images.npy")
-    others = [float(x.max()) for x in images.values() if x.dtype != np.uint8]
-    white = white_of(max(others), f"root={root}") if others else None
-    for name, x in images.items():
-        images[name] = torch.from_numpy(to_images(x, folder / f"{name}_images.npy", white))
     shapes = {tuple(x.shape[1:]) for x in images.values()}
     require(len(shapes) == 1, f"root={root}: images of several shapes: {sorted(shapes)}")
-    return image_splits(images, labels, white=white, **options)
+    return image_splits(images, labels, **options)
 
 
 def load_array(path: Path) -> np.ndarray:
@@ -168,33 +155,13 @@ def load_array(path: Path) -> np.ndarray:
         raise InputError(f"{path}: is not a whole .npy file ({one_line(error)})") from None
 
 
-def load_images(path: Path) -> np.ndarray:
-    """Map numbers (N, H, W), (N, H, W, C) or (N, C, H, W) into memory."""
+def load_images(path: Path) -> Tensor:
+    """Map images (N, H, W), (N, H, W, C) or (N, C, H, W) into memory as (N, C, H, W)."""
     x = load_array(path)
-    right = "must be numbers, (N, H, W), (N, H, W, C) or (N, C, H, W)"
-    fits = x.ndim in (3, 4) and x.dtype.kind in "buif" and x.size > 0
+    fits = x.ndim in (3, 4) and x.dtype == np.uint8 and x.size > 0
+    right = "must be uint8 from 0 to 255, (N, H, W), (N, H, W, C) or (N, C, H, W)"
     require(fits, f"{path}: shape {x.shape} and type {x.dtype}: {right}")
-    return x
-
-
-def to_images(x: np.ndarray, where: Path, white: float | None) -> np.ndarray:
-    """Return what `load_images` has loaded as (N, C, H, W), uint8 if there is a `white`."""
-    x = x if x.dtype == np.uint8 or white is None else to_bytes(x, where, white)
+    x = torch.from_numpy(x)
     if x.ndim == 3:
         return x[:, None]
-    return x if x.shape[1] in (1, 3) and x.shape[3] not in (1, 3) else np.moveaxis(x, 3, 1)
-
-
-def white_of(largest: float, what: str) -> int:
-    """Return, and print, the least of WHITES that the largest pixel does not exceed."""
-    white = next((white for white in WHITES if largest <= white * ROUNDING), WHITES[-1])
-    print(f"{what}: values up to {largest:g}, and {white} is white")
-    return white
-
-
-def to_bytes(values: np.ndarray, where: Path, white: float = WHITES[-1]) -> np.ndarray:
-    """Scale pixels from 0 to `white` to uint8."""
-    low, high = values.min(), values.max()
-    right = f"{where}: pixels from {low:g} to {high:g}: must be from 0 to {white:g}"
-    require(bool(low >= 0 and high <= white * ROUNDING), right)
-    return np.round(values * (255 / white)).astype(np.uint8)
+    return x if x.shape[1] in (1, 3) and x.shape[3] not in (1, 3) else x.movedim(3, 1)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rnode.data.conditions import Conditions, Label
 from rnode.errors import require
-from rnode.transforms import ImageTransform, Transform
+from rnode.transforms import ImageTransform, TableTransform, Transform
 
 SPLIT_SEED = 0  # the same samples are held out whatever the seed of the run
 SPLIT_NAMES = {"train": "training", "val": "validation", "test": "test"}
@@ -49,8 +49,12 @@ class Splits:
     def encode(self, transform: Transform, conditions: Conditions) -> None:
         """Use this transform, and the conditions for c."""
         self.transform, self.conditions = transform, conditions
-        parts = zip(SPLIT_NAMES, self.parts, self.columns, strict=True)
-        self.c = {name: conditions.encode(values, len(x)) for name, x, values in parts}
+        self.c = {}
+        for name, x, values in zip(SPLIT_NAMES, self.parts, self.columns, strict=True):
+            require(len(x) > 0, f"the {name} split is empty")
+            if isinstance(transform, TableTransform) and isinstance(x, Tensor):
+                transform.require_inside(x)
+            self.c[name] = conditions.encode(values, len(x))
 
     @property
     def parts(self) -> tuple[Any, Tensor, Tensor]:
@@ -65,11 +69,11 @@ class Splits:
 
     def restore(self, known: Mapping[str, Tensor]) -> None:
         """Move each sample whose hash is in `known` to the split that has it there."""
-        here = np.repeat(range(3), [len(x) for x in self.parts])
-        found = torch.cat([hash_rows(x) for x in self.parts])
+        x = torch.cat(self.parts)
+        found = hash_rows(x)
+        here = np.repeat(range(3), [len(part) for part in self.parts])
         for i, name in reversed(list(enumerate(SPLIT_NAMES))):  # training is the last word
             here[np.isin(found, known[name])] = i
-        x = torch.cat(self.parts)
         columns = {k: np.concatenate([v[k] for v in self.columns]) for k in self.columns[0]}
         places = [np.flatnonzero(here == i) for i in range(3)]
         self.train, self.val, self.test = (x[place] for place in places)
@@ -91,7 +95,6 @@ def image_splits(
     validation: float = 0.1,
     test: float = 0.1,
     context: str | None = None,
-    white: float | None = None,
 ) -> Splits:
     """Return images of so many grey levels; `context=label` conditions them on their labels.
 
@@ -100,7 +103,7 @@ def image_splits(
     """
     parts = hold_out(images, validation, test)
     x = [parts[name] for name in SPLIT_NAMES]
-    transform = ImageTransform(levels, alpha, white)
+    transform = ImageTransform(levels, alpha)
     if context is None:
         return Splits(*x, transform)
     label = Label.fit(np.concatenate(list(labels.values())))

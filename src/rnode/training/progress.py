@@ -7,7 +7,7 @@ from datetime import timedelta
 import torch
 from pytorch_lightning import Callback, Trainer
 
-from rnode.data.datamodule import SPLIT_NAMES
+from rnode.data.splits import SPLIT_NAMES
 from rnode.training.module import RNODE
 from rnode.training.schedule import passed
 from rnode.transforms import TableTransform
