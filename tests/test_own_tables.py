@@ -233,7 +233,7 @@ def test_resuming_uses_the_encoder_and_the_splits_of_the_checkpoint(conditional,
     train("new.csv", "run", *options[:1], "ckpt_path=auto", "trainer.max_epochs=3")
     last = torch.load(tmp_path / "run" / "last.ckpt")["DataModule"]
     assert set(last["hashes"]["train"].tolist()) == known[1]
-    data = ["dataset=table", "dataset.path=new.csv", "dataset.log=[a]", *options[:1]]
+    data = ["dataset=table", "dataset.path=new.csv", "dataset.logit={a:[-99,99]}", *options[:1]]
     line, _ = refused(capsys, "train", "run", *data, "hydra.run.dir=run", *SHORT)
     assert "those of the checkpoint" in line
 

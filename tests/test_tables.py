@@ -39,7 +39,7 @@ def test_splits_are_disjoint_standardized_by_training_and_always_the_same(frame,
     assert [len(part) for part in parts_of(splits)] == [390, 50, 60]
     assert splits.transform.names == frame.columns[:4]
     assert len({tuple(row) for row in torch.cat(parts_of(splits)).tolist()}) == ROWS
-    again = table(path=str(path), validation=50, test=60)
+    again = table(path=str(path), validation=50, test=60, integer=[])
     assert all(map(torch.equal, parts_of(splits), parts_of(again)))
     y, _ = again.transform.forward(again.train, torch.rand(390, 4))
     torch.testing.assert_close(y.mean(0), torch.zeros(4), atol=1e-4, rtol=0)
@@ -52,7 +52,7 @@ def test_columns_of_every_kind_are_standardized_after_their_transform(frame, tmp
     splits = table(path=str(path), context=["city"], **options).fit()
     columns = splits.transform.columns
     assert [column.name for column in columns if column.log] == ["income"]
-    assert [column.name for column in columns if column.integer] == ["cars"]
+    assert [column.name for column in columns if column.unit] == ["cars"]
     bounds = [column.bounds for column in columns]  # 20 and its noise are below 21
     assert bounds == [None, None, (0.0, 1.0), (0.0, 21.0)]
     plain = TableTransform(columns)
@@ -93,30 +93,37 @@ def test_whitening_makes_the_columns_uncorrelated_and_has_the_jacobians_determin
     torch.testing.assert_close(norms.max() / norms.min(), torch.tensor(1e3).double())
 
 
-def test_warnings_name_columns_whose_likelihood_is_misleading(frame, tmp_path, capsys):
-    often = np.where(np.arange(ROWS) < 5, 2.5, np.arange(ROWS) + 0.25)  # 1 % of the rows
-    same = {"zero": pl.lit(0.5), "one": pl.lit(1), "few": often}
-    more = np.where(np.arange(ROWS) < 6, 7.5, often)
-    frame.with_columns(more=more, **same).write_csv(path := tmp_path / "rows.csv")
-    table(path=str(path))
+def test_rounded_columns_are_dequantized_and_misleading_ones_are_named(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    columns = {
+        "few": np.arange(ROWS) // 5 + 0.25,  # 1 % of the rows share a value
+        "height": rng.normal(size=ROWS),
+        "age": np.round(rng.uniform(18, 60, ROWS)),
+        "price": np.round(rng.normal(5, 1, ROWS) / 0.05) * 0.05,
+        "half": np.round(rng.normal(size=ROWS)) + 0.5,
+        "one": np.ones(ROWS),
+        "id": np.arange(ROWS),
+        "spike": np.where(np.arange(ROWS) < 50, 7.5, 1e9 * rng.random(ROWS) ** 40),
+    }
+    pl.DataFrame(columns).write_csv(path := tmp_path / "rows.csv")
+    splits = table(path=str(path))
     printed = capsys.readouterr().out
-    assert "whole numbers in cars, whose density" in printed
-    assert "'dataset.integer=[\"cars\"]' dequantizes them" in printed
-    assert "zero (0.5 in 500 of 500 rows)" in printed
-    assert "one (1 in 500 of 500 rows)" in printed
-    assert "more (7.5 in 6 of 500 rows)" in printed
-    assert printed.count("repeated values") == printed.count("add noise as wide as") == 1
-    assert "few (" not in printed
-    assert "height (" not in printed
-    table(path=str(path), columns=["height", "cars"], integer=["cars"])
-    assert "rises without bound" not in capsys.readouterr().out
+    units = {column.name: column.unit for column in splits.transform.columns}
+    assert units.pop("price") == pytest.approx(0.05)
+    rounded = {"age": 1.0, "half": 1.0}
+    assert units == dict.fromkeys(units, 0.0) | rounded
+    assert "'dataset.integer=[\"id\"]' dequantizes them" in printed
+    assert "a repeated value, where the density rises without bound: one, spike; " in printed
+    y = splits.fit().transform.forward(splits.test, torch.rand(splits.test.shape))[0]
+    torch.testing.assert_close(splits.transform.inverse(y), splits.test, rtol=1e-4, atol=1e-4)
+    splits = table(path=str(path), integer=["age"])
+    assert [column.name for column in splits.transform.columns if column.unit] == ["age"]
 
 
 BAD = {
     "dataset.path=none.csv": "none.csv: there is no such file",
     "dataset.path=rows.txt": f"rows.txt: must end in one of {', '.join(READERS)}",
     "dataset.path=broken.parquet": "broken.parquet: cannot be read",
-    "dataset.log=[cars]": "cars=0: must be positive",
     "dataset.logit={share:[0.2,0.3]}": "must be between 0.2 and 0.3",
     "dataset.split_column=city": "split_column=city: holds ['bonn', 'oslo'], not train, val",
     "dataset.test=600": "test=600: must be 1 to 499, out of 500 samples",

@@ -46,7 +46,7 @@ def test_a_uniform_model_scores_log2_of_the_levels(levels):
     "transform",
     [
         ImageTransform(levels=17, alpha=1e-5),
-        TableTransform([Column(f"n{i}", integer=True, mean=8, std=5) for i in range(3)]),
+        TableTransform([Column(f"n{i}", unit=1, mean=8, std=5) for i in range(3)]),
     ],
 )
 def test_noise_is_fresh_in_training_and_belongs_to_the_sample_in_evaluation(transform):
@@ -71,9 +71,9 @@ def test_noise_is_fresh_in_training_and_belongs_to_the_sample_in_evaluation(tran
         Column("x", mean=3.0, std=2.0),
         Column("x", log=True, mean=-1.0, std=0.5),
         Column("x", bounds=(-1.0, 9.0), mean=0.3, std=1.7),
-        Column("x", integer=True, mean=3.0, std=2.0),
-        Column("x", integer=True, log=True, std=0.3),
-        Column("x", integer=True, bounds=(0.0, 9.0)),
+        Column("x", unit=1, mean=3.0, std=2.0),
+        Column("x", unit=1, log=True, std=0.3),
+        Column("x", unit=1, bounds=(0.0, 9.0)),
     ],
 )
 def test_a_column_is_inverted_and_its_log_det_is_autograds(column):
@@ -89,11 +89,11 @@ def test_a_column_is_inverted_and_its_log_det_is_autograds(column):
     ("options", "inside", "outside", "message"),
     [
         ({"log": True}, 1e-9, 0.0, "a=0: must be positive"),
-        ({"log": True, "integer": True}, 0.0, -1.0, "a=-1: must be positive"),
+        ({"log": True, "unit": 1}, 0.0, -1.0, "a=-1: must be positive"),
         ({"bounds": (0.0, 2.0)}, 1.9, 2.0, "a=2: must be between 0 and 2"),
         ({"bounds": (0.0, 2.0)}, 0.1, 0.0, "a=0: must be between 0 and 2"),
-        ({"bounds": (0.0, 11.0), "integer": True}, 10.0, 11.0, "a=11: must be between 0 and 10"),
-        ({"integer": True}, -3.0, 0.5, "a=0.5: must be a whole number"),
+        ({"bounds": (0.0, 11.0), "unit": 1}, 10.0, 11.0, "a=11: must be between 0 and 10"),
+        ({"unit": 1}, -3.0, 0.5, "a=0.5: must be a whole number"),
     ],
 )
 def test_a_column_takes_its_own_values_alone(options, inside, outside, message):

@@ -145,22 +145,30 @@ class ImageTransform(Transform):
 class Column(NamedTuple):
     """How a column of a table becomes a coordinate of y.
 
-    Whole numbers are dequantized. Then a positive column may have its logarithm taken, and one
-    between two bounds its logit. The result is standardized by `mean` and `std`.
+    Multiples of a `unit`, counted from `origin`, are dequantized. Then a positive column may have
+    its logarithm taken, and one between two bounds its logit. The result is standardized by `mean`
+    and `std`.
     """
 
     name: str
-    integer: bool = False
+    unit: float = 0.0  # 1 for whole numbers, 0 for a continuous column
+    origin: float = 0.0
     log: bool = False
     bounds: tuple[float, float] | None = None
     mean: float = 0.0
     std: float = 1.0
 
+    @property
+    def integer(self) -> bool:
+        """Whether it holds whole numbers."""
+        return self.unit == 1 and self.origin % 1 == 0
+
     def require_inside(self, x: Tensor) -> None:
         """Raise InputError unless this column takes the values x (N,)."""
         wrong = x[~self(x, torch.full_like(x, 0.5))[0].isfinite()]
         low, high = self.bounds or (0.0, math.inf)
-        right = "positive" if self.log else f"between {low:g} and {high - self.integer:g}"
+        right = "positive" if self.log else f"between {low:g} and {high - self.unit:g}"
+        right = right if self.log or self.bounds else "finite"
         if self.integer and len(wrong) == 0:
             wrong = x[x != x.round()]
             right = "a whole number"
@@ -169,7 +177,7 @@ class Column(NamedTuple):
 
     def __call__(self, x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """x, noise (B,) → y (B,) and log|dy/dx| (B,)."""
-        u = x + noise if self.integer else x
+        u = x + self.unit * noise
         log_det = torch.full_like(u, -math.log(self.std))
         if self.log:
             u = u.log()
@@ -188,7 +196,7 @@ class Column(NamedTuple):
             u = u.exp()
         elif self.bounds is not None:
             u = self.bounds[0] + (self.bounds[1] - self.bounds[0]) * u.sigmoid()
-        return u.floor() if self.integer else u
+        return self.origin + ((u - self.origin) / self.unit).floor() * self.unit if self.unit else u
 
 
 class TableTransform(Transform):
@@ -208,7 +216,7 @@ class TableTransform(Transform):
         self.whitening = whitening
         self.radial = radial
         self.log_det_whitening = 0.0 if whitening is None else float(whitening.slogdet()[1])
-        self.discrete = any(column.integer for column in columns)
+        self.discrete = any(column.unit for column in columns)
 
     @property
     def names(self) -> list[str]:

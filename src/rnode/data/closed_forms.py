@@ -82,7 +82,9 @@ def fit_candidates(
 
 def transforms_of(plain: TableTransform, x: Tensor) -> dict[str, TableTransform]:
     """Return the transform of rows x (N, d), that with more logarithms, and each made radial."""
-    candidates = zip(plain.columns, (x > 0).all(0), skew(x, axis=0) > SKEWED, strict=True)
+    units = torch.tensor([column.unit for column in plain.columns])
+    positive = (x + units / 2 > 0).all(0)
+    candidates = zip(plain.columns, positive, skew(x, axis=0) > SKEWED, strict=True)
     columns = [
         column._replace(log=column.log or bool(positive and skewed and not column.bounds))
         for column, positive, skewed in candidates

@@ -23,6 +23,7 @@ SIGN = "[$€£¥%]"  # of money or per cent: all cells of a column have the sam
 THOUSANDS = r"^[+-]?\d{1,3}(,\d{3})+(\.\d*)?$"  # such as 1,234.5
 DECIMAL_COMMA = r"^\s*([+-]?\d*),(\d+)\s*$"  # in a file with semicolons
 NAMELESS = r"|Unnamed: \d+|__index_level_\d+__"  # what files hold for the index of pandas
+SMALLEST_UNIT = 1e-6  # of the range of a column that is rounded
 REPETITION_LIMIT = 0.01  # share of the rows above which a repeated value is worth a warning
 IN_PYTHON: ContextVar[bool] = ContextVar("IN_PYTHON", default=False)  # how `hint` names options
 
@@ -58,13 +59,17 @@ def table(
     print(f"{file}: {len(frame)} rows; {words}")
     frame = complete(frame.with_columns(x), [*names, *labels], missing, file)
     require(len(frame) > 3, f"{file}: {len(frame)} rows are too few")
-    whole = choose("integer", integer, names)
-    warn(frame[names], None if integer is None else whole, file)
+    grids = dict.fromkeys(choose("integer", integer, names), (1.0, 0.0))
+    grids = grids_of(frame[names], file) if integer is None else grids
     logit, bounds = logit or {}, {}
     for name, (low, high) in zip(choose("logit", logit, names), logit.values(), strict=True):
-        bounds[name] = (float(low), float(high) + (name in whole))  # x + noise is below x + 1
+        unit, _ = grids.get(name, (0.0, 0.0))
+        bounds[name] = (float(low), float(high) + unit)  # x + noise is below x + unit
     logs = choose("log", log, [name for name in names if name not in bounds])
-    modelled = [Column(name, name in whole, name in logs, bounds.get(name)) for name in names]
+    continuous = (0.0, 0.0)
+    modelled = [
+        Column(name, *grids.get(name, continuous), name in logs, bounds.get(name)) for name in names
+    ]
     rows = split_rows(frame[split[0]]) if split else {"train": np.arange(len(frame))}
     rows = hold_out(rows, count_of(validation, len(frame)), test)
     frames = [frame[rows[name]] for name in SPLIT_NAMES]
@@ -111,22 +116,33 @@ def split_rows(column: pl.Series) -> dict[str, np.ndarray]:
     return {name: part for name, part in parts.items() if len(part) or name == "train"}
 
 
-def warn(frame: pl.DataFrame, integer: list[str] | None, file: str) -> None:
-    """Print the columns whose likelihood is misleading: whole numbers and repeated values."""
-    if integer is None:
-        integer = [c.name for c in frame if c.min() < c.max() and (c % 1 == 0).all()]
-        if integer:
-            words = f"whole numbers in {listed(integer)}, whose density rises without bound"
-            print(f"{file}: {words}; {hint('integer', integer)} dequantizes them")
-    repeated = []
-    for column in frame.drop(integer):
-        value = column.mode()[0]
-        count = (column == value).sum()
-        if count > max(2, REPETITION_LIMIT * len(frame)):
-            repeated.append(f"{column.name} ({value:g} in {count} of {len(frame)} rows)")
+def grids_of(frame: pl.DataFrame, file: str) -> dict[str, tuple[float, float]]:
+    """Return the unit and the origin of columns that are rounded, which are then dequantized.
+
+    A column is rounded if a value is repeated often. Its unit is the smallest difference of values.
+    """
+    grids, whole, repeated = {}, [], []
+    for column in frame:
+        values = column.unique().sort().cast(pl.Float64)
+        often = column.unique_counts().max() > max(2, REPETITION_LIMIT * len(frame))
+        unit = values.diff().min()
+        integers = (column % 1 == 0).all()
+        if len(values) > 1 and often and unit > SMALLEST_UNIT * (values[-1] - values[0]):
+            grids[column.name] = (1.0, 0.0) if integers else (unit, values[0])
+        elif len(values) > 1 and integers:
+            whole.append(column.name)
+        elif often:
+            repeated.append(column.name)
+    if grids:
+        units = listed([f"{name} ({unit:g})" for name, (unit, _) in grids.items()])
+        print(f"{file}: rounded columns get noise of their unit: {units}")
+    if whole:
+        words = f"whole numbers in {listed(whole)}, whose density rises without bound"
+        print(f"{file}: {words}; {hint('integer', whole)} dequantizes them")
     if repeated:
-        words = f"repeated values, where the density rises without bound: {listed(repeated)}"
-        print(f"{file}: {words}; add noise as wide as their rounding, or leave them out")
+        words = f"a repeated value, where the density rises without bound: {listed(repeated)}"
+        print(f"{file}: {words}; leave these columns out")
+    return grids
 
 
 def choose(option: str, values: Names | Mapping | None, known: Collection[str]) -> list[str]:

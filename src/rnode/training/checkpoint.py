@@ -9,7 +9,7 @@ from lightning_fabric.plugins import TorchCheckpointIO
 from rnode.errors import InputError, one_line, require
 from rnode.training.run_folder import whole_file
 
-FORMAT = 4  # of a checkpoint's contents; format 3 had other configuration keys
+FORMAT = 5  # of a checkpoint's contents; format 4 had no bases
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
