@@ -83,7 +83,7 @@ def test_pixels_are_checked_and_score_as_the_evaluation_does(digits_run):
     call("evaluate", str(digits_run), "samples=1", "hydra.run.dir=evaluation")
     evaluated = pl.read_csv("evaluation/samples.csv")["bits_per_dim"].to_numpy()[:20]
     half = np.abs(scores["bits_per_dim"] - evaluated)  # the mean is of this and other probes
-    np.testing.assert_allclose(scores["standard_error"] / 64 / np.log(2), half, atol=1e-5)
+    np.testing.assert_allclose(scores["standard_error"] / 64 / np.log(2), half, atol=1e-4)
     assert 1e-4 < half.max() < 0.05
     np.testing.assert_array_equal(density.bits_per_dim(test[:, 0].numpy()), scores["bits_per_dim"])
     np.save("test.npy", test)

