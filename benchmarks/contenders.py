@@ -1,8 +1,8 @@
 """Density models of this project and of other libraries, each as a training step and a likelihood.
 
 - RNODE: the mlp flow and the settings of dataset=toy (simpson, λ = 0.01, half a cosine, the exact
-  divergence). For images it takes one probe, Radau's rule, half the rate, and flow matching for
-  half of the time, and refines its training grid as solver=auto does. Its likelihood is by dopri5
+  divergence). For images it takes one probe, Radau's rule and half the rate, and refines its
+  training grid as solver=auto does. Its likelihood is by dopri5
   at 1e-5 with the exact divergence. On tables benchmarks/tables.py trains it by `rnode.fit`.
 - zuko's CNF: its own loss and adaptive solver, Adam at 1e-3, as in its guide.
 - zuko's NSF and MAF: three or five autoregressive transforms, hidden layers of 128, eight bins,
@@ -35,7 +35,6 @@ from torchdiffeq import odeint
 
 from common import CLIP, DOPRI5, FINE, SIMPSON, refine_grid
 from rnode import Flow, Probes, Solver, State, log_normal, mlp, objective
-from rnode.matching import flow_matching
 
 Sample = Callable[[], Tensor]
 Step = Callable[[float], None]  # its argument is the fraction of the time that has passed
@@ -140,7 +139,7 @@ def rnode_flow(d: int, sample: Sample, width: int) -> tuple[Step, Evaluate]:
         settings = {"rate": 1.6e-2}
     else:
         flow = mlp((d,), Solver(FINE, DOPRI5), Probes("gaussian"), hidden=width, layers=3)
-        settings = {"rate": 8e-3, "share": 0.5, "rise": 50}
+        settings = {"rate": 8e-3, "rise": 50}
     return by_objective(flow, sample, penalty=0.01, tolerance=5e-3, **settings)
 
 
@@ -150,7 +149,6 @@ def by_objective(
     penalty: float,
     rate: float,
     tolerance: float,
-    share: float = 0.0,
     rise: int = 0,
 ) -> tuple[Step, Evaluate]:
     """Train a flow of this project as its training runs do.
@@ -161,29 +159,21 @@ def by_objective(
         penalty: λ_K and λ_J.
         rate: the learning rate at first; it falls as half a cosine.
         tolerance: change of bits/dim at which the grid is refined.
-        share: share of the time that is spent on flow matching.
-        rise: steps over which the learning rate rises in each part.
+        rise: steps over which the learning rate rises.
     """
     flow.test_probes = Probes("exact")
     optimizer = torch.optim.Adam(flow.parameters(), rate)
-    rows, steps, matching = sample(), 0, share > 0
+    rows = sample()
+    steps = 0
 
     def step(fraction: float) -> None:
-        nonlocal steps, matching
+        nonlocal steps
         flow.train()
-        if matching and fraction >= share:
-            steps, matching = 0, False
-            optimizer.state.clear()
-        if not matching:
-            refine_grid(flow, rows, tolerance, steps)
+        refine_grid(flow, rows, tolerance, steps)
         cosine = math.cos(math.pi * min(1.0, fraction))
         share_of_rate = min(1.0, (steps + 1) / (rise + 1)) * (1 + cosine) / 2
         optimizer.param_groups[0]["lr"], steps = rate * share_of_rate, steps + 1
-        x = sample()
-        if matching:
-            loss = flow_matching(flow, x, x.new_empty(len(x), 0))
-        else:
-            loss = objective(flow(x), penalty, penalty)
+        loss = objective(flow(sample()), penalty, penalty)
         optimizer.zero_grad()
         loss.backward()
         clip_grad_norm_(flow.parameters(), CLIP)
