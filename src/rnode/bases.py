@@ -47,6 +47,10 @@ class Mixture(nn.Module):
         torch.linalg.LinAlgError: if a covariance is not positive definite.
     """
 
+    log_weights: Tensor
+    means: Tensor
+    factors: Tensor
+
     def __init__(self, weights: Tensor, means: Tensor, covariances: Tensor, k: int = 0):
         super().__init__()
         self.k = k

@@ -126,6 +126,7 @@ class Dynamics:
         self.nfe = 0
         self.vjp = getattr(field, "vjp", partial(vjp, field))
         self.exact = has_divergence(field)
+        self.vjp_and_divergence: Any = getattr(field, "vjp_and_divergence", None)
 
     def prepare(self, z: Tensor) -> dict[str, Any]:
         """What the field computes once for a solve from z; `f` and `__call__` take it."""
@@ -142,7 +143,7 @@ class Dynamics:
         self.nfe += 1
         arguments = (t, state.z, self.eps, self.c)
         if self.exact:
-            f, eps_jac, div = self.field.vjp_and_divergence(*arguments, **prepared)
+            f, eps_jac, div = self.vjp_and_divergence(*arguments, **prepared)
         else:
             f, eps_jac = self.vjp(*arguments, **prepared)  # f(z, t) and εᵀ∇f
             div = (eps_jac * self.eps).flatten(2).sum((0, 2))  # div f = εᵀ∇f ε
