@@ -133,9 +133,9 @@ def fit(cfg: DictConfig, overrides: Sequence[str] = ()) -> dict[str, float | Non
             trainer.validate(module, data, weights_only=True, verbose=False)
         if best and not tested:
             trainer.print("no validation during training: best.ckpt has the last weights")
-            trainer.save_checkpoint(folder / "best.ckpt")
+            trainer.save_checkpoint(folder / "best.ckpt", weights_only=False)
             if trainer.global_step == 0:  # ckpt_path=auto resumes from there
-                trainer.save_checkpoint(folder / "last.ckpt")
+                trainer.save_checkpoint(folder / "last.ckpt", weights_only=False)
         trained = dict(trainer.callback_metrics)
         trainer.test(module, data, ckpt_path=tested or None, weights_only=True, verbose=False)
         if not trainer.is_global_zero:

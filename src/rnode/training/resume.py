@@ -140,7 +140,7 @@ class BestCheckpoint(callbacks.ModelCheckpoint):
         """Write best.ckpt before training, after a validation of the flow as it starts."""
         path = str(Path(self.dirpath) / "best.ckpt")
         self.current_score = trainer.callback_metrics["val/bits_per_dim"]
-        trainer.save_checkpoint(path)
+        trainer.save_checkpoint(path, weights_only=False)
         self.remember(path, self.current_score)
 
     def remember(self, path: str, score: Tensor) -> None:
