@@ -133,9 +133,7 @@ class PlainPiece(rnode.Piece):
 
     def forward(self, z, c, eps, method, gradient, integrate=None):
         ode = PlainODE(self.field, eps[0])
-        state = rnode.State(
-            *plain_solve(ode, z, **method.odeint_options(torch.float32))
-        )
+        state = rnode.State(*plain_solve(ode, z, **method.odeint_options(torch.float32)))
         return rnode.PieceSolution(z, state, ode, ode.nfe)
 
 
