@@ -27,14 +27,13 @@ from normflows import MultiscaleFlow
 from normflows.distributions import DiagGaussian
 from normflows.flows import GlowBlock, Merge, Squeeze
 from torch import Tensor
-from torch.func import jacfwd, vmap
 from torch.nn.utils import clip_grad_norm_
 from torchcfm.conditional_flow_matching import ExactOptimalTransportConditionalFlowMatcher
 from torchcfm.models import MLP
 from torchdiffeq import odeint
 
 from common import CLIP, DOPRI5, FINE, SIMPSON, refine_grid
-from rnode import Flow, Probes, Solver, State, log_normal, mlp, objective
+from rnode import Flow, Method, Probes, Solver, State, log_normal, mlp, objective
 
 Sample = Callable[[], Tensor]
 Step = Callable[[float], None]  # its argument is the fraction of the time that has passed
@@ -246,7 +245,9 @@ def by_likelihood(
     return step, torch.no_grad()(log_prob)
 
 
-def ot_cfm(d: int, sample: Sample, width: int = 64) -> tuple[Step, Evaluate]:
+def ot_cfm(
+    d: int, sample: Sample, width: int = 64, method: Method = DOPRI5
+) -> tuple[Step, Evaluate]:
     matcher = ExactOptimalTransportConditionalFlowMatcher(sigma=0.1)
     net = MLP(dim=d, w=width, time_varying=True)
     optimizer = torch.optim.Adam(net.parameters(), 1e-3)
@@ -264,19 +265,16 @@ def ot_cfm(d: int, sample: Sample, width: int = 64) -> tuple[Step, Evaluate]:
 
     def system(t: Tensor, state: State) -> tuple[Tensor, ...]:
         """f and its exact divergence."""
+        with torch.enable_grad():
+            z = state[0].detach().requires_grad_()
+            f = field(t, z)
+            rows = [torch.autograd.grad(f[:, i].sum(), z, retain_graph=True)[0] for i in range(d)]
+        return f.detach(), sum(row[:, i] for i, row in enumerate(rows))
 
-        def twice(z: Tensor) -> tuple[Tensor, Tensor]:
-            f = field(t, z[None])[0]
-            return f, f
-
-        jacobian, f = vmap(jacfwd(twice, has_aux=True))(state[0])
-        return f, jacobian.diagonal(dim1=1, dim2=2).sum(1)
-
-    @torch.no_grad()
     def evaluate(x: Tensor) -> Tensor:
         """Integrate back from data at time 1 to noise at time 0."""
         state, t = (x, x.new_zeros(len(x))), torch.tensor([1.0, 0.0])
-        z, l = odeint(system, state, t, **DOPRI5.odeint_options(torch.float32))
+        z, l = odeint(system, state, t, **method.odeint_options(torch.float32))
         return log_normal(z[-1]) + l[-1]
 
     return step, evaluate

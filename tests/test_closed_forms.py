@@ -73,6 +73,12 @@ def test_logarithms_of_skewed_columns_are_tried(tmp_path):
     data = module(frame, tmp_path)
     best, *_ = fit_candidates(data, "gaussian", 200, seed=0, seconds=np.inf)
     assert [column.log for column in best.transform.columns] == [True, False]
+    zero = frame.with_columns(income=pl.when(pl.int_range(2000) != 7).then("income").otherwise(0))
+    for rows, options in ((zero, {}), (frame, {"log": []})):
+        best_without, *_ = fit_candidates(
+            module(rows, tmp_path, **options), "gaussian", 200, seed=0, seconds=np.inf
+        )
+        assert not any(column.log for column in best_without.transform.columns)
     entropy = np.log(2 * np.pi * np.e)  # of the logarithm and of the height
     assert best.nats == pytest.approx(entropy + np.log(frame["income"]).mean(), abs=0.15)
 

@@ -167,7 +167,11 @@ class Column(NamedTuple):
         """Raise InputError unless this column takes the values x (N,)."""
         wrong = x[~self(x, torch.full_like(x, 0.5))[0].isfinite()]
         low, high = self.bounds or (0.0, math.inf)
-        right = "positive" if self.log else f"between {low:g} and {high - self.unit:g}"
+        right = (
+            "positive, as its logarithm is modelled"
+            if self.log
+            else f"between {low:g} and {high - self.unit:g}"
+        )
         right = right if self.log or self.bounds else "finite"
         if self.integer and len(wrong) == 0:
             wrong = x[x != x.round()]

@@ -2,7 +2,7 @@
 
 import math
 import time
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -58,7 +58,7 @@ def fit_candidates(
     end = time.monotonic() + seconds
     sizes = {"gaussian": SIZES[:1], "mixture": SIZES[1:], "auto": SIZES}[kind]
     x, *_ = rows_of_training(data, ROWS)
-    transforms = transforms_of(data.transform, x)
+    transforms = transforms_of(data, x)
     candidates: list[Candidate] = []
     for i, size in enumerate(sizes):
         for name, transform in transforms.items():
@@ -80,15 +80,16 @@ def fit_candidates(
     return candidates
 
 
-def transforms_of(plain: TableTransform, x: Tensor) -> dict[str, TableTransform]:
+def transforms_of(data: DataModule, x: Tensor) -> dict[str, TableTransform]:
     """Return the transform of rows x (N, d), that with more logarithms, and each made radial."""
-    units = torch.tensor([column.unit for column in plain.columns])
-    positive = (x + units / 2 > 0).all(0)
-    candidates = zip(plain.columns, positive, skew(x, axis=0) > SKEWED, strict=True)
-    columns = [
-        column._replace(log=column.log or bool(positive and skewed and not column.bounds))
-        for column, positive, skewed in candidates
-    ]
+    plain: Any = data.transform
+    columns = list(plain.columns)
+    if data.arguments.get("log") is None:  # else the user has chosen
+        rows = torch.cat([part for part in data.splits.parts if isinstance(part, Tensor)])
+        for i, column in enumerate(columns):
+            positive = bool((rows[:, i] + column.unit / 2 > 0).all())  # in every split
+            if positive and not column.bounds and skew(rows[:, i]) > SKEWED:
+                columns[i] = column._replace(log=True)
     transforms = {"as it is": plain}
     if columns != list(plain.columns):
         transforms["logarithms"] = TableTransform(columns).fit(x)
