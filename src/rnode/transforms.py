@@ -167,12 +167,8 @@ class Column(NamedTuple):
         """Raise InputError unless this column takes the values x (N,)."""
         wrong = x[~self(x, torch.full_like(x, 0.5))[0].isfinite()]
         low, high = self.bounds or (0.0, math.inf)
-        right = (
-            "positive, as its logarithm is modelled"
-            if self.log
-            else f"between {low:g} and {high - self.unit:g}"
-        )
-        right = right if self.log or self.bounds else "finite"
+        right = f"between {low:g} and {high - self.unit:g}" if self.bounds else "finite"
+        right = "positive, as its logarithm is modelled" if self.log else right
         if self.integer and len(wrong) == 0:
             wrong = x[x != x.round()]
             right = "a whole number"

@@ -2,12 +2,14 @@
 
 import math
 import time
+import warnings
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from scipy.stats import skew
 from sklearn.covariance import ledoit_wolf
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.mixture import GaussianMixture
 from torch import Tensor
 
@@ -110,7 +112,9 @@ def fit_base(batch: Batch, size: int, seed: int) -> Mixture:
     generator = torch.Generator().manual_seed(seed)
     c = batch.c + NOISE_OF_C * torch.randn(batch.c.shape, generator=generator)
     joint = torch.cat([c, batch.y.flatten(1)], dim=1).double()
-    model = GaussianMixture(size, max_iter=ITERATIONS, random_state=seed).fit(joint.numpy())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # ITERATIONS are enough to compare
+        model = GaussianMixture(size, max_iter=ITERATIONS, random_state=seed).fit(joint.numpy())
     fitted = (model.weights_, model.means_, model.covariances_)
     return Mixture(*map(torch.from_numpy, fitted), k)
 
