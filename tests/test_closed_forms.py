@@ -11,7 +11,7 @@ from torch.distributions import MultivariateNormal
 
 import rnode
 from helpers import call, column, make_flow
-from rnode.data.closed_forms import fit_base, fit_candidates
+from rnode.data.closed_forms import fit_base, fit_candidates, ranked
 from rnode.data.datamodule import DataModule
 from rnode.data.tables import table
 from rnode.radial import Radial
@@ -67,6 +67,15 @@ def test_candidates_are_compared_by_their_likelihood_of_the_validation_rows(heav
     assert [c.name for c in fit_candidates(data, "auto", 500, seed=0, seconds=0)] == [worst.name]
 
 
+def test_a_radial_candidate_that_is_not_significantly_worse_is_preferred(heavy_tails, tmp_path):
+    data = module(pl.DataFrame(heavy_tails[0], ["a", "b", "c"]), tmp_path)
+    radial, *_ = fit_candidates(data, "auto", 500, seed=0, seconds=np.inf)
+    plain = radial._replace(transform=data.transform)
+    for better, best in ((torch.randn(500), radial), (torch.ones(500), plain)):
+        other = plain._replace(log_prob=radial.log_prob + better)
+        assert ranked([other, radial])[0].transform is best.transform
+
+
 def test_logarithms_of_skewed_columns_are_tried(tmp_path):
     normal = np.random.default_rng(0).standard_normal((2000, 2))
     frame = pl.DataFrame({"income": np.exp(normal[:, 0]), "height": normal[:, 1] + 10})
@@ -102,7 +111,7 @@ def test_a_run_begins_at_the_best_closed_form_and_is_never_behind_it(run, tmp_pa
     centres = rng.normal(size=(2, 2))[rng.integers(2, size=400)]
     rows = pl.DataFrame(5 * centres + rng.normal(size=(400, 2)), ["a", "b"])
     rows.write_csv(path := tmp_path / "rows.csv")
-    worse = ["optimizer.lr=10", "warmup_steps=0", "trainer.gradient_clip_val=null"]
+    worse = ["optimizer.lr=0.3", "warmup_steps=0", "trainer.gradient_clip_val=null"]
     folder = run("dataset=table", f"dataset.path={path}", *SHORT, *worse, "model.hidden=8")
     assert "closed form" in capsys.readouterr().out
     first, *later = column(folder, "val/bits_per_dim")

@@ -125,9 +125,11 @@ def grids_of(frame: pl.DataFrame, file: str) -> dict[str, tuple[float, float]]:
     for column in frame:
         values = column.unique().sort().cast(pl.Float64)
         often = column.unique_counts().max() > max(2, REPETITION_LIMIT * len(frame))
+        width = values[-1] - values[0]
         unit = values.diff().min()
+        unit = width / round(width / unit) if unit else 0.0  # a difference has errors of rounding
         integers = (column % 1 == 0).all()
-        if len(values) > 1 and often and unit > SMALLEST_UNIT * (values[-1] - values[0]):
+        if len(values) > 1 and often and unit > SMALLEST_UNIT * width:
             grids[column.name] = (1.0, 0.0) if integers else (unit, values[0])
         elif len(values) > 1 and integers:
             whole.append(column.name)
