@@ -40,6 +40,7 @@ from rnode.training.run_folder import checkpoint_of, lock
 from rnode.transforms import TableTransform
 
 FITS = threading.Lock()  # runs set what holds for the whole process, so one trains at a time
+DIGITS = 12  # of samples of rounded columns, which hide the rounding of their multiples
 PRECISION = (
     (torch.backends.cudnn, "allow_tf32"),
     (torch.backends.cudnn, "benchmark"),
@@ -196,7 +197,9 @@ class Density:
             return self.data.transform.dequantize.inverse(x).numpy()
         columns = self.data.transform.columns
         types = {column.name: pl.Int64 if column.integer else pl.Float64 for column in columns}
-        return pl.DataFrame(x.numpy(), types, orient="row")
+        rounded = [column.name for column in columns if column.unit]
+        frame = pl.DataFrame(x.numpy(), types, orient="row")
+        return frame.with_columns(pl.col(rounded).round_sig_figs(DIGITS))
 
 
 def fit(

@@ -122,7 +122,8 @@ def transforms_of(data: DataModule, x: Tensor) -> dict[str, TableTransform]:
             radial = Radial.fit(y.double())
             made = TableTransform(transform.columns, transform.whitening, radial)
             transforms[f"{name}, radial"] = made
-    return transforms
+    # The last is the most robust: if there is time for one fit alone, it is the one.
+    return dict(reversed(transforms.items()))
 
 
 def fit_base(batch: Batch, size: int, seed: int) -> Mixture:
