@@ -22,7 +22,7 @@ from rnode.loss import bits_per_dim
 from rnode.radial import Radial
 from rnode.transforms import Batch, TableTransform, Transform
 
-SIZES = (1, 5, 2, 10, 30)  # components, in the order in which they are tried
+SIZES = (1, 5, 2, 10, 30, 80)  # components, in the order in which they are tried
 TRIED_WITH_ALL = 2  # so many of the sizes are fitted after every transform, others after the best
 ROWS_PER_COMPONENT = 20  # at least
 NUMBERS = 20_000_000  # in the samples of a Gaussian, at most
