@@ -45,6 +45,8 @@ def run(command: str, arguments: list[str] | None = None) -> None:
         if getattr(sys, name) is None:  # it was closed
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
         getattr(sys, name).reconfigure(errors="replace")  # letters that the terminal cannot show
+    if not is_first_process():  # which prints what all of them would
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     OmegaConf.register_new_resolver("run_name", run_name, use_cache=True, replace=True)
     sys.path.append(os.getcwd())  # for classes of the user's
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
