@@ -37,6 +37,15 @@ def test_a_radial_layer_is_inverted_and_has_autograds_log_determinant(heavy_tail
     torch.testing.assert_close(log_det, torch.linalg.slogdet(jacobian).logabsdet)
 
 
+def test_a_radial_layer_of_a_constant_radius_is_linear():
+    x = torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, 1.0], [-1.0, -1.0]]).double().repeat(9, 1)
+    layer = Radial.fit(x)
+    z, log_det = layer.forward(3 * x)
+    torch.testing.assert_close(z, 3 * layer.forward(x)[0])
+    torch.testing.assert_close(layer.inverse(z), 3 * x)
+    assert log_det.isfinite().all()
+
+
 def test_a_radial_layer_makes_heavy_tails_normal(heavy_tails):
     rows, truth = heavy_tails
     x = torch.from_numpy(rows)

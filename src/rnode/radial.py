@@ -45,7 +45,10 @@ class Radial:
         u = np.quantile(u, shares)
         kept = np.diff(u, prepend=-np.inf) > 1e-6  # repeated radii have one knot
         target = np.log(chi(x.shape[1]).ppf(shares))
-        return cls(mean, factor, torch.from_numpy(np.stack([u[kept], target[kept]])))
+        knots = np.stack([u[kept], target[kept]])
+        if kept.sum() < 2:  # the radius is constant: the layer is linear
+            knots = np.array([[0.0, 1.0], [0.0, 1.0]])
+        return cls(mean, factor, torch.from_numpy(knots))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x (B, d) → (B, d) and log|det|, (B,)."""

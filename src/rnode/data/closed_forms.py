@@ -116,7 +116,7 @@ def transforms_of(data: DataModule, x: Tensor) -> dict[str, TableTransform]:
     transforms = {"as it is": plain}
     if columns != list(plain.columns):
         transforms["logarithms"] = TableTransform(columns).fit(x)
-    if x.shape[1] > 1:
+    if 1 < x.shape[1] < len(x) / 2:
         for name, transform in list(transforms.items()):
             y, _ = transform.forward(x, torch.full_like(x, 0.5))
             radial = Radial.fit(y.double())

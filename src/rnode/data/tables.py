@@ -246,7 +246,8 @@ def as_frame(rows: Any, names: list[str] | None = None, where: str = "rows") -> 
     else:
         array = as_array(rows)
         require(array.ndim == 2, f"{where}: are {array.shape}; must be (N, d)")
-        names = names or [f"column_{i}" for i in range(array.shape[1])]
+        default = [f"column_{i}" for i in range(array.shape[1])]
+        names = default if names is None or set(names) <= set(default) else names
         right = f"must have {len(names)}: {listed(names)}"
         require(array.shape[1] == len(names), f"{where}: {array.shape[1]} columns; {right}")
         pairs = zip(names, array.T, strict=True)
