@@ -31,6 +31,9 @@ def test_a_radial_layer_is_inverted_and_has_autograds_log_determinant(heavy_tail
     x = torch.from_numpy(heavy_tails[0])
     layer = Radial.fit(x[:3000])
     x = torch.cat([x[3000:3020], 100 * x[:5]])  # also beyond the last knots
+    centre, log_det = layer.forward(layer.mean[None])
+    assert centre.isfinite().all()
+    assert log_det.isfinite().all()
     z, log_det = layer.forward(x)
     torch.testing.assert_close(layer.inverse(z), x)
     jacobian = torch.func.vmap(torch.func.jacrev(lambda x: layer.forward(x[None])[0][0]))(x)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 KNOTS = 20  # quantiles of the radius
 ITERATIONS = 100  # of expectation maximization
+SMALLEST_RADIUS = 1e-30
 RIDGE = 1e-6  # variance that a constant column has at least
 LARGEST_NU = 200.0  # degrees of freedom beyond which a t distribution is normal
 
@@ -40,7 +41,7 @@ class Radial:
         """Fit the layer to x (N, d), float64, by a multivariate t distribution and quantiles."""
         mean, factor = fit_t(x)
         y = torch.linalg.solve_triangular(factor, (x - mean).T, upper=False)
-        u = y.norm(dim=0).clamp(min=torch.finfo(x.dtype).tiny).log().numpy()
+        u = log_norm(y.T).numpy()
         shares = (np.arange(KNOTS) + 0.5) / KNOTS
         u = np.quantile(u, shares)
         kept = np.diff(u, prepend=-np.inf) > 1e-6  # repeated radii have one knot
@@ -53,7 +54,7 @@ class Radial:
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x (B, d) → (B, d) and log|det|, (B,)."""
         y = torch.linalg.solve_triangular(self.factor, (x - self.mean).T, upper=False).T
-        u = y.norm(dim=1).log()
+        u = log_norm(y)
         log_h, slope = interpolate(u, *self.knots)
         d = x.shape[1]
         log_det = d * (log_h - u) + slope.log() - self.factor.diagonal().log().sum()
@@ -61,13 +62,18 @@ class Radial:
 
     def inverse(self, z: Tensor) -> Tensor:
         """z (B, d) → x (B, d)."""
-        log_h = z.norm(dim=1).log()
+        log_h = log_norm(z)
         u, _ = interpolate(log_h, *self.knots.flip(0))
         return z * (u - log_h).exp()[:, None] @ self.factor.T + self.mean
 
     def state(self) -> dict[str, Any]:
         """The arguments of this layer."""
         return dict(vars(self))
+
+
+def log_norm(x: Tensor) -> Tensor:
+    """log‖x‖ of x (B, d), finite at 0: (B,)."""
+    return x.norm(dim=1).clamp(min=SMALLEST_RADIUS).log()
 
 
 def interpolate(x: Tensor, knots: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
