@@ -139,7 +139,7 @@ def test_joblib_runs_two_jobs_at_a_time_which_stop_with_the_sweep(start, tmp_pat
     assert not (folder / "2" / "last.ckpt").exists()
     printed = start(tmp_path / "second", *arguments).finish(code=1)
     assert "Traceback" not in printed
-    assert printed.endswith("failed: 2 reg.lambda_k=-1: reg.lambda_k=-1: must be at least 0\n")
+    assert printed.endswith(f"failed: 2 reg.lambda_k=-1: {NEGATIVE}\n")
     assert [len(column(folder / name, "train/loss")) for name in "01"] == [40, 40]
     assert statuses(folder) == ["finished", "finished", "failed"]
 
