@@ -5,8 +5,8 @@ python benchmarks/bases.py [--seconds 40] [--seeds 0 1 2] [--root DIR] [--quick]
 Each row is the flow of the command line with one base and one learning rate. FashionMNIST is
 reduced to 14×14; `--root` holds its files, and without it the digits alone are measured. Figures
 are means over the seeds: test bits/dim by dopri5, evaluations of f and kinetic energy per dimension
-of the test, and validation bits/dim before training; ± is their
-standard deviation.
+of the test, and bits/dim of the first validation, which a Gaussian base has before training; ± is
+their standard deviation.
 """
 
 import argparse
