@@ -264,6 +264,21 @@ def test_resuming_uses_the_encoder_and_the_splits_of_the_checkpoint(conditional,
     assert "those of the checkpoint" in line
 
 
+def test_a_changed_file_keeps_the_units_of_the_checkpoint(tmp_path, capsys):
+    """Other rows would have another smallest value, and another smallest difference."""
+    rows = pl.DataFrame({"a": np.round(normal(N), 1), "b": np.round(normal(N) ** 2 + 1), "c": A})
+    rows.write_csv("rows.csv")
+    train("rows.csv", "run", "base=gaussian", "dataset.logit={b:[0,99]}")
+    more = pl.DataFrame({"a": [-9.05, 7.0], "b": [1.0, 30.0], "c": [0.5, 0.7]})
+    pl.concat([rows, more]).write_csv("rows.csv")
+    call("evaluate", "run", "hydra.run.dir=evaluation")
+    assert "rows.csv: differs from" in capsys.readouterr().out
+    columns = {column.name: column for column in rnode.load("run").data.transform.columns}
+    assert (columns["a"].unit, columns["b"].unit) == (pytest.approx(0.1), 1.0)
+    samples = pl.read_csv("evaluation/samples.csv")
+    assert samples["bits_per_dim"].is_finite().all()
+
+
 def test_score_and_sample_open_the_checkpoint_alone(conditional, tmp_path, capsys):
     folder, frame = conditional
     frame.write_csv("new.csv")

@@ -15,17 +15,23 @@ from rnode.data.conditions import Conditions
 from rnode.data.splits import Splits
 from rnode.errors import require
 from rnode.seeding import NOISE, step_generator
-from rnode.transforms import Batch, ImageTransform, TableTransform, Transform
+from rnode.transforms import Batch, Column, ImageTransform, TableTransform, Transform
 
 # x (B, *shape), the index of each sample in its split (B,), and what it is conditioned on, c (B, k)
 Rows = tuple[Tensor, Tensor, Tensor]
+
+
+def given_bounds(column: Column) -> tuple[float, float] | None:
+    """Return the bounds of a column as the user has given them, without its unit."""
+    low, high = column.bounds or (0.0, 0.0)
+    return (low, round(high - column.unit, 9)) if column.bounds else None
 
 
 def settings(shape: torch.Size, transform: Transform, context: list[str]) -> dict[str, Any]:
     """What data must have in common with those of a checkpoint, beside what was fitted."""
     options: Any = transform.state()
     if isinstance(transform, TableTransform):
-        options = [column._replace(mean=0.0, std=1.0, log=False) for column in transform.columns]
+        options = {column.name: given_bounds(column) for column in transform.columns}
     return {"shape": list(shape), "transform": options, "context": context}
 
 
@@ -78,8 +84,9 @@ class DataModule(LightningDataModule):
             return
         trained = hasattr(self, "shape")  # a checkpoint has what was fitted
         if trained and isinstance(self.transform, TableTransform) and "columns" in self.arguments:
-            # The file may have got other columns since.
+            # The file may have got other columns since, and other values have another unit.
             self.arguments["columns"] = self.arguments["columns"] or self.transform.names
+            self.arguments["integer"] = []
         splits = self.splits = self.source(**self.arguments)
         shape = splits.val.shape[1:]
         context = list(splits.columns[0])
