@@ -166,11 +166,8 @@ class Flow(nn.Module):
         self.solver = solver
         self.probes = probes
         self.test_probes = probes  # in evaluation mode
-        factored = []
-        z = torch.empty(1, *shape, device="meta")
-        for layer in self.layers:
-            z = z if isinstance(layer, SHAPE_PRESERVING) else layer(z, factored)
-        self.z_shapes = [part.shape[1:] for part in (*factored, z)]  # of the parts of z, in order
+        parts = self._arrange(torch.empty(1, *shape, device="meta"))
+        self.z_shapes = [part.shape[1:] for part in parts]  # of the parts of z, in order
 
     @property
     def d(self) -> int:
@@ -263,14 +260,18 @@ class Flow(nn.Module):
 
     def as_z(self, x: Tensor) -> Tensor:
         """x (B, *shape) → (B, d): z with every piece the identity."""
-        factored = []
-        for layer in self.layers:
-            x = x if isinstance(layer, SHAPE_PRESERVING) else layer(x, factored)
-        return torch.cat([part.flatten(1) for part in (*factored, x)], dim=1)
+        return torch.cat([part.flatten(1) for part in self._arrange(x)], dim=1)
 
     def as_x(self, z: Tensor) -> Tensor:
         """z (B, d) → (B, *shape): the inverse with every piece the identity."""
         return self._rearrange(*self._split(z), len(self.layers))
+
+    def _arrange(self, x: Tensor) -> list[Tensor]:
+        """x (B, *shape) → the parts of z in order, with every piece the identity."""
+        factored = []
+        for layer in self.layers:
+            x = x if isinstance(layer, SHAPE_PRESERVING) else layer(x, factored)
+        return [*factored, x]
 
     def _split(self, z: Tensor) -> tuple[Tensor, list[Tensor]]:
         """z (B, d) → what the last layer returned, and the parts that were factored out."""

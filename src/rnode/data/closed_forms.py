@@ -67,16 +67,23 @@ def fit_candidates(
     sizes = {"gaussian": SIZES[:1], "mixture": SIZES[1:], "auto": SIZES}[kind]
     x, *_ = rows_of_training(data, ROWS)
     transforms = transforms_of(data, x)
+    batches = {
+        name: (
+            training_batch(data, transform, seed, ROWS),
+            transform.for_evaluation(*data.fetch("val", range(rows)), seed),
+        )
+        for name, transform in transforms.items()
+    }
     candidates: list[Candidate] = []
     for i, size in enumerate(sizes):
         for name, transform in transforms.items():
             if candidates and (len(x) < size * ROWS_PER_COMPONENT or time.monotonic() > end):
                 continue
             try:
-                base = fit_base(training_batch(data, transform, seed, ROWS), size, seed)
+                base = fit_base(batches[name][0], size, seed)
             except (ValueError, torch.linalg.LinAlgError):  # a component has collapsed
                 continue
-            batch = transform.for_evaluation(*data.fetch("val", range(rows)), seed)
+            batch = batches[name][1]
             log_prob = base.log_prob(batch.y.double(), batch.c) + batch.log_det
             components = "a Gaussian" if size == 1 else f"{size} Gaussians"
             candidates.append(Candidate(f"{name}, {components}", transform, base, log_prob))
