@@ -60,6 +60,9 @@ class WandbRun(WandbLogger):
     """A run of W&B, which begins once the settings are known: mistakes in them leave none."""
 
     def log_hyperparams(self, params: dict) -> None:
+        import wandb  # takes a second to import
+
+        wandb.setup(wandb.Settings(silent=True))  # the table at the end says what W&B would
         step = "trainer/global_step"
         self.experiment.define_metric("val/bits_per_dim", summary="min", step_metric=step)
         super().log_hyperparams(params)
@@ -72,7 +75,6 @@ def wandb_logger(folder: str, mode: str, tags: list[str], **options: object) -> 
     """
     if mode == "disabled":
         return None
-    os.environ.setdefault("WANDB_SILENT", "true")  # the table at the end says what W&B would
     place = os.environ.get("WANDB_DIR", folder)
     return WandbRun(save_dir=place, mode=mode, tags=list(tags), **options)
 
