@@ -109,7 +109,9 @@ class Figures(Callback):
             held_out = data.transform.inverse(data.transform(x, index, c).y)
             samples = data.transform.inverse(module.flow.sample(count, c.to(device)))
         bits = float(trainer.callback_metrics[f"{stage}/bits_per_dim"])
-        title = f"samples (step {trainer.global_step}, {stage} {bits:.3f} bits/dim)"
+        nats = math.log(2) * module.flow.d * bits
+        measured = f"{bits:.3f} bits/dim" if images else f"{nats:.3f} nats"
+        title = f"samples (step {trainer.global_step}, {stage} {measured})"
         panels = {"held-out data": held_out.float().cpu(), title: samples.float().cpu()}
         if images:
             plot_grids(self.path, panels)
