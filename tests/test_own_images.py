@@ -1,6 +1,8 @@
 """Images of one's own: every kind of file, folder and array, and small data."""
 
 import os
+import struct
+import zlib
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,7 +17,7 @@ from rnode import InputError
 from rnode.app.validation import compose_config, validate
 from rnode.data.datamodule import DataModule
 from rnode.data.densities import toy
-from rnode.data.folder import find_images, image_folder
+from rnode.data.folder import decode, find_images, image_folder
 from rnode.data.images import arrays
 from rnode.data.splits import Splits
 from rnode.training import gaussian
@@ -43,6 +45,30 @@ def test_pixels_of_more_than_8_bits_are_refused_by_name(tmp_path, images):
     np.save(tmp_path / "train_images.npy", images)
     with pytest.raises(InputError, match=r"train_images.npy: .* type \w*: must be uint8 from 0"):
         arrays(str(tmp_path))
+
+
+def test_pixels_of_16_bits_in_colour_are_refused_by_name(tmp_path):
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 8, 8, 16, 2, 0, 0, 0)  # Pillow cannot write 16 bits of colour
+    rows = b"".join(b"\0" + bytes(row) for row in np.zeros((8, 48), "u1"))
+    parts = [(b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    content = b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)
+    (tmp_path / "0.png").write_bytes(content)
+    with pytest.raises(InputError, match=r"0.png: has pixels of more than 8 bits"):
+        decode(tmp_path / "0.png", (3, 8, 8))
+
+
+def test_what_is_lost_of_image_files_is_printed(tmp_path, capsys):
+    write(tmp_path)
+    Image.fromarray(np.zeros((8, 8, 4), "u1")).save(tmp_path / "transparent.png")
+    frames = [Image.fromarray(image) for image in BYTES]
+    frames[0].save(tmp_path / "frames.gif", save_all=True, append_images=frames[1:])
+    image_folder(str(tmp_path))
+    printed = capsys.readouterr().out
+    assert "1 of 12 images lose their transparency" in printed
+    assert "1 of 12 images lose their later frames" in printed
 
 
 def test_constant_images_are_named(tmp_path, capsys):

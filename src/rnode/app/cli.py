@@ -85,7 +85,9 @@ def expand(command: str, overrides: list[str]) -> list[str]:
     """
     expanded, folders = [], []
     for text in overrides:
-        if "=" in text and not os.path.exists(text):
+        if text.startswith("context={"):  # Hydra could not read the quotes of JSON
+            expanded.append(f"context={quote(text[8:])}")
+        elif "=" in text and not os.path.exists(text):
             # The conditions of a density have names of the user's.
             expanded.append(f"++{text}" if text.startswith("context.") else text)
         elif command == "report":
@@ -107,7 +109,9 @@ def start_hydra(command: str, arguments: list[str]) -> None:
         for name in (DIVERGED, FAILED):  # of an earlier job in this folder
             (folder / name).unlink(missing_ok=True)
         with one_line_errors(folder if in_sweep() else None):
-            validate(command, cfg)  # again: a sweep has chosen values of its own
+            values = validate(command, cfg)  # again: a sweep has chosen values of its own
+            if "context" in cfg:
+                cfg.context = values.context  # JSON has become a dictionary
             make_paths_absolute(cfg)
             if command == "train" and is_first_process():
                 chosen = HydraConfig.get().runtime.choices

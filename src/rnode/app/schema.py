@@ -6,7 +6,15 @@ from typing import Annotated, Any, Literal
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
-from pydantic import BaseModel, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import (
+    BaseModel,
+    Field,
+    Json,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+)
 
 from rnode.names import ADAPTIVE, DIVERGENCES, FIXED_GRID, GRADIENTS, INTEGRALS, NORMS
 from rnode.training.results import RESULTS
@@ -15,6 +23,7 @@ PACKAGE = Path(__file__).resolve().parent.parent
 CHECKOUT = PACKAGE.parent.parent
 CONF = next(path / "conf" for path in (PACKAGE, CHECKOUT) if (path / "conf").is_dir())
 
+Context = Json[dict[str, Any]] | dict[str, Any]  # JSON takes every name
 Bounds = Annotated[list[float], Field(min_length=2, max_length=2)]
 Name = str | int | float | bool | None  # of a column, as YAML reads it: 2019, true and null too
 Strategy = Literal["auto", "ddp", "ddp_find_unused_parameters_true"]
@@ -169,7 +178,7 @@ class Sample(FromCheckpoint):
     """Sample from a trained flow: rnode sample outputs/…/best.ckpt"""
 
     n: PositiveInt = key("number of samples")
-    context: dict[str, Any] = key("what a conditional density is given, as context.COLUMN=VALUE")
+    context: Context = key('conditions: context.COLUMN=VALUE, or context={"COLUMN": VALUE}')
     temperature: NonNegativeFloat = key("standard deviation of z")
     trajectory: bool = key("save the way from noise to images as an animation")
 
@@ -179,7 +188,7 @@ class Score(FromCheckpoint):
 
     path: str = key("table or folder of new data")
     id: list[Name] = key("columns of the table that are copied beside the scores")
-    context: dict[str, Any] = key("what a conditional density is given, as context.COLUMN=VALUE")
+    context: Context = key('conditions: context.COLUMN=VALUE, or context={"COLUMN": VALUE}')
 
 
 class Reproduce(Section, extra="forbid"):

@@ -9,7 +9,7 @@ from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from rnode.app.schema import COMMANDS, CONF, flatten
 from rnode.errors import InputError, one_line, require
@@ -55,12 +55,12 @@ def explain(error: Exception) -> str:
     return f"there is no option {key}; {hint}--help lists them"
 
 
-def validate(command: str, cfg: DictConfig) -> None:
-    """Raise InputError if a key is missing or has a wrong value."""
+def validate(command: str, cfg: DictConfig) -> BaseModel:
+    """Return the values of a configuration; a missing or wrong one is an InputError."""
     missing = OmegaConf.missing_keys(cfg)
     require(not missing, f"{', '.join(sorted(missing))}=… is missing; --help describes it")
     try:
-        COMMANDS[command].model_validate(OmegaConf.to_container(cfg, resolve=True))
+        return COMMANDS[command].model_validate(OmegaConf.to_container(cfg, resolve=True))
     except ValidationError as error:
         detail = error.errors()[0]
         key = ".".join(str(part) for part in detail["loc"] if "[" not in str(part))  # no types

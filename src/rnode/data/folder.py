@@ -18,6 +18,7 @@ from rnode.errors import InputError, one_line, require
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".gif")
 WIDE = ("I", "F")  # modes of 16 and 32 bits, whose white is not known
+DEEP = ";16"  # in the mode of a file of 16 bits, of which Pillow keeps the upper eight
 UNLABELED = ("unlabeled", "unlabelled")  # folders that are no class
 SIDE = 64  # of images whose own sizes differ or are too large
 LARGEST_SIDE = 256  # of images that keep their size
@@ -105,22 +106,31 @@ def layout(
     The size is theirs if they agree and are not too large, else SIDE.
     """
     headers = [header for header in in_threads(inspect, paths, "inspecting") if header]
-    sizes = {size for size, _ in headers}
+    sizes = {size for size, _, _ in headers}
     own = max(sizes, default=(SIDE, SIDE))
     height, width = size or (own if len(sizes) == 1 and max(own) <= LARGEST_SIDE else (SIDE, SIDE))
-    scaled = sum(own != (height, width) for own, _ in headers)
-    if scaled:
-        print(f"{scaled} of {len(paths)} images are scaled and cut to size={height}×{width}")
-    return channels or (1 if all(grey for _, grey in headers) else 3), height, width
+    losses = Counter(loss for _, _, losses in headers for loss in losses)
+    losses[f"are scaled and cut to size={height}×{width}"] = sum(
+        own != (height, width) for own, _, _ in headers
+    )
+    for loss, count in losses.items():
+        if count:
+            print(f"{count} of {len(paths)} images {loss}")
+    return channels or (1 if all(grey for _, grey, _ in headers) else 3), height, width
 
 
-def inspect(path: Path) -> tuple[tuple[int, int], bool] | None:
-    """Return height and width, and whether a file is grey; None: `decode` will refuse the file."""
+def inspect(path: Path) -> tuple[tuple[int, int], bool, list[str]] | None:
+    """Return height and width, whether a file is grey, and what of it is not used.
+
+    None: `decode` will refuse the file.
+    """
     try:
         with Image.open(path) as image:
             turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
             size = image.size if turned else image.size[::-1]
-            return size, image.mode in ("1", "L", "LA")
+            losses = ["lose their transparency"] if image.has_transparency_data else []
+            losses += ["lose their later frames"] if getattr(image, "n_frames", 1) > 1 else []
+            return size, image.mode in ("1", "L", "LA"), losses
     except Exception:
         return None
 
@@ -165,12 +175,13 @@ def decode(path: Path, shape: Sequence[int]) -> np.ndarray:
     channels, height, width = shape
     try:
         with Image.open(path) as opened:
+            deep = opened.mode.startswith(WIDE) or DEEP in str(opened.tile)
             image = ImageOps.exif_transpose(opened)
             image.load()
     except Exception as error:  # whatever Pillow makes of the bytes of a file
         raise InputError(f"{path}: is not a whole image ({one_line(error)[:200]})") from None
     bits = f"{path}: has pixels of more than 8 bits (mode {image.mode}); save it with 8 bits"
-    require(not image.mode.startswith(WIDE), bits)
+    require(not deep, bits)
     image = image.convert("L" if channels == 1 else "RGB")
     image = ImageOps.fit(image, (width, height), Image.Resampling.BILINEAR)
     return np.asarray(image).reshape(height, width, channels).transpose(2, 0, 1)

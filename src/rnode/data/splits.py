@@ -124,6 +124,7 @@ def hold_out(parts: Mapping[str, Any], validation: float, test: float) -> dict[s
         if name not in parts:
             train = parts["train"]
             n = len(train)
+            require(n > 1, f"{n} sample is too few to hold a {name} split out")
             count = count_of(share, n)
             require(0 < count < n, f"{option}={count}: must be 1 to {n - 1}, out of {n} samples")
             order = permutation(n)

@@ -20,8 +20,8 @@ from rnode.transforms import Column, TableTransform
 
 MISSING = ["", "-", "?", "na", "n/a", "#n/a", "<na>", "nan", "nat", "none", "null"]
 SIGN = "[$€£¥%]"  # of money or per cent: all cells of a column have the same, or none has one
-THOUSANDS = r"^[+-]?\d{1,3}(,\d{3})+(\.\d*)?$"  # such as 1,234.5
-DECIMAL_COMMA = r"^\s*([+-]?\d*),(\d+)\s*$"  # in a file with semicolons
+THOUSANDS = r"^[+-]?\d{1,3}([,'’\s]\d{3})+(\.\d*)?$"  # such as 1,234.5
+DECIMAL_COMMA = r"^\s*[+-]?(\d*|\d{1,3}(\.\d{3})+),\d+\s*$"  # in a file with semicolons
 NAMELESS = r"|Unnamed: \d+|__index_level_\d+__"  # what files hold for the index of pandas
 SMALLEST_UNIT = 1e-6  # of the range of a column that is rounded
 REPETITION_LIMIT = 0.01  # share of the rows above which a repeated value is worth a warning
@@ -188,21 +188,41 @@ def read_table(path: Path, names: list[str] | None = None) -> pl.DataFrame:
 
 def read_text(path: Path) -> pl.DataFrame | np.ndarray:
     """Read CSV or TSV as text: an array if it has no header, whose columns have no names."""
-    content = path.read_bytes()
-    lines = content.decode(errors="replace").splitlines()[:20]
-    lines = [re.sub('"[^"]*"', "", line) for line in lines if line]
+    text = decode(path)
+    lines = [re.sub('"[^"]*"', "", line) for line in text.split("\n")[:20] if line]
     counts = {character: {line.count(character) for line in lines} for character in ";\t|"}
     # The separator is in each of the first lines equally often.
     separator = next((c for c, n in counts.items() if len(n) == 1 and n != {0}), ",")
-    frame = pl.read_csv(content, has_header=False, infer_schema_length=0, separator=separator)
+    try:
+        frame = pl.read_csv(
+            text.encode(), has_header=False, infer_schema_length=0, separator=separator
+        )
+    except pl.exceptions.ComputeError as error:
+        longer = "a row has more cells than the first row" if "more fields" in str(error) else error
+        raise ValueError(longer) from None
     frame = frame.filter(~pl.all_horizontal(pl.all().is_null()))  # empty lines
     if separator == ";":
-        frame = frame.with_columns(pl.all().str.replace(DECIMAL_COMMA, "$1.$2"))
+        american = pl.all().str.replace_all(".", "", literal=True).str.replace(",", ".")
+        frame = frame.with_columns(
+            pl.when(pl.all().str.contains(DECIMAL_COMMA)).then(american).otherwise(pl.all())
+        )
     header = [(name or "").strip() for name in frame.row(0)]
     if not is_header(frame):
         print(f"{path}: has no header: its first row holds {listed(header, 5)}")
         return frame.to_numpy()
     return frame[1:].rename(dict(zip(frame.columns, header, strict=True)))
+
+
+def decode(path: Path) -> str:
+    """Return the text of a file with "\\n" at the ends of its lines."""
+    content = path.read_bytes()
+    encoding = "utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+    try:
+        text = content.decode(encoding)
+    except UnicodeDecodeError:
+        print(f"{path}: is not UTF-8: its letters are read as Windows' cp1252")
+        text = content.decode("cp1252", errors="replace")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def is_header(frame: pl.DataFrame) -> bool:
@@ -283,11 +303,13 @@ def to_column(values: Any) -> pl.Series:
 
 def to_numbers(text: pl.Series) -> pl.Series:
     """Return what people mean by text as numbers, such as $5, 5 % and 1,234.5; null: no number."""
-    signs = text.drop_nulls().str.extract(f"({SIGN})").fill_null("").mode()
-    sign = re.escape("".join(signs[:1]))
-    plain = text.str.replace(rf"^([+-]?)\s*{sign}\s*|\s*{sign}$", "$1")
+    signs = text.str.extract(f"({SIGN})").fill_null("")
+    sign = "".join(signs.filter(text.is_not_null()).mode().sort()[-1:])
+    plain = text.str.replace("−", "-", literal=True)
+    plain = plain.str.replace(rf"^([+-]?)\s*{re.escape(sign)}\s*|\s*{re.escape(sign)}$", "$1")
     grouped = plain.str.contains(THOUSANDS).fill_null(False)
-    return plain.zip_with(~grouped, plain.str.replace_all(",", "")).cast(pl.Float64, strict=False)
+    plain = plain.zip_with(~grouped, plain.str.replace_all(r"[,'’\s]", ""))
+    return plain.set(signs != sign, None).cast(pl.Float64, strict=False)
 
 
 def numbers(frame: pl.DataFrame, names: list[str], where: str) -> pl.DataFrame:
@@ -295,8 +317,9 @@ def numbers(frame: pl.DataFrame, names: list[str], where: str) -> pl.DataFrame:
     for column in frame[names]:
         if column.dtype == pl.String:
             row = (to_numbers(column).is_null() & column.is_not_null()).arg_true()[0]
-            cell = column[row][:40]
-            raise InputError(f"{where}: {column.name} is {cell} in row {row}, no number")
+            alone = to_numbers(column[row : row + 1])[0]
+            wrong = "no number" if alone is None else "with another sign than other cells"
+            raise InputError(f"{where}: {column.name} is {column[row][:40]} in row {row}, {wrong}")
         fits = column.dtype.is_numeric() or column.dtype in (pl.Boolean, pl.Null)
         require(fits, f"{where}: {column.name} holds {column.dtype}, not numbers")
     return frame.select(pl.col(names).cast(pl.Float64))
