@@ -201,14 +201,14 @@ def write(split: Split, folder: str) -> str:
 
 
 def fit_rnode(
-    path: str, seconds: float, seed: int, base: str, log: Sequence[str] = ()
+    path: str, seconds: float, seed: int, base: str, log: Sequence[str] | None = None
 ) -> rnode.Density:
     """Train a flow as its users do, for whole seconds."""
     max_time = time.strftime("%H:%M:%S", time.gmtime(max(1, round(seconds))))
     overrides = [f"seed={seed}", f"base={base}", "logger=csv"]
     options = {"folder": tempfile.mkdtemp(dir=Path(path).parent), "split_column": "split"}
     with contextlib.redirect_stdout(io.StringIO()):
-        return rnode.fit(path, max_time=max_time, overrides=overrides, log=list(log), **options)
+        return rnode.fit(path, max_time=max_time, overrides=overrides, log=log, **options)
 
 
 CONTENDERS = {

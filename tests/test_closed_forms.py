@@ -14,7 +14,7 @@ from helpers import call, column, make_flow
 from rnode.data.closed_forms import fit_base, fit_candidates, ranked
 from rnode.data.datamodule import DataModule
 from rnode.data.tables import table
-from rnode.radial import Radial
+from rnode.radial import Radial, fit_t
 from rnode.transforms import Batch
 
 A = np.array([[2.0, 0.0, 0.0], [1.0, 0.5, 0.0], [-0.3, 0.2, 1.0]])
@@ -27,9 +27,18 @@ def heavy_tails():
     return truth.rvs(6000, random_state=0), truth
 
 
+def fit_radial(x):
+    return Radial.fit(x, *fit_t(x)[:2])
+
+
+def test_the_degrees_of_freedom_of_a_t_distribution_are_found(heavy_tails):
+    *_, nu = fit_t(torch.from_numpy(heavy_tails[0]))
+    assert nu == pytest.approx(2, abs=0.2)
+
+
 def test_a_radial_layer_is_inverted_and_has_autograds_log_determinant(heavy_tails):
     x = torch.from_numpy(heavy_tails[0])
-    layer = Radial.fit(x[:3000])
+    layer = fit_radial(x[:3000])
     x = torch.cat([x[3000:3020], 100 * x[:5]])  # also beyond the last knots
     centre, log_det = layer.forward(layer.mean[None])
     assert centre.isfinite().all()
@@ -42,7 +51,7 @@ def test_a_radial_layer_is_inverted_and_has_autograds_log_determinant(heavy_tail
 
 def test_a_radial_layer_of_a_constant_radius_is_linear():
     x = torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, 1.0], [-1.0, -1.0]]).double().repeat(9, 1)
-    layer = Radial.fit(x)
+    layer = fit_radial(x)
     z, log_det = layer.forward(3 * x)
     torch.testing.assert_close(z, 3 * layer.forward(x)[0])
     torch.testing.assert_close(layer.inverse(z), 3 * x)
@@ -52,7 +61,7 @@ def test_a_radial_layer_of_a_constant_radius_is_linear():
 def test_a_radial_layer_makes_heavy_tails_normal(heavy_tails):
     rows, truth = heavy_tails
     x = torch.from_numpy(rows)
-    z, log_det = Radial.fit(x[:3000]).forward(x[3000:])
+    z, log_det = fit_radial(x[:3000]).forward(x[3000:])
     normal = MultivariateNormal(torch.zeros(3).double(), torch.eye(3).double())
     difference = truth.logpdf(rows[3000:]) - (normal.log_prob(z) + log_det).numpy()
     assert abs(difference.mean()) < 0.05  # the Kullback–Leibler divergence
@@ -124,7 +133,7 @@ def test_a_run_begins_at_the_best_closed_form_and_is_never_behind_it(run, tmp_pa
     centres = rng.normal(size=(2, 2))[rng.integers(2, size=400)]
     rows = pl.DataFrame(5 * centres + rng.normal(size=(400, 2)), ["a", "b"])
     rows.write_csv(path := tmp_path / "rows.csv")
-    worse = ["optimizer.lr=0.3", "warmup_steps=0", "trainer.gradient_clip_val=null"]
+    worse = ["optimizer.lr=1.0", "warmup_steps=0", "trainer.gradient_clip_val=null"]
     folder = run("dataset=table", f"dataset.path={path}", *SHORT, *worse, "model.hidden=8")
     assert "closed form" in capsys.readouterr().out
     first, *later = column(folder, "val/bits_per_dim")

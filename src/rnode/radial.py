@@ -37,9 +37,8 @@ class Radial:
         self.knots = knots
 
     @classmethod
-    def fit(cls, x: Tensor) -> "Radial":
-        """Fit the layer to x (N, d), float64, by a multivariate t distribution and quantiles."""
-        mean, factor = fit_t(x)
+    def fit(cls, x: Tensor, mean: Tensor, factor: Tensor) -> "Radial":
+        """Fit the knots to x (N, d), float64, by quantiles; see `fit_t` for the other arguments."""
         y = torch.linalg.solve_triangular(factor, (x - mean).T, upper=False)
         u = log_norm(y.T).numpy()
         shares = (np.arange(KNOTS) + 0.5) / KNOTS
@@ -83,11 +82,12 @@ def interpolate(x: Tensor, knots: Tensor, values: Tensor) -> tuple[Tensor, Tenso
     return values[left] + slopes[left] * (x - knots[left]), slopes[left]
 
 
-def fit_t(x: Tensor) -> tuple[Tensor, Tensor]:
+def fit_t(x: Tensor) -> tuple[Tensor, Tensor, float]:
     """Fit a multivariate t distribution to standardized x (N, d) by expectation maximization.
 
     Returns:
-        Its location (d,) and the Cholesky factor (d, d) of its scale matrix.
+        Its location (d,), the Cholesky factor (d, d) of its scale matrix, and ν, its degrees of
+        freedom.
     """
     n, d = x.shape
     mean, covariance, nu = x.mean(0), torch.cov(x.T).reshape(d, d), 5.0
@@ -107,4 +107,4 @@ def fit_t(x: Tensor) -> tuple[Tensor, Tensor]:
         nu = LARGEST_NU if slope(LARGEST_NU) > 0 else brentq(slope, 1e-2, LARGEST_NU)
         if (mean - before).abs().max() < 1e-5:
             break
-    return mean, factor
+    return mean, factor, nu

@@ -1,5 +1,6 @@
 """Densities in closed form, at which a flow can start: Gaussians and mixtures of Gaussians."""
 
+import itertools
 import math
 import time
 import warnings
@@ -19,11 +20,12 @@ from rnode.errors import require
 from rnode.evaluation import standard_error
 from rnode.flow import Flow
 from rnode.loss import bits_per_dim
-from rnode.radial import Radial
+from rnode.radial import Radial, fit_t
 from rnode.transforms import Batch, TableTransform, Transform
 
 SIZES = (1, 5, 2, 10, 30, 80)  # components, in the order in which they are tried
-TRIED_WITH_ALL = 2  # so many of the sizes are fitted after every transform, others after the best
+TRIED_WITH_ALL = 2  # so many sizes are fitted after every transform before the others are tried
+HEAVY_TAILS = 10.0  # degrees of freedom of a t distribution below which a radial layer is tried
 ROWS_PER_COMPONENT = 20  # at least
 NUMBERS = 20_000_000  # in the samples of a Gaussian, at most
 ROWS = 20_000  # of a mixture, at most
@@ -75,34 +77,40 @@ def fit_candidates(
         for name, transform in transforms.items()
     }
     candidates: list[Candidate] = []
-    for i, size in enumerate(sizes):
-        for name, transform in transforms.items():
-            if candidates and (len(x) < size * ROWS_PER_COMPONENT or time.monotonic() > end):
-                continue
-            try:
-                base = fit_base(batches[name][0], size, seed)
-            except (ValueError, torch.linalg.LinAlgError):  # a component has collapsed
-                continue
-            batch = batches[name][1]
-            log_prob = base.log_prob(batch.y.double(), batch.c) + batch.log_det
-            components = "a Gaussian" if size == 1 else f"{size} Gaussians"
-            candidates.append(Candidate(f"{name}, {components}", transform, base, log_prob))
-        candidates = ranked(candidates)
-        if i + 1 == TRIED_WITH_ALL and candidates:
-            best = candidates[0].transform
-            transforms = {name: each for name, each in transforms.items() if each is best}
+
+    def attempt(size: int, name: str) -> None:
+        if candidates and (len(x) < size * ROWS_PER_COMPONENT or time.monotonic() > end):
+            return
+        try:
+            base = fit_base(batches[name][0], size, seed)
+        except (ValueError, torch.linalg.LinAlgError):  # a component has collapsed
+            return
+        batch = batches[name][1]
+        log_prob = base.log_prob(batch.y.double(), batch.c) + batch.log_det
+        components = "a Gaussian" if size == 1 else f"{size} Gaussians"
+        candidates.append(Candidate(f"{name}, {components}", transforms[name], base, log_prob))
+
+    for size, name in itertools.product(sizes[:TRIED_WITH_ALL], transforms):
+        attempt(size, name)
     require(bool(candidates), f"base={kind}: no mixture can be fitted to so few or such rows")
-    return candidates
+    names = {transform: name for name, transform in transforms.items()}
+    best_first = dict.fromkeys(candidate.transform for candidate in ranked(candidates))
+    for transform, size in itertools.product(best_first, sizes[TRIED_WITH_ALL:]):
+        attempt(size, names[transform])
+    return ranked(candidates)
 
 
 def ranked(candidates: list[Candidate]) -> list[Candidate]:
     """Return candidates by their validation likelihood, but the best radial one first if it may be.
 
-    It may be if it is behind by less than two paired standard errors. Without heavy tails, a single
-    outlier that is not among the validation rows can cost more than all other rows.
+    It may be if it is behind the same columns without a radial layer by less than two paired
+    standard errors. Without heavy tails, a single outlier that is not among the validation rows can
+    cost more than all other rows.
     """
     candidates = sorted(candidates, key=lambda candidate: candidate.nats)
-    for radial in (each for each in candidates if each.transform.radial is not None):
+    columns = candidates[0].transform.columns
+    same = (each for each in candidates if each.transform.columns == columns)
+    for radial in (each for each in same if each.transform.radial is not None):
         behind = candidates[0].log_prob - radial.log_prob
         if behind.mean() < 2 * standard_error(behind):
             return [radial, *(each for each in candidates if each is not radial)]
@@ -111,7 +119,10 @@ def ranked(candidates: list[Candidate]) -> list[Candidate]:
 
 
 def transforms_of(data: DataModule, x: Tensor) -> dict[str, TableTransform]:
-    """Return the transform of rows x (N, d), that with more logarithms, and each made radial."""
+    """Return the transform of rows x (N, d), that with more logarithms, and each made radial.
+
+    A radial layer needs tails heavier than a normal's.
+    """
     plain: Any = data.transform
     columns = list(plain.columns)
     if data.arguments.get("log") is None:  # else the user has chosen
@@ -126,9 +137,11 @@ def transforms_of(data: DataModule, x: Tensor) -> dict[str, TableTransform]:
     if 1 < x.shape[1] < len(x) / 2:
         for name, transform in list(transforms.items()):
             y, _ = transform.forward(x, torch.full_like(x, 0.5))
-            radial = Radial.fit(y.double())
-            made = TableTransform(transform.columns, transform.whitening, radial)
-            transforms[f"{name}, radial"] = made
+            *t, nu = fit_t(y.double())
+            if nu < HEAVY_TAILS:
+                radial = Radial.fit(y.double(), *t)
+                made = TableTransform(transform.columns, transform.whitening, radial)
+                transforms[f"{name}, radial"] = made
     # The last is the most robust: if there is time for one fit alone, it is the one.
     return dict(reversed(transforms.items()))
 
