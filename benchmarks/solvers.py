@@ -40,7 +40,7 @@ def main() -> None:
 def compare(path: str) -> None:
     """Write the table of one checkpoint."""
     density = load(path)
-    data, flow = density.data, density.flow
+    data, flow = density.data_, density.flow_
     data.setup()
     flow.double().test_probes = Probes()
     index = torch.arange(128)

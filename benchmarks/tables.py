@@ -185,7 +185,7 @@ def rnode_normal(split: Split, seconds: float, seed: int) -> np.ndarray:
         path, choices = write(split, folder), log_choices(split)
         if len(choices) > 1:
             short = [fit_rnode(path, seconds / 8, seed, "normal", logs) for logs in choices]
-            bits = [float(density.validation_bits.mean()) for density in short]
+            bits = [float(density.validation_bits_.mean()) for density in short]
             choices, seconds = [choices[np.argmin(bits)]], seconds * 3 / 4
         density = fit_rnode(path, seconds, seed, "normal", choices[0])
         return density.log_prob(split.test.numpy())

@@ -139,8 +139,8 @@ def test_a_run_begins_at_the_best_closed_form_and_is_never_behind_it(run, tmp_pa
     first, *later = column(folder, "val/bits_per_dim")
     assert first < min(later)
     density = rnode.load(folder)
-    assert isinstance(density.flow.base, rnode.Mixture)
-    assert float(density.validation_bits.mean()) == pytest.approx(first, rel=1e-5)
+    assert isinstance(density.flow_.base, rnode.Mixture)
+    assert float(density.validation_bits_.mean()) == pytest.approx(first, rel=1e-5)
     samples = density.sample(500, seed=1)
     assert np.abs(samples.mean().to_numpy() - (5 * centres).mean(0)).max() < 1
     expected = density.log_prob(rows).mean()
@@ -153,22 +153,22 @@ def test_a_run_with_logarithms_of_its_own_choice_is_evaluated_and_resumed(run, t
     pl.DataFrame(np.exp(normal), ["a", "b"]).with_columns(c=normal[:, 0] > 0).write_csv(path)
     table = ["dataset=table", f"dataset.path={path}", "dataset.context=[c]", "model.hidden=8"]
     folder = run(*table, *SHORT)
-    assert all(column.log for column in rnode.load(folder).data.transform.columns)
+    assert all(column.log for column in rnode.load(folder).data_.transform.columns)
     call("evaluate", str(folder), f"hydra.run.dir={tmp_path / 'evaluation'}")
     evaluated = json.loads((tmp_path / "evaluation/evaluation.json").read_text())
     result = json.loads((folder / "result.json").read_text())
     assert evaluated["bits_per_dim"] == pytest.approx(result["test/bits_per_dim"], rel=1e-5)
-    means = rnode.load(folder).flow.base.means
+    means = rnode.load(folder).flow_.base.means
     longer = [option.replace("max_epochs=2", "max_epochs=3") for option in SHORT]
     run(*table, *longer, "ckpt_path=auto")
-    assert torch.equal(rnode.load(folder / "last.ckpt").flow.base.means, means)
+    assert torch.equal(rnode.load(folder / "last.ckpt").flow_.base.means, means)
 
 
 def test_images_start_at_a_gaussian_of_z(run):
     folder = run("base=gaussian", *SHORT, "model.hidden=4")
     first = column(folder, "val/bits_per_dim")[0]
     assert first == pytest.approx(2.33, abs=0.03)  # a flow with the normal base begins at 8
-    assert rnode.load(folder).flow.base.means.shape == (1, 64)
+    assert rnode.load(folder).flow_.base.means.shape == (1, 64)
 
 
 def test_as_z_is_the_flow_whose_fields_are_zero():

@@ -1,5 +1,8 @@
 """A trained density from Python, and the commands that score and sample."""
 
+import copy
+import re
+
 import numpy as np
 import polars as pl
 import pytest
@@ -7,7 +10,7 @@ import torch
 
 import rnode
 from helpers import call
-from rnode import Density, InputError
+from rnode import InputError
 
 pytestmark = pytest.mark.usefixtures("blank_figures")
 
@@ -47,7 +50,7 @@ def test_conditional_likelihood_and_samples_match_the_closed_form(fitted, rows):
     assert -0.02 < gap.mean() < 0.05  # the Kullback-Leibler divergence, in nats
     given = {"level": "high", "slope": 0.5}
     samples = density.sample(3000, given)
-    assert samples.columns == density.columns == ["a", "b"]
+    assert samples.columns == density.columns_ == ["a", "b"]
     assert samples.mean().row(0) == pytest.approx((3.0, 60.0), rel=0.05)
     assert samples.select(pl.all().std()).row(0) == pytest.approx((1.5, 5.0), rel=0.1)
     assert density.sample(4, given, seed=0).equals(density.sample(4, given, seed=0))
@@ -62,24 +65,28 @@ def test_a_loaded_density_scores_alike_and_exactly(fitted, rows):
     expected = density.log_prob(few)
     np.testing.assert_array_equal(rnode.load(folder).log_prob(few), expected)
     np.testing.assert_allclose(-expected / (2 * np.log(2)), density.bits_per_dim(few))
-    assert density.score(few)["standard_error"].tolist() == [0.0] * 50
+    assert density.evaluate(few)["standard_error"].tolist() == [0.0] * 50
+    assert density.score(few) == pytest.approx(expected.mean())
+    rows_and_cost = r"Density\(.*\): 2 columns, 4800 training rows, .* nats .*, .* seconds"
+    assert re.fullmatch(rows_and_cost, repr(density), re.DOTALL)
 
 
 def test_the_rank_is_the_share_of_validation_samples_that_are_more_likely(fitted, rows):
     density, _ = fitted
-    assert 0.4 < density.score(rows)["rank"].mean() < 0.6
+    assert 0.4 < density.rank(rows).mean() < 0.6
     bits = density.bits_per_dim(rows[:1])
-    ranked = Density(density.data, density.flow, torch.tensor([-9.0, bits[0] - 1e-3, 9.0, 10.0]))
-    assert ranked.score(rows[:1])["rank"].tolist() == [0.5]
-    unvalidated = Density(density.data, density.flow, torch.zeros(0))
-    assert np.isnan(unvalidated.score(rows[:2])["rank"]).all()
+    ranked = copy.copy(density)
+    ranked.validation_bits_ = torch.tensor([-9.0, bits[0] - 1e-3, 9.0, 10.0])
+    assert ranked.rank(rows[:1]).tolist() == [0.5]
+    ranked.validation_bits_ = torch.zeros(0)
+    assert np.isnan(ranked.rank(rows[:2])).all()
 
 
 def test_pixels_are_checked_and_score_as_the_evaluation_does(digits_run):
     density = rnode.load(digits_run / "best.ckpt")
-    density.data.setup()
-    test = density.data.splits.test[:20]
-    scores = density.score(test)
+    density.data_.setup()
+    test = density.data_.splits.test[:20]
+    scores = density.evaluate(test)
     call("evaluate", str(digits_run), "samples=1", "hydra.run.dir=evaluation")
     evaluated = pl.read_csv("evaluation/samples.csv")["bits_per_dim"].to_numpy()[:20]
     half = np.abs(scores["bits_per_dim"] - evaluated)  # the mean is of this and other probes
@@ -89,11 +96,11 @@ def test_pixels_are_checked_and_score_as_the_evaluation_does(digits_run):
     np.save("test.npy", test)
     score = ("score", str(digits_run), "hydra.run.dir=scores")
     call(*score, "path=test.npy", "seed=1")
-    other = Density(density.data, density.flow, torch.zeros(0), seed=1).bits_per_dim(test)
+    other = density.set_params(seed=1).bits_per_dim(test)
     scored = pl.read_csv("scores/scores.csv")["bits_per_dim"]
     np.testing.assert_allclose(scored, other, rtol=1e-6)
     images = density.sample(3)
-    assert density.columns is None
+    assert density.columns_ is None
     assert images.dtype == np.uint8
     assert images.shape == (3, 1, 8, 8)
     for x in (test / 16, test + 1, -test.int(), test[:, :, :4]):
@@ -129,5 +136,5 @@ def test_tables_are_evaluated_without_an_error_of_probes(layers):
     rows = np.random.default_rng(0).normal(size=(200, 17))
     overrides = ["trainer.max_steps=1", "model.hidden=4", f"model.layers={layers}", *QUIET]
     density = rnode.fit(rows, overrides=overrides)
-    assert density.flow.exact
-    assert not density.score(rows[:9])["standard_error"].any()
+    assert density.flow_.exact
+    assert not density.evaluate(rows[:9])["standard_error"].any()

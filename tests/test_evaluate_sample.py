@@ -81,7 +81,7 @@ def test_a_density_in_the_plane_is_exact_and_integrates_to_one(toy_run, tmp_path
     summary = evaluate(tmp_path, toy_run, "probes=2")
     assert (summary["divergence"], summary["standard_error_probes"]) == ("exact", 0)
     assert "bound" not in summary
-    flow = rnode.load(toy_run / "last.ckpt").flow
+    flow = rnode.load(toy_run / "last.ckpt").flow_
     side = torch.linspace(-6, 6, 241)
     points = torch.from_numpy(DENSITIES["moons"](2000, np.random.default_rng(5))).float()
     with torch.no_grad():

@@ -74,28 +74,28 @@ def test_bfloat16_is_rounded_and_no_rows_are_no_scores(density):
     expected = density.log_prob(rounded.double(), {"flag": FLAGS})
     np.testing.assert_array_equal(density.log_prob(rounded, {"flag": FLAGS}), expected)
     assert density.log_prob(FRAME[:0]).shape == (0,)
-    assert density.score(X[:0], {"flag": True})["rank"].shape == (0,)
+    assert density.rank(X[:0], {"flag": True}).shape == (0,)
 
 
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        (np.ma.masked_array(X[:3], mask=[[0, 0], [1, 0], [0, 0]]), "rows: a is nan in row 1"),
-        (np.zeros((3, 4)), "rows: 4 columns; must have 2: a, b"),
-        (np.zeros((3, 2, 2)), r"rows: are \(3, 2, 2\); must be \(N, d\)"),
-        (pl.DataFrame({"column_0": [1.0], "column_1": [2.0]}), "rows: lack a, b"),
-        ({"a": [1, 2], "b": [1]}, "rows: must hold columns of one length"),
-        ({"a": [1, "x"], "b": [1, 2]}, "rows: a is x in row 1, no number"),
-        ({"a": [1, None], "b": [1, 2]}, "rows: a is nan in row 1|rows: a is None in row 1"),
-        ({"a": [1, np.inf], "b": [1, 2]}, "rows: a is inf in row 1"),
+        (np.ma.masked_array(X[:3], mask=[[0, 0], [1, 0], [0, 0]]), "X: a is nan in row 1"),
+        (np.zeros((3, 4)), "X has 4 features, but Density is expecting 2 .*: a, b"),
+        (np.zeros((3, 2, 2)), "Found array with dim 3"),
+        (pl.DataFrame({"column_0": [1.0], "column_1": [2.0]}), "X: lacks a, b"),
+        ({"a": [1, 2], "b": [1]}, "X: must hold columns of one length"),
+        ({"a": [1, "x"], "b": [1, 2]}, "X: a is x in row 1, no number"),
+        ({"a": [1, None], "b": [1, 2]}, "X: a is nan in row 1|X: a is None in row 1"),
+        ({"a": [1, np.inf], "b": [1, 2]}, "X: a is inf in row 1"),
         (
             {"a": [1], " a": [2], "b": [1]},
-            "rows: two columns have the name a",
+            "X: two columns have the name a",
         ),
     ],
 )
 def test_rows_that_cannot_be_scored_are_named(rows, message, density):
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(ValueError, match=message):
         density.log_prob(rows, {"flag": True})
 
 
@@ -120,13 +120,13 @@ def test_samples_are_new_unless_a_seed_is_given(density):
         ({"columns": ["a"], "context": ["day"]}, "^context=day: must be among a, b, hole, flag"),
         ({"missing": "dropp"}, "^missing=dropp: Input should be 'stop' or 'drop'"),
         ({"max_time": "5"}, "^max_time=5: must be"),
-        ({"max_tim": "5"}, "'max_tim'.: are no keys of dataset=table"),
+        ({"max_tim": "5"}, "unexpected keyword argument 'max_tim'"),
     ],
 )
 def test_mistakes_are_answered_in_the_words_of_python(options, message):
     hole = pl.Series([None, *X[1:, 0]])
     frame = FRAME.with_columns(day=pl.date(2020, 1, 1), hole=hole)
-    with pytest.raises(InputError, match=message):
+    with pytest.raises((InputError, TypeError), match=message):
         rnode.fit(frame, overrides=SHORT, **options)
 
 
@@ -194,7 +194,7 @@ def test_fit_works_in_threads_and_each_gets_a_density_of_its_own_rows():
         fits = pool.map(lambda k: rnode.fit(X * k, overrides=SHORT), (1.0, 1000.0))
         spread = [fitted.sample(200)["column_0"].std() for fitted in fits]
     assert spread[0] < 10 < 100 < spread[1]
-    assert len(list(os.scandir("outputs/table"))) == 2
+    assert not list(os.scandir())
     assert state()["signals"] == before
     assert threading.active_count() >= 1
 

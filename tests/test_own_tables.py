@@ -51,7 +51,7 @@ def test_a_hundred_names_of_columns_pass_through_every_command(names):
     call("sample", "run", "n=3", "hydra.run.dir=samples")
     call("score", "run", "path=rows.csv", "hydra.run.dir=scores")
     density = rnode.load("run")
-    assert density.columns == names
+    assert density.columns_ == names
     assert read_table(Path("samples/samples.csv")).columns == names
     scores = pl.read_csv("scores/scores.csv")["log_prob"]
     np.testing.assert_allclose(scores, density.log_prob(frame.select(reversed(names))), rtol=1e-5)
@@ -62,13 +62,13 @@ def test_options_take_names_of_every_kind(names):
     frame = pl.DataFrame(dict(zip(names, normal(len(names), N), strict=True)))
     frame.write_csv("rows.csv")
     fitted = rnode.fit(frame, columns=names[::9], context=names[1::50], overrides=SHORT)
-    assert fitted.columns == names[::9]
-    context = {name: 0.5 for name in ["a, b", "x$y$", *names[::30]]}
+    assert fitted.columns_ == names[::9]
+    context = dict.fromkeys(["a, b", "x$y$", *names[::30]], 0.5)
     words = ",".join(json.dumps(name, ensure_ascii=False) for name in context)
     train("rows.csv", "run", "dataset.columns=[2019,null,true]", f"dataset.context=[{words}]")
     call("score", "run", "path=rows.csv", "id=[2019,n]")
     call("sample", "run", f"context={json.dumps(context)}", "hydra.run.dir=samples")
-    assert rnode.load("run").columns == ["2019", "null", "true"]
+    assert rnode.load("run").columns_ == ["2019", "null", "true"]
     assert read_table(Path("samples/samples.csv")).columns[3:] == list(context)
 
 
@@ -142,7 +142,7 @@ def test_every_kind_of_file_passes_through_every_command(name, tmp_path):
     density = rnode.load("run")
     np.testing.assert_allclose(density.log_prob(FRAME.to_numpy()), scores, rtol=1e-5, atol=1e-6)
     fitted = rnode.fit(path, overrides=[*SHORT, "base=gaussian"])
-    assert fitted.columns == density.columns
+    assert fitted.columns_ == density.columns_
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -235,7 +235,7 @@ def conditional(tmp_path_factory):
 def test_evaluate_equals_score_after_any_change_of_the_file(change, conditional, capsys):
     folder, frame = conditional
     CHANGES[change](frame).write_csv("new.csv")
-    data = rnode.load(folder).data
+    data = rnode.load(folder).data_
     data.arguments["path"] = str(folder.parent / "rows.csv")
     data.setup()
     call("evaluate", str(folder), "dataset.path=new.csv", "hydra.run.dir=evaluation")
@@ -247,7 +247,7 @@ def test_evaluate_equals_score_after_any_change_of_the_file(change, conditional,
     found = pl.read_csv("evaluation/samples.csv")["bits_per_dim"].to_numpy()
     assert all(np.isclose(scores, bits, rtol=1e-4, atol=1e-4).any() for bits in found)
     # No row of the training split is in another split, and none of the others in it.
-    again = rnode.load(folder).data
+    again = rnode.load(folder).data_
     again.arguments["path"] = "new.csv"
     again.setup()
     old, now = ([set(map(tuple, x.tolist())) for x in d.splits.parts] for d in (data, again))
@@ -284,7 +284,7 @@ def test_a_changed_file_keeps_the_units_of_the_checkpoint(tmp_path, capsys):
     pl.concat([rows, more]).write_csv("rows.csv")
     call("evaluate", "run", "hydra.run.dir=evaluation")
     assert "rows.csv: differs from" in capsys.readouterr().out
-    columns = {column.name: column for column in rnode.load("run").data.transform.columns}
+    columns = {column.name: column for column in rnode.load("run").data_.transform.columns}
     assert (columns["a"].unit, columns["b"].unit) == (pytest.approx(0.1), 1.0)
     samples = pl.read_csv("evaluation/samples.csv")
     assert samples["bits_per_dim"].is_finite().all()

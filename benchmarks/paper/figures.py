@@ -54,7 +54,7 @@ def load(run: Job) -> tuple[DataModule, Flow]:
     torch.manual_seed(0)
     density = rnode.load(run.folder, trust=["rnode"])  # our own run
     accelerator = torch.accelerator.current_accelerator(check_available=True)
-    return density.data, density.flow.to(accelerator or "cpu")
+    return density.data_, density.flow_.to(accelerator or "cpu")
 
 
 @torch.no_grad()

@@ -37,9 +37,26 @@ def solve_and_measure(flow: Flow, batch: Batch, seed: int) -> tuple[Solution, Me
     return solution, measure(flow, batch, solution)
 
 
-def standard_error(values: Tensor) -> Tensor:
-    """Standard error of the mean of independent values (N,)."""
+def weighted_mean(values: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Mean of values (…, N) with weights (N,); None: all are 1."""
+    if weights is None:
+        return values.mean(-1)
+    return values @ (weights / weights.sum()).to(values)
+
+
+def standard_error(values: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Standard error of the mean of independent values (N,), with weights (N,) or without."""
+    if weights is not None:
+        deviations = values - weighted_mean(values, weights)
+        values = deviations * (weights / weights.mean()).to(values)
     return values.std() / len(values) ** 0.5
+
+
+def systematic(weights: Tensor, count: int) -> Tensor:
+    """Indices (count,), ascending, among which each is as often as its weight (N,) says."""
+    ends = weights.cumsum(0)
+    places = (torch.arange(count, dtype=torch.float64) + 0.5) / count
+    return torch.searchsorted(ends, places * ends[-1])
 
 
 def probe_error(first: Tensor, second: Tensor) -> Tensor:
@@ -65,7 +82,12 @@ def importance_bound(bits: Tensor, d: int) -> Tensor:
 
 @torch.no_grad()
 def evaluate(
-    flow: Flow, transform: Transform, batches: Iterable[Rows], noises: int, seed: int
+    flow: Flow,
+    transform: Transform,
+    batches: Iterable[Rows],
+    noises: int,
+    seed: int,
+    weights: Tensor | None = None,
 ) -> tuple[dict, dict[str, Tensor]]:
     """Measure everything that is reported about a flow on a split, whatever the batch size.
 
@@ -75,6 +97,7 @@ def evaluate(
         batches: data (B, *shape), indices (B,) and c (B, k).
         noises: number of dequantizations of each image in the importance-weighted bound.
         seed: seed of noise and probes.
+        weights: of the samples (N,), in the means; None: all are 1.
 
     Returns:
         Plain numbers, and columns with a value for each sample, (N,), but `bounds`, (noises, N).
@@ -85,7 +108,7 @@ def evaluate(
         parts.append({name: column.double().cpu() for name, column in columns.items()})
         nfe.append(by_piece)
     columns = {name: torch.cat([part[name] for part in parts], -1) for name in parts[0]}
-    return summarize(columns, torch.tensor(nfe, dtype=torch.float64)), columns
+    return summarize(columns, torch.tensor(nfe, dtype=torch.float64), weights), columns
 
 
 def evaluate_batch(
@@ -124,36 +147,37 @@ def evaluate_batch(
     return columns, [piece.nfe_forward for piece in solution.pieces]
 
 
-def summarize(columns: dict[str, Tensor], nfe: Tensor) -> dict:
-    """Columns (N,) and evaluations `nfe` (batches, pieces) → plain numbers."""
+def summarize(columns: dict[str, Tensor], nfe: Tensor, weights: Tensor | None = None) -> dict:
+    """Columns (N,), evaluations `nfe` (batches, pieces), weights (N,) → plain numbers."""
     bits = columns["bits_per_dim"]
     total = nfe.sum(1)
+    means = {name: weighted_mean(column, weights) for name, column in columns.items()}
     if count := int((~bits.isfinite()).sum()):
         raise Diverged(f"bits/dim of {count} of {len(bits)} samples are not finite")
     summary = {
         "samples": len(bits),
-        "bits_per_dim": float(bits.mean()),
-        "standard_error_images": float(standard_error(bits)),
+        "bits_per_dim": float(means["bits_per_dim"]),
+        "standard_error_images": float(standard_error(bits, weights)),
         "standard_error_probes": 0.0,  # of an exact divergence
         "nfe": float(total.mean()),
         "nfe_min": int(total.min()),
         "nfe_max": int(total.max()),
         "nfe_by_piece": nfe.mean(0).tolist(),
-        "kinetic": float(columns["kinetic"].mean()),
-        "transport_cost": float(columns["transport_cost"].mean()),
+        "kinetic": float(means["kinetic"]),
+        "transport_cost": float(means["transport_cost"]),
         # ∫‖f − (z(T) − z(0))/T‖² = E − ‖z(T) − z(0)‖² in each piece, as T = 1
-        "straightness": 1 - float(columns["displacement"].sum() / columns["kinetic"].sum()),
+        "straightness": 1 - float(means["displacement"] / means["kinetic"]),
         "inverse_error": float(columns["inverse_error"].max()),
     }
     if columns["jacobian"].isfinite().all():
-        summary["jacobian"] = float(columns["jacobian"].mean())
+        summary["jacobian"] = float(means["jacobian"])
     if (other := columns.get("bits_per_dim_other_probes")) is not None:
         summary["standard_error_probes"] = float(probe_error(bits, other))
     if (bounds := columns.get("bounds")) is not None:
         summary |= {
-            "bound": float(bounds[-1].mean()),
-            "bound_standard_error": float(standard_error(bounds[-1])),
-            "bound_by_noises": bounds.mean(1).tolist(),
-            "midpoint": float(columns["midpoint"].mean()),
+            "bound": float(means["bounds"][-1]),
+            "bound_standard_error": float(standard_error(bounds[-1], weights)),
+            "bound_by_noises": means["bounds"].tolist(),
+            "midpoint": float(means["midpoint"]),
         }
     return summary

@@ -1,52 +1,39 @@
-"""A trained density from Python: load a checkpoint or fit rows, then score and sample."""
+"""A density from Python, an estimator of scikit-learn: fit it or load it, then score and sample."""
 
 import contextlib
-import copy
-import json
-import logging
-import os
-import random
-import re
-import signal
-import tempfile
-import threading
-import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 import polars as pl
 import torch
-from hydra.core.singleton import Singleton
-from omegaconf import DictConfig
+from matplotlib.figure import Figure
+from omegaconf import DictConfig, OmegaConf
+from scipy.sparse import issparse
+from sklearn.base import BaseEstimator, DensityMixin
+from sklearn.utils.validation import check_array, check_is_fitted
 from torch import Tensor
 
-from rnode.app import train
 from rnode.app.build import apply_overrides, build, config_of
-from rnode.app.processes import QUIET_LOGGERS, prepare_process
-from rnode.app.validation import compose_config, validate
+from rnode.app.fitting import train_table, undisturbed
 from rnode.data.conditions import as_array
-from rnode.data.datamodule import DataModule
-from rnode.data.tables import IN_PYTHON, as_frame, numbers
+from rnode.data.tables import as_frame, numbers, read_table
 from rnode.errors import InputError, require
-from rnode.evaluation import solve_and_measure
-from rnode.flow import Flow
+from rnode.evaluation import Rows, solve_and_measure
+from rnode.seeding import NOISE, sample_generators
+from rnode.training.callbacks import IMAGES, POINTS
 from rnode.training.checkpoint import load_checkpoint
-from rnode.training.run_folder import checkpoint_of, lock
+from rnode.training.plots import plot_corner, plot_grids
+from rnode.training.results import METRICS
+from rnode.training.run_folder import checkpoint_of
 from rnode.transforms import TableTransform
 
-FITS = threading.Lock()  # runs set what holds for the whole process, so one trains at a time
 DIGITS = 12  # of samples of rounded columns, which hide the rounding of their multiples
-PRECISION = (
-    (torch.backends.cudnn, "allow_tf32"),
-    (torch.backends.cudnn, "benchmark"),
-    (torch.backends.cudnn, "deterministic"),
-    (torch.backends.cuda.matmul, "allow_tf32"),
-)
+WEIGHT = "sample_weight"  # the column of weights that are given as an array
 Values = Mapping[str, Any]  # of the conditions by name: one value for all samples, or one for each
 
 
@@ -61,7 +48,7 @@ def load(path: str | Path, trust: Collection[str] = (), cfg: DictConfig | None =
     Raises:
         InputError: if the file is not a whole checkpoint, or names a class of another package.
     """
-    path = checkpoint_of(path) if Path(path).is_dir() else path
+    path = checkpoint_of(path) if Path(path).is_dir() else Path(path)
     checkpoint = load_checkpoint(path)
     config = config_of(checkpoint, str(path), trust)
     if cfg is not None:
@@ -69,7 +56,15 @@ def load(path: str | Path, trust: Collection[str] = (), cfg: DictConfig | None =
     data, flow = build(config, checkpoint)
     weights = {k.removeprefix("flow."): w for k, w in checkpoint["state_dict"].items()}
     flow.load_state_dict(weights, assign=True)
-    return Density(data, flow.requires_grad_().eval(), checkpoint["validation_bits"])
+    options = OmegaConf.to_container(config.dataset)
+    density = Density(**{name: options[name] for name in Density().get_params() if name in options})
+    density.data_, density.flow_ = data, flow.requires_grad_().eval()
+    density.validation_bits_ = checkpoint["validation_bits"]
+    metrics = path.parent / METRICS
+    density.history_ = (
+        pl.read_csv(metrics, infer_schema_length=None) if metrics.exists() else pl.DataFrame()
+    )
+    return density
 
 
 def from_checkpoint(cfg: DictConfig) -> "Density":
@@ -78,69 +73,175 @@ def from_checkpoint(cfg: DictConfig) -> "Density":
     density.seed = cfg.seed
     torch.backends.cudnn.allow_tf32 = False  # an adaptive method would chase its error
     accelerator = torch.accelerator.current_accelerator(check_available=True) or "cpu"
-    density.flow.to(accelerator if cfg.device == "auto" else cfg.device)
+    density.flow_.to(accelerator if cfg.device == "auto" else cfg.device)
     return density
 
 
-@dataclass(eq=False)
-class Density:
-    """p(x) or p(x | c) of a trained flow, in the data's own units.
+def fit(X: Any, *, sample_weight: Any = None, **parameters: Any) -> "Density":
+    """Return `Density(**parameters).fit(X, sample_weight=sample_weight)`."""
+    return Density(**parameters).fit(X, sample_weight=sample_weight)
 
-    Tables are DataFrames (of polars or pandas), dictionaries of columns, or arrays (N, d) of the
-    columns in their order; images are whole numbers (N, C, H, W) or, with one channel, (N, H, W).
+
+@dataclass(eq=False, repr=False)
+class Density(DensityMixin, BaseEstimator):
+    """p(x) or p(x | c) of a flow, in the data's own units: an estimator of scikit-learn.
+
+    Rows X are a DataFrame (of polars or pandas), a dictionary of columns, or an array (N, d) of the
+    columns in their order. A loaded density may also be one of images: X are then whole numbers
+    (N, C, H, W) or, with one channel, (N, H, W). Where a method has a `context`, it gives the
+    values of the conditions by their names, one for all rows or one for each; None: X has them.
+
+    A fitted one has `flow_`, the Flow of the transformed data; `data_`, the DataModule with the
+    transform; `validation_bits_`, bits/dim of the validation split, ascending; and `history_`, a
+    DataFrame of polars with what the run has measured.
     """
 
-    data: DataModule  # what the flow was trained on; its splits are not needed
-    flow: Flow  # in evaluation mode
-    validation_bits: Tensor  # bits/dim of the validation split, ascending
-    seed: int = 0  # of the dequantization noise and the probes; a row has those of its number
+    columns: Sequence[str] | None = None  # whose density is modelled; None: all numeric ones
+    context: Sequence[str] | None = None  # columns on which it is conditioned
+    max_time: str | None = None  # after which training stops, as [DD:]HH:MM:SS
+    integer: Sequence[str] | None = None  # columns of whole numbers, which are dequantized
+    log: Sequence[str] | None = None  # positive columns whose logarithm is modelled
+    logit: Mapping[str, Sequence[float]] | None = None  # {name: [low, high]} of those for a logit
+    missing: str | None = None  # "stop" at a missing value, or "drop" its row; None: stop
+    split_column: str | None = None  # says train, val or test
+    validation: float | None = None  # share or number of the rows that choose the best weights
+    test: float | None = None  # share or number of the rows on which these are tested
+    folder: str | Path | None = None  # of the run, which must be new or empty; None: none is kept
+    overrides: Sequence[str] = ()  # further options of `rnode train`, such as "model.hidden=128"
+    seed: int = 0  # of training, and of noise and probes, which depend on the number of a row
+    verbose: bool = False  # whether training prints how far it is
+
+    def __repr__(self, N_CHAR_MAX: int = 700) -> str:
+        text = super().__repr__(N_CHAR_MAX)
+        if not hasattr(self, "flow_"):
+            return text
+        size = "×".join(map(str, self.flow_.shape))
+        facts = [f"images of {size}" if self.columns_ is None else f"{size} columns"]
+        if self.data_.hashes:
+            facts.append(f"{len(self.data_.hashes['train'])} training rows")
+        if len(self.validation_bits_):
+            nats = math.log(2) * self.flow_.d * float(self.validation_bits_.mean())
+            facts.append(f"{nats:.4f} nats in validation")
+        if "val/seconds_total" in self.history_.columns:
+            facts.append(f"{self.history_['val/seconds_total'].max():.1f} seconds")
+        return f"{text}: {', '.join(facts)}"
 
     @property
-    def columns(self) -> list[str] | None:
+    def columns_(self) -> list[str] | None:
         """The names of the modelled columns of a table; None for images."""
-        transform = self.data.transform
+        transform = self.data_.transform
         return transform.names if isinstance(transform, TableTransform) else None
 
     @property
+    def n_features_in_(self) -> int:
+        """The number of modelled numbers and of conditions."""
+        return self.flow_.d + len(self.data_.conditions.columns)
+
+    @property
     def device(self) -> torch.device:
-        return next(self.flow.parameters()).device
+        return next(self.flow_.parameters()).device
 
-    def log_prob(self, rows: Any, context: Values | None = None) -> np.ndarray:
+    def fit(
+        self, X: Any, y: None = None, sample_weight: Any = None, context: Values | None = None
+    ) -> "Density":
+        """Train as `rnode train dataset=table` does, and keep the best weights.
+
+        Args:
+            X: rows as above, or the path of a file. They hold the columns of the context too.
+            y: ignored.
+            sample_weight: weights of the rows (N,), 0 or more, or the name of a column of X.
+            context: columns that are added to X; unless the parameter names some, all of them are
+                what the density is conditioned on.
+
+        Raises:
+            InputError: if an argument is invalid.
+        """
+        options = self.get_params()
+        options["weight"] = sample_weight if isinstance(sample_weight, str) else None
+        with undisturbed(self.verbose), contextlib.ExitStack() as stack:
+            rows = Path(X) if isinstance(X, str | Path) else to_frame(X, least=4)
+            columns = {} if context is None else as_frame(context, where="context").to_dict()
+            options["context"] = self.context or list(columns) or None
+            if sample_weight is not None and options["weight"] is None:
+                columns[WEIGHT], options["weight"] = sample_weight, WEIGHT
+            if columns:
+                rows = read_table(rows.expanduser()) if isinstance(rows, Path) else rows
+                rows = as_frame(rows.to_dict() | columns, where="X")
+            folder = Path(self.folder or stack.enter_context(TemporaryDirectory())).absolute()
+            train_table(rows, folder, **options)
+            fitted = vars(load(folder))
+        vars(self).update({name: value for name, value in fitted.items() if name.endswith("_")})
+        return self
+
+    def score_samples(self, X: Any, context: Values | None = None) -> np.ndarray:
         """log p(x | c) of each row in nats, (N,). For whole numbers it is a lower bound."""
-        return self.score(rows, context)["log_prob"]
+        return self.evaluate(X, context)["log_prob"]
 
-    def bits_per_dim(self, rows: Any, context: Values | None = None) -> np.ndarray:
+    log_prob = score_samples
+
+    def score(
+        self, X: Any, y: None = None, sample_weight: Any = None, context: Values | None = None
+    ) -> float:
+        """Mean of log p(x | c) of the rows in nats, with weights (N,) if they are given."""
+        return float(np.average(self.score_samples(X, context), weights=sample_weight))
+
+    def bits_per_dim(self, X: Any, context: Values | None = None) -> np.ndarray:
         """−log₂ p(x | c) / d of each row, (N,)."""
-        return self.score(rows, context)["bits_per_dim"]
+        return self.evaluate(X, context)["bits_per_dim"]
+
+    def rank(self, X: Any, context: Values | None = None) -> np.ndarray:
+        """The share of the validation samples that are more likely than each row, (N,).
+
+        1 is most unusual. It is NaN if the run had not validated before it wrote the checkpoint.
+        """
+        return self.evaluate(X, context)["rank"]
 
     @torch.no_grad()
-    def score(self, rows: Any, context: Values | None = None, progress: Callable = iter) -> dict:
+    def evaluate(
+        self, X: Any, context: Values | None = None, progress: Callable = iter
+    ) -> dict[str, np.ndarray]:
         """Return log_prob in nats, its standard_error due to the probes, bits_per_dim and rank.
 
-        Each is an array (N,). The rank is the share of the validation samples that are more likely:
-        1 is most unusual. It is NaN if the run had not validated before it wrote the checkpoint.
-        A table of rows may hold the conditions itself; `progress` wraps the iterator of batches.
+        Each is an array (N,); `progress` wraps the iterator of batches.
         """
-        x, table = self.encode(rows)
-        c = self.encode_context(table if context is None else context, len(x))
-        seeds = [self.seed] if self.flow.exact else [self.seed, self.seed + 1]
+        check_is_fitted(self)
+        seeds = [self.seed] if self.flow_.exact else [self.seed, self.seed + 1]
         parts = [torch.empty(len(seeds), 0)]
-        batches = torch.arange(len(x)).split(self.data.eval_batch_size) if len(x) else ()
-        for index in progress(batches):
-            batch = self.data.transform.for_evaluation(x[index], index, c[index], self.seed)
-            batch = batch.to(self.device)
-            measures = [solve_and_measure(self.flow, batch, seed)[1] for seed in seeds]
+        for rows in progress(self.batches(X, context)):
+            batch = self.data_.transform.for_evaluation(*rows, self.seed).to(self.device)
+            measures = [solve_and_measure(self.flow_, batch, seed)[1] for seed in seeds]
             parts.append(torch.stack([m.bits_per_dim.cpu() for m in measures]))
         draws = torch.cat(parts, dim=1).double()  # a row for each seed of the probes
         bits = draws.mean(0)
-        nats = self.flow.d * np.log(2)
-        more_likely = torch.searchsorted(self.validation_bits.double(), bits)
+        nats = self.flow_.d * np.log(2)
+        more_likely = torch.searchsorted(self.validation_bits_.double(), bits)
         return {
             "log_prob": (-nats * bits).numpy(),
             "standard_error": (nats * (draws[0] - bits).abs()).numpy(),
             "bits_per_dim": bits.numpy(),
-            "rank": (more_likely / len(self.validation_bits)).numpy(),
+            "rank": (more_likely / len(self.validation_bits_)).numpy(),
         }
+
+    def contributions(self, X: Any, context: Values | None = None) -> np.ndarray:
+        """Return why rows of a table are unusual: the gradient of log p(x | c) by column, (N, d).
+
+        It is per standard deviation of a column, or of its logarithm or logit where these are
+        modelled. The likelihood of an unusual row rises most along its largest numbers.
+        """
+        check_is_fitted(self)
+        transform = self.data_.transform
+        require(self.columns_ is not None, "contributions: need a table; these data are images")
+        parts = [np.empty((0, self.flow_.d))]
+        for x, index, c in self.batches(X, context):
+            x = x.detach().requires_grad_()
+            noise = transform.noise(x, sample_generators(index, self.seed, NOISE))
+            batch = transform(x, index, c, noise).to(self.device)
+            bits = solve_and_measure(self.flow_, batch, self.seed)[1].bits_per_dim
+            (gradient,) = torch.autograd.grad(-self.flow_.d * math.log(2) * bits.sum(), x)
+            columns = zip(transform.columns, x.detach().T, noise.double().T, strict=True)
+            log_slopes = [column(values, u)[1] for column, values, u in columns]  # of log|dy/dx|
+            parts.append((gradient / torch.stack(log_slopes, dim=1).exp()).numpy())
+        return np.concatenate(parts)
 
     @torch.no_grad()
     def sample(
@@ -150,35 +251,63 @@ class Density:
 
         They are new ones in every call unless a `seed` is given.
         """
+        check_is_fitted(self)
         require(n >= 0, f"n={n}: must be 0 or more")
         c = self.encode_context({} if context is None else context, n).to(self.device)
         seed = int(torch.randint(2**62, ())) if seed is None else seed
         z = self.sample_z(c, seed, temperature)
-        batches = torch.arange(n).split(self.data.eval_batch_size)
-        return self.decode(torch.cat([self.flow.inverse(z[i], c[i]).cpu() for i in batches]))
+        batches = torch.arange(n).split(self.data_.eval_batch_size)
+        return self.decode(torch.cat([self.flow_.inverse(z[i], c[i]).cpu() for i in batches]))
+
+    def plot(
+        self, X: Any = None, n: int | None = None, context: Values | None = None, seed: int = 0
+    ) -> Figure:
+        """Plot `n` samples, or X and as many samples: pairs of columns, or grids of images."""
+        check_is_fitted(self)
+        if X is None:
+            n = (IMAGES if self.columns_ is None else POINTS) if n is None else n
+            return self.draw({"samples": self.sample(n, context, seed)})
+        x, table = self.encode(X)
+        samples = self.sample(len(x), table if context is None else context, seed)
+        return self.draw({"data": x, "samples": samples})
+
+    def draw(self, panels: Mapping[str, Any]) -> Figure:
+        """Draw rows or images; `panels` holds them by their titles."""
+        x = {title: torch.tensor(np.asarray(rows)) for title, rows in panels.items()}
+        if self.columns_ is None:
+            top = self.data_.transform.levels - 1
+            return plot_grids({title: images / top for title, images in x.items()})
+        return plot_corner(x, self.columns_)
 
     def sample_z(self, c: Tensor, seed: int, temperature: float) -> Tensor:
         """Sample z (n, d) for c (n, k) from the base, equal on all devices."""
-        return self.flow.base.sample(c, temperature, torch.Generator().manual_seed(seed))
+        return self.flow_.base.sample(c, temperature, torch.Generator().manual_seed(seed))
 
-    def encode(self, rows: Any) -> tuple[Tensor, Values | pl.DataFrame]:
+    def batches(self, X: Any, context: Values | None) -> list[Rows]:
+        """Return the rows as x (B, *shape), their numbers (B,) and c (B, k)."""
+        x, table = self.encode(X)
+        c = self.encode_context(table if context is None else context, len(x))
+        parts = [part.split(self.data_.eval_batch_size) for part in (x, torch.arange(len(x)), c)]
+        return list(zip(*parts, strict=True)) if len(x) else []
+
+    def encode(self, X: Any) -> tuple[Tensor, Values | pl.DataFrame]:
         """Return rows as x (N, *shape), and the table that may hold their conditions."""
-        transform, shape = self.data.transform, tuple(self.data.shape)
-        if self.columns is None:
-            x = torch.from_numpy(as_array(rows))
+        transform, shape = self.data_.transform, tuple(self.data_.shape)
+        if self.columns_ is None:
+            x = torch.from_numpy(as_array(X))
             x = x[:, None] if x.dim() == 3 else x
             top = transform.levels - 1
             grey = x.shape[1:] == shape and bool((x.long().clamp(0, top) == x).all())
             right = f"(N, *{shape}) of whole numbers from 0 to {top}"
-            require(grey, f"rows: are {tuple(x.shape)} of {x.dtype}; must be {right}")
+            require(grey, f"X: is {tuple(x.shape)} of {x.dtype}; must be {right}")
             return x, {}
-        frame = as_frame(rows, self.columns)
-        missing = [name for name in self.columns if name not in frame.columns]
-        require(not missing, f"rows: lack {', '.join(missing)}; the columns are {self.columns}")
-        x = torch.from_numpy(numbers(frame, self.columns, "rows").to_numpy(writable=True))
+        frame = to_frame(X, self.columns_)
+        missing = [name for name in self.columns_ if name not in frame.columns]
+        require(not missing, f"X: lacks {', '.join(missing)}; the columns are {self.columns_}")
+        x = torch.from_numpy(numbers(frame, self.columns_, "X").to_numpy(writable=True))
         for row, column in (~x.isfinite()).nonzero()[:1].tolist():
-            value = frame[self.columns[column]][row]
-            raise InputError(f"rows: {self.columns[column]} is {value} in row {row}, not a number")
+            value = frame[self.columns_[column]][row]
+            raise InputError(f"X: {self.columns_[column]} is {value} in row {row}, not a number")
         transform.require_inside(x)
         return x, frame
 
@@ -186,94 +315,28 @@ class Density:
         """Return what `n` samples are conditioned on, c (n, k), from a dictionary or a table."""
         if not isinstance(context, Mapping):
             frame = as_frame(context)
-            known = [name for name in self.data.conditions.columns if name in frame.columns]
+            known = [name for name in self.data_.conditions.columns if name in frame.columns]
             context = {name: frame[name].to_numpy() for name in known}
-        return self.data.conditions.encode(context, n)
+        return self.data_.conditions.encode(context, n)
 
     def decode(self, y: Tensor) -> Any:
         """Return what the flow models, y (N, *shape), as `sample` does."""
-        x = self.data.transform.inverse(y)
-        if self.columns is None:
-            return self.data.transform.dequantize.inverse(x).numpy()
-        columns = self.data.transform.columns
+        x = self.data_.transform.inverse(y)
+        if self.columns_ is None:
+            return self.data_.transform.dequantize.inverse(x).numpy()
+        columns = self.data_.transform.columns
         types = {column.name: pl.Int64 if column.integer else pl.Float64 for column in columns}
         rounded = [column.name for column in columns if column.unit]
         frame = pl.DataFrame(x.numpy(), types, orient="row")
         return frame.with_columns(pl.col(rounded).round_sig_figs(DIGITS))
 
 
-def fit(
-    rows: Any,
-    *,
-    max_time: str | None = None,
-    folder: str | Path | None = None,
-    overrides: Sequence[str] = (),
-    **options: Any,
-) -> Density:
-    """Train on a table as `rnode train dataset=table` does, and return the best density.
-
-    Args:
-        rows: a DataFrame, a dictionary of columns, an array (N, d) or the path of a file.
-        max_time: time after which training stops, as [DD:]HH:MM:SS.
-        folder: the run folder, which must be new or empty; None: a new one in outputs/table.
-        overrides: further options of the command line, such as "model.hidden=128".
-        **options: keys of dataset=table. `columns` are the names of the columns whose density is
-            modelled, by default all numeric ones; `context` those on which it is conditioned;
-            `integer` those of whole numbers, which are dequantized; `log` the positive ones whose
-            logarithm is modelled; `logit` those between two bounds, {name: [low, high]}.
-
-    Raises:
-        InputError: if an argument is invalid.
-    """
-    with FITS, undisturbed():
-        cfg = compose_config("train", ["dataset=table", *overrides])
-        unknown = [name for name in options if name not in cfg.dataset]
-        require(not unknown, f"{unknown}: are no keys of dataset=table ({', '.join(cfg.dataset)})")
-        cfg.dataset.update(json.loads(json.dumps(options, default=to_list)))
-        cfg.trainer.max_time = max_time or cfg.trainer.max_time
-        frame = None if isinstance(rows, str | Path) else as_frame(rows)
-        cfg.dataset.path = str(Path(rows).expanduser().absolute()) if frame is None else ""
-        try:
-            validate("train", cfg)
-        except InputError as error:  # as the arguments of this function are called
-            raise InputError(re.sub(r"^(dataset|trainer)\.", "", str(error))) from None
-        if folder is None:
-            os.makedirs("outputs/table", exist_ok=True)
-            folder = tempfile.mkdtemp("", f"{datetime.now():%Y-%m-%d_%H-%M-%S}-", "outputs/table")
-        folder = Path(folder).absolute()
-        folder.mkdir(parents=True, exist_ok=True)
-        require(not any(folder.iterdir()), f"folder={folder}: must be new or empty")
-        cfg.folder = str(folder)
-        prepare_process()
-        with lock(folder, resumes=False):
-            if frame is not None:
-                cfg.dataset.path = str(folder / "rows.parquet")
-                frame.write_parquet(cfg.dataset.path)
-            train.fit(cfg, ["dataset=table", *overrides])
-        return load(folder)
-
-
-def to_list(values: Any) -> Any:
-    """Return names or numbers of NumPy, pandas or polars as those of Python."""
-    return values.tolist() if hasattr(values, "tolist") else list(values)
-
-
-@contextlib.contextmanager
-def undisturbed() -> Iterator[None]:
-    """Give a caller everything back that a run sets for the whole process."""
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng())
-        stack.enter_context(warnings.catch_warnings())
-        stack.enter_context(patch.dict(os.environ))
-        stack.callback(np.random.set_state, np.random.get_state())
-        stack.callback(random.setstate, random.getstate())
-        stack.callback(Singleton.set_state, copy.copy(Singleton.get_state()))
-        stack.callback(IN_PYTHON.reset, IN_PYTHON.set(True))
-        for logger in map(logging.getLogger, QUIET_LOGGERS):
-            stack.callback(logger.setLevel, logger.level)
-        for module, name in PRECISION:
-            stack.callback(setattr, module, name, getattr(module, name))
-        if threading.current_thread() is threading.main_thread():  # others cannot set handlers
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-                stack.callback(signal.signal, number, signal.getsignal(number))
-        yield
+def to_frame(X: Any, names: Sequence[str] | None = None, least: int = 0) -> pl.DataFrame:
+    """Return rows as a DataFrame, an array with scikit-learn's checks and the columns `names`."""
+    if issparse(X) or not any(hasattr(X, name) for name in ("columns", "items", "to_pydict")):
+        X = X if issparse(X) else as_array(X)  # check_array refuses a sparse one
+        X = check_array(X, dtype=None, ensure_all_finite=False, ensure_min_samples=least)
+        if names is not None and X.shape[1] != len(names):
+            expected = f"Density is expecting {len(names)} features as input: {', '.join(names)}"
+            raise InputError(f"X has {X.shape[1]} features, but {expected}")
+    return as_frame(X, names, "X")

@@ -19,10 +19,11 @@ EXTREMES = 32  # images in each half of extremes.png
 def main(cfg: DictConfig) -> float:
     """Write evaluation.json, samples.csv and extremes.png; return the bits/dim."""
     density = from_checkpoint(cfg)
-    data, flow, folder = density.data, density.flow, Path(cfg.folder)
+    data, flow, folder = density.data_, density.flow_, Path(cfg.folder)
     data.setup()
+    weights = data.splits.weights_of(cfg.split)
     batches = track(data.eval_dataloader(cfg.split), f"{cfg.split} set")
-    summary, columns = evaluate(flow, data.transform, batches, cfg.samples, cfg.seed)
+    summary, columns = evaluate(flow, data.transform, batches, cfg.samples, cfg.seed, weights)
     if "bounds" in columns:
         columns["bound"] = columns.pop("bounds")[-1]
     frame = pl.DataFrame({name: column.numpy() for name, column in columns.items()})

@@ -8,7 +8,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from rnode.app.density import from_checkpoint
-from rnode.training.plots import plot_corner, plot_grids, plot_trajectory
+from rnode.training.plots import plot_trajectory, save_figure
 
 FRAMES = 36  # of an animation, about
 ANIMATED = 16  # images in it
@@ -23,19 +23,16 @@ def main(cfg: DictConfig) -> None:
     density, folder = from_checkpoint(cfg), Path(cfg.folder)
     context = OmegaConf.to_container(cfg.context)
     samples = density.sample(cfg.n, context, cfg.seed, cfg.temperature)
-    if density.columns is None:
-        images = torch.from_numpy(samples) / (density.data.transform.levels - 1)
-        plot_grids(folder / "samples.png", {"samples": images})
+    save_figure(density.draw({"samples": samples}), folder / "samples.png")
+    if density.columns_ is None:
         np.save(folder / "samples.npy", samples)
     else:
-        points = torch.from_numpy(samples.to_numpy(writable=True))
-        plot_corner(folder / "samples.png", {"samples": points}, density.columns)
         conditions = [pl.Series(k, np.broadcast_to(v, cfg.n)) for k, v in context.items()]
         samples.with_columns(conditions).write_csv(folder / "samples.csv")
-    if cfg.trajectory and density.columns is None:
+    if cfg.trajectory and density.columns_ is None:
         c = density.encode_context(context, cfg.n).to(density.device)
         z = density.sample_z(c, cfg.seed, cfg.temperature)[:ANIMATED]
-        intervals = max(3, FRAMES // len(density.flow.pieces))
-        frames = density.flow.trajectory(z, c[:ANIMATED], intervals)
-        plot_trajectory(density.data.transform.inverse(frames).float().cpu(), folder)
+        intervals = max(3, FRAMES // len(density.flow_.pieces))
+        frames = density.flow_.trajectory(z, c[:ANIMATED], intervals)
+        plot_trajectory(density.data_.transform.inverse(frames).float().cpu(), folder)
     print(f"{cfg.n} samples in {folder}")

@@ -60,6 +60,7 @@ class Dataset(Section):
     integer: list[Name] | None = key("columns of whole numbers, which are dequantized", None)
     log: list[Name] | None = key("positive columns whose logarithm is modelled", None)
     logit: dict[Name, Bounds] | None = key("{column: [low, high]} whose logit is modelled", None)
+    weight: Name = key("column of the rows' weights; null: all are 1", None)
     missing: Literal["stop", "drop"] | None = key("stop at a missing value, or drop its row", None)
     split_column: Name = key("column that says train, val or test; null: by chance", None)
 
@@ -188,6 +189,7 @@ class Score(FromCheckpoint):
 
     path: str = key("table or folder of new data")
     id: list[Name] = key("columns of the table that are copied beside the scores")
+    contributions: bool = key("add the gradient of log p by each column of a table")
     context: Context = key('conditions: context.COLUMN=VALUE, or context={"COLUMN": VALUE}')
 
 

@@ -24,12 +24,16 @@ def main(cfg: DictConfig) -> None:
     density = from_checkpoint(cfg)
     rows, identity = read(density, Path(cfg.path).expanduser(), cfg.id)
     context = OmegaConf.to_container(cfg.context) or None
-    if context is None and "file" in identity and "label" in density.data.conditions.columns:
+    if context is None and "file" in identity and "label" in density.data_.conditions.columns:
         context = {"label": [Path(file).parts[0] for file in identity["file"]]}
-    scores = pl.DataFrame(density.score(rows, context, lambda parts: track(parts, "scores")))
+    scores = pl.DataFrame(density.evaluate(rows, context, lambda parts: track(parts, "scores")))
+    reasons = pl.DataFrame()
+    if cfg.contributions:
+        gradients = density.contributions(rows, context)
+        reasons = pl.DataFrame(gradients, [f"contribution_{name}" for name in density.columns_])
     path = Path(cfg.folder) / "scores.csv"
     with whole_file(path) as file:
-        identity.with_columns(scores).write_csv(file)
+        identity.with_columns(*scores, *reasons).write_csv(file)
     means = pl.concat([scores.mean(), scores.median(), scores.min(), scores.max()])
     print(means.with_columns(of=pl.Series(["mean", "median", "least", "largest"])))
     unusual = identity.with_columns(scores[["log_prob", "rank"]]).sort("log_prob")[:UNUSUAL]
@@ -39,8 +43,8 @@ def main(cfg: DictConfig) -> None:
 
 def read(density: Density, path: Path, names: Names) -> tuple[Any, pl.DataFrame]:
     """Read new data, and what identifies each sample: its row, its columns `names`, or its file."""
-    if density.columns is not None:
-        rows = read_table(path, density.columns)
+    if density.columns_ is not None:
+        rows = read_table(path, density.columns_)
         names = choose("id", names, rows.columns)
         taken = [name for name in names if name in ("row", *SCORES)]
         require(not taken, f"id={','.join(taken)}: scores.csv has such a column; rename yours")
@@ -48,7 +52,7 @@ def read(density: Density, path: Path, names: Names) -> tuple[Any, pl.DataFrame]
     require(not names, f"id={names}: must be left out; images have no columns")
     if path.is_dir():
         files = find_images(path)
-        images, _ = decode_all(files, density.data.shape)
+        images, _ = decode_all(files, density.data_.shape)
         names = [file.relative_to(path).as_posix() for file in files]
         return images, pl.DataFrame({"file": names})
     rows = load_images(path)

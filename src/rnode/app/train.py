@@ -61,7 +61,10 @@ def main(cfg: DictConfig) -> float | list[float]:
     resumes = cfg.ckpt_path is not None and Path(cfg.ckpt_path).resolve().parent == folder.resolve()
     try:
         with lock(folder, resumes) if is_first_process() else contextlib.nullcontext():
-            return sweep.metric_values(cfg, fit(cfg, overrides))
+            result = fit(cfg, overrides)
+            if result:  # of the first process
+                publish(folder)
+            return sweep.metric_values(cfg, result)
     except Diverged as error:
         if not is_first_process():
             sys.exit()  # the first process prints the error and returns the exit code
@@ -153,9 +156,13 @@ def fit(cfg: DictConfig, overrides: Sequence[str] = ()) -> dict[str, float | Non
         print_numbers(f"{SPLIT_NAMES[split]} set", numbers)
     finally:
         finish_wandb()
+    return result
+
+
+def publish(folder: Path) -> None:
+    """Write the report of a finished run, and print where it is."""
     write_report([Run(folder.resolve())], folder / "report.html")
     print(f"run folder: {folder}")
-    return result
 
 
 def start(cfg: DictConfig, trainer: pl.Trainer, module: RNODE, data: DataModule) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from rnode.bases import Gaussian, Mixture
 from rnode.data.datamodule import DataModule
 from rnode.errors import require
-from rnode.evaluation import standard_error
+from rnode.evaluation import standard_error, weighted_mean
 from rnode.flow import Flow
 from rnode.loss import bits_per_dim
 from rnode.radial import Radial, fit_t
@@ -42,11 +42,12 @@ class Candidate(NamedTuple):
     transform: TableTransform
     base: Mixture
     log_prob: Tensor  # of validation rows in the units of the table, (N,)
+    weights: Tensor  # of these rows, (N,)
 
     @property
     def nats(self) -> float:
         """Mean −log p of the validation rows."""
-        return -float(self.log_prob.mean())
+        return -float(weighted_mean(self.log_prob, self.weights))
 
 
 @torch.no_grad()
@@ -68,6 +69,7 @@ def fit_candidates(
     end = time.monotonic() + seconds
     sizes = {"gaussian": SIZES[:1], "mixture": SIZES[1:], "auto": SIZES}[kind]
     x, *_ = rows_of_training(data, ROWS)
+    weights = data.splits.weights_of("val")[:rows]
     transforms = transforms_of(data, x)
     batches = {
         name: (
@@ -88,7 +90,8 @@ def fit_candidates(
         batch = batches[name][1]
         log_prob = base.log_prob(batch.y.double(), batch.c) + batch.log_det
         components = "a Gaussian" if size == 1 else f"{size} Gaussians"
-        candidates.append(Candidate(f"{name}, {components}", transforms[name], base, log_prob))
+        label = f"{name}, {components}"
+        candidates.append(Candidate(label, transforms[name], base, log_prob, weights))
 
     for size, name in itertools.product(sizes[:TRIED_WITH_ALL], transforms):
         attempt(size, name)
@@ -112,7 +115,8 @@ def ranked(candidates: list[Candidate]) -> list[Candidate]:
     same = (each for each in candidates if each.transform.columns == columns)
     for radial in (each for each in same if each.transform.radial is not None):
         behind = candidates[0].log_prob - radial.log_prob
-        if behind.mean() < 2 * standard_error(behind):
+        mean = weighted_mean(behind, radial.weights)
+        if mean < 2 * standard_error(behind, radial.weights):
             return [radial, *(each for each in candidates if each is not radial)]
         break
     return candidates
@@ -200,7 +204,8 @@ def gaussian_bits(data: DataModule, rows: int, seed: int) -> float | None:
         return None
     batch = data.transform.for_evaluation(*data.fetch("val", range(rows)), seed)
     log_prob = base.log_prob(batch.y.flatten(1).double(), batch.c)
-    return float(bits_per_dim(log_prob, batch.log_det, d).mean())
+    bits = bits_per_dim(log_prob, batch.log_det, d)
+    return float(weighted_mean(bits, data.splits.weights_of("val")[:rows]))
 
 
 def training_batch(data: DataModule, transform: Transform, seed: int, most: int) -> Batch:
@@ -210,6 +215,4 @@ def training_batch(data: DataModule, transform: Transform, seed: int, most: int)
 
 
 def rows_of_training(data: DataModule, most: int) -> tuple[Tensor, Tensor, Tensor]:
-    count = len(data.splits.train)
-    index = torch.linspace(0, count - 1, min(most, count), dtype=torch.float64)
-    return data.fetch("train", index.long().tolist())
+    return data.fetch("train", data.splits.represent(most))

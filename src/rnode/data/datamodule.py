@@ -108,7 +108,7 @@ class DataModule(LightningDataModule):
         hashes = self.splits.hashes()
         if hashes is None:
             return
-        parts = [*hashes.values(), *self.splits.c.values()]
+        parts = [*hashes.values(), *self.splits.c.values(), *(self.splits.weights or ())]
         content = b"".join(part.numpy().tobytes() for part in parts)
         fingerprint = hashlib.blake2b(content).hexdigest()
         if self.fingerprint is None:

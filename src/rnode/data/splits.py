@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rnode.data.conditions import Conditions, Label
 from rnode.errors import require
+from rnode.evaluation import systematic
 from rnode.transforms import ImageTransform, TableTransform, Transform
 
 SPLIT_SEED = 0  # the same samples are held out whatever the seed of the run
@@ -18,6 +19,7 @@ SPLIT_NAMES = {"train": "training", "val": "validation", "test": "test"}
 SPLIT_WORDS = {"train": "train", "training": "train", "val": "val", "valid": "val"}
 SPLIT_WORDS |= {"validation": "val", "dev": "val", "test": "test", "testing": "test"}
 UNCONDITIONAL = Conditions({})
+COUNTED = 10_000_000  # rows of weighted ones to which a transform is fitted, at most
 HASHED = 2**31  # bytes of a split: larger ones are memory-mapped, and reading them takes minutes
 
 
@@ -34,6 +36,7 @@ class Splits:
     transform: Transform  # of samples to what a flow models
     conditions: Conditions = UNCONDITIONAL  # the encoder of `columns`
     columns: Sequence[Mapping[str, Any]] = ({}, {}, {})  # by name, of each split
+    weights: Sequence[Tensor] | None = None  # positive (N,), of each split; None: all are 1
     fitted: bool = True  # whether the transform and the conditions are; or `fit` must be called
 
     def __post_init__(self):
@@ -43,7 +46,8 @@ class Splits:
     def fit(self) -> "Splits":
         """Fit the transform and the conditions to the training split."""
         if not self.fitted:
-            self.encode(self.transform.fit(self.train), Conditions.fit(self.columns[0]))
+            train = self.train if self.weights is None else self.train[self.represent(COUNTED)]
+            self.encode(self.transform.fit(train), Conditions.fit(self.columns[0]))
         return self
 
     def encode(self, transform: Transform, conditions: Conditions) -> None:
@@ -60,6 +64,22 @@ class Splits:
     def parts(self) -> tuple[Any, Tensor, Tensor]:
         """The samples of the three splits."""
         return self.train, self.val, self.test
+
+    def weights_of(self, split: str) -> Tensor:
+        """The weights of the samples of a split, float64 (N,), divided by their mean."""
+        i = list(SPLIT_NAMES).index(split)
+        if self.weights is None:
+            return torch.ones(len(self.parts[i]), dtype=torch.float64)
+        return self.weights[i] / self.weights[i].mean()
+
+    def represent(self, most: int) -> Tensor:
+        """Indices of at most so many training samples, each as often as its weight says.
+
+        Weights that are whole numbers count the samples: there are as many indices.
+        """
+        n = len(self.train)
+        total = n if self.weights is None else max(n, round(float(self.weights[0].sum())))
+        return systematic(self.weights_of("train"), min(most, total))
 
     def hashes(self) -> dict[str, Tensor] | None:
         """Return a hash (N,) of each sample's bytes; None for samples drawn afresh, or too many."""
@@ -78,6 +98,9 @@ class Splits:
         places = [np.flatnonzero(here == i) for i in range(3)]
         self.train, self.val, self.test = (x[place] for place in places)
         self.columns = [{k: v[place] for k, v in columns.items()} for place in places]
+        if self.weights is not None:
+            weights = torch.cat(list(self.weights))
+            self.weights = [weights[place] for place in places]
         self.encode(self.transform, self.conditions)
 
 

@@ -37,6 +37,7 @@ def table(
     integer: Names | None = None,  # columns of whole numbers, which are dequantized
     log: Names | None = None,  # positive columns whose logarithm is modelled
     logit: Mapping[str, Sequence[float]] | None = None,  # {name: [low, high]} of those for a logit
+    weight: str | float | bool | None = None,  # column of the rows' weights, which is not modelled
     missing: str = "stop",  # at a row with a missing or infinite value, or `drop` the row
     split_column: str | None = None,  # says train, val or test; None: `hold_out` cuts them off
     validation: float = 0.1,  # a share of all rows, below 1, or a number of rows
@@ -46,18 +47,25 @@ def table(
     file = Path(path).name
     frame = read_table(Path(path).expanduser())
     split = choose("split_column", split_column and [split_column], frame.columns)
+    weighing = choose("weight", weight and [weight], frame.columns)
     usable = frame.select(cs.numeric(), cs.string(), cs.boolean()).columns
     labels = choose("context", context, usable)
-    given = [*labels, *split]
+    given = [*labels, *split, *weighing]
     names = choose("columns", columns, frame.columns) or numeric(frame.drop(given), file)
     both = [name for name in names if name in given]
-    require(not both, f"{listed(both)}: is modelled, and context or split_column names it too")
-    x = numbers(frame, names, file)
+    naming = "context, weight or split_column"
+    require(not both, f"{listed(both)}: is modelled, and {naming} names it too")
+    x = numbers(frame, [*names, *weighing], file)
     others = [f"{c.name or 'no name'} ({c.dtype})" for c in frame.drop(names, given)]
     parts = {"modelled": names, "given": given, "left out": others}
     words = "; ".join(f"{word}: {listed(part)}" for word, part in parts.items() if part)
     print(f"{file}: {len(frame)} rows; {words}")
-    frame = complete(frame.with_columns(x), [*names, *labels], missing, file)
+    frame = complete(frame.with_columns(x), [*names, *labels, *weighing], missing, file)
+    for name in weighing:
+        low, high = frame[name].min() or 0, frame[name].max() or 0
+        right = "must be 0 or more, and not zero in all rows"
+        require(low >= 0 and high > 0, f"weight={name}: is {low:g} to {high:g}; {right}")
+        frame = frame.filter(pl.col(name) > 0)
     require(len(frame) > 3, f"{file}: {len(frame)} rows are too few")
     grids = dict.fromkeys(choose("integer", integer, names), (1.0, 0.0))
     grids = grids_of(frame[names], file) if integer is None else grids
@@ -75,7 +83,9 @@ def table(
     frames = [frame[rows[name]] for name in SPLIT_NAMES]
     tensors = [torch.from_numpy(part[names].to_numpy() + 0.0) for part in frames]  # −0 is 0
     conditions = [{name: part[name].to_numpy() for name in labels} for part in frames]
-    return Splits(*tensors, TableTransform(modelled), columns=conditions, fitted=False)
+    weights = [part[name].to_torch() for part in frames for name in weighing] or None
+    transform = TableTransform(modelled)
+    return Splits(*tensors, transform, columns=conditions, weights=weights, fitted=False)
 
 
 def numeric(frame: pl.DataFrame, file: str) -> list[str]:

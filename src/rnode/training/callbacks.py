@@ -11,7 +11,7 @@ from pytorch_lightning.loggers import WandbLogger
 from pytorch_lightning.utilities import rank_zero_only
 
 from rnode.training.module import RNODE
-from rnode.training.plots import plot_corner, plot_grids
+from rnode.training.plots import plot_corner, plot_grids, save_figure
 from rnode.transforms import ImageTransform
 
 IMAGES, POINTS = 64, 2000  # samples in a figure
@@ -113,10 +113,8 @@ class Figures(Callback):
         measured = f"{bits:.3f} bits/dim" if images else f"{nats:.3f} nats"
         title = f"samples (step {trainer.global_step}, {stage} {measured})"
         panels = {"held-out data": held_out.float().cpu(), title: samples.float().cpu()}
-        if images:
-            plot_grids(self.path, panels)
-        else:
-            plot_corner(self.path, panels, data.transform.names)
+        figure = plot_grids(panels) if images else plot_corner(panels, data.transform.names)
+        save_figure(figure, self.path)
         for logger in (each for each in trainer.loggers if isinstance(each, WandbLogger)):
             logger.log_image("samples", [str(self.path)])
         gc.collect()  # figures refer to themselves and would pile up

@@ -10,7 +10,13 @@ from torch.nn.utils import get_total_norm
 from torchmetrics import CatMetric
 
 from rnode.errors import Diverged
-from rnode.evaluation import measure, solve_and_measure, standard_error
+from rnode.evaluation import (
+    measure,
+    solve_and_measure,
+    standard_error,
+    systematic,
+    weighted_mean,
+)
 from rnode.flow import Flow, Solution
 from rnode.loss import objective
 from rnode.networks import Field
@@ -53,7 +59,8 @@ class RNODE(LightningModule):
         self.config = config or {}
         # A row per sample: index, log_det, bits/dim, E/d, n/d. NaN is kept: the run has diverged.
         self.evaluated = CatMetric(nan_strategy="disable")
-        self.validation_bits = torch.zeros(0)  # bits/dim of the validation samples, ascending
+        self.validation_bits = torch.zeros(0)  # bits/dim of the validation samples, ascending;
+        # of weighted ones, as many quantiles
         self.first_bad_step = torch.tensor(NEVER)  # on the device, so that no step waits for it
         self.reason = ""  # why a solver gave up in this process
         self.step = 0  # the training step that runs
@@ -78,6 +85,10 @@ class RNODE(LightningModule):
             self.integrate = RecordedSolves(min(data.batch_size, len(data.splits.train)))
             trainer.print("the first step records the solves of training steps as CUDA graphs")
 
+    def on_train_start(self) -> None:
+        weights = self.trainer.datamodule.splits.weights_of("train")
+        self.weights = weights.float().to(self.device)
+
     def on_fit_end(self) -> None:
         self.integrate = integrate  # the test needs the memory of the graphs
 
@@ -92,9 +103,10 @@ class RNODE(LightningModule):
             # NaN for the gradient of every parameter: all processes of DDP then stop together.
             return math.nan * sum(parameter.sum() for parameter in self.parameters())
         solution = self.solution
-        loss = objective(solution.state, self.lambda_k, self.lambda_j, solution.log_q)
+        weights = self.weights[batch.index]
+        loss = objective(solution.state, self.lambda_k, self.lambda_j, solution.log_q, weights)
         measures = measure(self.flow, batch, solution)._asdict()
-        means = {name: values.mean() for name, values in measures.items()}
+        means = {name: weighted_mean(values, weights) for name, values in measures.items()}
         self.log_step({"loss": loss, "nfe_forward": solution.nfe_forward} | means)
         return loss
 
@@ -150,19 +162,22 @@ class RNODE(LightningModule):
         self.evaluated.reset()
         # Distributed samplers repeat samples to fill the last batch: each sample counts once.
         rows = rows[rows[:, 0].argsort(stable=True)]
-        rows = rows[rows[:, 0].diff(prepend=rows.new_tensor([-1])) > 0][:, 1:]
-        log_det, bits, kinetic, jacobian = rows.mean(0)
+        rows = rows[rows[:, 0].diff(prepend=rows.new_tensor([-1])) > 0]
+        index, columns = rows[:, 0].long().cpu(), rows[:, 1:].T
         stage = "test" if self.trainer.testing else "val"
+        weights = self.trainer.datamodule.splits.weights_of(stage)[index]
+        log_det, bits, kinetic, jacobian = weighted_mean(columns, weights)
         if not bits.isfinite():
             what = f"{stage} bits/dim is {bits:.3g}"
             raise Diverged(f"{self.reason}{what} after training step {self.global_step}")
-        means = {"bits_per_dim": bits, "bits_per_dim_se": standard_error(rows[:, 1])}
+        means = {"bits_per_dim": bits, "bits_per_dim_se": standard_error(columns[1], weights)}
         means |= {"log_det": log_det, "kinetic": kinetic}
         if not jacobian.isnan():  # no probe measures it if the divergence is exact
             means["jacobian"] = jacobian
         self.log_dict({f"{stage}/{name}": value for name, value in means.items()}, sync_dist=True)
         if stage == "val":
-            self.validation_bits = rows[:, 1].sort().values.cpu()
+            bits, order = columns[1].cpu().sort()
+            self.validation_bits = bits[systematic(weights[order], len(bits))]
 
     test_step, on_test_epoch_end = validation_step, on_validation_epoch_end
 

@@ -37,13 +37,13 @@ def save_figure(figure: Figure, path: Path) -> None:
         figure.savefig(file, dpi=120, format="png")
 
 
-def plot_grids(path: Path, panels: dict[str, Tensor]) -> None:
+def plot_grids(panels: dict[str, Tensor]) -> Figure:
     """Plot images (N, C, H, W) in [0, 1] as square grids; `panels` holds them by their titles."""
     figure, axes = subplots(5 * len(panels), 5.3, columns=len(panels))
     for ax, (title, images) in zip(axes.flat, panels.items(), strict=True):
         ax.set_title(title)
         plot_images(ax, images)
-    save_figure(figure, path)
+    return figure
 
 
 def plot_images(ax: Axes, images: Tensor) -> None:
@@ -71,7 +71,7 @@ def image_grid(images: Tensor) -> np.ndarray:
     return make_grid(images, nrow=columns, padding=1, pad_value=0.5).permute(1, 2, 0).numpy()
 
 
-def plot_corner(path: Path, panels: dict[str, Tensor], names: list[str]) -> None:
+def plot_corner(panels: dict[str, Tensor], names: list[str]) -> Figure:
     """Plot the first ten columns of one or two tables (N, d): histograms, and pairs beside them.
 
     `panels` holds the tables by their titles. The pairs of the first are below the diagonal, and
@@ -102,7 +102,7 @@ def plot_corner(path: Path, panels: dict[str, Tensor], names: list[str]) -> None
         axes[-1, i].set_xlabel(name)
         axes[i, 0].set_ylabel(name)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
-    save_figure(figure, path)
+    return figure
 
 
 def plot_extremes(rows: Tensor, bits: Tensor, levels: int, count: int, path: Path) -> None:
@@ -111,7 +111,7 @@ def plot_extremes(rows: Tensor, bits: Tensor, levels: int, count: int, path: Pat
     for name, chosen in (("most", order[:count]), ("least", order.flip(0)[:count])):
         title = f"{name} likely: {bits[chosen].min():.2f} to {bits[chosen].max():.2f} bits/dim"
         panels[title] = rows[chosen] / (levels - 1)
-    plot_grids(path, panels)
+    save_figure(plot_grids(panels), path)
 
 
 def plot_trajectory(frames: Tensor, folder: Path) -> None:
