@@ -43,6 +43,15 @@ def test_scikit_learns_own_checks_pass():
     check_estimator(Density(overrides=TINY), expected_failed_checks=FAILS, on_skip=None)
 
 
+def test_a_silent_fit_warns_of_what_it_leaves_out_and_guesses(capsys):
+    frame = pl.DataFrame(X, ["a", "b"]).with_columns(pl.col("b").round(), city=pl.lit("Oslo"))
+    with pytest.warns(UserWarning, match="noise of their unit: b"):
+        Density(overrides=TINY).fit(frame)
+    with pytest.warns(UserWarning, match=r"left out: city \(String\)"):
+        Density(overrides=TINY).fit(frame)
+    assert capsys.readouterr().out == ""
+
+
 def test_a_pipeline_is_searched_over():
     pipeline = make_pipeline(StandardScaler(), Density(overrides=TINY))
     grid = {"density__overrides": [TINY, [*TINY, "model.layers=2"]]}

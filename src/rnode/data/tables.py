@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import warnings
 from collections.abc import Collection, Mapping, Sequence
 from contextvars import ContextVar
 from pathlib import Path
@@ -57,9 +58,10 @@ def table(
     require(not both, f"{listed(both)}: is modelled, and {naming} names it too")
     x = numbers(frame, [*names, *weighing], file)
     others = [f"{c.name or 'no name'} ({c.dtype})" for c in frame.drop(names, given)]
-    parts = {"modelled": names, "given": given, "left out": others}
-    words = "; ".join(f"{word}: {listed(part)}" for word, part in parts.items() if part)
-    print(f"{file}: {len(frame)} rows; {words}")
+    words = f"{file}: {len(frame)} rows; modelled: {listed(names)}"
+    print(f"{words}; given: {listed(given)}" if given else words)
+    if others:
+        announce(f"{file}: left out: {listed(others)}")
     frame = complete(frame.with_columns(x), [*names, *labels, *weighing], missing, file)
     for name in weighing:
         low, high = frame[name].min() or 0, frame[name].max() or 0
@@ -147,13 +149,13 @@ def grids_of(frame: pl.DataFrame, file: str) -> dict[str, tuple[float, float]]:
             repeated.append(column.name)
     if grids:
         units = listed([f"{name} ({unit:g})" for name, (unit, _) in grids.items()])
-        print(f"{file}: rounded columns get noise of their unit: {units}")
+        announce(f"{file}: rounded columns get noise of their unit: {units}")
     if whole:
         words = f"whole numbers in {listed(whole)}, whose density rises without bound"
-        print(f"{file}: {words}; {hint('integer', whole)} dequantizes them")
+        announce(f"{file}: {words}; {hint('integer', whole)} dequantizes them")
     if repeated:
         words = f"a repeated value, where the density rises without bound: {listed(repeated)}"
-        print(f"{file}: {words}; leave these columns out")
+        announce(f"{file}: {words}; leave these columns out")
     return grids
 
 
@@ -172,6 +174,14 @@ def listed(words: Collection[str], limit: int = 20) -> str:
     """Return words with commas between them, and of many words the first ones."""
     more = f", … ({len(words)} in all)" if len(words) > limit else ""
     return ", ".join(list(words)[:limit]) + more
+
+
+def announce(line: str) -> None:
+    """Print what is left out or guessed; in Python, where a run may be silent, it is a warning."""
+    if IN_PYTHON.get():
+        warnings.warn(line, stacklevel=2)
+    else:
+        print(line)
 
 
 def hint(option: str, value: str | list[str]) -> str:
@@ -218,7 +228,7 @@ def read_text(path: Path) -> pl.DataFrame | np.ndarray:
         )
     header = [(name or "").strip() for name in frame.row(0)]
     if not is_header(frame):
-        print(f"{path}: has no header: its first row holds {listed(header, 5)}")
+        announce(f"{path}: has no header: its first row holds {listed(header, 5)}")
         return frame.to_numpy()
     return frame[1:].rename(dict(zip(frame.columns, header, strict=True)))
 
@@ -230,7 +240,7 @@ def decode(path: Path) -> str:
     try:
         text = content.decode(encoding)
     except UnicodeDecodeError:
-        print(f"{path}: is not UTF-8: its letters are read as Windows' cp1252")
+        announce(f"{path}: is not UTF-8: its letters are read as Windows' cp1252")
         text = content.decode("cp1252", errors="replace")
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
