@@ -11,6 +11,8 @@ from torch import Tensor
 from rnode.errors import require, require_choice
 from rnode.names import DIVERGENCES
 
+T = 1.0  # final time of every piece; a longer time is the same as a larger f
+
 
 class State(NamedTuple):
     """z (B, *shape) and its integrals, each (B,): l = ∫ div f, E = ∫ ‖f‖², n = ∫ ‖∇f‖_F²."""
@@ -153,3 +155,14 @@ class Dynamics:
             E=f.square().flatten(1).sum(1),  # ‖f‖²
             n=eps_jac.square().flatten(2).sum((0, 2)),  # ‖∇f‖_F² = ‖εᵀ∇f‖²
         )
+
+
+class Reversed(Dynamics):
+    """The same path from T to 0, dz/ds = −f(z, T − s; c), with the integrals of (RNODE) along it."""
+
+    def f(self, t: Tensor, z: Tensor, **prepared: Any) -> Tensor:
+        return -super().f(T - t, z, **prepared)
+
+    def __call__(self, t: Tensor, state: State, **prepared: Any) -> State:
+        rates = super().__call__(T - t, state, **prepared)
+        return rates._replace(z=-rates.z)

@@ -12,9 +12,10 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributions import Distribution, constraints
 
 from rnode.bases import Mixture, Normal
-from rnode.dynamics import Dynamics, Probes, State, VectorField, has_divergence
+from rnode.dynamics import Dynamics, Probes, Reversed, State, VectorField, has_divergence
 from rnode.errors import Diverged, require
 from rnode.solver import Method, Solver, integrate, integrate_back
 from rnode.variational import VariationalDequantization
@@ -314,10 +315,91 @@ class Flow(nn.Module):
         temperature: float = 1.0,
     ) -> Tensor:
         """Sample x (*batch, *shape), from z whose noise is scaled by `temperature`."""
-        batch = (batch,) if isinstance(batch, int) else tuple(batch)
-        like = next(self.parameters())
-        c = self._conditions(flatten_batch(c), like.new_empty(math.prod(batch), 0))
+        batch, c = self._conditions_of_samples(batch, c)
         return self.inverse(self.base.sample(c, temperature), c).reshape(*batch, *self.shape)
+
+    def rsample_and_log_prob(
+        self, batch: int | Sequence[int] = (), c: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Sample x (*batch, *shape) with log p(x | c) in nats (*batch), by one solve from z to x.
+
+        Both are differentiable in the weights of the fields. A field that computes its divergence
+        has no probes, in training mode either.
+        """
+        batch, c = self._conditions_of_samples(batch, c)
+        z = self.base.sample(c)
+        log_prob = self.base.log_prob(z, c)
+        z, factored = self._split(z)
+        probes = self.probes if self.training else self.test_probes
+        for layer in reversed(self.layers):
+            if isinstance(layer, Piece):
+                exact = has_divergence(layer.field)
+                eps = z.new_empty(0, *z.shape) if exact else probes.sample(z)
+                dynamics = Reversed(layer.field, c, eps)
+                z, l, _, _ = integrate(dynamics, z, self.method, self.solver.gradient)
+                log_prob = log_prob + l
+            else:
+                z = layer.inverse(z, factored)
+            if isinstance(layer, VariationalDequantization):
+                log_prob = log_prob + layer(z)[1]
+        return z.reshape(*batch, *self.shape), log_prob.reshape(batch)
+
+    def distribution(self, c: Tensor | None = None) -> "FlowDistribution":
+        """c (*batch, k) → p(x | c), one of torch.distributions."""
+        return FlowDistribution(self, c)
+
+    def _conditions_of_samples(
+        self, batch: int | Sequence[int], c: Tensor | None
+    ) -> tuple[Sequence[int], Tensor]:
+        """`batch` as a shape, and c (B, k) for its samples, from c (k,) or (*batch, k)."""
+        batch = (batch,) if isinstance(batch, int) else tuple(batch)
+        like = next(self.parameters()).new_empty(math.prod(batch), 0)
+        return batch, self._conditions(flatten_batch(c), like)
+
+
+class FlowDistribution(Distribution):
+    """p(x | c) of a flow, for c (*batch_shape, k); None stands for k = 0.
+
+    The mode of the flow, training or evaluation, decides which method solves it.
+    """
+
+    arg_constraints = {}
+    has_rsample = True
+
+    def __init__(self, flow: Flow, c: Tensor | None = None, validate_args: bool | None = None):
+        c = next(flow.parameters()).new_empty(0) if c is None else c
+        fits = c.shape[-1:] == (flow.k,)
+        require(fits, f"c of shape {tuple(c.shape)}: must be (*batch, {flow.k}) for this flow")
+        self.flow = flow
+        self.c = c
+        super().__init__(torch.Size(c.shape[:-1]), flow.shape, validate_args)
+
+    @property
+    def support(self) -> constraints.Constraint:
+        return constraints.independent(constraints.real, len(self.event_shape))
+
+    def expand(self, batch_shape: Sequence[int], _instance: None = None) -> "FlowDistribution":
+        """The same distribution with a batch shape to which its own broadcasts."""
+        return FlowDistribution(self.flow, self.c.expand(*batch_shape, -1), self._validate_args)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """x (*batch, *event_shape), which broadcasts with batch_shape → log p(x | c), (*batch)."""
+        if self._validate_args:
+            self._validate_sample(value)
+        batch = value.shape[: value.dim() - len(self.event_shape)]
+        batch = torch.broadcast_shapes(batch, self.batch_shape)
+        x = value.expand(*batch, *self.event_shape)
+        return self.flow.log_prob(x, self.c.expand(*batch, -1))
+
+    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        """Sample x (*sample_shape, *batch_shape, *event_shape) without a gradient."""
+        batch = (*sample_shape, *self.batch_shape)
+        return self.flow.sample(batch, self.c.expand(*batch, -1))
+
+    def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        """Sample x, differentiable in the weights of the fields."""
+        batch = (*sample_shape, *self.batch_shape)
+        return self.flow.rsample_and_log_prob(batch, self.c.expand(*batch, -1))[0]
 
 
 def flatten_batch(c: Tensor | None) -> Tensor | None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from torchdiffeq import odeint, odeint_adjoint
 
-from rnode.dynamics import Dynamics, State
+from rnode.dynamics import Dynamics, State, T
 from rnode.errors import Diverged, one_line, require, require_choice
 from rnode.names import ADAPTIVE, FIXED_GRID, GRADIENTS, INTEGRALS, NORMS
 from rnode.quadrature import radau, simpson
@@ -27,7 +27,6 @@ NORM_OF = {  # of errors (B, *shape)
     "batch": lambda x: x.square().mean().sqrt(),
 }
 QUADRATURES = {"simpson": simpson, "radau": radau}
-T = 1.0  # final time of every piece; a longer time is the same as a larger f
 MAX_STEPS = 10_000  # adaptive steps of a piece; a solve that needs more has diverged
 
 
