@@ -15,6 +15,8 @@ PRIVATE = {  # names of other libraries that are used although they are private,
     "_exit": "os._exit is public",
     "_is_amx_tile_supported": "nothing public tells what bfloat16 costs",
     "_is_avx512_bf16_supported": "nothing public tells what bfloat16 costs",
+    "_validate_args": "how a subclass of Distribution knows that it checks its arguments",
+    "_validate_sample": "how a subclass of Distribution checks them",
 }
 
 
