@@ -1,10 +1,13 @@
 """A flow as a distribution of torch, and samples whose log-probability comes from the same solve."""
 
+import math
+import re
+
 import pytest
 import torch
 from torch.distributions import AffineTransform, MultivariateNormal, TransformedDistribution
 
-from helpers import Linear, make_flow
+from helpers import ROOT, Linear, make_flow
 from rnode import (
     Flow,
     Method,
@@ -157,3 +160,16 @@ def test_wrong_values_are_refused():
         p.log_prob(torch.tensor([1.0, float("nan")]))
     with pytest.raises(ValueError, match="broadcastable"):
         p.log_prob(torch.zeros(2, 2))
+
+
+def test_the_page_about_energies_finds_the_free_energy():
+    """Against quadrature on a grid: without q's second well, F would be higher by 0.3."""
+    text = (ROOT / "docs" / "energies.md").read_text(encoding="utf-8")
+    names = {}
+    (block,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    exec(block, names)
+    axis = torch.linspace(-4, 4, 801, dtype=torch.float64)
+    log_z = (-names["energy"](torch.cartesian_prod(axis, axis))).logsumexp(0)
+    free_energy = -float(log_z + 2 * (axis[1] - axis[0]).log())
+    assert math.isclose(names["free_energy"], free_energy, abs_tol=0.02)
+    assert 9000 < names["sample_size"] < 10_000
