@@ -1,6 +1,7 @@
 """Fixtures that several test files share."""
 
 import functools
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from PIL import Image
 from helpers import ONE_THREAD, TWO_STEPS, Run, call, randomize
 from rnode import Field, TimeConv2d, TimeLinear
 
+os.environ["OMP_NUM_THREADS"] = "1"  # for runs
 torch.set_num_threads(1)  # the tests' tensors are small, and pytest-xdist runs one process a core
 
 

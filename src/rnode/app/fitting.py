@@ -89,6 +89,7 @@ def undisturbed(verbose: bool) -> Iterator[None]:
         stack.enter_context(torch.random.fork_rng())
         stack.enter_context(warnings.catch_warnings())
         stack.enter_context(patch.dict(os.environ))
+        stack.callback(torch.set_num_threads, torch.get_num_threads())
         stack.callback(np.random.set_state, np.random.get_state())
         stack.callback(random.setstate, random.getstate())
         stack.callback(Singleton.set_state, copy.copy(Singleton.get_state()))

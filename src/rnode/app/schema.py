@@ -144,6 +144,7 @@ class Train(Section, extra="forbid"):
     dequantization: Literal["uniform", "variational"] = key("noise of images: uniform, or learned")
     warmup_steps: NonNegativeInt | None = key("steps of a linear warm-up; null: 50, or two epochs")
     decay: bool = key("let the learning rate fall to 0 by max_epochs or max_time (half a cosine)")
+    threads: PositiveInt | None = key("of a CPU; null: OMP_NUM_THREADS, or the fastest number")
     ckpt_path: str | None = key("checkpoint to resume; auto: last.ckpt of the run folder, if any")
     sweep_metrics: list[Literal[RESULTS]] = key("results that a guided sweep optimizes")
     dataset: Dataset = key("the data")

@@ -79,7 +79,7 @@ def environment() -> dict[str, str]:
 
     found = {"python": platform.python_version(), "rnode": rnode.__version__}
     found |= {name: version(name) for name in PACKAGES}
-    found |= {"system": platform.platform(), "threads": str(torch.get_num_threads())}
+    found["system"] = platform.platform()
     if torch.cuda.is_available():
         found["device"] = torch.cuda.get_device_name()
     checkout = Path(__file__).parents[3]
