@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -20,14 +21,27 @@ from rnode.training.module import RNODE
 from rnode.training.results import RESULTS
 from rnode.training.schedule import decay_passed
 
+LOADED = """
+import sys
+from pytorch_lightning import Callback
+
+class Seen(Callback):
+    def on_train_start(self, *_):
+        open("loaded.txt", "w").write(" ".join(sys.modules))
+"""
 pytestmark = pytest.mark.usefixtures("blank_figures")
 
 
 def test_the_default_run_as_a_user_starts_it(tmp_path):
     """A process, two epochs of the digits, and the files and the table that README promises."""
     sizes = ["model.hidden=8", "model.pieces=1", "dataset.batch_size=64", "trainer.max_epochs=2"]
-    printed = succeed(*TRAIN, *sizes, "trainer.log_every_n_steps=1", "hydra.run.dir=run")
+    Path("modules.py").write_text(LOADED)
+    seen = "+callbacks.seen._target_=modules.Seen"
+    printed = succeed(*TRAIN, *sizes, seen, "trainer.log_every_n_steps=1", "hydra.run.dir=run")
     folder = tmp_path / "run"
+    loaded = set(Path("loaded.txt").read_text().split())  # before the first step
+    assert {"torch", "rnode.training.module"} <= loaded
+    assert not loaded & {"wandb", "polars", "jinja2", "rnode.app.report", "tensorboard"}
     written = "config.yaml metrics.csv result.json report.html environment.yaml best.ckpt last.ckpt"
     for name in (*written.split(), "samples.png", ".hydra/overrides.yaml"):
         assert (folder / name).stat().st_size > 0, name

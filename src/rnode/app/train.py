@@ -19,7 +19,6 @@ from rich.table import Table
 from rnode.app import sweep
 from rnode.app.build import build
 from rnode.app.processes import cluster_plugins, is_first_process, launched, match_processes
-from rnode.app.report import write_report
 from rnode.app.runs import Run
 from rnode.app.summary import print_numbers, print_table
 from rnode.app.validation import quote
@@ -161,6 +160,8 @@ def fit(cfg: DictConfig, overrides: Sequence[str] = ()) -> dict[str, float | Non
 
 def publish(folder: Path) -> None:
     """Write the report of a finished run, and print where it is."""
+    from rnode.app.report import write_report  # no step waits for polars and Jinja
+
     write_report([Run(folder.resolve())], folder / "report.html")
     print(f"run folder: {folder}")
 

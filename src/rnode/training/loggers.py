@@ -4,6 +4,7 @@ import csv
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 from pytorch_lightning.loggers import Logger, WandbLogger
 from pytorch_lightning.utilities import rank_zero_only
@@ -57,15 +58,28 @@ class MetricsCSV(Logger):
 
 
 class WandbRun(WandbLogger):
-    """A run of W&B, which begins once the settings are known: mistakes in them leave none."""
+    """A run of W&B, which begins with the first metrics: mistakes leave none, no step waits."""
+
+    settings: dict | None = None  # of a run that has not begun
+
+    @property
+    def experiment(self) -> Any:  # which Lightning reads before training
+        return None if self.settings else super().experiment
 
     def log_hyperparams(self, params: dict) -> None:
-        import wandb  # takes a second to import
+        self.settings = params
 
-        wandb.setup(wandb.Settings(silent=True))  # the table at the end says what W&B would
-        step = "trainer/global_step"
-        self.experiment.define_metric("val/bits_per_dim", summary="min", step_metric=step)
-        super().log_hyperparams(params)
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        if self.settings:
+            import wandb  # takes a second to import
+
+            wandb.setup(wandb.Settings(silent=True))  # the table at the end says what W&B would
+            settings, self.settings = self.settings, None
+            place = {"step_metric": "trainer/global_step"}
+            self.experiment.define_metric("val/bits_per_dim", summary="min", **place)
+            super().log_hyperparams(settings)
+        super().log_metrics(metrics, step)
 
 
 def wandb_logger(folder: str, mode: str, tags: list[str], **options: object) -> WandbLogger | None:
