@@ -5,10 +5,13 @@ python benchmarks/evaluation.py [--dataset fashion_mnist] [--batch 32] [--channe
 
 Weights, data, probes and tolerance are the same. The right-hand side of the plain recipe calls
 autograd.grad, and its solver starts with FFJORD's step of 0.01; one contender of this program has
-that step too. The limit is the time that the convolutions would take at the rate of a 3×3
+that step too. `auto` is the grid that solver.test.method=auto takes, and its choice is not timed.
+The limit is the time that the convolutions would take at the rate of a 3×3
 convolution in the same run. Errors are relative to dopri5 at 1e-8, the largest one of the batch.
 The record is benchmarks/results/evaluation_DATASET.json.
 """
+
+import math
 
 import torch
 
@@ -31,6 +34,7 @@ from common import (
 from plain import PlainFlow
 from rnode import Method, Solution, Solver, log_normal
 from rnode.app.processes import prepare_process
+from rnode.evaluation import COMPARED, agreeing_grid
 
 
 def main() -> None:
@@ -62,8 +66,13 @@ def main() -> None:
         "log_prob, first step 0.01": lambda: log_prob(FFJORD),
         "log_prob": lambda: log_prob(DOPRI5),
     }
+    flow.solver = Solver(RK4, Method("auto"))
+    to_bits = -1 / flow.d / math.log(2)
+    with agreeing_grid(flow, lambda: to_bits * log_prob(flow.solver.test), COMPARED + 1):
+        auto = flow.solver.test
+    contenders["log_prob, auto"] = lambda: log_prob(auto)
     exact = log_prob(EXACT)
-    methods = dict(zip(contenders, (FFJORD, FFJORD, DOPRI5), strict=True))
+    methods = dict(zip(contenders, (FFJORD, FFJORD, DOPRI5, auto), strict=True))
     nfe = {name: solve(method).nfe_forward for name, method in methods.items()}
     errors = {
         name: float(((contender() - exact).abs() / exact.abs()).max())

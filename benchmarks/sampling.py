@@ -1,11 +1,12 @@
-"""Sampling by dopri5 at 1e-5 and by rk4, beside the plain recipe solved backwards.
+"""Sampling by dopri5 at 1e-5 and on grids, beside the plain recipe solved backwards.
 
 python benchmarks/sampling.py [--dataset fashion_mnist] [--batch 32] [--channels 64]
                               [--repetitions 3] [--quick]
 
 Weights, normal variables and tolerance are the same. The plain recipe integrates l, E and n too,
 and its adaptive solver starts with FFJORD's step of 0.01; this program starts with its own default.
-Errors are the largest of the batch, against dopri5 at 1e-8. The record is
+`auto` is the grid that solver.test.method=auto takes; its choice is not timed. Errors are the
+largest of the batch, against dopri5 at 1e-8. The record is
 benchmarks/results/sampling_DATASET.json.
 """
 
@@ -30,6 +31,7 @@ from common import (
 from plain import PlainFlow, PlainNet, PlainODE, unsqueeze
 from rnode import Flow, Method, Solver, Squeeze
 from rnode.app.processes import prepare_process
+from rnode.evaluation import COMPARED, agreeing_grid
 
 
 def main() -> None:
@@ -54,6 +56,12 @@ def main() -> None:
             f"inverse, {name}": lambda method=method: inverse(method)[0],
         }
         nfe = [inverse(plain_method)[1], inverse(method)[1]]
+        if method is DOPRI5:
+            flow.solver = Solver(RK4, Method("auto"))
+            with agreeing_grid(flow, lambda: inverse(flow.solver.test)[0], COMPARED + 1):
+                auto = flow.solver.test
+            contenders["inverse, auto"] = lambda auto=auto: inverse(auto)[0]
+            nfe.append(inverse(auto)[1])
         errors = [float((sample() - exact).abs().max()) for sample in contenders.values()]
         seconds = medians(contenders, options.repetitions)
         first = next(iter(seconds.values()))

@@ -67,8 +67,8 @@ def test_a_record_has_rows_and_what_they_depend_on(monkeypatch, capsys):
     ("name", "arguments", "rows"),
     [
         ("step_digits", QUICK, 10),
-        ("evaluation_digits", QUICK, 3),
-        ("sampling_digits", QUICK, 4),
+        ("evaluation_digits", QUICK, 4),
+        ("sampling_digits", QUICK, 5),
         ("ddp_digits", QUICK, 3),
         ("runs_digits", ["--quick", "--overrides", "model.hidden=4", "model.pieces=1"], 3),
         ("budget", [], 6),

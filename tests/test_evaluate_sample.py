@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import polars as pl
@@ -11,6 +12,7 @@ from PIL import Image
 
 import rnode
 from helpers import call, column, refused
+from rnode import Method
 from rnode.data.densities import DENSITIES
 
 
@@ -56,6 +58,23 @@ def test_an_evaluation_takes_another_split_solver_and_seed(digits_run, tmp_path)
     summary = evaluate(tmp_path / "other", digits_run, *other)
     assert summary["divergence"] == "2 rademacher probe(s) a sample"
     assert 1e-5 < abs(summary["bits_per_dim"] - test) < 0.2
+
+
+def test_many_samples_and_scores_take_a_grid_that_agrees_with_dopri5(digits_run):
+    found = {}
+    for method in (Method("auto"), Method("dopri5")):
+        density = rnode.load(digits_run)
+        density.flow_.solver = replace(density.flow_.solver, test=method)
+        images = density.sample(70, seed=0).astype(float)
+        by = [density.agreement_]
+        bits = density.bits_per_dim(rnode.load(digits_run).sample(70, seed=1))
+        found[method.method] = (*by, density.agreement_, images, bits)
+    *words, images, bits = found["auto"]
+    assert all(text.startswith("rk4 with ") for text in words)
+    assert found["dopri5"][:2] == ("dopri5", "dopri5")
+    assert abs(images - found["dopri5"][2]).mean() < 0.05  # of 17 grey levels
+    assert abs(bits.mean() - found["dopri5"][3].mean()) < 2e-3
+    assert abs(bits - found["dopri5"][3]).max() < 2e-2
 
 
 def energy_distance(a, b):

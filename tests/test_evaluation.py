@@ -7,7 +7,7 @@ import torch
 
 from helpers import RK4, Linear, close, make_flow, no_c
 from rnode import Diverged, Field, Flow, Method, Piece, Probes, Solver, TimeLinear, log_normal, mlp
-from rnode.evaluation import evaluate, standard_error
+from rnode.evaluation import MEAN, WORST, agreeing_grid, evaluate, standard_error
 from rnode.transforms import Column, ImageTransform, TableTransform
 
 LEVELS, ALPHA = 4, 0.05
@@ -86,6 +86,31 @@ def test_the_probes_error_is_the_known_one():
     expected = float(deviation) / 4000**0.5
     assert summary["standard_error_probes"] == pytest.approx(expected, rel=0.1)
     assert standard_error(torch.tensor([1.0, 3.0])) == pytest.approx(1.0)  # √2 / √2
+
+
+@pytest.mark.parametrize(
+    ("method", "speed", "count", "chosen"),
+    [
+        ("auto", 1, 65, "rk4 with 2 step(s), which differs from dopri5 by "),
+        ("auto", 2, 65, "rk4 with 4 step(s), which differs from dopri5 by "),
+        ("auto", 40, 65, "dopri5"),
+        ("auto", 1, 64, "dopri5"),
+        ("bosh3", 1, 65, "bosh3"),
+    ],
+)
+def test_a_likelihood_takes_the_coarsest_grid_that_agrees_with_dopri5(method, speed, count, chosen):
+    flow = flow_of(Linear(speed * A), test=Method(method))
+    x, solver, c = torch.randn(64, 2, dtype=torch.float64), flow.solver, math.log(4)
+    z = x @ torch.linalg.matrix_exp(speed * A).T
+    exact = -(log_normal(z) + speed * A.trace()) / c
+    with torch.no_grad(), agreeing_grid(flow, lambda: -flow.log_prob(x) / c, count) as words:
+        error = -flow.log_prob(x) / c - exact
+    assert words.startswith(chosen)
+    assert flow.solver == solver
+    if words.startswith("rk4"):
+        assert abs(error.mean()) < MEAN + 1e-5
+        assert error.abs().max() < WORST + 1e-4
+        assert f"{error.mean():+.0e}"[:2] in words
 
 
 def constant(c):

@@ -35,7 +35,8 @@ class Method:
     """A method of torchdiffeq with its options.
 
     Args:
-        method: name of the method in torchdiffeq.
+        method: name of the method in torchdiffeq. `auto` is dopri5, for which
+            `rnode.evaluation.agreeing_grid` puts a fixed grid where many samples are evaluated.
         integrals: how l, E and n are computed. `system` integrates them together with z. `simpson`
             and `radau` integrate z alone, from node to node of a quadrature rule, which costs one
             vjp per node instead of one per evaluation. Both need a fixed grid. Simpson's rule needs
@@ -91,7 +92,8 @@ class Method:
             "norm": lambda state: max(map(NORM_OF[self.norm], state[:2])),
             "dtype": dtype,  # of times; torchdiffeq's own is float64, which some devices lack
         }
-        return {"method": self.method, "rtol": self.rtol, "atol": self.atol, "options": options}
+        method = "dopri5" if self.method == "auto" else self.method
+        return {"method": method, "rtol": self.rtol, "atol": self.atol, "options": options}
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,7 @@ class Solver:
     dtype: str = "float32"
 
     def __post_init__(self):
+        require(self.train.method != "auto", "train.method=auto: is for evaluation alone")
         require_choice("gradient", self.gradient, GRADIENTS)
         require_choice("dtype", self.dtype, ("float32", "float64"))
         able = self.gradient != "adjoint" or self.train.integrals == "system"

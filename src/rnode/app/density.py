@@ -23,7 +23,7 @@ from rnode.app.fitting import train_table, undisturbed
 from rnode.data.conditions import as_array
 from rnode.data.tables import as_frame, numbers, read_table
 from rnode.errors import InputError, require
-from rnode.evaluation import Rows, solve_and_measure
+from rnode.evaluation import COMPARED, Rows, agreeing_grid, solve_and_measure
 from rnode.seeding import NOISE, sample_generators
 from rnode.training.callbacks import IMAGES, POINTS
 from rnode.training.checkpoint import load_checkpoint
@@ -93,7 +93,8 @@ class Density(DensityMixin, BaseEstimator):
 
     A fitted one has `flow_`, the Flow of the transformed data; `data_`, the DataModule with the
     transform; `validation_bits_`, bits/dim of the validation split, ascending; and `history_`, a
-    DataFrame of polars with what the run has measured.
+    DataFrame of polars with what the run has measured. Scores and samples set `agreement_`, the
+    method by which they were computed, in words.
     """
 
     columns: Sequence[str] | None = None  # whose density is modelled; None: all numeric ones
@@ -207,10 +208,19 @@ class Density(DensityMixin, BaseEstimator):
         check_is_fitted(self)
         seeds = [self.seed] if self.flow_.exact else [self.seed, self.seed + 1]
         parts = [torch.empty(len(seeds), 0)]
-        for rows in progress(self.batches(X, context)):
+        batches = self.batches(X, context)
+
+        def solve(rows: Rows) -> Tensor:
             batch = self.data_.transform.for_evaluation(*rows, self.seed).to(self.device)
             measures = [solve_and_measure(self.flow_, batch, seed)[1] for seed in seeds]
-            parts.append(torch.stack([m.bits_per_dim.cpu() for m in measures]))
+            return torch.stack([m.bits_per_dim.cpu() for m in measures])
+
+        def values() -> Tensor:
+            return solve([part[:COMPARED] for part in batches[0]])[0]
+
+        count = sum(len(x) for x, *_ in batches)
+        with agreeing_grid(self.flow_, values, count) as self.agreement_:
+            parts += [solve(rows) for rows in progress(batches)]
         draws = torch.cat(parts, dim=1).double()  # a row for each seed of the probes
         bits = draws.mean(0)
         nats = self.flow_.d * np.log(2)
@@ -257,7 +267,15 @@ class Density(DensityMixin, BaseEstimator):
         seed = int(torch.randint(2**62, ())) if seed is None else seed
         z = self.sample_z(c, seed, temperature)
         batches = torch.arange(n).split(self.data_.eval_batch_size)
-        return self.decode(torch.cat([self.flow_.inverse(z[i], c[i]).cpu() for i in batches]))
+
+        def invert(i: Tensor) -> Tensor:
+            return self.flow_.inverse(z[i], c[i]).cpu()
+
+        def values() -> Tensor:
+            return self.data_.transform.inverse(invert(batches[0][:COMPARED]))
+
+        with agreeing_grid(self.flow_, values, n) as self.agreement_:
+            return self.decode(torch.cat([invert(i) for i in batches]))
 
     def plot(
         self, X: Any = None, n: int | None = None, context: Values | None = None, seed: int = 0

@@ -6,10 +6,11 @@ from pathlib import Path
 import polars as pl
 from omegaconf import DictConfig
 from rich.progress import track
+from torch import Tensor
 
 from rnode.app.density import from_checkpoint
 from rnode.app.summary import print_numbers
-from rnode.evaluation import evaluate
+from rnode.evaluation import COMPARED, agreeing_grid, evaluate, solve_and_measure
 from rnode.training.plots import plot_extremes
 from rnode.transforms import ImageTransform
 
@@ -22,8 +23,17 @@ def main(cfg: DictConfig) -> float:
     data, flow, folder = density.data_, density.flow_, Path(cfg.folder)
     data.setup()
     weights = data.splits.weights_of(cfg.split)
-    batches = track(data.eval_dataloader(cfg.split), f"{cfg.split} set")
-    summary, columns = evaluate(flow, data.transform, batches, cfg.samples, cfg.seed, weights)
+    loader = data.eval_dataloader(cfg.split)
+    first = (part[:COMPARED] for part in next(iter(loader)))
+    batch = data.transform.for_evaluation(*first, cfg.seed).to(density.device)
+
+    def bits() -> Tensor:
+        return solve_and_measure(flow, batch, cfg.seed)[1].bits_per_dim
+
+    with agreeing_grid(flow, bits, len(loader.dataset)) as words:
+        batches = track(loader, f"{cfg.split} set")
+        summary, columns = evaluate(flow, data.transform, batches, cfg.samples, cfg.seed, weights)
+        method = flow.solver.test
     if "bounds" in columns:
         columns["bound"] = columns.pop("bounds")[-1]
     frame = pl.DataFrame({name: column.numpy() for name, column in columns.items()})
@@ -34,13 +44,15 @@ def main(cfg: DictConfig) -> float:
     numbers = {name: value for name, value in summary.items() if not isinstance(value, list)}
     divergence = "exact" if flow.exact else str(flow.test_probes)
     print_numbers(f"{cfg.split} set, divergence: {divergence}", numbers)
+    print(f"by {words}")
     settings = {
         "divergence": divergence,
         "ckpt_path": cfg.ckpt_path,
         "split": cfg.split,
         "seed": cfg.seed,
         "dimensions": flow.d,
-        "solver": vars(flow.solver.test),
+        "solver": vars(method),
+        "agreement": words,
     }
     text = json.dumps(summary | settings, indent=2)
     (folder / "evaluation.json").write_text(f"{text}\n", encoding="utf-8")

@@ -35,4 +35,4 @@ def main(cfg: DictConfig) -> None:
         intervals = max(3, FRAMES // len(density.flow_.pieces))
         frames = density.flow_.trajectory(z, c[:ANIMATED], intervals)
         plot_trajectory(density.data_.transform.inverse(frames).float().cpu(), folder)
-    print(f"{cfg.n} samples in {folder}")
+    print(f"{cfg.n} samples by {density.agreement_} in {folder}")
