@@ -1,4 +1,4 @@
-"""A flow as a distribution of torch, and samples whose log-probability comes from the same solve."""
+"""A flow as a distribution of torch, and samples with log-probabilities by one solve."""
 
 import math
 import re
@@ -33,7 +33,9 @@ def test_the_log_probability_of_samples_is_that_of_log_prob(shape, options):
     c = torch.randn(2, 3, flow.k, dtype=torch.float64)
     x, log_prob = flow.rsample_and_log_prob((2, 3), c)
     assert x.shape == (2, 3, *shape)
-    assert (log_prob - flow.base.log_prob(flow.as_z(x.flatten(0, 1)), c).view(2, 3)).abs().max() > 0.01
+    assert (
+        log_prob - flow.base.log_prob(flow.as_z(x.flatten(0, 1)), c).view(2, 3)
+    ).abs().max() > 0.01
     torch.testing.assert_close(log_prob, flow.log_prob(x, c), rtol=1e-7, atol=1e-7)
 
 
@@ -121,20 +123,20 @@ def test_shapes_are_those_of_a_normal_of_torch(shape, batch):
     d = flow.d
     theirs = MultivariateNormal(torch.zeros(*batch, d).double(), torch.eye(d).double())
     wide = (5, 2, 4)
-    for ours, theirs in ((ours, theirs), (ours.expand(wide), theirs.expand(wide))):
-        assert ours.batch_shape == theirs.batch_shape
-        assert ours.event_shape == shape
+    for p, normal in ((ours, theirs), (ours.expand(wide), theirs.expand(wide))):
+        assert p.batch_shape == normal.batch_shape
+        assert p.event_shape == shape
         for sample_shape in ((), (6,), (3, 2)):
-            x = ours.sample(sample_shape)
+            x = p.sample(sample_shape)
             assert not x.requires_grad
-            flat = theirs.sample(sample_shape)
+            flat = normal.sample(sample_shape)
             assert x.shape == flat.unflatten(-1, shape).shape
-            assert ours.log_prob(x).shape == theirs.log_prob(flat).shape
-        x = ours.rsample((6,))
+            assert p.log_prob(x).shape == normal.log_prob(flat).shape
+        x = p.rsample((6,))
         assert x.requires_grad
-        assert x.shape == theirs.rsample((6,)).unflatten(-1, shape).shape
+        assert x.shape == normal.rsample((6,)).unflatten(-1, shape).shape
         one = torch.zeros(shape, dtype=torch.float64)  # broadcasts with the batch shape
-        assert ours.log_prob(one).shape == theirs.log_prob(one.flatten()).shape
+        assert p.log_prob(one).shape == normal.log_prob(one.flatten()).shape
 
 
 def test_a_distribution_is_the_flow_given_its_conditions():
@@ -145,7 +147,9 @@ def test_a_distribution_is_the_flow_given_its_conditions():
     torch.testing.assert_close(p.log_prob(x), flow.log_prob(x, c.expand(4, 3, 1)))
     torch.testing.assert_close(p.expand((4, 3)).log_prob(x), p.log_prob(x))
     scaled = TransformedDistribution(p, AffineTransform(1.0, 2.0))
-    torch.testing.assert_close(scaled.log_prob(1 + 2 * x), p.log_prob(x) - 2 * torch.tensor(2).log())
+    torch.testing.assert_close(
+        scaled.log_prob(1 + 2 * x), p.log_prob(x) - 2 * torch.tensor(2).log()
+    )
     plain = make_flow((2,), **EXACT).eval()
     assert plain.distribution().expand((3,)).sample().shape == (3, 2)
     assert p.support.event_dim == 1

@@ -1,4 +1,4 @@
-"""The notebooks of the documentation run to their end, and those that are committed have outputs."""
+"""The notebooks of the documentation run to their end, and have outputs."""
 
 import nbformat
 import pytest

@@ -158,7 +158,7 @@ class Dynamics:
 
 
 class Reversed(Dynamics):
-    """The same path from T to 0, dz/ds = −f(z, T − s; c), with the integrals of (RNODE) along it."""
+    """The same path from T to 0, dz/ds = −f(z, T − s; c), and the integrals of (RNODE) along it."""
 
     def f(self, t: Tensor, z: Tensor, **prepared: Any) -> Tensor:
         return -super().f(T - t, z, **prepared)

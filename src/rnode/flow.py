@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -363,7 +363,7 @@ class FlowDistribution(Distribution):
     The mode of the flow, training or evaluation, decides which method solves it.
     """
 
-    arg_constraints = {}
+    arg_constraints: ClassVar[dict] = {}
     has_rsample = True
 
     def __init__(self, flow: Flow, c: Tensor | None = None, validate_args: bool | None = None):
