@@ -60,21 +60,19 @@ def test_an_evaluation_takes_another_split_solver_and_seed(digits_run, tmp_path)
     assert 1e-5 < abs(summary["bits_per_dim"] - test) < 0.2
 
 
-def test_many_samples_and_scores_take_a_grid_that_agrees_with_dopri5(digits_run):
+def test_many_samples_take_a_grid_that_agrees_with_dopri5_and_scores_do_not(digits_run):
     found = {}
     for method in (Method("auto"), Method("dopri5")):
         density = rnode.load(digits_run)
         density.flow_.solver = replace(density.flow_.solver, test=method)
         images = density.sample(70, seed=0).astype(float)
-        by = [density.agreement_]
         bits = density.bits_per_dim(rnode.load(digits_run).sample(70, seed=1))
-        found[method.method] = (*by, density.agreement_, images, bits)
-    *words, images, bits = found["auto"]
-    assert all(text.startswith("rk4 with ") for text in words)
-    assert found["dopri5"][:2] == ("dopri5", "dopri5")
-    assert abs(images - found["dopri5"][2]).mean() < 0.05  # of 17 grey levels
-    assert abs(bits.mean() - found["dopri5"][3].mean()) < 2e-3
-    assert abs(bits - found["dopri5"][3]).max() < 2e-2
+        found[method.method] = (density.agreement_, images, bits)
+    words, images, bits = found["auto"]
+    assert words.startswith("rk4 with ")
+    assert found["dopri5"][0] == "dopri5"
+    assert abs(images - found["dopri5"][1]).mean() < 0.05  # of 17 grey levels
+    np.testing.assert_array_equal(bits, found["dopri5"][2])
 
 
 def energy_distance(a, b):

@@ -93,8 +93,8 @@ class Density(DensityMixin, BaseEstimator):
 
     A fitted one has `flow_`, the Flow of the transformed data; `data_`, the DataModule with the
     transform; `validation_bits_`, bits/dim of the validation split, ascending; and `history_`, a
-    DataFrame of polars with what the run has measured. Scores and samples set `agreement_`, the
-    method by which they were computed, in words.
+    DataFrame of polars with what the run has measured. Samples set `agreement_`, the method by
+    which they were computed, in words.
     """
 
     columns: Sequence[str] | None = None  # whose density is modelled; None: all numeric ones
@@ -208,19 +208,10 @@ class Density(DensityMixin, BaseEstimator):
         check_is_fitted(self)
         seeds = [self.seed] if self.flow_.exact else [self.seed, self.seed + 1]
         parts = [torch.empty(len(seeds), 0)]
-        batches = self.batches(X, context)
-
-        def solve(rows: Rows) -> Tensor:
+        for rows in progress(self.batches(X, context)):
             batch = self.data_.transform.for_evaluation(*rows, self.seed).to(self.device)
             measures = [solve_and_measure(self.flow_, batch, seed)[1] for seed in seeds]
-            return torch.stack([m.bits_per_dim.cpu() for m in measures])
-
-        def values() -> Tensor:
-            return solve([part[:COMPARED] for part in batches[0]])[0]
-
-        count = sum(len(x) for x, *_ in batches)
-        with agreeing_grid(self.flow_, values, count) as self.agreement_:
-            parts += [solve(rows) for rows in progress(batches)]
+            parts.append(torch.stack([m.bits_per_dim.cpu() for m in measures]))
         draws = torch.cat(parts, dim=1).double()  # a row for each seed of the probes
         bits = draws.mean(0)
         nats = self.flow_.d * np.log(2)

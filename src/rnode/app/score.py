@@ -38,7 +38,6 @@ def main(cfg: DictConfig) -> None:
     print(means.with_columns(of=pl.Series(["mean", "median", "least", "largest"])))
     unusual = identity.with_columns(scores[["log_prob", "rank"]]).sort("log_prob")[:UNUSUAL]
     print(f"the {len(unusual)} most unusual:\n{unusual}")
-    print(f"scores by {density.agreement_}")
     print(f"written to {path}")
 
 
