@@ -146,6 +146,7 @@ def plot(curves: dict[tuple[str, str], np.ndarray], folder: Path) -> None:
         dashed, colour = ("-", "--")[penalties == "none"], COLOURS[names.index(data)]
         ax.plot(*curve.T, dashed, marker=".", color=colour)
     ax.set(xscale="log", yscale="log", xticks=[4, 8, 16, 32, 64], xticklabels=[4, 8, 16, 32, 64])
+    ax.minorticks_off()
     ax.set(xlabel="evaluations of f in a piece", ylabel="error of the mean bits/dim")
     handles = [Line2D([], [], color=COLOURS[i], label=name) for i, name in enumerate(names)]
     kinds = (("-", "both penalties"), ("--", "no penalty"))
