@@ -84,6 +84,7 @@ def test_whitening_makes_the_columns_uncorrelated_and_has_the_jacobians_determin
     y, log_det = transform.forward(rows, torch.rand(900, 3))
     torch.testing.assert_close(torch.cov(y.T), torch.eye(3), atol=1e-4, rtol=0)
     torch.testing.assert_close(transform.inverse(y), rows, atol=1e-5, rtol=0)
+    assert transform.fit(rows).columns == transform.columns  # whatever was fitted before
     scales = torch.tensor([column.std for column in transform.columns])
     expected = torch.linalg.slogdet(transform.whitening / scales).logabsdet.float().expand(900)
     torch.testing.assert_close(log_det, expected)

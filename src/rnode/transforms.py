@@ -229,7 +229,7 @@ class TableTransform(Transform):
         half = torch.full_like(x, 0.5)
         columns = []
         for column, values, noise in zip(self.columns, x.T, half.T, strict=True):
-            y, _ = column(values, noise)
+            y, _ = column._replace(mean=0.0, std=1.0)(values, noise)
             std = float(y.std(correction=0)) if y.min() < y.max() else 1.0
             require(math.isfinite(std), f"{column.name}: its values are too far apart to be scaled")
             columns.append(column._replace(mean=float(y.mean()), std=std))

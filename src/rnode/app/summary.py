@@ -19,4 +19,5 @@ def print_numbers(title: str, numbers: Mapping[str, float]) -> None:
 
 def print_table(table: Table) -> None:
     width = None if sys.stdout.isatty() else WIDE
-    Console(markup=False, highlight=False, width=width).print(table)
+    # Not rich's own display in a notebook: whoever catches the standard output gets the table.
+    Console(markup=False, highlight=False, width=width, force_jupyter=False).print(table)
