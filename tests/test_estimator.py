@@ -85,6 +85,7 @@ def test_it_is_pickled_and_cloned_and_says_what_it_is(density, capsys):
     assert {"step", "val/seconds_total", "val/bits_per_dim"} <= set(fitted.history_.columns)
     for figure in (fitted.plot(), fitted.plot(frame), fitted.plot(n=9)):
         assert isinstance(figure, Figure)
+        assert figure._repr_png_().startswith(b"\x89PNG")
     assert not os.listdir()
     assert capsys.readouterr().out == ""
 

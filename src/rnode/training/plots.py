@@ -1,6 +1,7 @@
 """Figures as files: samples of images and of tables."""
 
 import math
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -22,12 +23,21 @@ STYLE = {
 }
 
 
+class Picture(Figure):
+    """A figure that a notebook shows, whether or not pyplot has been used there."""
+
+    def _repr_png_(self) -> bytes:
+        buffer = BytesIO()
+        self.savefig(buffer, format="png")
+        return buffer.getvalue()
+
+
 def subplots(
     width: float, height: float, rows: int = 1, columns: int = 1
 ) -> tuple[Figure, np.ndarray]:
     """Make a figure of (rows, columns) axes, without pyplot: its settings stay the caller's."""
     with rc_context(STYLE):
-        figure = Figure((width, height), layout="constrained")
+        figure = Picture((width, height), layout="constrained")
         return figure, figure.subplots(rows, columns, squeeze=False)
 
 
