@@ -1,5 +1,6 @@
 """The pages: tables come from the records, links resolve, commands are valid, and no page grows."""
 
+import doctest
 import re
 import shlex
 import urllib.parse
@@ -7,6 +8,7 @@ import urllib.parse
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
+import rnode
 from helpers import ROOT
 from rnode.app.cli import expand
 from rnode.app.validation import compose_config, validate
@@ -101,3 +103,12 @@ def test_the_command_of_a_page_is_valid(line):
     parsed = OverridesParser.create().parse_overrides(expand(command, overrides))
     fixed = [override.input_line for override in parsed if not override.is_sweep_override()]
     validate(command, compose_config(command, fixed))
+
+
+def test_the_api_page_has_an_example_that_runs_of_each_public_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    text = "".join(re.findall(r"```python\n(.*?)```", page, re.DOTALL))
+    examples = doctest.DocTestParser().get_doctest(text, {}, "api.md", None, 0)
+    assert doctest.DocTestRunner().run(examples).failed == 0
+    assert [name for name in rnode.__all__ if not re.search(rf"\b{name}\b", text)] == []

@@ -20,7 +20,7 @@ class Normal(nn.Module):
         self.d = d
 
     def log_prob(self, z: Tensor, c: Tensor) -> Tensor:
-        """z (B, d), c (B, k) → log q(z | c), (B,)."""
+        """z (B, d), c (B, k) → log q(z | c) in nats, (B,)."""
         return log_normal(z)
 
     def sample(
@@ -60,7 +60,7 @@ class Mixture(nn.Module):
         self.register_buffer("factors", torch.linalg.cholesky(covariances))
 
     def log_prob(self, z: Tensor, c: Tensor) -> Tensor:
-        """z (B, d), c (B, k) → log q(z | c), (B,)."""
+        """z (B, d), c (B, k) → log q(z | c) in nats, (B,)."""
         u = self._standardize(torch.cat([c.to(z.dtype), z], dim=1))
         v, w = u[:, : self.k], u[:, self.k :]
         log_det = self._log_diagonal(w)[:, self.k :].sum(1, keepdim=True)

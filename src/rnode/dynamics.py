@@ -15,7 +15,7 @@ T = 1.0  # final time of every piece; a longer time is the same as a larger f
 
 
 class State(NamedTuple):
-    """z (B, *shape) and its integrals, each (B,): l = ∫ div f, E = ∫ ‖f‖², n = ∫ ‖∇f‖_F²."""
+    """z (B, *shape) and its integrals, (B,): l = ∫ div f in nats, E = ∫ ‖f‖², n = ∫ ‖∇f‖_F²."""
 
     z: Tensor
     l: Tensor

@@ -38,5 +38,5 @@ def objective(
 
 
 def bits_per_dim(log_prob: Tensor, log_det: Tensor, d: int) -> Tensor:
-    """−log₂ p(x) / d of x before its transforms, from log p(y) and log|det dy/dx|: (B,) → (B,)."""
+    """−log₂ p(x) / d of x before its transforms, from log p(y) and log|det dy/dx| in nats, (B,)."""
     return -(log_prob + log_det) / (d * math.log(2))
