@@ -42,7 +42,7 @@ class PieceSolution:
 
 
 class Solution(NamedTuple):
-    """The result of a whole flow, and the solutions of its pieces."""
+    """The result of a whole flow, and the solutions of its pieces, over which NFE are summed."""
 
     state: State  # z (B, d) and l, E, n (B,); n is NaN where no probe measures it
     log_q: Tensor  # of z under the base, (B,)
