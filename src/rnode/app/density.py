@@ -95,22 +95,38 @@ class Density(DensityMixin, BaseEstimator):
     transform; `validation_bits_`, bits/dim of the validation split, ascending; and `history_`, a
     DataFrame of polars with what the run has measured. Samples set `agreement_`, the method by
     which they were computed, in words.
+
+    Args:
+        columns: columns to model; None: all numeric ones.
+        context: columns to condition on.
+        max_time: time after which training stops, as [DD:]HH:MM:SS.
+        integer: columns of whole numbers, which are dequantized.
+        log: positive columns whose logarithm is modelled.
+        logit: columns between two bounds whose logit is modelled, {name: [low, high]}.
+        missing: "stop" at a missing value (also None), or "drop" its row.
+        split_column: column with the values train, val and test.
+        validation: share or number of the rows that choose the best weights.
+        test: share or number of the rows on which these are tested.
+        folder: new or empty folder that keeps the run; None: nothing is written.
+        overrides: further options of `rnode train`, such as "model.hidden=128".
+        seed: seed of training; with the number of a row, also of its noise and probes.
+        verbose: whether training prints its progress.
     """
 
-    columns: Sequence[str] | None = None  # whose density is modelled; None: all numeric ones
-    context: Sequence[str] | None = None  # columns on which it is conditioned
-    max_time: str | None = None  # after which training stops, as [DD:]HH:MM:SS
-    integer: Sequence[str] | None = None  # columns of whole numbers, which are dequantized
-    log: Sequence[str] | None = None  # positive columns whose logarithm is modelled
-    logit: Mapping[str, Sequence[float]] | None = None  # {name: [low, high]} of those for a logit
-    missing: str | None = None  # "stop" at a missing value, or "drop" its row; None: stop
-    split_column: str | None = None  # says train, val or test
-    validation: float | None = None  # share or number of the rows that choose the best weights
-    test: float | None = None  # share or number of the rows on which these are tested
-    folder: str | Path | None = None  # of the run, which must be new or empty; None: none is kept
-    overrides: Sequence[str] = ()  # further options of `rnode train`, such as "model.hidden=128"
-    seed: int = 0  # of training, and of noise and probes, which depend on the number of a row
-    verbose: bool = False  # whether training prints how far it is
+    columns: Sequence[str] | None = None
+    context: Sequence[str] | None = None
+    max_time: str | None = None
+    integer: Sequence[str] | None = None
+    log: Sequence[str] | None = None
+    logit: Mapping[str, Sequence[float]] | None = None
+    missing: str | None = None
+    split_column: str | None = None
+    validation: float | None = None
+    test: float | None = None
+    folder: str | Path | None = None
+    overrides: Sequence[str] = ()
+    seed: int = 0
+    verbose: bool = False
 
     def __repr__(self, N_CHAR_MAX: int = 700) -> str:
         text = super().__repr__(N_CHAR_MAX)
