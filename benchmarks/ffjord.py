@@ -1,36 +1,43 @@
-"""A race with FFJORD: seconds of training until its own best likelihood.
+"""A race with the released code of FFJORD: seconds of training until its own best likelihood.
 
-python benchmarks/ffjord.py [--dataset digits] [--seconds 450] [--seeds 0 1] [--quick]
-python benchmarks/ffjord.py --dataset fashion_mnist --root DIR [--seconds 600]
+python benchmarks/ffjord.py --released DIR [--dataset digits] [--seconds 450] [--seeds 0 1]
+python benchmarks/ffjord.py --released DIR --dataset fashion_mnist --root FOLDER [--seconds 600]
 
-FFJORD is written here from its paper (Grathwohl et al., 2019), independently of the package: dopri5
-at 1e-5 for z and l, the adjoint method, one Rademacher probe, the product by autograd, time as a
-channel, torch's default weights in every layer, no penalty. It trains for the given seconds. RNODE
-then trains until its likelihood is as good as FFJORD's best, twice: with the same layers, and with
-one piece in place of two, the default of this program. All have batches of 32, Adam after a warm-up
-of 20 steps, at 1e-2 (FFJORD) or 5e-3 (RNODE), and 32 channels on digits or 16 on FashionMNIST at
-14×14. RNODE's gradients are clipped, as they are by default.
+DIR is a clone of https://github.com/rtqichen/ffjord; measured at commit 994864a. Its multiscale
+network trains for the given seconds with its own probes (Rademacher), solver (dopri5 at 1e-5) and
+gradient (adjoint). RNODE then trains until its likelihood is as good as FFJORD's best, twice: with
+the same layers, and with one piece in place of two, the default of this program. Both have batches
+of 32 and Adam after a warm-up of 20 steps, and 32 channels on digits or 16 on FashionMNIST at
+14×14. RNODE's gradients are clipped, and its grid is refined, as they are by default.
 
-The clock counts training steps alone. The likelihood of 360 validation images (180 on digits) is
-computed by dopri5 at 1e-5, for all in the same way, with the same noise and probes. So is that of
-360 test images, with the weights of the point that the row reports. The record is
-benchmarks/results/ffjord_DATASET.json.
+The clock counts the CPU seconds of training steps alone. Every 5 steps, the weights are measured:
+the bits/dim of 360 validation images (180 on digits) by dopri5 at 1e-5, with the same noise and
+probes for both. FFJORD's weights are carried into a `Flow` for that. The largest differences of
+log p, and of its gradients relative to the largest one, between the two programs are those of
+FFJORD's best weights, in float64 at a tolerance of 1e-10, for a batch of validation images.
+
+The weights of FFJORD stay in outputs/benchmarks/ffjord_DATASET_SECONDS_SEED.pt; a later call reads
+them instead of training again. The record is benchmarks/results/ffjord_DATASET.json.
 """
 
 import argparse
 import copy
+import importlib
 import math
+import sys
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
-from torchdiffeq import odeint_adjoint
 
-from common import CLIP, COARSE, DOPRI5, LAMBDA, refine_grid, write_record
-from plain import PlainNet, shift
+from common import CLIP, COARSE, DOPRI5, LAMBDA, OUTPUTS, refine_grid, write_record
+from plain import shift
 from rnode import Flow, Probes, Solver, multiscale, objective
 from rnode.app.processes import prepare_process
 from rnode.data.images import digits, named_images
@@ -38,72 +45,23 @@ from rnode.evaluation import solve_and_measure
 from rnode.loss import bits_per_dim, log_normal
 from rnode.transforms import Batch, ImageTransform
 
-BATCH, IMAGES, WARM_UP = 32, 360, 20
-FFJORD_RATE, RNODE_RATE = 1e-2, 5e-3  # of the two, each does better with its own on digits
+BATCH, IMAGES, WARM_UP, LAYERS, EVERY = 32, 360, 20, 4, 5
+FFJORD_RATE, RNODE_RATE = 1e-2, 1e-2
 TOLERANCE = 2e-3  # of the refinement of solver=auto
-POINTS = 150
+TIGHT = replace(DOPRI5, rtol=1e-10, atol=1e-10)
 NO_CONDITIONS = torch.empty(IMAGES, 0)
-DATA = {"digits": "digits 8×8", "fashion_mnist": "FashionMNIST 14×14"}
+DATA = {  # name in the table, shape of an image, channels
+    "digits": ("digits 8×8", (1, 8, 8), 32),
+    "fashion_mnist": ("FashionMNIST 14×14", (1, 14, 14), 16),
+}
 
 
 class Point(NamedTuple):
-    """Seconds and steps of training so far, bits/dim, and the flow."""
+    """CPU seconds and steps of training so far, and the weights."""
 
     seconds: float
     steps: int
-    validation: float
-    flow: Flow | None = None
-
-
-class FFJORD(nn.Module):
-    """The loss of FFJORD, for the layers of a flow with weights of its own."""
-
-    def __init__(self, flow: Flow):
-        super().__init__()
-        for layer in (layer for piece in flow.pieces for layer in piece.field.layers):
-            layer.reset_parameters()
-        self.flow = flow
-        self.nets = nn.ModuleList(PlainNet(piece.field, centred=False) for piece in flow.pieces)
-
-    def forward(self, batch: Batch) -> Tensor:
-        """The mean bits/dim of a batch."""
-        nets, z, l, factored = iter(self.nets), batch.y, 0, []
-        for layer in self.flow.layers:
-            if layer not in self.flow.pieces:
-                z = layer(z, factored)
-                continue
-            ode = FFJORDODE(next(nets), torch.where(torch.rand_like(z) < 0.5, -1.0, 1.0))
-            state, times = (z, z.new_zeros(len(z))), torch.tensor([0.0, 1.0])
-            path, l_path = odeint_adjoint(ode, state, times, rtol=1e-5, atol=1e-5, method="dopri5")
-            z, l = path[-1], l + l_path[-1]
-        z = torch.cat([part.flatten(1) for part in (*factored, z)], 1)
-        return bits_per_dim(log_normal(z) + l, batch.log_det, z.shape[1]).mean()
-
-    def weights(self) -> Flow:
-        """The flow with the weights that have been trained."""
-        for piece, net in zip(self.flow.pieces, self.nets, strict=True):
-            trained = zip(net.weights, net.biases, strict=True)
-            for i, (layer, (weight, bias)) in enumerate(
-                zip(piece.field.layers, trained, strict=True)
-            ):
-                centre = shift(weight.data) if i > 0 else 0  # a Field's layers see softplus − log 2
-                layer.weight.data, layer.bias.data = weight.data, bias.data + centre
-        return self.flow
-
-
-class FFJORDODE(nn.Module):
-    """The right-hand side for z and l."""
-
-    def __init__(self, net: nn.Module, eps: Tensor):
-        super().__init__()
-        self.net, self.eps = net, eps
-
-    def forward(self, t: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        with torch.enable_grad():
-            z = state[0].requires_grad_(True)
-            f = self.net(t, z, NO_CONDITIONS[: len(z)])
-            (product,) = torch.autograd.grad(f, z, self.eps, create_graph=True)
-        return f, (product * self.eps).flatten(1).sum(1)
+    weights: list[Tensor]
 
 
 class Data:
@@ -128,6 +86,86 @@ class Data:
         return self.transform(self.images[index], index, NO_CONDITIONS[:BATCH])
 
 
+class Released:
+    """The multiscale network of the released code in `folder`, without its logit transform."""
+
+    def __init__(self, folder: str, shape: Sequence[int], channels: int):
+        sys.path.insert(0, folder)
+        warnings.filterwarnings("ignore", "To copy construct from a tensor")
+        self.odefunc = importlib.import_module("lib.layers.odefunc")
+        odenvp = importlib.import_module("lib.odenvp")
+        inner = (channels,) * (LAYERS - 1)
+        self.model = odenvp.ODENVP((BATCH, *shape), intermediate_dims=inner, squash_input=False)
+        for module in self.model.modules():
+            if isinstance(module, self.odefunc.ODEfunc):
+                module.rademacher = True
+
+    def log_prob(self, y: Tensor) -> Tensor:
+        """y (B, *shape) → log p(y) (B,)."""
+        z, minus_l = self.model(y, y.new_zeros(len(y), 1))
+        return log_normal(z) - minus_l[:, 0]
+
+    def loss(self, batch: Batch) -> Tensor:
+        """The mean bits/dim of a batch."""
+        log_prob = self.log_prob(batch.y)
+        return bits_per_dim(log_prob, batch.log_det, batch.y[0].numel()).mean()
+
+    def tighten(self, weights: list[Tensor], probes: Probes) -> None:
+        """Prepare a comparison in float64: these weights, these probes, a tolerance of 1e-10."""
+        self.model.double()
+        for parameter, weight in zip(self.model.parameters(), weights, strict=True):
+            parameter.data = weight.double()
+        for module in self.model.modules():
+            if hasattr(module, "rtol"):
+                module.rtol = module.atol = TIGHT.rtol
+        self.odefunc.sample_rademacher_like = lambda z: probes.sample(z)[0]
+
+
+def differences(
+    released: Released, weights: list[Tensor], flow: Flow, y: Tensor
+) -> tuple[float, float]:
+    """Compare the two programs at the released code's weights, for y (B, *shape).
+
+    Returns:
+        The largest difference of log p in bits/dim, and that of the gradient of its mean, relative
+        to the largest entry of the gradient.
+    """
+    flow = copy.deepcopy(flow).double().train()
+    flow.solver, flow.probes = Solver(TIGHT, TIGHT, "adjoint"), Probes("rademacher")
+    released.tighten(weights, flow.probes)
+    parameters = list(released.model.parameters())
+    torch.manual_seed(0)  # of the probes
+    theirs = released.log_prob(y.double())
+    their_gradient = torch.autograd.grad(theirs.mean(), parameters)
+    carried = carry_over(parameters)
+    load(flow, carried)
+    torch.manual_seed(0)
+    ours = flow.log_prob(y.double())
+    gradient = torch.autograd.grad(ours.mean(), list(flow.parameters()))
+    # Their kernels change our kernels and our biases: the chain rule through carry_over.
+    gradient = torch.autograd.grad(carried, parameters, gradient)
+    largest = max(part.abs().max() for part in their_gradient)
+    error = max((a - b).abs().max() for a, b in zip(gradient, their_gradient, strict=True))
+    nats = (ours - theirs).abs().max()
+    return nats.item() / math.log(2) / flow.d, (error / largest).item()
+
+
+def carry_over(weights: Sequence[Tensor]) -> list[Tensor]:
+    """Kernels and biases of networks of LAYERS layers with softplus between them, in turn → those
+    of Fields, whose layers see softplus − log 2 after the first."""
+    carried = []
+    for i, (kernel, bias) in enumerate(zip(weights[::2], weights[1::2], strict=True)):
+        carried += [kernel, bias + shift(kernel) if i % LAYERS else bias]
+    return carried
+
+
+def load(flow: Flow, weights: Sequence[Tensor]) -> Flow:
+    """Set the weights of a flow, in the order of its parameters."""
+    for parameter, weight in zip(flow.parameters(), weights, strict=True):
+        parameter.data = weight.detach().clone()
+    return flow
+
+
 @torch.no_grad()
 def likelihood(flow: Flow, batch: Batch) -> float:
     """Mean bits/dim by dopri5 at 1e-5."""
@@ -137,76 +175,106 @@ def likelihood(flow: Flow, batch: Batch) -> float:
 def train(
     parameters: list[nn.Parameter],
     loss: Callable[[int], Tensor],
-    weights: Callable[[], Flow],
-    data: Data,
     rate: float,
     seconds: float,
-    goal: float = -math.inf,
     clip: float = math.inf,
-) -> Point:
-    """Train for `seconds`, or until the validation bits/dim are at most `goal`.
+) -> Iterator[Point]:
+    """Train for `seconds` of CPU time and yield the point every EVERY steps and at the end.
 
     Args:
         parameters: what Adam optimizes.
         loss: the loss of training step k.
-        weights: returns the flow as trained so far.
-        data: the images.
         rate: the learning rate after the warm-up.
-        seconds: the longest time; the likelihood is computed POINTS times in it.
-        goal: bits/dim.
+        seconds: the time, without that between two points.
         clip: largest norm of the gradient.
-
-    Returns:
-        The point of the lowest validation bits/dim.
     """
     optimizer = torch.optim.Adam(parameters, rate)
-    best, spent, steps, points = Point(0, 0, math.inf), 0.0, 0, 0
-    while spent < seconds and best.validation > goal:
-        start = time.perf_counter()
+    spent, steps = 0.0, 0
+    while spent < seconds:
+        start = time.process_time()
         optimizer.param_groups[0]["lr"] = rate * min(1, (steps + 1) / (WARM_UP + 1))
         optimizer.zero_grad()
         loss(steps).backward()
         clip_grad_norm_(parameters, clip)
         optimizer.step()
-        steps, spent = steps + 1, spent + time.perf_counter() - start
-        if spent >= seconds * (points + 1) / POINTS:
-            points = int(spent / seconds * POINTS)
-            flow = weights()
-            validation = likelihood(flow, data.validation)
-            if validation < best.validation:
-                best = Point(spent, steps, validation, copy.deepcopy(flow))
-    return best
+        steps, spent = steps + 1, spent + time.process_time() - start
+        if steps % EVERY == 0 or spent >= seconds:
+            yield Point(spent, steps, [parameter.detach().clone() for parameter in parameters])
 
 
-def train_ffjord(options: argparse.Namespace, data: Data) -> Point:
-    model = FFJORD(make_flow(options, pieces=2))
-    parameters = list(model.parameters())
-    seconds = options.seconds
-    return train(
-        parameters, lambda _: model(data.sample()), model.weights, data, FFJORD_RATE, seconds
-    )
+def train_released(released: Released, data: Data, seconds: float, path: Path) -> list[Point]:
+    """Train the released code, or read the points of an earlier training that finished."""
+    points = [Point(*point) for point in torch.load(path)] if path.exists() else []
+    if not points or points[-1].seconds < seconds:
+        points, parameters = [], list(released.model.parameters())
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for point in train(
+            parameters, lambda _: released.loss(data.sample()), FFJORD_RATE, seconds
+        ):
+            points.append(point)
+            torch.save([tuple(each) for each in points], path)
+    return points
 
 
-def train_rnode(options: argparse.Namespace, data: Data, pieces: int, goal: float) -> Point:
-    flow = make_flow(options, pieces)
+def train_rnode(flow: Flow, data: Data, seconds: float, goal: float) -> Point | None:
+    """Train until the validation bits/dim are at most `goal`; None if `seconds` do not suffice."""
 
     def loss(step: int) -> Tensor:
         flow.train()
         refine_grid(flow, data.validation.y[:BATCH], TOLERANCE, step)
         return objective(flow(data.sample().y), LAMBDA, LAMBDA)
 
-    parameters = list(flow.parameters())
-    return train(parameters, loss, lambda: flow, data, RNODE_RATE, options.seconds, goal, CLIP)
+    for point in train(list(flow.parameters()), loss, RNODE_RATE, seconds, CLIP):
+        if likelihood(flow, data.validation) <= goal:
+            return point
+    return None
 
 
-def make_flow(options: argparse.Namespace, pieces: int) -> Flow:
-    shape, hidden = ((1, 8, 8), 32) if options.dataset == "digits" else ((1, 14, 14), 16)
-    return multiscale(shape, Solver(COARSE, DOPRI5), Probes(), hidden=hidden, pieces=pieces)
+def race(options: argparse.Namespace, seed: int) -> dict[str, str]:
+    """The row of a seed."""
+    name, shape, channels = DATA[options.dataset]
+
+    def make_flow(pieces: int) -> Flow:
+        solver = Solver(COARSE, DOPRI5)
+        return multiscale(shape, solver, Probes(), hidden=channels, pieces=pieces)
+
+    torch.manual_seed(seed)
+    released = Released(options.released, shape, channels)
+    flow, data = make_flow(2), Data(options, seed)
+    path = OUTPUTS / f"ffjord_{options.dataset}_{options.seconds:g}_{seed}.pt"
+    points = train_released(released, data, options.seconds, path)
+    bits = [likelihood(load(flow, carry_over(p.weights)), data.validation) for p in points]
+    goal, best = min(zip(bits, points, strict=True), key=lambda pair: pair[0])
+    load(flow, carry_over(best.weights))
+    log_p, gradient = differences(released, best.weights, flow, data.validation.y[:BATCH])
+    row = {
+        "data": name,
+        "seed": str(seed),
+        "FFJORD bits/dim": f"{goal:.3f}",
+        "FFJORD steps": str(best.steps),
+        "FFJORD seconds": f"{best.seconds:.0f}",
+        "FFJORD steps in all": str(points[-1].steps),
+        "FFJORD test bits/dim": f"{likelihood(flow, data.test):.3f}",
+        "difference of log p": f"{log_p:.0e}",
+        "difference of gradients": f"{gradient:.0e}",
+    }
+    for label, pieces in (("RNODE ", 2), ("one piece: ", 1)):
+        torch.manual_seed(seed)
+        flow, data = make_flow(pieces), Data(options, seed)
+        point = train_rnode(flow, data, options.seconds, goal)
+        row |= {
+            f"{label}steps": str(point.steps) if point else "",
+            f"{label}seconds": f"{point.seconds:.1f}" if point else "",
+            f"{label}speed-up": f"{best.seconds / point.seconds:.1f}" if point else "not reached",
+            f"{label}test bits/dim": f"{likelihood(flow, data.test):.3f}",
+        }
+    return row
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--dataset", choices=("digits", "fashion_mnist"), default="digits")
+    parser.add_argument("--released", required=True, help="folder of a clone of the released code")
+    parser.add_argument("--dataset", choices=DATA, default="digits")
     parser.add_argument("--root", help="folder of FashionMNIST's files")
     parser.add_argument("--seconds", type=float, default=450, help="seconds that FFJORD trains")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
@@ -217,30 +285,8 @@ def main() -> None:
 
     rows = []
     for seed in options.seeds:
-        row = {"data": DATA[options.dataset], "seed": str(seed)}
-        torch.manual_seed(seed)
-        data = Data(options, seed)
-        theirs = train_ffjord(options, data)
-        row |= {
-            "FFJORD bits/dim": f"{theirs.validation:.3f}",
-            "FFJORD steps": str(theirs.steps),
-            "FFJORD seconds": f"{theirs.seconds:.0f}",
-            "FFJORD test bits/dim": f"{likelihood(theirs.flow, data.test):.3f}",
-        }
-        for name, pieces in (("RNODE ", 2), ("one piece: ", 1)):
-            torch.manual_seed(seed)
-            data = Data(options, seed)
-            ours = train_rnode(options, data, pieces, goal=theirs.validation)
-            reached = ours.validation <= theirs.validation
-            speed_up = f"{theirs.seconds / ours.seconds:.1f}" if reached else "not reached"
-            row |= {
-                f"{name}steps": str(ours.steps),
-                f"{name}seconds": f"{ours.seconds:.0f}",
-                f"{name}speed-up": speed_up,
-                f"{name}test bits/dim": f"{likelihood(ours.flow, data.test):.3f}",
-            }
-        rows.append(row)
-        print(row, flush=True)
+        rows.append(race(options, seed))
+        print(rows[-1], flush=True)
     title = f"seconds of training to FFJORD's best, {options.dataset}"
     write_record(f"ffjord_{options.dataset}", title, rows)
 

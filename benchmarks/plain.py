@@ -17,15 +17,14 @@ import rnode
 class PlainNet(nn.Module):
     """The network of a rnode.Field, with copies of its weights.
 
-    Its convolutions see softplus(a). Those of a Field see softplus(a) − log 2, and if `centred` the
-    bias makes up for that.
+    Its convolutions see softplus(a). Those of a Field see softplus(a) − log 2, and the bias makes
+    up for that.
     """
 
-    def __init__(self, field, centred=True):
+    def __init__(self, field):
         super().__init__()
         self.weights = nn.ParameterList(layer.weight.detach().clone() for layer in field.layers)
         self.biases = nn.ParameterList(layer.bias.detach().clone() for layer in field.layers)
-        self.centred = centred
 
     def forward(self, t, z, c):
         image = z.dim() == 4
@@ -33,7 +32,7 @@ class PlainNet(nn.Module):
         time = t.expand(len(z), 1, *z.shape[2:])
         for i, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
             z = torch.cat([time, c, z], 1)  # time and c as the first channels
-            if self.centred and image and i > 0:
+            if image and i > 0:
                 bias = bias - shift(weight, 1 + c.shape[1])
             z = F.conv2d(z, weight, bias, padding=1) if image else F.linear(z, weight, bias)
             if i < len(self.weights) - 1:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import common
 import ffjord
@@ -37,14 +38,19 @@ def test_the_plain_recipe_in_the_same_program_gives_the_same_state():
     assert theirs.nfe_backward > 0
 
 
-def test_the_flow_of_which_ffjords_likelihood_is_taken_is_the_one_that_trained():
-    flow = rnode.multiscale((1, 8, 8), Solver(RK4, DOPRI5), Probes(), hidden=5)
-    model = randomize(ffjord.FFJORD(flow)).double()
+def test_weights_of_plain_networks_are_carried_into_a_flow():
+    """Of networks that see softplus(a) and concatenate time, as the released code's do."""
+    flow = rnode.multiscale((1, 8, 8), Solver(RK4, DOPRI5), Probes(), hidden=5).double()
+    weights = [0.3 * torch.randn_like(parameter) for parameter in flow.parameters()]
+    ffjord.load(flow, ffjord.carry_over(weights))
     t = torch.tensor(0.3).double()
-    for piece, net in zip(model.weights().pieces, model.nets, strict=True):
-        z = torch.randn(3, piece.field.layers[0].in_channels - 1, 4, 4).double()
-        ours = piece.field(t, z, z.new_empty(3, 0))
-        torch.testing.assert_close(ours, net(t, z, z.new_empty(3, 0)), rtol=1e-12, atol=1e-12)
+    pairs = zip(weights[::2], weights[1::2], strict=True)
+    for piece in flow.pieces:
+        h = z = torch.randn(3, piece.field.layers[-1].out_channels, 4, 4).double()
+        for i in range(4):
+            h = torch.cat([t.expand(3, 1, 4, 4), F.softplus(h) if i else h], 1)
+            h = F.conv2d(h, *next(pairs), padding=1)
+        torch.testing.assert_close(piece.field(t, z, z.new_empty(3, 0)), h, rtol=1e-10, atol=1e-10)
 
 
 def test_a_record_has_rows_and_what_they_depend_on(monkeypatch, capsys):
