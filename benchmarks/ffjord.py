@@ -24,6 +24,7 @@ import argparse
 import copy
 import importlib
 import math
+import statistics
 import sys
 import time
 import warnings
@@ -36,7 +37,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
-from common import CLIP, COARSE, DOPRI5, LAMBDA, OUTPUTS, refine_grid, write_record
+from common import CLIP, COARSE, DOPRI5, LAMBDA, OUTPUTS, Rows, refine_grid, write_record
 from plain import shift
 from rnode import Flow, Probes, Solver, multiscale, objective
 from rnode.app.processes import prepare_process
@@ -49,6 +50,11 @@ BATCH, IMAGES, WARM_UP, LAYERS, EVERY = 32, 360, 20, 4, 5
 FFJORD_RATE, RNODE_RATE = 1e-2, 1e-2
 TOLERANCE = 2e-3  # of the refinement of solver=auto
 TIGHT = replace(DOPRI5, rtol=1e-10, atol=1e-10)
+MISSED = "not reached"
+SUMMARIZED = (
+    *("FFJORD bits/dim", "FFJORD seconds", "RNODE seconds", "RNODE speed-up"),
+    *("one piece: seconds", "one piece: speed-up"),
+)
 NO_CONDITIONS = torch.empty(IMAGES, 0)
 DATA = {  # name in the table, shape of an image, channels
     "digits": ("digits 8×8", (1, 8, 8), 32),
@@ -263,11 +269,26 @@ def race(options: argparse.Namespace, seed: int) -> dict[str, str]:
         flow, data = make_flow(pieces), Data(options, seed)
         point = train_rnode(flow, data, options.seconds, goal)
         row |= {
-            f"{label}steps": str(point.steps) if point else "",
-            f"{label}seconds": f"{point.seconds:.1f}" if point else "",
-            f"{label}speed-up": f"{best.seconds / point.seconds:.1f}" if point else "not reached",
+            f"{label}steps": str(point.steps) if point else MISSED,
+            f"{label}seconds": f"{point.seconds:.1f}" if point else MISSED,
+            f"{label}speed-up": f"{best.seconds / point.seconds:.1f}" if point else MISSED,
             f"{label}test bits/dim": f"{likelihood(flow, data.test):.3f}",
         }
+    return row
+
+
+def summary(rows: Rows) -> dict[str, str]:
+    """The row of all seeds: mean (least – largest) of some columns."""
+    row = dict.fromkeys(rows[0], "") | {"data": rows[0]["data"], "seed": "all"}
+    for column in SUMMARIZED:
+        cells = [each[column] for each in rows]
+        if MISSED in cells:
+            row[column] = f"{MISSED} at {cells.count(MISSED)} of {len(cells)} seeds"
+            continue
+        values, digits = [float(cell) for cell in cells], len(cells[0].partition(".")[2])
+        numbers = (statistics.mean(values), min(values), max(values))
+        mean, least, largest = (f"{number:.{digits}f}" for number in numbers)
+        row[column] = f"{mean} ({least} – {largest})"
     return row
 
 
@@ -288,7 +309,7 @@ def main() -> None:
         rows.append(race(options, seed))
         print(rows[-1], flush=True)
     title = f"seconds of training to FFJORD's best, {options.dataset}"
-    write_record(f"ffjord_{options.dataset}", title, rows)
+    write_record(f"ffjord_{options.dataset}", title, [*rows, summary(rows)])
 
 
 if __name__ == "__main__":

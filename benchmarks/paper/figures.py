@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from matplotlib import pyplot as plt
-from rnode.paper.runs import BOTH_PENALTIES, LABELS, PUBLISHED, RATIO, Job, speed_ups
+from rnode.paper.runs import ARXIV, BOTH_PENALTIES, LABELS, PUBLISHED, RATIO, Job, speed_ups
 from scipy.stats import spearmanr
 
 import rnode
@@ -235,13 +235,13 @@ def plot_figure_5(runs: list[Job], path: Path) -> str:
 def plot_table_1(runs: list[Job], path: Path) -> str:
     """bits/dim, training time, its ratio to FFJORD's and NFE; means and extremes over the seeds."""
     header = ["data", "flow", "test bits/dim", "training seconds", "FFJORD's time / this"]
-    header += ["to FFJORD's likelihood", "NFE training", "NFE test"]
+    header += ["to FFJORD's likelihood", "NFE training", "NFE test", "source"]
     rows, words, held = [], [], True
     for data in dict.fromkeys(run.data for run in runs):
         members = [run for run in runs if run.data == data]
         ratios = speed_ups(members)
         rows += [
-            (data, LABELS[recipe], *table_row(recipe, members, ratios))
+            (data, LABELS[recipe], *table_row(recipe, members, ratios), "")
             for recipe in dict.fromkeys(run.recipe for run in members)
         ]
         candidates = [
@@ -254,9 +254,10 @@ def plot_table_1(runs: list[Job], path: Path) -> str:
             times = f"{RATIO} times or more at {count} of {len(ratios[best])} seeds"
             words.append(f"on {data} {LABELS[best]} {sooner(ratios[best])}, {times}")
     for data, published in PUBLISHED.items():
-        for name, bits in published.items():
+        for name, (bits, paper) in published.items():
             ratio = str(RATIO) if name == "RNODE" else ""
-            rows.append((data, f"{name} (published)", str(bits), "", ratio, "", "", ""))
+            source = f"{paper}, arXiv:{ARXIV[paper]}"
+            rows.append((data, f"{name} (published)", f"{bits:.2f}", "", ratio, "", "", "", source))
     figure, ((ax,),) = make_panels(1, 1, (12, 0.3 * len(rows) + 0.6))
     ax.axis("off")
     table = ax.table(rows, colLabels=header, loc="center", cellLoc="left")
