@@ -41,12 +41,15 @@ def failing(capsys, *overrides):
 def break_where(monkeypatch, find_error):
     """Let training raise what `find_error(module)` returns, if anything."""
 
+    begin = RNODE.on_train_start
+
     def start(self):
         error = find_error(self)
         if error is not None:
             raise error
+        begin(self)
 
-    monkeypatch.setattr(RNODE, "on_train_start", start, raising=False)
+    monkeypatch.setattr(RNODE, "on_train_start", start)
 
 
 def test_failed_jobs_are_reported_and_do_not_stop_the_others(tmp_path, capsys, monkeypatch):
