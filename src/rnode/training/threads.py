@@ -31,7 +31,7 @@ class Threads(Callback):
     def on_train_start(self, trainer: Trainer, module: RNODE) -> None:
         if self.fixed or self.count:
             torch.set_num_threads(self.fixed or self.count)
-        elif module.device.type == "cpu":
+        elif module.device.type == "cpu" and usable_cores() > 1:
             self.choose(trainer, module)
 
     def choose(self, trainer: Trainer, module: RNODE) -> None:
@@ -48,7 +48,7 @@ class Threads(Callback):
             torch.autograd.grad(loss, [*module.flow.parameters()], allow_unused=True)
             return time.perf_counter() - start
 
-        cores = min(cpu_count(), int(os.environ.get("SLURM_CPUS_PER_TASK", cpu_count())))
+        cores = usable_cores()
         found: dict[int, float] = {}
         for count in (2**k for k in range(cores.bit_length())):
             torch.set_num_threads(count)
@@ -78,3 +78,9 @@ class Threads(Callback):
 
     def load_state_dict(self, state: dict) -> None:
         vars(self).update(state)
+
+
+def usable_cores() -> int:
+    """Return the cores that this process may use, by its affinity, cgroup and SLURM."""
+    cores = cpu_count()
+    return min(cores, int(os.environ.get("SLURM_CPUS_PER_TASK", cores)))
