@@ -112,3 +112,14 @@ def test_the_api_page_has_an_example_that_runs_of_each_public_name(tmp_path, mon
     examples = doctest.DocTestParser().get_doctest(text, {}, "api.md", None, 0)
     assert doctest.DocTestRunner().run(examples).failed == 0
     assert [name for name in rnode.__all__ if not re.search(rf"\b{name}\b", text)] == []
+
+
+@pytest.mark.slow(reason="trains for twenty seconds")
+@pytest.mark.filterwarnings("ignore:.*noise of their unit")
+def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (code,) = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    names = {}
+    exec(code, names)
+    assert len(names["density"].sample(7)) == 7
+    assert not list(tmp_path.iterdir())
