@@ -6,7 +6,7 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parent.parent
-BESIDE = {"assets": "*.png", "benchmarks/results": "*.json"}  # folders of the repository
+BESIDE = {"assets": "*.*", "benchmarks/results": "*.json"}  # folders of the repository
 
 
 def on_files(files: Files, config: MkDocsConfig) -> None:

@@ -5,7 +5,12 @@ import re
 
 import pytest
 import torch
-from torch.distributions import AffineTransform, MultivariateNormal, TransformedDistribution
+from torch.distributions import (
+    AffineTransform,
+    Distribution,
+    MultivariateNormal,
+    TransformedDistribution,
+)
 
 from helpers import ROOT, Linear, make_flow
 from rnode import (
@@ -155,7 +160,8 @@ def test_a_distribution_is_the_flow_given_its_conditions():
     assert p.support.event_dim == 1
 
 
-def test_wrong_values_are_refused():
+def test_wrong_values_are_refused(monkeypatch):
+    monkeypatch.setattr(Distribution, "_validate_args", True)  # importing zuko sets it to False
     flow = make_flow((2,), k=1)
     with pytest.raises(InputError, match=r"c of shape \(3, 2\): must be \(\*batch, 1\)"):
         flow.distribution(torch.zeros(3, 2))
