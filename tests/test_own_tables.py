@@ -305,9 +305,11 @@ def test_score_and_sample_open_the_checkpoint_alone(conditional, tmp_path, capsy
     (tmp_path / "wrong.ckpt").write_text("x")
     line, _ = refused(capsys, "score", "wrong.ckpt", "path=none.csv")
     assert "wrong.ckpt: is damaged" in line
-    frame.with_columns(rank=1).write_csv("ranked.csv")
-    line, code = refused(capsys, "score", str(folder), "path=ranked.csv", "id=[rank]")
-    assert "id=rank: scores.csv has such a column; rename yours" in line
+    taken = ("rank", f"contribution_{rnode.load(folder).columns_[0]}")
+    frame.with_columns(pl.lit(1).alias(name) for name in taken).write_csv("ranked.csv")
+    for name in taken:
+        line, code = refused(capsys, "score", str(folder), "path=ranked.csv", f"id=[{name}]")
+        assert f"id={name}: scores.csv has such a column; rename yours" in line
     assert code == 2
     os.mkdir("elsewhere")
     os.chdir("elsewhere")

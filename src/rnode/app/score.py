@@ -16,6 +16,7 @@ from rnode.errors import require
 from rnode.training.run_folder import whole_file
 
 SCORES = ("log_prob", "standard_error", "bits_per_dim", "rank")
+REASON = "contribution_"  # and the name of a column
 UNUSUAL = 5  # samples that are printed
 
 
@@ -30,7 +31,7 @@ def main(cfg: DictConfig) -> None:
     reasons = pl.DataFrame()
     if cfg.contributions:
         gradients = density.contributions(rows, context)
-        reasons = pl.DataFrame(gradients, [f"contribution_{name}" for name in density.columns_])
+        reasons = pl.DataFrame(gradients, [f"{REASON}{name}" for name in density.columns_])
     path = Path(cfg.folder) / "scores.csv"
     with whole_file(path) as file:
         identity.with_columns(*scores, *reasons).write_csv(file)
@@ -46,7 +47,8 @@ def read(density: Density, path: Path, names: Names) -> tuple[Any, pl.DataFrame]
     if density.columns_ is not None:
         rows = read_table(path, density.columns_)
         names = choose("id", names, rows.columns)
-        taken = [name for name in names if name in ("row", *SCORES)]
+        ours = ("row", *SCORES, *(f"{REASON}{name}" for name in density.columns_))
+        taken = [name for name in names if name in ours]
         require(not taken, f"id={','.join(taken)}: scores.csv has such a column; rename yours")
         return rows, rows.select(pl.int_range(pl.len()).alias("row"), *names)
     require(not names, f"id={names}: must be left out; images have no columns")
