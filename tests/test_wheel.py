@@ -43,7 +43,7 @@ def test_every_command_works_in_an_empty_folder(rnode, tmp_path):
     (checkpoint,) = tmp_path.glob("outputs/digits/*/last.ckpt")
     checkpoint = checkpoint.relative_to(tmp_path)
     assert "bits_per_dim" in succeed(rnode, "evaluate", checkpoint, "samples=1")
-    assert "4 samples in" in succeed(rnode, "sample", checkpoint, "n=4")
+    assert "4 samples by dopri5 in" in succeed(rnode, "sample", checkpoint, "n=4")
     assert len(list(tmp_path.glob("outputs/evaluate/*/evaluation.json"))) == 1
     assert len(list(tmp_path.glob("outputs/sample/*/samples.png"))) == 1
     assert "figure" in succeed(rnode, "reproduce", "--help")
