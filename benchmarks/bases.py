@@ -21,7 +21,7 @@ from pathlib import Path
 from common import mean_and_spread, write_record
 
 ROOT = Path(__file__).resolve().parent.parent
-RUNS = {"normal": ("2.0e-2", "4.0e-2"), "gaussian": ("2.0e-2", "4.0e-2")}  # learning rates
+RUNS = {"normal": ("1.0e-2", "2.0e-2"), "gaussian": ("1.0e-2", "2.0e-2")}  # learning rates
 QUIET = ["logger=csv", "callbacks.figures=null", "trainer.enable_progress_bar=false"]
 
 
