@@ -52,6 +52,14 @@ def test_a_silent_fit_warns_of_what_it_leaves_out_and_guesses(capsys):
     assert capsys.readouterr().out == ""
 
 
+def test_columns_beside_x_do_not_replace_its_own():
+    frame = pl.DataFrame(X, ["a", "sample_weight"])
+    with pytest.raises(InputError, match="X: has a column sample_weight already; rename it"):
+        Density(overrides=TINY).fit(frame, sample_weight=WEIGHTS)
+    with pytest.raises(InputError, match="X: has a column a already; rename it"):
+        Density(overrides=TINY).fit(frame, context={"a": WEIGHTS})
+
+
 def test_a_pipeline_is_searched_over():
     pipeline = make_pipeline(StandardScaler(), Density(overrides=TINY))
     grid = {"density__overrides": [TINY, [*TINY, "model.layers=2"]]}

@@ -183,6 +183,8 @@ class Density(DensityMixin, BaseEstimator):
                 columns[WEIGHT], options["weight"] = sample_weight, WEIGHT
             if columns:
                 rows = read_table(rows.expanduser()) if isinstance(rows, Path) else rows
+                twice = [name for name in columns if name in rows.columns]
+                require(not twice, f"X: has a column {', '.join(twice)} already; rename it")
                 rows = as_frame(rows.to_dict() | columns, where="X")
             folder = Path(self.folder or stack.enter_context(TemporaryDirectory())).absolute()
             train_table(rows, folder, **options)
