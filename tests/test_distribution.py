@@ -12,17 +12,8 @@ from torch.distributions import (
     TransformedDistribution,
 )
 
-from helpers import ROOT, Linear, make_flow
-from rnode import (
-    Flow,
-    Method,
-    Mixture,
-    Piece,
-    Probes,
-    Solver,
-    VariationalDequantization,
-)
-from rnode.errors import InputError
+from helpers import ROOT, make_flow
+from rnode import Method, Mixture, Probes, VariationalDequantization
 
 TIGHT = Method("dopri5", rtol=1e-9, atol=1e-9)
 EXACT = {"divergence": "exact", "test": TIGHT}
@@ -38,9 +29,8 @@ def test_the_log_probability_of_samples_is_that_of_log_prob(shape, options):
     c = torch.randn(2, 3, flow.k, dtype=torch.float64)
     x, log_prob = flow.rsample_and_log_prob((2, 3), c)
     assert x.shape == (2, 3, *shape)
-    assert (
-        log_prob - flow.base.log_prob(flow.as_z(x.flatten(0, 1)), c).view(2, 3)
-    ).abs().max() > 0.01
+    identity = flow.base.log_prob(flow.as_z(x.flatten(0, 1)), c).view(2, 3)
+    assert (log_prob - identity).abs().max() > 0.01
     torch.testing.assert_close(log_prob, flow.log_prob(x, c), rtol=1e-7, atol=1e-7)
 
 
@@ -64,10 +54,11 @@ def test_probes_estimate_the_log_probability_without_bias():
     assert error.std() > 0.01
 
 
-def test_the_gradient_is_that_of_the_change_of_variables():
+@pytest.mark.parametrize("gradient", ["backprop", "adjoint"])
+def test_the_gradient_is_that_of_the_change_of_variables(gradient):
     """d/dθ of Σ x and of log p(x), by autograd through log q(z) − log|det dx/dz|."""
-    steps = Method("rk4", steps=40)
-    flow = make_flow((2,), train=steps, test=steps, hidden=4, layers=3, k=1).eval()
+    options = {"train": Method("rk4", steps=40), "gradient": gradient, **EXACT}
+    flow = make_flow((2,), hidden=4, layers=3, k=1, **options)
     c, z = torch.randn(3, 1).double(), torch.randn(3, 2).double()
     flow.base.sample = lambda c: z
     x, log_prob = flow.rsample_and_log_prob(3, c)
@@ -84,22 +75,6 @@ def test_the_gradient_is_that_of_the_change_of_variables():
     (x.sum() + log_prob.square().sum()).backward()
     for ours, parameter in zip(gradient, flow.parameters(), strict=True):
         torch.testing.assert_close(ours, parameter.grad, rtol=1e-5, atol=1e-6)
-
-
-def test_the_gradient_of_a_gaussian_in_closed_form():
-    """x = e^−A z: E[x xᵀ] and log p of the samples, with both derivatives in A."""
-    A = torch.tensor([[0.5, 0.3], [-0.2, -0.4]], dtype=torch.float64)
-    flow = Flow((2,), [Piece(Linear(A))], Solver(TIGHT, TIGHT, "adjoint"), Probes("exact"))
-    z = torch.randn(6, 2, dtype=torch.float64)
-    flow.base.sample = lambda c: z
-    x, log_prob = flow.rsample_and_log_prob(6)
-    other = A.clone().requires_grad_()
-    torch.testing.assert_close(x, z @ torch.matrix_exp(-other).T)
-    torch.testing.assert_close(log_prob, flow.base.log_prob(z, None) + other.trace())
-    (x.prod(1) * log_prob).sum().backward()
-    x, log_prob = z @ torch.matrix_exp(-other).T, flow.base.log_prob(z, None) + other.trace()
-    (x.prod(1) * log_prob).sum().backward()
-    torch.testing.assert_close(flow.pieces[0].field.A.grad, other.grad)
 
 
 def test_a_base_with_conditions_and_a_variational_dequantization():
@@ -160,16 +135,11 @@ def test_a_distribution_is_the_flow_given_its_conditions():
     assert p.support.event_dim == 1
 
 
-def test_wrong_values_are_refused(monkeypatch):
+def test_values_outside_of_the_support_are_refused(monkeypatch):
     monkeypatch.setattr(Distribution, "_validate_args", True)  # importing zuko sets it to False
-    flow = make_flow((2,), k=1)
-    with pytest.raises(InputError, match=r"c of shape \(3, 2\): must be \(\*batch, 1\)"):
-        flow.distribution(torch.zeros(3, 2))
-    p = flow.distribution(torch.zeros(3, 1).double())
+    p = make_flow((2,)).distribution()
     with pytest.raises(ValueError, match="support"):
         p.log_prob(torch.tensor([1.0, float("nan")]))
-    with pytest.raises(ValueError, match="broadcastable"):
-        p.log_prob(torch.zeros(2, 2))
 
 
 def test_the_page_about_energies_finds_the_free_energy():

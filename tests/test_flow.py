@@ -23,13 +23,8 @@ def test_pieces_are_counted_as_in_the_paper(shape, pieces):
     assert [piece.nfe_forward for piece in solution.pieces] == [16] * pieces
     assert (solution.nfe_forward, solution.nfe_backward) == (16 * pieces, 0)
     assert solution.state.z.shape == (2, math.prod(shape))
-
-
-def test_the_default_sizes_are_the_papers():
-    flow = multiscale((1, 8, 8), SOLVER, Probes())
-    assert [len(piece.field.layers) for piece in flow.pieces] == [4] * 6
-    assert flow.pieces[0].field.layers[1].weight.shape == (64, 65, 3, 3)
-    assert len(mlp((2,), SOLVER, Probes()).pieces[0].field.layers) == 4
+    assert all(len(piece.field.layers) == 4 for piece in flow.pieces)
+    assert multiscale(shape, SOLVER, Probes()).pieces[0].field.layers[1].out_channels == 64
 
 
 @pytest.mark.parametrize(
@@ -37,9 +32,7 @@ def test_the_default_sizes_are_the_papers():
     [
         (multiscale, (1, 30, 30), "cannot halve 15×15; use images of 28×28"),
         (multiscale, (1, 9, 8), "cannot halve 9×8; use images of 8×8"),
-        (multiscale, (1, 3, 8), "4 or more high and wide"),
         (multiscale, (2,), "4 or more high and wide"),
-        (mlp, (), "must be positive sizes"),
         (mlp, (3, 0), "must be positive sizes"),
     ],
 )
@@ -131,27 +124,15 @@ def test_loss_and_gradient_are_those_of_the_plain_recipe(shape, gradient, method
         assert close(torch.cat(ours), torch.cat(theirs), 1e-4)
 
 
-@pytest.mark.parametrize("batch", [(), (1,), (5,), (2, 3)])
-@pytest.mark.parametrize("shape", [(1, 8, 8), (3,)])
-def test_log_prob_and_sample_take_any_batch_shape(shape, batch):
-    flow = make_flow(shape).eval()
-    x = flow.sample(batch)
-    assert x.shape == (*batch, *shape)
-    assert not x.requires_grad
-    assert flow.log_prob(x).shape == batch
-
-
 def test_a_batch_of_another_shape_is_refused():
-    flow = make_flow((1, 8, 8))
+    flow = make_flow((1, 8, 8), k=3)
     with pytest.raises(InputError, match=r"x of shape \(2, 1, 8, 4\): must be \(B, 1, 8, 8\)"):
         flow(torch.zeros(2, 1, 8, 4).double())
     with pytest.raises(InputError, match=r"z of shape \(2, 63\): must be \(B, 64\)"):
-        flow.inverse(torch.zeros(2, 63).double())
-    with pytest.raises(InputError, match=r"c of shape \(2, 3\): must be \(0,\) or \(2, 0\)"):
-        flow(torch.zeros(2, 1, 8, 8).double(), torch.zeros(2, 3))
-    conditional = mlp((2,), SOLVER, Probes(), k=3)
-    with pytest.raises(InputError, match=r"c of shape \(2, 0\): must be \(3,\) or \(2, 3\)"):
-        conditional(torch.zeros(2, 2))
+        flow.inverse(torch.zeros(2, 63).double(), torch.zeros(3))
+    for method in (flow, flow.log_prob, flow.distribution().log_prob):
+        with pytest.raises(InputError, match=r"c of shape \(0,\): must be \(…, 3\)"):
+            method(torch.zeros(2, 1, 8, 8).double())
 
 
 def test_a_conditional_flow_is_another_flow_for_each_c():

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from rnode.errors import require, require_choice
+from rnode.errors import require_choice
 from rnode.names import DIVERGENCES
 
 T = 1.0  # final time of every piece; a longer time is the same as a larger f
@@ -83,7 +83,6 @@ class Probes:
 
     def __init__(self, divergence: str = "gaussian", count: int = 1):
         require_choice("divergence", divergence, DIVERGENCES)
-        require(count >= 1, f"count={count}: must be at least 1")
         self.divergence = divergence
         self.count = count
 
@@ -122,32 +121,31 @@ class Dynamics:
     """
 
     def __init__(self, field: VectorField, c: Tensor, eps: Tensor | None = None):
-        self.field = field
+        self.field: Any = field
         self.c = c
         self.eps: Any = eps
         self.nfe = 0
+        self.prepared: dict[str, Any] = {}
         self.vjp = getattr(field, "vjp", partial(vjp, field))
-        self.exact = has_divergence(field)
-        self.vjp_and_divergence: Any = getattr(field, "vjp_and_divergence", None)
 
-    def prepare(self, z: Tensor) -> dict[str, Any]:
-        """What the field computes once for a solve from z; `f` and `__call__` take it."""
-        prepare = getattr(self.field, "prepare", None)
-        return {} if prepare is None else {"weights": prepare(z)}
+    def prepare(self, z: Tensor) -> None:
+        """Let the field compute once what all evaluations of a solve from z share."""
+        if hasattr(self.field, "prepare"):
+            self.prepared = {"weights": self.field.prepare(z)}
 
-    def f(self, t: Tensor, z: Tensor, **prepared: Any) -> Tensor:
+    def f(self, t: Tensor, z: Tensor) -> Tensor:
         """The right-hand side of (ODE): t (), z (B, *shape) → dz/dt (B, *shape)."""
         self.nfe += 1
-        return self.field(t, z, self.c, **prepared)
+        return self.field(t, z, self.c, **self.prepared)
 
-    def __call__(self, t: Tensor, state: State, **prepared: Any) -> State:
+    def __call__(self, t: Tensor, state: State) -> State:
         """The right-hand side of (RNODE): the time derivatives of z, l, E and n."""
         self.nfe += 1
         arguments = (t, state.z, self.eps, self.c)
-        if self.exact:
-            f, eps_jac, div = self.vjp_and_divergence(*arguments, **prepared)
+        if has_divergence(self.field):
+            f, eps_jac, div = self.field.vjp_and_divergence(*arguments, **self.prepared)
         else:
-            f, eps_jac = self.vjp(*arguments, **prepared)  # f(z, t) and εᵀ∇f
+            f, eps_jac = self.vjp(*arguments, **self.prepared)  # f(z, t) and εᵀ∇f
             div = (eps_jac * self.eps).flatten(2).sum((0, 2))  # div f = εᵀ∇f ε
         return State(
             z=f,
@@ -160,9 +158,9 @@ class Dynamics:
 class Reversed(Dynamics):
     """The same path from T to 0, dz/ds = −f(z, T − s; c), and the integrals of (RNODE) along it."""
 
-    def f(self, t: Tensor, z: Tensor, **prepared: Any) -> Tensor:
-        return -super().f(T - t, z, **prepared)
+    def f(self, t: Tensor, z: Tensor) -> Tensor:
+        return -super().f(T - t, z)
 
-    def __call__(self, t: Tensor, state: State, **prepared: Any) -> State:
-        rates = super().__call__(T - t, state, **prepared)
+    def __call__(self, t: Tensor, state: State) -> State:
+        rates = super().__call__(T - t, state)
         return rates._replace(z=-rates.z)

@@ -6,7 +6,6 @@ The layers are pieces, which solve an ODE, and the multiscale permutations of Di
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -86,8 +85,7 @@ class Piece(nn.Module):
     ) -> tuple[Tensor, int]:
         """z (B, *shape) at T, c (B, k) → z at `intervals` + 1 times from T to 0, and the NFE."""
         dynamics = Dynamics(self.field, c)
-        f = partial(dynamics.f, **dynamics.prepare(z))
-        return integrate_back(f, z, method, intervals), dynamics.nfe
+        return integrate_back(dynamics, z, method, intervals), dynamics.nfe
 
 
 class Flatten(nn.Module):
@@ -207,8 +205,7 @@ class Flow(nn.Module):
         fits = x.shape[1:] == self.shape
         require(fits, f"x of shape {tuple(x.shape)}: must be (B, {str(tuple(self.shape))[1:]}")
         z = self._to_state(x)
-        c = self._conditions(c, x)
-        probes = self.probes if self.training else self.test_probes
+        c = self._conditions(c, x).expand(len(x), -1)
         _, l, E, n = State.initial(z)
         factored = []
         solutions = []
@@ -218,7 +215,7 @@ class Flow(nn.Module):
                 l = l + dl
             elif isinstance(layer, Piece):
                 exact = has_divergence(layer.field) and not self.training
-                eps = z.new_empty(0, *z.shape) if exact else probes.sample(z, generators)
+                eps = self._sample_probes(z, exact, generators)
                 try:
                     solution = layer(z, c, eps, self.method, self.solver.gradient, integrate)
                 except Diverged as error:
@@ -228,7 +225,7 @@ class Flow(nn.Module):
                 solutions.append(solution)
             else:
                 z = layer(z, factored)
-        z = torch.cat([part.flatten(1) for part in (*factored, z)], dim=1)
+        z = flatten([*factored, z])
         return Solution(State(z, l, E, n), self.base.log_prob(z, c), solutions)
 
     def inverse(self, z: Tensor, c: Tensor | None = None) -> Tensor:
@@ -246,7 +243,7 @@ class Flow(nn.Module):
         self, z: Tensor, c: Tensor | None = None, intervals: int = 1
     ) -> tuple[list[Tensor], int]:
         """The frames of `trajectory`, and the evaluations of f, summed over the pieces."""
-        c = self._conditions(c, z)
+        c = self._conditions(c, z).expand(len(z), -1)
         z, factored = self._split(z)
         frames = [self._rearrange(z, factored, len(self.layers))]
         nfe = 0
@@ -261,50 +258,21 @@ class Flow(nn.Module):
 
     def as_z(self, x: Tensor) -> Tensor:
         """x (B, *shape) → (B, d): z with every piece the identity."""
-        return torch.cat([part.flatten(1) for part in self._arrange(x)], dim=1)
+        return flatten(self._arrange(x))
 
     def as_x(self, z: Tensor) -> Tensor:
         """z (B, d) → (B, *shape): the inverse with every piece the identity."""
         return self._rearrange(*self._split(z), len(self.layers))
 
-    def _arrange(self, x: Tensor) -> list[Tensor]:
-        """x (B, *shape) → the parts of z in order, with every piece the identity."""
-        factored = []
-        for layer in self.layers:
-            x = x if isinstance(layer, SHAPE_PRESERVING) else layer(x, factored)
-        return [*factored, x]
-
-    def _split(self, z: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """z (B, d) → what the last layer returned, and the parts that were factored out."""
-        require(z.shape[1:] == (self.d,), f"z of shape {tuple(z.shape)}: must be (B, {self.d})")
-        sizes = [math.prod(shape) for shape in self.z_shapes]
-        parts = zip(self._to_state(z).split(sizes, dim=1), self.z_shapes, strict=True)
-        *factored, z = (part.unflatten(1, shape) for part, shape in parts)
-        return z, factored
-
-    def _rearrange(self, z: Tensor, factored: list[Tensor], end: int) -> Tensor:
-        """Undo the layers before `end`, with every piece the identity."""
-        factored = list(factored)
-        for layer in reversed(self.layers[:end]):
-            z = z if isinstance(layer, Piece) else layer.inverse(z, factored)
-        return z
-
-    def _conditions(self, c: Tensor | None, x: Tensor) -> Tensor:
-        """c (B, k) for the samples x (B, …), from c (k,) or (B, k); None stands for k = 0."""
-        c = x.new_empty(len(x), 0) if c is None else c
-        right = f"({self.k},) or ({len(x)}, {self.k})"
-        fits = tuple(c.shape) in ((self.k,), (len(x), self.k))
-        require(fits, f"c of shape {tuple(c.shape)}: must be {right} for this flow")
-        return c.expand(len(x), -1)
-
-    def _to_state(self, x: Tensor) -> Tensor:
-        """x in a dtype at least as precise as the solver's."""
-        return x.to(torch.promote_types(x.dtype, getattr(torch, self.solver.dtype)))
-
     def log_prob(self, x: Tensor, c: Tensor | None = None) -> Tensor:
-        """x (*batch, *shape), c (k,) or (*batch, k) → log p(x | c) in nats, (4), (*batch)."""
-        batch = x.shape[: x.dim() - len(self.shape)]
-        solution = self.solve(x.reshape(-1, *x.shape[len(batch) :]), flatten_batch(c))
+        """x (*batch, *shape), c (*batch, k) → log p(x | c) in nats, (4), (*batch).
+
+        The batch shapes of x and c broadcast.
+        """
+        c = self._conditions(c, x)
+        batch = torch.broadcast_shapes(x.shape[: x.dim() - len(self.shape)], c.shape[:-1])
+        x = x.expand(*batch, *self.shape).reshape(-1, *self.shape)
+        solution = self.solve(x, c.expand(*batch, self.k).reshape(len(x), self.k))
         return (solution.log_q + solution.state.l).reshape(batch)
 
     @torch.no_grad()
@@ -315,7 +283,7 @@ class Flow(nn.Module):
         temperature: float = 1.0,
     ) -> Tensor:
         """Sample x (*batch, *shape), from z whose noise is scaled by `temperature`."""
-        batch, c = self._conditions_of_samples(batch, c)
+        batch, c = self._batch_of_samples(batch, c)
         return self.inverse(self.base.sample(c, temperature), c).reshape(*batch, *self.shape)
 
     def rsample_and_log_prob(
@@ -326,15 +294,13 @@ class Flow(nn.Module):
         Both are differentiable in the weights of the fields. A field that computes its divergence
         has no probes, in training mode either.
         """
-        batch, c = self._conditions_of_samples(batch, c)
+        batch, c = self._batch_of_samples(batch, c)
         z = self.base.sample(c)
         log_prob = self.base.log_prob(z, c)
         z, factored = self._split(z)
-        probes = self.probes if self.training else self.test_probes
         for layer in reversed(self.layers):
             if isinstance(layer, Piece):
-                exact = has_divergence(layer.field)
-                eps = z.new_empty(0, *z.shape) if exact else probes.sample(z)
+                eps = self._sample_probes(z, has_divergence(layer.field))
                 dynamics = Reversed(layer.field, c, eps)
                 z, l, _, _ = integrate(dynamics, z, self.method, self.solver.gradient)
                 log_prob = log_prob + l
@@ -348,13 +314,51 @@ class Flow(nn.Module):
         """c (*batch, k) → p(x | c), one of torch.distributions."""
         return FlowDistribution(self, c)
 
-    def _conditions_of_samples(
+    def _arrange(self, x: Tensor) -> list[Tensor]:
+        """x (B, *shape) → the parts of z in order, with every piece the identity."""
+        factored = []
+        for layer in self.layers:
+            x = x if isinstance(layer, SHAPE_PRESERVING) else layer(x, factored)
+        return [*factored, x]
+
+    def _split(self, z: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """z (B, d) → what the last layer returned, and the parts that were factored out."""
+        require(z.shape[1:] == (self.d,), f"z of shape {tuple(z.shape)}: must be (B, {self.d})")
+        parts = self._to_state(z).split([*map(math.prod, self.z_shapes)], dim=1)
+        pairs = zip(parts, self.z_shapes, strict=True)
+        *factored, z = (part.unflatten(1, shape) for part, shape in pairs)
+        return z, factored
+
+    def _rearrange(self, z: Tensor, factored: list[Tensor], end: int) -> Tensor:
+        """Undo the layers before `end`, with every piece the identity."""
+        factored = list(factored)
+        for layer in reversed(self.layers[:end]):
+            z = z if isinstance(layer, Piece) else layer.inverse(z, factored)
+        return z
+
+    def _sample_probes(self, z: Tensor, exact: bool, generators=None) -> Tensor:
+        """The probes of a piece that starts at z (B, *shape); none of an `exact` divergence."""
+        probes = self.probes if self.training else self.test_probes
+        return z.new_empty(0, *z.shape) if exact else probes.sample(z, generators)
+
+    def _conditions(self, c: Tensor | None, like: Tensor) -> Tensor:
+        """c (…, k); None stands for k = 0."""
+        c = like.new_empty(0) if c is None else c
+        fits = c.shape[-1:] == (self.k,)
+        require(fits, f"c of shape {tuple(c.shape)}: must be (…, {self.k}) for this flow")
+        return c
+
+    def _batch_of_samples(
         self, batch: int | Sequence[int], c: Tensor | None
     ) -> tuple[Sequence[int], Tensor]:
-        """`batch` as a shape, and c (B, k) for its samples, from c (k,) or (*batch, k)."""
-        batch = (batch,) if isinstance(batch, int) else tuple(batch)
-        like = next(self.parameters()).new_empty(math.prod(batch), 0)
-        return batch, self._conditions(flatten_batch(c), like)
+        """`batch` as a shape, and c (B, k) for its samples, from c (…, k), which broadcasts."""
+        batch = (batch,) if isinstance(batch, int) else batch
+        c = self._conditions(c, next(self.parameters())).expand(*batch, self.k)
+        return batch, c.reshape(math.prod(batch), self.k)
+
+    def _to_state(self, x: Tensor) -> Tensor:
+        """x in a dtype at least as precise as the solver's."""
+        return x.to(torch.promote_types(x.dtype, getattr(torch, self.solver.dtype)))
 
 
 class FlowDistribution(Distribution):
@@ -367,12 +371,9 @@ class FlowDistribution(Distribution):
     has_rsample = True
 
     def __init__(self, flow: Flow, c: Tensor | None = None, validate_args: bool | None = None):
-        c = next(flow.parameters()).new_empty(0) if c is None else c
-        fits = c.shape[-1:] == (flow.k,)
-        require(fits, f"c of shape {tuple(c.shape)}: must be (*batch, {flow.k}) for this flow")
         self.flow = flow
-        self.c = c
-        super().__init__(torch.Size(c.shape[:-1]), flow.shape, validate_args)
+        self.c = next(flow.parameters()).new_empty(0) if c is None else c
+        super().__init__(torch.Size(self.c.shape[:-1]), flow.shape, validate_args)
 
     @property
     def support(self) -> constraints.Constraint:
@@ -386,22 +387,17 @@ class FlowDistribution(Distribution):
         """x (*batch, *event_shape), which broadcasts with batch_shape → log p(x | c), (*batch)."""
         if self._validate_args:
             self._validate_sample(value)
-        batch = value.shape[: value.dim() - len(self.event_shape)]
-        batch = torch.broadcast_shapes(batch, self.batch_shape)
-        x = value.expand(*batch, *self.event_shape)
-        return self.flow.log_prob(x, self.c.expand(*batch, -1))
+        return self.flow.log_prob(value, self.c)
 
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         """Sample x (*sample_shape, *batch_shape, *event_shape) without a gradient."""
-        batch = (*sample_shape, *self.batch_shape)
-        return self.flow.sample(batch, self.c.expand(*batch, -1))
+        return self.flow.sample((*sample_shape, *self.batch_shape), self.c)
 
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         """Sample x, differentiable in the weights of the fields."""
-        batch = (*sample_shape, *self.batch_shape)
-        return self.flow.rsample_and_log_prob(batch, self.c.expand(*batch, -1))[0]
+        return self.flow.rsample_and_log_prob((*sample_shape, *self.batch_shape), self.c)[0]
 
 
-def flatten_batch(c: Tensor | None) -> Tensor | None:
-    """c (*batch, k) → (B, k); c (k,), for all samples, stays as it is."""
-    return c if c is None or c.dim() == 1 else c.flatten(0, -2)
+def flatten(parts: list[Tensor]) -> Tensor:
+    """Tensors (B, …) → one (B, d)."""
+    return torch.cat([part.flatten(1) for part in parts], dim=1)

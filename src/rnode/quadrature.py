@@ -11,8 +11,6 @@ from scipy.special import roots_jacobi
 
 def simpson(steps: int) -> tuple[np.ndarray, np.ndarray]:
     """Simpson's rule with an even number of equal steps, fourth order: steps + 1 nodes."""
-    if steps % 2:
-        raise ValueError(f"steps={steps}: must be even for Simpson's rule")
     weights = np.ones(steps + 1)
     weights[1:-1:2], weights[2:-1:2] = 4, 2
     return np.linspace(0, 1, steps + 1), weights / (3 * steps)

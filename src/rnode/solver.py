@@ -6,7 +6,7 @@
 import contextlib
 import itertools
 import math
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +20,7 @@ from rnode.dynamics import Dynamics, State, T
 from rnode.errors import Diverged, one_line, require, require_choice
 from rnode.names import ADAPTIVE, FIXED_GRID, GRADIENTS, INTEGRALS, NORMS
 from rnode.quadrature import radau, simpson
-from rnode.runge_kutta import path, step, time
+from rnode.runge_kutta import Tensors, path, step, time
 
 NORM_OF = {  # of errors (B, *shape)
     "rows": lambda x: x.square().reshape(len(x), -1).mean(1).max().sqrt(),
@@ -56,7 +56,7 @@ class Method:
     atol: float = 1e-5
     first_step: float = 0.3
     norm: str = "rows"
-    times: tuple[float, ...] = field(init=False, repr=False)  # of the steps for z, from 0 to T
+    times: tuple[float, ...] = field(init=False, repr=False)  # that a solve from 0 to T visits
     weights: tuple[float, ...] = field(init=False, repr=False)  # of the rule for l, E and n, if any
 
     def __post_init__(self):
@@ -68,11 +68,11 @@ class Method:
         require(fixed, f"integrals={self.integrals}: needs a method of {', '.join(FIXED_GRID)}")
         even = self.integrals != "simpson" or self.steps % 2 == 0
         require(even, f"steps={self.steps}: must be even for integrals=simpson")
-        nodes = np.linspace(0, 1, self.steps + 1)
-        weights = np.empty(0)
+        steps = 1 if self.adaptive else self.steps
+        nodes, weights = np.linspace(0, 1, steps + 1), np.empty(0)
         if self.integrals != "system":
-            nodes, weights = QUADRATURES[self.integrals](self.steps)
-        object.__setattr__(self, "times", (*(T * nodes[: self.steps]).tolist(), T))
+            nodes, weights = QUADRATURES[self.integrals](steps)
+        object.__setattr__(self, "times", (*(T * nodes[:steps]).tolist(), T))
         object.__setattr__(self, "weights", tuple((T * weights).tolist()))
 
     @property
@@ -137,7 +137,7 @@ def solver_errors() -> Generator[None]:
         raise Diverged(f"the adaptive solver gave up: {one_line(error)}") from None
 
 
-def precision_of(method: Method, device: torch.device) -> contextlib.AbstractContextManager:
+def precision_of(method: Method, device: torch.device) -> torch.autocast:
     """Return the current autocast state, which the backward pass enters again.
 
     It is off for adaptive methods: bfloat16 rounds f to 3 digits, an error that they would chase.
@@ -161,48 +161,42 @@ def integrate(dynamics: Dynamics, z: Tensor, method: Method, gradient: str) -> S
 
 def integrate_system(dynamics: Dynamics, z: Tensor, method: Method, gradient: str) -> State:
     """Integrate z, l, E and n together."""
-    precision = precision_of(method, z.device)
-    # The adjoint differentiates for the weights themselves, once an evaluation.
-    prepared = {} if gradient == "adjoint" else dynamics.prepare(z)
 
-    def right_hand_side(t: Tensor, state: tuple[Tensor, ...]) -> State:
-        with precision:
-            return dynamics(t, State(*state), **prepared)
+    @precision_of(method, z.device)
+    def right_hand_side(t: Tensor, state: Tensors) -> State:
+        return dynamics(t, State(*state))
 
-    def solve(z: Tensor, odeint=odeint, **adjoint) -> State:
-        if not method.adaptive and gradient != "adjoint":
-            states = path(right_hand_side, State.initial(z), method.times, method.method)
-            return State(*states[-1])
+    if gradient == "adjoint":  # it differentiates for the weights themselves, once an evaluation
         t = torch.linspace(0, T, 2, device=z.device, dtype=z.dtype)
-        options = method.odeint_options(z.dtype)
-        paths = odeint(right_hand_side, State.initial(z), t, **adjoint, **options)
-        return State(*(path[-1] for path in paths))
+        weights = tuple(p for p in dynamics.field.parameters() if p.requires_grad)
+        options = method.odeint_options(z.dtype) | {"adjoint_params": weights}
+        paths = odeint_adjoint(right_hand_side, State.initial(z), t, **options)
+        return State(*FirstOrder.apply(*(path[-1] for path in paths)))
+    dynamics.prepare(z)
 
-    if gradient == "adjoint":
-        trainable = tuple(p for p in dynamics.field.parameters() if p.requires_grad)
-        return State(*FirstOrder.apply(*solve(z, odeint_adjoint, adjoint_params=trainable)))
+    def solve(z: Tensor) -> State:
+        return State(*solve_ode(right_hand_side, State.initial(z), method.times, method)[-1])
+
     return recompute_in_backward(solve, z) if gradient == "checkpoint" else solve(z)
 
 
 def integrate_by_quadrature(dynamics: Dynamics, z: Tensor, method: Method, gradient: str) -> State:
     """Integrate z from node to node, and l, E, n by quadrature of their rates at the nodes."""
-    precision = precision_of(method, z.device)
-    prepared = dynamics.prepare(z)
+    dynamics.prepare(z)
 
+    @precision_of(method, z.device)
     def rates_at(t: float, z: Tensor) -> State:
-        with precision:
-            return dynamics(time(t, z), State.initial(z), **prepared)
+        return dynamics(time(t, z), State.initial(z))
 
-    def f(t: Tensor, y: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        with precision:
-            return (dynamics.f(t, *y, **prepared),)
+    @precision_of(method, z.device)
+    def f(t: Tensor, y: Tensors) -> Tensors:
+        return (dynamics.f(t, *y),)
 
-    def solve_step(z: Tensor, start: float, end: float) -> tuple[Tensor, ...]:
+    def solve_step(z: Tensor, start: float, end: float) -> Tensors:
         slope, *rates = rates_at(start, z)
         (z,) = step(f, start, end - start, (z,), method.method, (slope,))
         return z, *rates
 
-    weights = method.weights
     rates = []
     for interval in itertools.pairwise(method.times):
         if gradient == "checkpoint":
@@ -210,11 +204,11 @@ def integrate_by_quadrature(dynamics: Dynamics, z: Tensor, method: Method, gradi
         else:
             z, *rate = solve_step(z, *interval)
         rates.append(rate)
-    if len(weights) > len(rates):  # T is a node too
+    if len(method.weights) > len(rates):  # T is a node too
         rates.append(rates_at(T, z)[1:])
 
-    def integral(rates: tuple[Tensor, ...]) -> Tensor:
-        first, *others = (weight * rate for weight, rate in zip(weights, rates, strict=True))
+    def integral(rates: Tensors) -> Tensor:
+        first, *others = (w * rate for w, rate in zip(method.weights, rates, strict=True))
         return sum(others, first)
 
     return State(z, *map(integral, zip(*rates, strict=True)))
@@ -239,20 +233,27 @@ def recompute_in_backward(function: Callable, *arguments: Any):
     return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
 
 
-def integrate_back(f: Callable, z: Tensor, method: Method, intervals: int = 1) -> Tensor:
-    """Integrate dz/dt = f(t, z) back: z(T) → z at `intervals` + 1 times from T to 0."""
+def integrate_back(dynamics: Dynamics, z: Tensor, method: Method, intervals: int = 1) -> Tensor:
+    """Integrate (ODE) back: z(T) (B, *shape) → z at `intervals` + 1 times from T to 0."""
     if z.numel() == 0:
         return z.expand(intervals + 1, *z.shape)
-    with solver_errors(), precision_of(method, z.device):
+    dynamics.prepare(z)
 
-        def right_hand_side(t: Tensor, y: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            return (f(t, *y),)
+    @precision_of(method, z.device)
+    def right_hand_side(t: Tensor, y: Tensors) -> Tensors:
+        return (dynamics.f(t, *y),)
 
-        if not method.adaptive:
-            per_interval = math.ceil(method.steps / intervals)
-            steps = intervals * per_interval
-            grid = [T * k / steps for k in range(steps, -1, -1)]
-            states = path(right_hand_side, (z,), grid, method.method)
-            return torch.stack([z for (z,) in states[::per_interval]])
-        t = torch.linspace(T, 0, intervals + 1, device=z.device, dtype=z.dtype)
-        return odeint(right_hand_side, (z,), t, **method.odeint_options(z.dtype))[0]
+    per_interval = 1 if method.adaptive else math.ceil(method.steps / intervals)
+    steps = intervals * per_interval
+    times = [T * k / steps for k in range(steps, -1, -1)]
+    with solver_errors():
+        states = solve_ode(right_hand_side, (z,), times, method)
+    return torch.stack([z for (z,) in states[::per_interval]])
+
+
+def solve_ode(f: Callable, y: Tensors, times: Sequence[float], method: Method) -> list[Tensors]:
+    """Integrate dy/dt = f(t, y) from `times[0]` → y at each of the times."""
+    if not method.adaptive:
+        return path(f, y, times, method.method)
+    t = y[0].new_tensor(times)
+    return list(zip(*odeint(f, y, t, **method.odeint_options(t.dtype)), strict=True))
