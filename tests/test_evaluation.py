@@ -53,7 +53,7 @@ def test_the_importance_weighted_bound_falls_to_the_exact_discrete_likelihood():
     assert summary["bound"] == pytest.approx(float(means[-1]), abs=1e-12)
     assert summary["bound_by_noises"] == pytest.approx(means.tolist(), abs=1e-12)
     # The density varies within a grey level, so one noise gives a clearly looser bound.
-    assert means[0] - exact.mean() > 5 * standard_error(bounds[0] - exact)
+    assert means[0] - exact.mean() > 5 * standard_error(bounds[0] - exact, torch.ones(400))
     assert abs(means[-1] - exact.mean()) < 0.002
     for few, many in ((1, 2), (2, 4), (4, 16), (16, 64), (64, 256)):
         assert means[many - 1] < means[few - 1] + 0.002
@@ -85,7 +85,7 @@ def test_the_probes_error_is_the_known_one():
     deviation = (2 * ((A + A.T) / 2).square().sum()).sqrt() / (2 * math.log(2))
     expected = float(deviation) / 4000**0.5
     assert summary["standard_error_probes"] == pytest.approx(expected, rel=0.1)
-    assert standard_error(torch.tensor([1.0, 3.0])) == pytest.approx(1.0)  # √2 / √2
+    assert standard_error(torch.tensor([1.0, 3.0]), torch.ones(2)) == pytest.approx(1.0)  # √2 / √2
 
 
 @pytest.mark.parametrize(

@@ -101,11 +101,3 @@ def test_a_column_takes_its_own_values_alone(options, inside, outside, message):
     column.require_inside(torch.tensor([inside, inside], dtype=torch.float64))
     with pytest.raises(InputError, match=message):
         column.require_inside(torch.tensor([inside, outside], dtype=torch.float64))
-
-
-def test_arguments_out_of_range_are_refused():
-    for alpha in (0, 0.5):
-        with pytest.raises(InputError, match=f"alpha={alpha}: must be between 0 and 0.5"):
-            ImageTransform(256, alpha)
-    with pytest.raises(InputError, match="levels=1: must be at least 2"):
-        ImageTransform(1, 0.05)

@@ -14,13 +14,11 @@ from rnode.flow import Flow, Solution
 from rnode.loss import bits_per_dim
 from rnode.seeding import NOISE, PROBES, sample_generators
 from rnode.solver import Method
-from rnode.transforms import Batch, Transform
+from rnode.transforms import Batch, Rows, Transform
 
 GRIDS = (1, 2, 3, 4, 6, 8)  # steps of rk4; l, E and n integrated with z err least for their time
 MEAN, WORST = 1e-3, 5e-3  # largest errors of a grid: of the mean, and of any compared sample
 COMPARED = 64  # samples by which a grid is chosen
-
-Rows = tuple[Tensor, Tensor, Tensor]  # data (B, *shape), their indices (B,) and c (B, k)
 
 
 class Measures(NamedTuple):
@@ -77,19 +75,15 @@ def agreeing_grid(flow: Flow, values: Callable[[], Tensor], count: int) -> Gener
         flow.solver = solver
 
 
-def weighted_mean(values: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Mean of values (…, N) with weights (N,); None: all are 1."""
-    if weights is None:
-        return values.mean(-1)
+def weighted_mean(values: Tensor, weights: Tensor) -> Tensor:
+    """Mean of values (…, N) with weights (N,)."""
     return values @ (weights / weights.sum()).to(values)
 
 
-def standard_error(values: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Standard error of the mean of independent values (N,), with weights (N,) or without."""
-    if weights is not None:
-        deviations = values - weighted_mean(values, weights)
-        values = deviations * (weights / weights.mean()).to(values)
-    return values.std() / len(values) ** 0.5
+def standard_error(values: Tensor, weights: Tensor) -> Tensor:
+    """Standard error of the mean of independent values (N,) with weights (N,)."""
+    deviations = values - weighted_mean(values, weights)
+    return (deviations * (weights / weights.mean()).to(values)).std() / len(values) ** 0.5
 
 
 def systematic(weights: Tensor, count: int) -> Tensor:
@@ -97,14 +91,6 @@ def systematic(weights: Tensor, count: int) -> Tensor:
     ends = weights.cumsum(0)
     places = (torch.arange(count, dtype=torch.float64) + 0.5) / count
     return torch.searchsorted(ends, places * ends[-1])
-
-
-def probe_error(first: Tensor, second: Tensor) -> Tensor:
-    """Standard error of the mean of `first` (N,) due to the probes; `second` has others.
-
-    Var(first − second) = 2 Var(first | noise).
-    """
-    return ((first - second).square().mean() / 2 / len(first)).sqrt()
 
 
 def importance_bound(bits: Tensor, d: int) -> Tensor:
@@ -148,6 +134,7 @@ def evaluate(
         parts.append({name: column.double().cpu() for name, column in columns.items()})
         nfe.append(by_piece)
     columns = {name: torch.cat([part[name] for part in parts], -1) for name in parts[0]}
+    weights = torch.ones_like(columns["bits_per_dim"]) if weights is None else weights
     return summarize(columns, torch.tensor(nfe, dtype=torch.float64), weights), columns
 
 
@@ -160,10 +147,11 @@ def evaluate_batch(
     noise_generators = sample_generators(index, seed, NOISE)
     probe_generators = sample_generators(index, seed, PROBES)
 
-    def with_noise(noise: Tensor) -> Batch:
-        return transform(x, index, c, noise).to(device)
+    def bits_with(noise: Tensor) -> Tensor:
+        batch = transform(x, index, c, noise).to(device)
+        return solve_and_measure(flow, batch, seed)[1].bits_per_dim
 
-    batch = with_noise(transform.noise(x, noise_generators))
+    batch = transform(x, index, c, transform.noise(x, noise_generators)).to(device)
     solution = flow.solve(batch.y, batch.c, probe_generators)
     measures = measure(flow, batch, solution)
     z = solution.state.z
@@ -177,17 +165,14 @@ def evaluate_batch(
         other = measure(flow, batch, flow.solve(batch.y, batch.c, probe_generators))
         columns["bits_per_dim_other_probes"] = other.bits_per_dim
     if transform.discrete:
-        bits = [measures.bits_per_dim]
-        for _ in range(noises - 1):  # the generators go on: other noise
-            other_noise = with_noise(transform.noise(x, noise_generators))
-            bits.append(solve_and_measure(flow, other_noise, seed)[1].bits_per_dim)
+        others = (transform.noise(x, noise_generators) for _ in range(noises - 1))
+        bits = [measures.bits_per_dim, *map(bits_with, others)]
         columns["bounds"] = importance_bound(torch.stack(bits), flow.d)
-        bin_centre = with_noise(torch.full(x.shape, 0.5))
-        columns["midpoint"] = solve_and_measure(flow, bin_centre, seed)[1].bits_per_dim
+        columns["midpoint"] = bits_with(torch.full(x.shape, 0.5))
     return columns, [piece.nfe_forward for piece in solution.pieces]
 
 
-def summarize(columns: dict[str, Tensor], nfe: Tensor, weights: Tensor | None = None) -> dict:
+def summarize(columns: dict[str, Tensor], nfe: Tensor, weights: Tensor) -> dict:
     """Columns (N,), evaluations `nfe` (batches, pieces), weights (N,) → plain numbers."""
     bits = columns["bits_per_dim"]
     total = nfe.sum(1)
@@ -212,7 +197,8 @@ def summarize(columns: dict[str, Tensor], nfe: Tensor, weights: Tensor | None = 
     if columns["jacobian"].isfinite().all():
         summary["jacobian"] = float(means["jacobian"])
     if (other := columns.get("bits_per_dim_other_probes")) is not None:
-        summary["standard_error_probes"] = float(probe_error(bits, other))
+        variance = (bits - other).square().mean() / 2  # Var(bits − other) = 2 Var(bits | noise)
+        summary["standard_error_probes"] = float((variance / len(bits)).sqrt())
     if (bounds := columns.get("bounds")) is not None:
         summary |= {
             "bound": float(means["bounds"][-1]),

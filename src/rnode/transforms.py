@@ -17,6 +17,8 @@ from rnode.seeding import NOISE, sample_generators
 
 VARIANCE_FLOOR = 1e-6  # share of the largest variance; directions with less are not scaled up
 
+Rows = tuple[Tensor, Tensor, Tensor]  # data x (B, *shape), their indices (B,) and c (B, k)
+
 
 class Batch(NamedTuple):
     """Transformed data: y (B, *shape), log|det dy/dx| (B,), index of each in its split (B,), and
@@ -77,7 +79,6 @@ class Dequantize:
     """
 
     def __init__(self, levels: int = 256):
-        require(levels >= 2, f"levels={levels}: must be at least 2")
         self.levels = levels
 
     def __call__(self, x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
@@ -163,12 +164,17 @@ class Column(NamedTuple):
         """Whether it holds whole numbers."""
         return self.unit == 1 and self.origin % 1 == 0
 
+    @property
+    def given_bounds(self) -> tuple[float, float] | None:
+        """The bounds of x, which are those of x + noise but for the unit."""
+        return self.bounds and (self.bounds[0], round(self.bounds[1] - self.unit, 9))
+
     def require_inside(self, x: Tensor) -> None:
         """Raise InputError unless this column takes the values x (N,)."""
         wrong = x[~self(x, torch.full_like(x, 0.5))[0].isfinite()]
-        low, high = self.bounds or (0.0, math.inf)
-        right = f"between {low:g} and {high - self.unit:g}" if self.bounds else "finite"
-        right = "positive, as its logarithm is modelled" if self.log else right
+        right = "positive, as its logarithm is modelled" if self.log else "finite"
+        if self.given_bounds:
+            right = "between {:g} and {:g}".format(*self.given_bounds)
         if self.integer and len(wrong) == 0:
             wrong = x[x != x.round()]
             right = "a whole number"

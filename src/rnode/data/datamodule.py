@@ -15,23 +15,14 @@ from rnode.data.conditions import Conditions
 from rnode.data.splits import Splits
 from rnode.errors import require
 from rnode.seeding import NOISE, step_generator
-from rnode.transforms import Batch, Column, ImageTransform, TableTransform, Transform
-
-# x (B, *shape), the index of each sample in its split (B,), and what it is conditioned on, c (B, k)
-Rows = tuple[Tensor, Tensor, Tensor]
-
-
-def given_bounds(column: Column) -> tuple[float, float] | None:
-    """Return the bounds of a column as the user has given them, without its unit."""
-    low, high = column.bounds or (0.0, 0.0)
-    return (low, round(high - column.unit, 9)) if column.bounds else None
+from rnode.transforms import Batch, ImageTransform, Rows, TableTransform, Transform
 
 
 def settings(shape: torch.Size, transform: Transform, context: list[str]) -> dict[str, Any]:
     """What data must have in common with those of a checkpoint, beside what was fitted."""
     options: Any = transform.state()
     if isinstance(transform, TableTransform):
-        options = {column.name: given_bounds(column) for column in transform.columns}
+        options = {column.name: column.given_bounds for column in transform.columns}
     return {"shape": list(shape), "transform": options, "context": context}
 
 
