@@ -13,7 +13,7 @@ from data_files import parts_of
 from rnode import InputError
 from rnode.data.datamodule import DataModule, EpochOrder
 from rnode.data.densities import DENSITIES, toy
-from rnode.data.images import digits, named_images, patches, reduce_images
+from rnode.data.images import digits, patches, reduce_images
 from rnode.data.splits import Splits, hold_out
 from rnode.seeding import NOISE, step_generator
 from rnode.transforms import Column, TableTransform
@@ -199,7 +199,6 @@ def test_data_that_are_not_finite_are_named(split):
     [
         (lambda: module(toy, name="moons", train=0).setup(), "the train split is empty"),
         (lambda: toy("moon"), "name=moon: must be one of eight_gaussians, moons"),
-        (lambda: named_images("MINST", ".", 32), "name=MINST: must be one of MNIST, FashionMNIST"),
         (lambda: digits(validation=1437), "validation=1437: must be 1 to 1436, out of 1437"),
         (lambda: reduce_images(torch.zeros(2, 1, 28, 28), 29), "resize=29: must be at most 28"),
     ],

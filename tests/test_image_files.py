@@ -84,11 +84,13 @@ def test_images_are_reduced_to_the_means_of_their_blocks():
     assert torch.equal(reduce_images(images, 28), images)
 
 
-@pytest.mark.parametrize("channels", [1, 3])
-def test_arrays_are_read_and_conditioned_on_their_labels(tmp_path, channels):
-    known = array_files(tmp_path, 6, channels)
-    if channels == 1:  # (N, H, W)
-        np.save(tmp_path / "val_images.npy", known["val_images"][..., 0])
+@pytest.mark.parametrize("order", ["grey", "channels last", "channels first"])
+def test_arrays_are_read_and_conditioned_on_their_labels(tmp_path, order):
+    known = array_files(tmp_path, 6, 1 if order == "grey" else 3)
+    for name in ("train", "val", "test"):
+        images = known[f"{name}_images"]
+        saved = {"grey": images[..., 0], "channels first": images.transpose(0, 3, 1, 2)}
+        np.save(tmp_path / f"{name}_images.npy", saved.get(order, images))
     splits = arrays(str(tmp_path), context="label")
     for name in ("train", "val", "test"):
         assert np.array_equal(getattr(splits, name).permute(0, 2, 3, 1), known[f"{name}_images"])

@@ -181,35 +181,52 @@ def test_missing_values_stop_a_run_or_are_left_out(word, tmp_path, capsys):
     table(path=str(path), columns=["a"])
 
 
+CITY = {"split_column": "city"}
+
+
 @pytest.mark.parametrize(
     ("cells", "options", "message"),
     [
         ([*A[1:], "about 5"], {}, "rows.csv: a is about 5 in row 59, no number"),
         ([*(f"${v}" for v in A[1:]), "€5"], {}, "rows.csv: a is €5 in row 59, with another"),
-        ([*(f"{v}" for v in A[1:]), "5%"], {}, "rows.csv: a is 5% in row 59, with another"),
         ([*(f"{v}%" for v in A[1:]), 5], {}, "rows.csv: a is 5 in row 59, with another sign"),
         (["x"] * N, {"columns": ["a"]}, "rows.csv: a is x in row 0, no number"),
         (A, {"columns": ["a", "a"]}, "columns=a: is there twice"),
         (A, {"columns": ["a", "b"], "context": ["b"]}, "b: is modelled, and context"),
         (A, {"columns": ["c"]}, "columns=c: must be among a, b"),
         (A, {"columns": ["b"], "integer": ["b"]}, "b=.*: must be a whole number"),
+        (A, {"logit": {"b": [0.2, 0.3]}}, "must be between 0.2 and 0.3"),
+        (A, {"log": ["b"], "logit": {"b": [-9e9, 9e9]}}, "log=b: must be among a"),
+        (A, {"test": 60}, "test=60: must be 1 to 59, out of 60 samples"),
+        (A, CITY, r"split_column=city: holds \['oslo'\], not train, val and test"),
         ([1.5] * N, {"columns": ["a"]}, "no column varies in the training split"),
+        (A[:3], {}, "rows.csv: 3 rows are too few"),
+        ([], {}, "rows.csv: holds no rows"),
     ],
 )
 def test_what_cannot_be_modelled_is_named(cells, options, message, tmp_path):
     path = tmp_path / "rows.csv"
-    path.write_text(csv([cells, B]))
+    n = len(cells)
+    path.write_text(csv([cells, B[:n], ["Oslo"] * n], "a,b,city"))
     with pytest.raises(InputError, match=message):
         table(path=str(path), **options).fit()
 
 
-@pytest.mark.parametrize("rows", [0, 3])
-def test_too_few_rows_are_one_line(rows, capsys):
-    with open("rows.csv", "w") as file:
-        file.write("\n".join(csv([A, B]).split("\n")[: rows + 1]))
-    line, code = refused(capsys, "train", "dataset=table", "dataset.path=rows.csv", *SHORT)
-    assert ("holds no rows" if rows == 0 else "are too few") in line
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("none.csv", "none.csv: there is no such file"),
+        ("rows.txt", "rows.txt: must end in one of .csv, .tsv"),
+        ("broken.parquet", "broken.parquet: cannot be read"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_one_line(name, message, capsys):
+    for file in ("rows.txt", "broken.parquet"):
+        Path(file).write_text("x")
+    line, code = refused(capsys, "train", "dataset=table", f"dataset.path={name}", *SHORT)
+    assert message in line
     assert code == 2
+    assert not list(Path().rglob("*.ckpt"))
 
 
 CHANGES = {

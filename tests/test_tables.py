@@ -11,8 +11,8 @@ from scipy import stats
 
 import rnode
 from data_files import parts_of
-from helpers import call, refused
-from rnode.data.tables import READERS, table
+from helpers import call
+from rnode.data.tables import table
 from rnode.transforms import Column, TableTransform
 
 ROWS = 500
@@ -120,29 +120,6 @@ def test_rounded_columns_are_dequantized_and_misleading_ones_are_named(tmp_path,
     torch.testing.assert_close(x[:, :7], splits.test[:, :7], rtol=1e-4, atol=1e-4)
     splits = table(path=str(path), integer=["age"])
     assert [column.name for column in splits.transform.columns if column.unit] == ["age"]
-
-
-BAD = {
-    "dataset.path=none.csv": "none.csv: there is no such file",
-    "dataset.path=rows.txt": f"rows.txt: must end in one of {', '.join(READERS)}",
-    "dataset.path=broken.parquet": "broken.parquet: cannot be read",
-    "dataset.logit={share:[0.2,0.3]}": "must be between 0.2 and 0.3",
-    "dataset.split_column=city": "split_column=city: holds ['bonn', 'oslo'], not train, val",
-    "dataset.test=600": "test=600: must be 1 to 499, out of 500 samples",
-    "dataset.log=[share] dataset.logit={share:[0,1]}": "log=share: must be among height",
-}
-
-
-@pytest.mark.parametrize("overrides", BAD)
-def test_a_users_mistake_is_one_line(frame, tmp_path, capsys, overrides):
-    frame.write_csv("rows.csv")
-    (tmp_path / "rows.txt").write_text("x")
-    (tmp_path / "broken.parquet").write_text("x")
-    path = [] if "path=" in overrides else ["dataset.path=rows.csv"]
-    line, code = refused(capsys, "train", "dataset=table", *path, *overrides.split(), *QUIET)
-    assert BAD[overrides] in line
-    assert code == 2
-    assert not list(tmp_path.rglob("*.ckpt"))
 
 
 @pytest.mark.slow  # trains for half a minute

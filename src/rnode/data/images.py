@@ -1,6 +1,5 @@
 """Data sets of images."""
 
-import contextlib
 import gzip
 import itertools
 import zlib
@@ -60,26 +59,25 @@ def named_images(name: str, root: str, resize: int, **options: Any) -> Splits:
     also found in `root` itself, gzipped or plain.
     """
     require_choice("name", name, FILES)
-    load = load_cifar10 if name == "CIFAR10" else load_idx
+    folder = Path(root).expanduser()
     images, labels = {}, {}
-    for part in ("train", "test"):
-        x, labels[part] = load(name, Path(root).expanduser(), part)
-        images[part] = reduce_images(x, resize)
+    for split in ("train", "test"):
+        x, labels[split] = find_idx(name, folder, split) or from_torchvision(name, folder, split)
+        images[split] = reduce_images(x, resize)
     return image_splits(images, labels, **options)
 
 
-def load_idx(name: str, root: Path, part: str) -> tuple[Tensor, np.ndarray]:
-    """Return images (N, 1, H, W) of IDX files, and their labels; missing files are downloaded."""
-    stem = {"train": "train", "test": "t10k"}[part]
+def find_idx(name: str, root: Path, split: str) -> tuple[Tensor, np.ndarray] | None:
+    """Return images (N, 1, H, W) of IDX files and their labels, if there are such files."""
+    stem = {"train": "train", "test": "t10k"}[split]
     for folder, ending in itertools.product((root, root / name / "raw"), ("", ".gz")):
         path = folder / f"{stem}-images-idx3-ubyte{ending}"
         beside = folder / f"{stem}-labels-idx1-ubyte{ending}"
-        if path.is_file():
+        if FILES[name] == IDX and path.is_file():
             images = read_idx(path)[:, None]
             labels = read_idx(beside).numpy() if beside.is_file() else np.full(len(images), "")
             return images, labels
-    known = from_torchvision(name, root, part)
-    return known.data[:, None], known.targets.numpy()
+    return None
 
 
 def read_idx(path: Path) -> Tensor:
@@ -96,25 +94,22 @@ def read_idx(path: Path) -> Tensor:
         raise InputError(f"{path}: {reason}; once deleted, it is downloaded again") from None
 
 
-def load_cifar10(name: str, root: Path, part: str) -> tuple[Tensor, np.ndarray]:
-    """Return images (N, 3, 32, 32) and the names of their classes."""
-    known = from_torchvision(name, root, part)
-    classes = np.array(known.classes)[known.targets]
-    return torch.from_numpy(known.data).permute(0, 3, 1, 2), classes
-
-
-def from_torchvision(name: str, root: Path, part: str) -> Any:
-    """Return torchvision's training or test images; download them if `root` lacks them."""
-    dataset = partial(getattr(datasets, name), root, train=part == "train")
-    with contextlib.suppress(RuntimeError):  # a file is missing or has a wrong checksum
-        return dataset()
+def from_torchvision(name: str, root: Path, split: str) -> tuple[Tensor, np.ndarray]:
+    """Return images and labels as torchvision reads them; download them if `root` lacks them."""
+    load = partial(getattr(datasets, name), root, train=split == "train")
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        with FileLock(root / "download.lock"):  # one process downloads what the others then find
-            return dataset(download=True)
-    except (OSError, RuntimeError) as error:  # no network or permission, or a wrong checksum
-        reason = f"is missing or damaged, and downloading it failed ({one_line(error)})"
-        raise InputError(f"{root}: {name} {reason}; put the files there: {FILES[name]}") from None
+        known = load()
+    except RuntimeError:  # a file is missing or has a wrong checksum
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            with FileLock(root / "download.lock"):  # one process downloads what others then find
+                known = load(download=True)
+        except (OSError, RuntimeError) as error:  # no network or permission, or a wrong checksum
+            failed = f"{name} is missing or damaged, and downloading it failed ({one_line(error)})"
+            raise InputError(f"{root}: {failed}; put the files there: {FILES[name]}") from None
+    if FILES[name] == IDX:
+        return known.data[:, None], known.targets.numpy()
+    return torch.from_numpy(known.data).movedim(3, 1), np.array(known.classes)[known.targets]
 
 
 def reduce_images(images: Tensor, side: int) -> Tensor:

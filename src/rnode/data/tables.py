@@ -280,19 +280,17 @@ def as_frame(rows: Any, names: list[str] | None = None, where: str = "rows") -> 
     if hasattr(rows, "to_pydict"):  # of pyarrow
         rows = pl.DataFrame(rows)
     if isinstance(rows, pl.DataFrame):
-        pairs = zip(rows.columns, rows.get_columns(), strict=True)
-    elif hasattr(rows, "items"):  # of pandas, or a dictionary
-        pairs = rows.items()
-    else:
+        rows = rows.to_dict()
+    if not hasattr(rows, "items"):  # which pandas and dictionaries have
         array = as_array(rows)
         require(array.ndim == 2, f"{where}: are {array.shape}; must be (N, d)")
         default = [f"column_{i}" for i in range(array.shape[1])]
         names = default if names is None or set(names) <= set(default) else names
         right = f"must have {len(names)}: {listed(names)}"
         require(array.shape[1] == len(names), f"{where}: {array.shape[1]} columns; {right}")
-        pairs = zip(names, array.T, strict=True)
+        rows = dict(zip(names, array.T, strict=True))
     columns: dict[str, pl.Series] = {}
-    for name, values in pairs:
+    for name, values in rows.items():
         name = str(name).strip()
         require(name not in columns, f"{where}: two columns have the name {name}")
         columns[name] = to_column(values)
