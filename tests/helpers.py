@@ -24,6 +24,7 @@ ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}  # sums then have one order o
 
 RK4 = Method("rk4")
 DOPRI5 = Method("dopri5")
+TIGHT = Method("dopri5", rtol=1e-9, atol=1e-9)
 
 QUICK = ["model.hidden=4", "trainer.max_epochs=1", "trainer.enable_progress_bar=false"]
 QUICK += ["optimizer.lr=4e-3", "warmup_steps=0", "decay=false"]
@@ -32,6 +33,8 @@ TWO_STEPS = [
     *("trainer.limit_test_batches=1", "trainer.log_every_n_steps=1"),
     *("dataset.batch_size=4", "dataset.eval_batch_size=4", "logger.wandb.mode=disabled"),
 ]
+SHORT = ["trainer.max_epochs=1", "model.hidden=4", "logger=csv", "trainer.accelerator=cpu"]
+SHORT += ["trainer.enable_progress_bar=false", "callbacks.figures.every_n_epochs=99"]  # a table
 EPOCHS = [  # of two steps, each validated
     *(*TWO_STEPS, "trainer.max_steps=-1", "trainer.limit_train_batches=2"),
     "callbacks.interval=null",

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
+from helpers import TIGHT
 from rnode import Field, Flow, InputError, Method, Piece, Probes, Solver, TimeLinear
 from rnode.data.conditions import Conditions, Label, Numeric
 
-TIGHT = Method("dopri5", rtol=1e-9, atol=1e-9)
 GRID = Method("rk4", steps=100)
 RADAU = Method("rk4", "radau", steps=24)
 

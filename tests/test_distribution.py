@@ -12,10 +12,9 @@ from torch.distributions import (
     TransformedDistribution,
 )
 
-from helpers import ROOT, make_flow
+from helpers import ROOT, TIGHT, make_flow
 from rnode import Method, Mixture, Probes, VariationalDequantization
 
-TIGHT = Method("dopri5", rtol=1e-9, atol=1e-9)
 EXACT = {"divergence": "exact", "test": TIGHT}
 
 

@@ -5,14 +5,13 @@ import math
 import pytest
 import torch
 
-from helpers import RK4, Linear, close, make_flow, no_c
+from helpers import RK4, TIGHT, Linear, close, make_flow, no_c
 from rnode import Diverged, Field, Flow, Method, Piece, Probes, Solver, TimeLinear, log_normal, mlp
 from rnode.evaluation import MEAN, WORST, agreeing_grid, evaluate, standard_error
 from rnode.transforms import Column, ImageTransform, TableTransform
 
 LEVELS, ALPHA = 4, 0.05
 GREY = ImageTransform(LEVELS, ALPHA)
-TIGHT = Method("dopri5", rtol=1e-9, atol=1e-9)
 A = torch.tensor([[0.3, 0.8], [-0.5, 0.1]], dtype=torch.float64)
 NORMAL = torch.distributions.Normal(0.0, 1.0)
 

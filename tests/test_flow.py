@@ -3,12 +3,11 @@ import math
 import pytest
 import torch
 
-from helpers import DOPRI5, RK4, close, make_flow
+from helpers import DOPRI5, RK4, TIGHT, close, make_flow
 from plain import PlainFlow
 from rnode import Method, Probes, Solver, log_normal, mlp, multiscale, objective
 from rnode.errors import Diverged, InputError
 
-TIGHT = Method("dopri5", rtol=1e-9, atol=1e-9)
 SOLVER = Solver(RK4, DOPRI5)
 
 

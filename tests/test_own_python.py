@@ -16,11 +16,10 @@ import pytest
 import torch
 
 import rnode
+from helpers import SHORT
 from rnode import InputError
 
 pytestmark = pytest.mark.usefixtures("blank_figures")
-SHORT = ["trainer.max_epochs=1", "model.hidden=4", "logger=csv", "trainer.accelerator=cpu"]
-SHORT += ["trainer.enable_progress_bar=false", "callbacks.figures.every_n_epochs=99"]
 N = 60
 X = np.random.default_rng(0).normal(size=(N, 2)).astype(np.float32).astype(float)
 FLAGS = np.arange(N) % 2 == 0

@@ -12,13 +12,11 @@ import pytest
 import torch
 
 import rnode
-from helpers import call, refused
+from helpers import SHORT, call, refused
 from rnode import InputError
 from rnode.data.tables import read_table, table
 
 pytestmark = pytest.mark.usefixtures("blank_figures")
-SHORT = ["trainer.max_epochs=1", "model.hidden=4", "logger=csv", "trainer.accelerator=cpu"]
-SHORT += ["trainer.enable_progress_bar=false", "callbacks.figures.every_n_epochs=99"]
 N = 60
 
 

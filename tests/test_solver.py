@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torchdiffeq import odeint
 
-from helpers import DOPRI5, RK4, Linear, close, make_flow, no_c
+from helpers import DOPRI5, RK4, TIGHT, Linear, close, make_flow, no_c
 from rnode import (
     Dynamics,
     InputError,
@@ -28,7 +28,6 @@ A = torch.tensor([[-0.3, 0.8, 0.1], [-0.5, 0.2, 0.4], [0.3, -0.2, 0.5]], dtype=t
 SIMPSON, RADAU = (Method("rk4", integrals, steps=4) for integrals in ("simpson", "radau"))
 SIMPSON_8, RADAU_8 = (Method("rk4", integrals, steps=8) for integrals in ("simpson", "radau"))
 FINE = Method("rk4", steps=64)
-TIGHT = Method("dopri5", rtol=1e-9, atol=1e-9)
 FIXED = [RK4, SIMPSON, RADAU]
 
 
