@@ -101,3 +101,8 @@ def test_a_column_takes_its_own_values_alone(options, inside, outside, message):
     column.require_inside(torch.tensor([inside, inside], dtype=torch.float64))
     with pytest.raises(InputError, match=message):
         column.require_inside(torch.tensor([inside, outside], dtype=torch.float64))
+
+
+def test_an_alpha_out_of_range_is_refused():
+    with pytest.raises(InputError, match="alpha=0.5: must be between 0 and 0.5"):
+        Logit(0.5)
