@@ -236,7 +236,7 @@ def test_weights_of_a_file_count_in_training_validation_and_evaluation(run, tmp_
         (np.full(N, np.nan), "missing or infinite in sample_weight"),
         (np.ones(3), "X: must hold columns of one length"),
         ("c", "weight=c: must be among a, b"),
-        ("a", "a: is modelled, and context, weight or split_column"),
+        ("a", "columns=a: must be among b"),
     ],
 )
 def test_weights_that_cannot_be_used_are_named(weights, message):

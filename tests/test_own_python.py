@@ -114,7 +114,7 @@ def test_samples_are_new_unless_a_seed_is_given(density):
     [
         ({"columns": "a"}, "^columns=a: Input should be a"),
         ({"columns": ["a", "a"]}, "^columns=a: is there twice"),
-        ({"columns": ["a", "flag"], "context": ["flag"]}, "^flag: is modelled, and context"),
+        ({"columns": ["a", "flag"], "context": ["flag"]}, "^columns=flag: must be among a, b"),
         ({"columns": ["hole", "a"]}, r"in hole \(1\); missing='drop' leaves"),
         ({"columns": ["a"], "context": ["day"]}, "^context=day: must be among a, b, hole, flag"),
         ({"missing": "dropp"}, "^missing=dropp: Input should be 'stop' or 'drop'"),

@@ -190,7 +190,7 @@ CITY = {"split_column": "city"}
         ([*(f"{v}%" for v in A[1:]), 5], {}, "rows.csv: a is 5 in row 59, with another sign"),
         (["x"] * N, {"columns": ["a"]}, "rows.csv: a is x in row 0, no number"),
         (A, {"columns": ["a", "a"]}, "columns=a: is there twice"),
-        (A, {"columns": ["a", "b"], "context": ["b"]}, "b: is modelled, and context"),
+        (A, {"columns": ["a", "b"], "context": ["b"]}, "columns=b: must be among a, city"),
         (A, {"columns": ["c"]}, "columns=c: must be among a, b"),
         (A, {"columns": ["b"], "integer": ["b"]}, "b=.*: must be a whole number"),
         (A, {"logit": {"b": [0.2, 0.3]}}, "must be between 0.2 and 0.3"),

@@ -52,12 +52,10 @@ def table(
     usable = frame.select(cs.numeric(), cs.string(), cs.boolean()).columns
     labels = choose("context", context, usable)
     given = [*labels, *split, *weighing]
-    names = choose("columns", columns, frame.columns) or numeric(frame.drop(given), file)
-    both = [name for name in names if name in given]
-    naming = "context, weight or split_column"
-    require(not both, f"{listed(both)}: is modelled, and {naming} names it too")
+    rest = frame.drop(given)
+    names = choose("columns", columns, rest.columns) or numeric(rest, file)
     x = numbers(frame, [*names, *weighing], file)
-    others = [f"{c.name or 'no name'} ({c.dtype})" for c in frame.drop(names, given)]
+    others = [f"{c.name or 'no name'} ({c.dtype})" for c in rest.drop(names)]
     words = f"{file}: {len(frame)} rows; modelled: {listed(names)}"
     print(f"{words}; given: {listed(given)}" if given else words)
     if others:
@@ -69,17 +67,14 @@ def table(
         require(low >= 0 and high > 0, f"weight={name}: is {low:g} to {high:g}; {right}")
         frame = frame.filter(pl.col(name) > 0)
     require(len(frame) > 3, f"{file}: {len(frame)} rows are too few")
-    grids = dict.fromkeys(choose("integer", integer, names), (1.0, 0.0))
-    grids = grids_of(frame[names], file) if integer is None else grids
+    rounded = dict.fromkeys(choose("integer", integer, names), (1.0, 0.0))
+    rounded = grids_of(frame[names], file) if integer is None else rounded
+    grids = dict.fromkeys(names, (0.0, 0.0)) | rounded  # the unit and the origin of each column
     logit, bounds = logit or {}, {}
     for name, (low, high) in zip(choose("logit", logit, names), logit.values(), strict=True):
-        unit, _ = grids.get(name, (0.0, 0.0))
-        bounds[name] = (float(low), float(high) + unit)  # x + noise is below x + unit
+        bounds[name] = (float(low), float(high) + grids[name][0])  # x + noise is below x + unit
     logs = choose("log", log, [name for name in names if name not in bounds])
-    continuous = (0.0, 0.0)
-    modelled = [
-        Column(name, *grids.get(name, continuous), name in logs, bounds.get(name)) for name in names
-    ]
+    modelled = [Column(name, *grids[name], name in logs, bounds.get(name)) for name in names]
     rows = split_rows(frame[split[0]]) if split else {"train": np.arange(len(frame))}
     rows = hold_out(rows, count_of(validation, len(frame)), test)
     frames = [frame[rows[name]] for name in SPLIT_NAMES]
