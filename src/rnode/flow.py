@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributions import Distribution, constraints
 
@@ -98,8 +99,7 @@ class Squeeze(nn.Module):
     """x (B, C, H, W) → (B, 4C, H/2, W/2)."""
 
     def forward(self, x: Tensor, factored: list[Tensor]) -> Tensor:
-        blocks = x.unflatten(3, (-1, 2)).unflatten(2, (-1, 2))  # (B, C, H/2, 2, W/2, 2)
-        return blocks.movedim((3, 5), (2, 3)).flatten(1, 3)
+        return F.pixel_unshuffle(x, 2)
 
 
 class FactorOut(nn.Module):
