@@ -29,7 +29,7 @@ from common import (
     write_record,
 )
 from plain import PlainFlow, PlainNet, PlainODE, unsqueeze
-from rnode import Flow, Method, Piece, Solver, Squeeze
+from rnode import Flow, Method, Solver, Squeeze
 from rnode.app.processes import prepare_process
 from rnode.evaluation import COMPARED, agreeing_grid
 
@@ -82,12 +82,8 @@ def main() -> None:
 def plain_inverse(plain: PlainFlow, flow: Flow, z: torch.Tensor, keywords: dict) -> torch.Tensor:
     """z (B, d) → x (B, *shape) by the plain recipe."""
     zero, t = z.new_zeros(len(z)), torch.tensor([1.0, 0.0], device=DEVICE)
-    x, factored = torch.empty(1, *flow.shape, device="meta"), []
-    for layer in flow.layers:
-        x = x if isinstance(layer, Piece) else layer(x, factored)
-    shapes = [part.shape[1:] for part in (*factored, x)]
-    parts = z.split([shape.numel() for shape in shapes], dim=1)
-    *factored, z = (part.unflatten(1, s) for part, s in zip(parts, shapes, strict=True))
+    parts = z.split([shape.numel() for shape in flow.z_shapes], dim=1)
+    *factored, z = (part.unflatten(1, s) for part, s in zip(parts, flow.z_shapes, strict=True))
     for layer in reversed(plain.layers):
         if isinstance(layer, PlainNet):
             ode = PlainODE(layer, torch.randn_like(z))

@@ -3,9 +3,9 @@ import math
 import pytest
 import torch
 
-from helpers import DOPRI5, RK4, TIGHT, close, make_flow
+from helpers import DOPRI5, RK4, TIGHT, Linear, close, make_flow
 from plain import PlainFlow
-from rnode import Method, Probes, Solver, log_normal, mlp, multiscale, objective
+from rnode import Flow, Method, Piece, Probes, Solver, log_normal, mlp, multiscale, objective
 from rnode.errors import Diverged, InputError
 
 SOLVER = Solver(RK4, DOPRI5)
@@ -78,6 +78,22 @@ def test_log_prob_of_the_multiscale_flow_against_slogdet_of_its_full_jacobian():
     log_q = log_normal(flow(x).z)
     assert ((log_prob - log_q).abs() > 0.01).all()
     torch.testing.assert_close(log_prob, log_q + log_det, rtol=1e-6, atol=1e-6)
+
+
+def test_the_gaussian_that_a_linear_flow_models():
+    """z = e^A x with z normal: x is normal with covariance e^−A e^−Aᵀ, of known log-density."""
+    A = torch.tensor([[0.5, 0.3], [-0.2, -0.4]], dtype=torch.float64)
+    flow = Flow((2,), [Piece(Linear(A))], Solver(RK4, TIGHT), Probes("exact")).eval()
+    spread = torch.matrix_exp(-A)
+    covariance = spread @ spread.T
+    gaussian = torch.distributions.MultivariateNormal(torch.zeros(2).double(), covariance)
+    x = torch.randn(100, 2, dtype=torch.float64)
+    torch.testing.assert_close(flow.log_prob(x), gaussian.log_prob(x), rtol=1e-8, atol=1e-8)
+    assert close(flow.sample(40000).T.cov(), covariance, 0.03)
+    assert close(flow.sample(40000, temperature=0.5).T.cov(), covariance / 4, 0.03)
+    frames = flow.trajectory(x, intervals=4)
+    expected = torch.stack([x @ torch.matrix_exp(-A * k / 4).T for k in range(5)])
+    torch.testing.assert_close(frames, expected, rtol=1e-7, atol=1e-7)
 
 
 STEPS_16 = Method("rk4", steps=16), {"method": "rk4", "options": {"step_size": 1 / 16}}

@@ -89,36 +89,49 @@ class Piece(nn.Module):
 
 
 class Flatten(nn.Module):
-    """x (B, *shape) → (B, d)."""
+    """z (B, *shape) → (B, d)."""
 
-    def forward(self, x: Tensor, factored: list[Tensor]) -> Tensor:
-        return x.flatten(1)
+    def __init__(self, shape: Sequence[int]):
+        super().__init__()
+        self.shape = torch.Size(shape)
+
+    def forward(self, z: Tensor, factored: list[Tensor]) -> Tensor:
+        return z.flatten(1)
+
+    def inverse(self, z: Tensor, factored: list[Tensor]) -> Tensor:
+        return z.unflatten(1, self.shape)
 
 
 class Squeeze(nn.Module):
-    """x (B, C, H, W) → (B, 4C, H/2, W/2)."""
+    """z (B, C, H, W) → (B, 4C, H/2, W/2)."""
 
-    def forward(self, x: Tensor, factored: list[Tensor]) -> Tensor:
-        return F.pixel_unshuffle(x, 2)
+    def forward(self, z: Tensor, factored: list[Tensor]) -> Tensor:
+        if len(z) == 0:  # F.pixel_unshuffle would give another shape
+            return z.reshape(0, 4 * z.shape[1], z.shape[2] // 2, z.shape[3] // 2)
+        return F.pixel_unshuffle(z, 2)
+
+    def inverse(self, z: Tensor, factored: list[Tensor]) -> Tensor:
+        return F.pixel_shuffle(z, 2)
 
 
 class FactorOut(nn.Module):
-    """x (B, C, H, W) → its first C/2 channels; the others are appended to `factored`."""
+    """z (B, C, H, W) → its first C/2 channels; the others are appended to `factored`."""
 
-    def forward(self, x: Tensor, factored: list[Tensor]) -> Tensor:
-        x, half = x.chunk(2, dim=1)
+    def forward(self, z: Tensor, factored: list[Tensor]) -> Tensor:
+        z, half = z.chunk(2, dim=1)
         factored.append(half)
-        return x
+        return z
+
+    def inverse(self, z: Tensor, factored: list[Tensor]) -> Tensor:
+        return torch.cat([z, factored.pop()], dim=1)
 
 
 Layer = VariationalDequantization | Piece | Flatten | Squeeze | FactorOut
+SHAPE_PRESERVING = (VariationalDequantization, Piece)
 
 
 class Flow(nn.Module):
     """An invertible map x (B, *shape) ↔ z (B, d) with a density, equations (2) and (4).
-
-    Each piece moves some entries of x, which the layers before it choose and arrange. The order in
-    which the entries become z is that of their factoring out.
 
     A flow of k > 0 conditions models p(x | c): its methods then need c, one for all samples (k,) or
     one for each (B, k).
@@ -152,6 +165,8 @@ class Flow(nn.Module):
         self.solver = solver
         self.probes = probes
         self.test_probes = probes  # in evaluation mode
+        parts = self._arrange(torch.empty(1, *shape, device="meta"))
+        self.z_shapes = [part.shape[1:] for part in parts]  # of the parts of z, in order
 
     @property
     def d(self) -> int:
@@ -189,26 +204,28 @@ class Flow(nn.Module):
         """
         fits = x.shape[1:] == self.shape
         require(fits, f"x of shape {tuple(x.shape)}: must be (B, {str(tuple(self.shape))[1:]}")
+        z = self._to_state(x)
         c = self._conditions(c, x).expand(len(x), -1)
-        x, l, E, n = State.initial(self._to_state(x))
+        _, l, E, n = State.initial(z)
+        factored = []
         solutions = []
-        for layer, place in self._places(x.device)[0]:
-            part = take(x, place)
-            if isinstance(layer, Piece):
+        for layer in self.layers:
+            if isinstance(layer, VariationalDequantization):
+                z, dl = layer(z)
+                l = l + dl
+            elif isinstance(layer, Piece):
                 exact = has_divergence(layer.field) and not self.training
-                eps = self._sample_probes(part, exact, generators)
+                eps = self._sample_probes(z, exact, generators)
                 try:
-                    solution = layer(part, c, eps, self.method, self.solver.gradient, integrate)
+                    solution = layer(z, c, eps, self.method, self.solver.gradient, integrate)
                 except Diverged as error:
                     raise Diverged(f"{error} in piece {len(solutions) + 1}") from None
-                part, dl, dE, dn = solution.state
-                E, n = E + dE, n + (math.nan if exact else dn)
+                z, dl, dE, dn = solution.state
+                l, E, n = l + dl, E + dE, n + (math.nan if exact else dn)
                 solutions.append(solution)
             else:
-                part, dl = layer(part)
-            l = l + dl
-            x = put(x, place, part)
-        z = self.as_z(x)
+                z = layer(z, factored)
+        z = flatten([*factored, z])
         return Solution(State(z, l, E, n), self.base.log_prob(z, c), solutions)
 
     def inverse(self, z: Tensor, c: Tensor | None = None) -> Tensor:
@@ -227,27 +244,25 @@ class Flow(nn.Module):
     ) -> tuple[list[Tensor], int]:
         """The frames of `trajectory`, and the evaluations of f, summed over the pieces."""
         c = self._conditions(c, z).expand(len(z), -1)
-        frames = [self.as_x(z)]
+        z, factored = self._split(z)
+        frames = [self._rearrange(z, factored, len(self.layers))]
         nfe = 0
-        for layer, place in reversed(self._places(z.device)[0]):
+        for i, layer in reversed(list(enumerate(self.layers))):
             if isinstance(layer, Piece):
-                start = take(frames[-1], place)
-                path, evaluations = layer.inverse(start, c, self.method, intervals)
-                frames += [put(frames[-1], place, z_t) for z_t in path[1:]]
-                nfe += evaluations
+                path, evaluations = layer.inverse(z, c, self.method, intervals)
+                frames += [self._rearrange(z_t, factored, i) for z_t in path[1:]]
+                z, nfe = path[-1], nfe + evaluations
             else:
-                frames = [put(x, place, layer.inverse(take(x, place))) for x in frames]
+                z = layer.inverse(z, factored)
         return frames, nfe
 
     def as_z(self, x: Tensor) -> Tensor:
         """x (B, *shape) → (B, d): z with every piece the identity."""
-        return take(x, self._places(x.device)[1])
+        return flatten(self._arrange(x))
 
     def as_x(self, z: Tensor) -> Tensor:
         """z (B, d) → (B, *shape): the inverse with every piece the identity."""
-        require(z.shape[1:] == (self.d,), f"z of shape {tuple(z.shape)}: must be (B, {self.d})")
-        order = self._places(z.device)[1]
-        return take(self._to_state(z), order.argsort().view(self.shape))
+        return self._rearrange(*self._split(z), len(self.layers))
 
     def log_prob(self, x: Tensor, c: Tensor | None = None) -> Tensor:
         """x (*batch, *shape), c (*batch, k) → log p(x | c) in nats, (4), (*batch).
@@ -282,36 +297,44 @@ class Flow(nn.Module):
         batch, c = self._batch_of_samples(batch, c)
         z = self.base.sample(c)
         log_prob = self.base.log_prob(z, c)
-        x = self.as_x(z)
-        for layer, place in reversed(self._places(z.device)[0]):
-            part = take(x, place)
+        z, factored = self._split(z)
+        for layer in reversed(self.layers):
             if isinstance(layer, Piece):
-                eps = self._sample_probes(part, has_divergence(layer.field))
+                eps = self._sample_probes(z, has_divergence(layer.field))
                 dynamics = Reversed(layer.field, c, eps)
-                part, l, _, _ = integrate(dynamics, part, self.method, self.solver.gradient)
+                z, l, _, _ = integrate(dynamics, z, self.method, self.solver.gradient)
+                log_prob = log_prob + l
             else:
-                part = layer.inverse(part)
-                l = layer(part)[1]
-            x = put(x, place, part)
-            log_prob = log_prob + l
-        return x.reshape(*batch, *self.shape), log_prob.reshape(batch)
+                z = layer.inverse(z, factored)
+            if isinstance(layer, VariationalDequantization):
+                log_prob = log_prob + layer(z)[1]
+        return z.reshape(*batch, *self.shape), log_prob.reshape(batch)
 
     def distribution(self, c: Tensor | None = None) -> "FlowDistribution":
         """c (*batch, k) → p(x | c), one of torch.distributions."""
         return FlowDistribution(self, c)
 
-    def _places(
-        self, device: torch.device
-    ) -> tuple[list[tuple[Piece | VariationalDequantization, Tensor]], Tensor]:
-        """The layers that move entries of x, with their places in x; the places of z's entries."""
-        x = torch.arange(self.d, device=device).view(1, *self.shape)
-        factored, places = [], []
+    def _arrange(self, x: Tensor) -> list[Tensor]:
+        """x (B, *shape) → the parts of z in order, with every piece the identity."""
+        factored = []
         for layer in self.layers:
-            if isinstance(layer, Piece | VariationalDequantization):
-                places.append((layer, x[0]))
-            else:
-                x = layer(x, factored)
-        return places, torch.cat([part.flatten() for part in (*factored, x)])
+            x = x if isinstance(layer, SHAPE_PRESERVING) else layer(x, factored)
+        return [*factored, x]
+
+    def _split(self, z: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """z (B, d) → what the last layer returned, and the parts that were factored out."""
+        require(z.shape[1:] == (self.d,), f"z of shape {tuple(z.shape)}: must be (B, {self.d})")
+        parts = self._to_state(z).split([*map(math.prod, self.z_shapes)], dim=1)
+        pairs = zip(parts, self.z_shapes, strict=True)
+        *factored, z = (part.unflatten(1, shape) for part, shape in pairs)
+        return z, factored
+
+    def _rearrange(self, z: Tensor, factored: list[Tensor], end: int) -> Tensor:
+        """Undo the layers before `end`, with every piece the identity."""
+        factored = list(factored)
+        for layer in reversed(self.layers[:end]):
+            z = z if isinstance(layer, Piece) else layer.inverse(z, factored)
+        return z
 
     def _sample_probes(self, z: Tensor, exact: bool, generators=None) -> Tensor:
         """The probes of a piece that starts at z (B, *shape); none of an `exact` divergence."""
@@ -375,11 +398,6 @@ class FlowDistribution(Distribution):
         return self.flow.rsample_and_log_prob((*sample_shape, *self.batch_shape), self.c)[0]
 
 
-def take(x: Tensor, place: Tensor) -> Tensor:
-    """x (B, …) → its entries at `place` (*shape), which counts those of a sample: (B, *shape)."""
-    return x.flatten(1).index_select(1, place.flatten()).unflatten(1, place.shape)
-
-
-def put(x: Tensor, place: Tensor, values: Tensor) -> Tensor:
-    """x (B, …) with values (B, *shape) at `place` (*shape)."""
-    return x.flatten(1).index_copy(1, place.flatten(), values.flatten(1)).view_as(x)
+def flatten(parts: list[Tensor]) -> Tensor:
+    """Tensors (B, …) → one (B, d)."""
+    return torch.cat([part.flatten(1) for part in parts], dim=1)

@@ -68,7 +68,7 @@ def mlp(
 ) -> Flow:
     """Dense pieces, for vectors; images are flattened. Arguments as for `multiscale`."""
     require(len(shape) > 0 and min(shape) >= 1, f"shape={list(shape)}: must be positive sizes")
-    flow: list[Layer] = [Flatten()] if len(shape) > 1 else []
+    flow: list[Layer] = [Flatten(shape)] if len(shape) > 1 else []
     d = math.prod(shape)
     sizes = [d, *[hidden] * (layers - 1), d]
     flow += [Piece(Field(TimeLinear, sizes, k)) for _ in range(pieces)]

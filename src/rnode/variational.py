@@ -41,7 +41,7 @@ class VariationalDequantization(nn.Module):
         (_, before), (y, after) = (self.logit((x + part) / self.levels) for part in (v, u))
         return y, log_det.flatten(1).sum(1) + after - before
 
-    def inverse(self, y: Tensor) -> Tensor:
+    def inverse(self, y: Tensor, factored: list[Tensor]) -> Tensor:
         """y of u → y of uniform noise, (B, *shape)."""
         x, u, a, b = self._split(y)
         v = ((u.logit() - a) * (-b).exp()).sigmoid().clamp(MARGIN, 1 - MARGIN)
