@@ -36,6 +36,8 @@ ITERATIONS = 40  # of expectation maximization
 TOLERANCE = 1e-2  # of the log-likelihood, in nats, at which it ends
 RIDGE = 1e-3  # added to the variances of a component; those of all rows, whitened, are 1
 SIZES_OF_Z = (2, 4, 8, 16, 32, 64, 128, 256)  # components, tried until they overfit
+TAILS = (1.0, 3.0, 10.0)  # standard deviations of the Gaussians that give a mixture broad tails
+SHARE_OF_TAIL = 0.003  # weight of each of them
 MAX_DIMENSIONS = 4096  # beyond, a covariance would cost minutes
 SKEWED = 0.5  # skewness from which the logarithm of a positive column is tried
 NOISE_OF_C = 0.1  # labels are unit vectors, whose covariance would be singular
@@ -161,10 +163,15 @@ def transforms_of(data: DataModule, x: Tensor) -> dict[str, TableTransform]:
 
 
 def fit_base(batch: Batch, size: int, seed: int) -> Mixture:
-    """Fit a mixture of `size` Gaussians to y (N, *shape), given c."""
+    """Fit a mixture of `size` Gaussians to y (N, *shape), given c.
+
+    Of more than one, Gaussians of all rows are further components: a row that is far from all
+    others would otherwise cost more than these.
+    """
     k = batch.c.shape[1]
+    gaussian = fit_linear(batch.c.double(), batch.y.flatten(1).double())
     if size == 1:
-        return fit_linear(batch.c.double(), batch.y.flatten(1).double())
+        return gaussian
     generator = torch.Generator().manual_seed(seed)
     c = batch.c + NOISE_OF_C * torch.randn(batch.c.shape, generator=generator)
     joint = torch.cat([c, batch.y.flatten(1)], dim=1).double()
@@ -178,8 +185,15 @@ def fit_base(batch: Batch, size: int, seed: int) -> Mixture:
             init_params="k-means++",
             random_state=seed,
         ).fit(joint.numpy())
-    fitted = (model.weights_, model.means_, model.covariances_)
-    return Mixture(*map(torch.from_numpy, fitted), k)
+    scales = torch.tensor(TAILS, dtype=torch.float64)
+    weights = torch.from_numpy(model.weights_) * (1 - SHARE_OF_TAIL * len(scales))
+    tails = scales[:, None, None] * gaussian.factors
+    return Mixture(
+        torch.cat([weights, torch.full_like(scales, SHARE_OF_TAIL)]),
+        torch.cat([torch.from_numpy(model.means_), gaussian.means.expand(len(scales), -1)]),
+        torch.cat([torch.from_numpy(model.covariances_), tails @ tails.mT]),
+        k,
+    )
 
 
 def fit_linear(c: Tensor, y: Tensor) -> Gaussian:
@@ -206,7 +220,8 @@ def fit_z(data: DataModule, flow: Flow, rows: int, seed: int, seconds: float) ->
 
     Args:
         data: the table on which the flow was trained.
-        flow: the flow, in evaluation mode. Its own base is returned if no mixture is better.
+        flow: the flow, in training mode: its grid is accurate enough for a fit. Its own base is
+            returned if no mixture is better.
         rows: number of validation rows that compare the mixtures.
         seed: of the dequantization noise and of the mixtures.
         seconds: after so many seconds no fit begins.
