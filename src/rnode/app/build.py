@@ -8,7 +8,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from rnode.app.schema import CONF, flatten
-from rnode.bases import Mixture
+from rnode.bases import Mixture, Normal
 from rnode.data.datamodule import DataModule
 from rnode.dynamics import Probes
 from rnode.errors import require
@@ -42,11 +42,22 @@ def build(cfg: DictConfig, checkpoint: dict | None = None) -> tuple[DataModule, 
         flow.layers.insert(0, VariationalDequantization(data.shape[0], levels, alpha))
     if isinstance(data.transform, TableTransform):
         flow.test_probes = Probes("exact")  # of fields that do not compute their divergence
-    means = (checkpoint or {}).get("state_dict", {}).get("flow.base.means")
-    if means is not None:  # loading the weights fills it
+    if checkpoint is not None:
+        load_weights(flow, checkpoint)
+    return data, flow
+
+
+def load_weights(flow: Flow, checkpoint: dict) -> None:
+    """Give a flow the weights of a checkpoint, and its base."""
+    weights = {k.removeprefix("flow."): w for k, w in checkpoint["state_dict"].items()}
+    means = weights.get("base.means")
+    flow.base = Normal(flow.d)
+    if means is not None:
         covariances = torch.eye(means.shape[1]).expand(len(means), -1, -1)
         flow.base = Mixture(means.new_ones(len(means)), means, covariances, flow.k)
-    return data, flow
+    device = next(flow.parameters()).device
+    flow.load_state_dict(weights, assign=True)
+    flow.to(device)
 
 
 def config_of(checkpoint: dict, path: str, trust: Collection[str]) -> DictConfig:

@@ -54,8 +54,6 @@ def load(path: str | Path, trust: Collection[str] = (), cfg: DictConfig | None =
     if cfg is not None:
         apply_overrides(config, cfg)
     data, flow = build(config, checkpoint)
-    weights = {k.removeprefix("flow."): w for k, w in checkpoint["state_dict"].items()}
-    flow.load_state_dict(weights, assign=True)
     options = OmegaConf.to_container(config.dataset)
     density = Density(**{name: options[name] for name in Density().get_params() if name in options})
     density.data_, density.flow_ = data, flow.requires_grad_().eval()

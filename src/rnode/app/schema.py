@@ -139,7 +139,7 @@ class Train(Section, extra="forbid"):
     divergence: Literal[DIVERGENCES] = key("probes of div f and of the Jacobian norm")
     probes: PositiveInt = key("random probes of a sample")
     base: Literal["normal", "gaussian", "mixture", "auto"] = key(
-        "distribution of z, auto: the best"
+        "distribution of z; auto: a Gaussian in training, and then a mixture that is fitted to z"
     )
     dequantization: Literal["uniform", "variational"] = key("noise of images: uniform, or learned")
     warmup_steps: NonNegativeInt | None = key("steps of a linear warm-up; null: 50, or two epochs")

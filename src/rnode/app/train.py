@@ -5,6 +5,7 @@ import math
 import os
 import shlex
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,26 +18,35 @@ from pytorch_lightning.callbacks import Timer
 from rich.table import Table
 
 from rnode.app import sweep
-from rnode.app.build import build
+from rnode.app.build import build, load_weights
 from rnode.app.processes import cluster_plugins, is_first_process, launched, match_processes
 from rnode.app.runs import Run
 from rnode.app.summary import print_numbers, print_table
 from rnode.app.validation import quote
-from rnode.data.closed_forms import fit_candidates, fit_gaussian
+from rnode.data.closed_forms import fit_candidates, fit_gaussian, fit_z
 from rnode.data.datamodule import DataModule
 from rnode.data.splits import SPLIT_NAMES
 from rnode.errors import Diverged, InputError, Stopped, one_line, require
-from rnode.training.checkpoint import AtomicCheckpointIO, load_to_resume
+from rnode.training.checkpoint import AtomicCheckpointIO, load_checkpoint, load_to_resume
 from rnode.training.gaussian import validation_rows
 from rnode.training.loggers import MetricsCSV, finish_wandb
 from rnode.training.module import RNODE
 from rnode.training.progress import Progress
-from rnode.training.results import CONFIG, DIVERGED, METRICS, OVERRIDES, RESULT, write_result
+from rnode.training.results import (
+    CLOSED_FORM,
+    CONFIG,
+    DIVERGED,
+    METRICS,
+    OVERRIDES,
+    RESULT,
+    write_result,
+)
 from rnode.training.resume import BestCheckpoint, batches_of_an_epoch
 from rnode.training.run_folder import ENVIRONMENT, environment, lock, whole_file
 from rnode.transforms import TableTransform
 
-FIT_SECONDS = 10  # after which no closed form is fitted
+FIT_SECONDS = 10  # before training, after which no closed form is fitted
+SHARE_OF_BASE = 0.2  # of the time of a run, after which no base is fitted to z
 ADVICE = "try a smaller optimizer.lr, a larger reg.lambda_j or more steps of solver.train"
 
 
@@ -101,6 +111,7 @@ def fit(cfg: DictConfig, overrides: Sequence[str] = ()) -> dict[str, float | Non
     """
     folder = Path(cfg.folder)
     config = OmegaConf.to_container(cfg, resolve=True)
+    started = time.monotonic()
     pl.seed_everything(cfg.seed, verbose=False)
     checkpoint = load_to_resume(cfg.ckpt_path, config) if cfg.ckpt_path else None
     callbacks = instantiate_all(cfg.callbacks)
@@ -138,6 +149,9 @@ def fit(cfg: DictConfig, overrides: Sequence[str] = ()) -> dict[str, float | Non
             trainer.save_checkpoint(folder / "best.ckpt", weights_only=False)
             if trainer.global_step == 0:  # ckpt_path=auto resumes from there
                 trainer.save_checkpoint(folder / "last.ckpt", weights_only=False)
+        if cfg.base in ("mixture", "auto"):
+            finish(cfg, trainer, module, data, SHARE_OF_BASE * (time.monotonic() - started))
+            tested = None
         trained = dict(trainer.callback_metrics)
         trainer.test(module, data, ckpt_path=tested or None, weights_only=True, verbose=False)
         if not trainer.is_global_zero:
@@ -167,7 +181,11 @@ def publish(folder: Path) -> None:
 
 
 def start(cfg: DictConfig, trainer: pl.Trainer, module: RNODE, data: DataModule) -> None:
-    """Let a flow start at the best density in closed form, which is the first best.ckpt."""
+    """Let a flow start at a density in closed form, which is the first best.ckpt.
+
+    For base=auto it is a Gaussian of the columns as transformed for the best density, which is
+    kept in CLOSED_FORM: a flow learns more from there than from a mixture.
+    """
     flow = module.flow
     if isinstance(data.transform, TableTransform):
         rows = validation_rows(trainer, data)
@@ -180,13 +198,44 @@ def start(cfg: DictConfig, trainer: pl.Trainer, module: RNODE, data: DataModule)
             table.add_row(candidate.name, f"{candidate.nats:.4f}")
         if trainer.is_global_zero:
             print_table(table)
-        data.transform, flow.base = candidates[0].transform, candidates[0].base.float()
+        best = candidates[0]
+        data.transform, flow.base = best.transform, best.base.float()
+        gaussian = next((c for c in candidates if c.is_gaussian_as(best)), best)
+        if cfg.base == "auto" and gaussian is not best:
+            trainer.validate(module, data, weights_only=True, verbose=False)
+            trainer.save_checkpoint(Path(cfg.folder) / CLOSED_FORM, weights_only=False)
+            flow.base = gaussian.base.float()
     else:
         require(cfg.base == "gaussian", f"base={cfg.base}: must be normal or gaussian for images")
         flow.base = fit_gaussian(data, flow, cfg.seed).float()
     trainer.validate(module, data, weights_only=True, verbose=False)
     if isinstance(best := trainer.checkpoint_callback, BestCheckpoint):
         best.save_first(trainer)
+
+
+def finish(
+    cfg: DictConfig, trainer: pl.Trainer, module: RNODE, data: DataModule, seconds: float
+) -> None:
+    """Fit the base to z of the best weights, or take the closed form if it is still better."""
+    best, flow = trainer.checkpoint_callback, module.flow
+    if best and best.best_model_path:
+        load_weights(flow, load_checkpoint(best.best_model_path))
+    flow.train()
+    base = None
+    if trainer.is_global_zero:
+        base = fit_z(data, flow, validation_rows(trainer, data), cfg.seed, seconds)
+    flow.base = trainer.strategy.broadcast(base).float()
+    trainer.print(f"base: {len(flow.base.means)} Gaussian(s) of z")
+    trainer.validate(module, data, weights_only=True, verbose=False)
+    closed = Path(cfg.folder) / CLOSED_FORM
+    if closed.exists():
+        checkpoint = load_checkpoint(closed)
+        if checkpoint["validation_bits"].mean() < module.validation_bits.mean():
+            trainer.print("the best density in closed form is better, and is kept")
+            load_weights(flow, checkpoint)
+            trainer.validate(module, data, weights_only=True, verbose=False)
+    if isinstance(best, BestCheckpoint):
+        best.replace(trainer)
 
 
 def warmup_steps(cfg: DictConfig, data: DataModule) -> int:

@@ -1,4 +1,7 @@
-"""Densities in closed form, at which a flow can start: Gaussians and mixtures of Gaussians."""
+"""Densities in closed form: Gaussians and mixtures of Gaussians of a table, of images and of z.
+
+They are baselines, and bases of flows: before training, of the data, and after it, of z.
+"""
 
 import itertools
 import math
@@ -30,6 +33,11 @@ ROWS_PER_COMPONENT = 20  # at least
 NUMBERS = 20_000_000  # in the samples of a Gaussian, at most
 ROWS = 20_000  # of a mixture, at most
 ITERATIONS = 40  # of expectation maximization
+TOLERANCE = 1e-2  # of the log-likelihood, in nats, at which it ends
+RIDGE = 1e-3  # added to the variances of a component; those of all rows, whitened, are 1
+SIZES_OF_Z = (2, 4, 8, 16, 32, 64, 128, 256)  # components, tried until they overfit
+TAILS = (1.0, 3.0, 10.0)  # standard deviations of the Gaussians that give a mixture broad tails
+SHARE_OF_TAIL = 0.003  # weight of each of them
 MAX_DIMENSIONS = 4096  # beyond, a covariance would cost minutes
 SKEWED = 0.5  # skewness from which the logarithm of a positive column is tried
 NOISE_OF_C = 0.1  # labels are unit vectors, whose covariance would be singular
@@ -48,6 +56,10 @@ class Candidate(NamedTuple):
     def nats(self) -> float:
         """Mean −log p of the validation rows."""
         return -float(weighted_mean(self.log_prob, self.weights))
+
+    def is_gaussian_as(self, other: "Candidate") -> bool:
+        """Whether this is one Gaussian, after the same transform as another candidate."""
+        return len(self.base.means) == 1 and self.transform is other.transform
 
 
 @torch.no_grad()
@@ -151,18 +163,37 @@ def transforms_of(data: DataModule, x: Tensor) -> dict[str, TableTransform]:
 
 
 def fit_base(batch: Batch, size: int, seed: int) -> Mixture:
-    """Fit a mixture of `size` Gaussians to y (N, *shape), given c."""
+    """Fit a mixture of `size` Gaussians to y (N, *shape), given c.
+
+    Of more than one, Gaussians of all rows are further components: a row that is far from all
+    others would otherwise cost more than these.
+    """
     k = batch.c.shape[1]
+    gaussian = fit_linear(batch.c.double(), batch.y.flatten(1).double())
     if size == 1:
-        return fit_linear(batch.c.double(), batch.y.flatten(1).double())
+        return gaussian
     generator = torch.Generator().manual_seed(seed)
     c = batch.c + NOISE_OF_C * torch.randn(batch.c.shape, generator=generator)
     joint = torch.cat([c, batch.y.flatten(1)], dim=1).double()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # ITERATIONS are enough to compare
-        model = GaussianMixture(size, max_iter=ITERATIONS, random_state=seed).fit(joint.numpy())
-    fitted = (model.weights_, model.means_, model.covariances_)
-    return Mixture(*map(torch.from_numpy, fitted), k)
+        model = GaussianMixture(
+            size,
+            tol=TOLERANCE,
+            reg_covar=RIDGE,
+            max_iter=ITERATIONS,
+            init_params="k-means++",
+            random_state=seed,
+        ).fit(joint.numpy())
+    scales = torch.tensor(TAILS, dtype=torch.float64)
+    weights = torch.from_numpy(model.weights_) * (1 - SHARE_OF_TAIL * len(scales))
+    tails = scales[:, None, None] * gaussian.factors
+    return Mixture(
+        torch.cat([weights, torch.full_like(scales, SHARE_OF_TAIL)]),
+        torch.cat([torch.from_numpy(model.means_), gaussian.means.expand(len(scales), -1)]),
+        torch.cat([torch.from_numpy(model.covariances_), tails @ tails.mT]),
+        k,
+    )
 
 
 def fit_linear(c: Tensor, y: Tensor) -> Gaussian:
@@ -179,6 +210,50 @@ def fit_linear(c: Tensor, y: Tensor) -> Gaussian:
     above = torch.cat([of_c, of_c @ slopes], dim=1)
     below = torch.cat([slopes.T @ of_c, slopes.T @ of_c @ slopes + torch.from_numpy(covariance)], 1)
     return Gaussian(torch.cat([c.mean(0), y.mean(0)]), torch.cat([above, below]), k)
+
+
+@torch.no_grad()
+def fit_z(data: DataModule, flow: Flow, rows: int, seed: int, seconds: float) -> Mixture:
+    """Fit mixtures to z of a trained flow, and return the base that is best on validation rows.
+
+    A network smooths what mixtures resolve, and mixtures need many components where a flow bends.
+
+    Args:
+        data: the table on which the flow was trained.
+        flow: the flow, in training mode: its grid is accurate enough for a fit. Its own base is
+            returned if no mixture is better.
+        rows: number of validation rows that compare the mixtures.
+        seed: of the dequantization noise and of the mixtures.
+        seconds: after so many seconds no fit begins.
+    """
+    end = time.monotonic() + seconds
+
+    def to_z(batch: Batch) -> Batch:
+        device = next(flow.parameters()).device
+        z = [
+            flow.solve(batch.y[part].to(device), batch.c[part].to(device)).state.z.cpu()
+            for part in torch.arange(len(batch.y)).split(data.eval_batch_size)
+        ]
+        return batch._replace(y=torch.cat(z))
+
+    train = to_z(training_batch(data, data.transform, seed, ROWS))
+    val = to_z(data.transform.for_evaluation(*data.fetch("val", range(rows)), seed))
+    weights = data.splits.weights_of("val")[:rows]
+
+    def nats(base: Mixture) -> float:
+        return -float(weighted_mean(base.log_prob(val.y.double(), val.c), weights))
+
+    best = flow.base.cpu()
+    lowest, worse = nats(best), 0
+    for size in SIZES_OF_Z:
+        if worse == 2 or len(train.y) < size * ROWS_PER_COMPONENT or time.monotonic() > end:
+            break
+        base = fit_base(train, size, seed)
+        found = nats(base)
+        worse = 0 if found < lowest else worse + 1
+        if found < lowest:
+            best, lowest = base, found
+    return best
 
 
 @torch.no_grad()

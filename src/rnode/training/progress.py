@@ -55,14 +55,15 @@ class Progress(Callback):
         metrics = trainer.callback_metrics
         bits, error = (float(metrics[f"val/bits_per_dim{end}"]) for end in ("", "_se"))
         best = getattr(trainer.checkpoint_callback, "best_model_score", None)
-        better = "" if best is not None and bits >= best else ", the best so far"
+        training = trainer.state.fn == "fit"
+        better = ", the best so far" if training and (best is None or bits < best) else ""
         last = f" of {trainer.max_epochs}" if trainer.max_epochs > 0 else ""
-        place = f"epoch {trainer.current_epoch + 1}{last}, step {trainer.global_step}"
+        place = f"epoch {trainer.current_epoch + 1}{last}, " if training else ""
         measured = f"{bits:.4f} ± {error:.4f} bits/dim"
         if isinstance(trainer.datamodule.transform, TableTransform):
             scale = math.log(2) * module.flow.d
             measured = f"{scale * bits:.4f} ± {scale * error:.4f} nats ({bits:.4f} bits/dim)"
-        self.line = f"{place}: validation {measured}{better if trainer.state.fn == 'fit' else ''}"
+        self.line = f"{place}step {trainer.global_step}: validation {measured}{better}"
         if time.monotonic() - self.printed >= 1:
             self.print_line(trainer)
 

@@ -9,6 +9,7 @@ from rnode.errors import require
 from rnode.training.run_folder import whole_file
 
 CONFIG, OVERRIDES, METRICS = "config.yaml", ".hydra/overrides.yaml", "metrics.csv"
+CLOSED_FORM = "closed_form.ckpt"  # the best density without a network
 RESULT, DIVERGED, FAILED = "result.json", "diverged.txt", "failed.txt"
 BITS = "val/bits_per_dim"
 GAUSSIAN = "val/bits_per_dim_gaussian"

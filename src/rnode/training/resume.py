@@ -143,6 +143,14 @@ class BestCheckpoint(callbacks.ModelCheckpoint):
         trainer.save_checkpoint(path, weights_only=False)
         self.remember(path, self.current_score)
 
+    def replace(self, trainer: Trainer) -> None:
+        """Write best.ckpt anew after training, with another base.
+
+        Its score stays that of training, with which a run that goes on compares its validations.
+        """
+        self.current_score = self.best_model_score
+        trainer.save_checkpoint(self.best_model_path, weights_only=False)
+
     def remember(self, path: str, score: Tensor) -> None:
         self.best_model_path = self.kth_best_model_path = path
         self.best_model_score = self.kth_value = score
