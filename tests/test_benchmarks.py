@@ -68,7 +68,7 @@ def test_a_record_has_rows_and_what_they_depend_on(monkeypatch, capsys):
     assert "0.50" in capsys.readouterr().out
 
 
-@pytest.mark.slow(reason="six benchmarks")
+@pytest.mark.slow(reason="eight benchmarks")
 @pytest.mark.parametrize(
     ("name", "arguments", "rows"),
     [
@@ -78,6 +78,8 @@ def test_a_record_has_rows_and_what_they_depend_on(monkeypatch, capsys):
         ("ddp_digits", QUICK, 3),
         ("runs_digits", ["--quick", "--overrides", "model.hidden=4", "model.pieces=1"], 3),
         ("budget", [], 6),
+        ("growth", ["--quick"], 5),
+        ("recipe_digits", ["--quick"], 1),
     ],
 )
 def test_benchmarks_write_a_record(name, arguments, rows, tmp_path, monkeypatch, capsys):

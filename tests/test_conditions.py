@@ -46,10 +46,11 @@ def test_the_conditional_gaussian_that_a_linear_flow_models(method, gradient):
 
 def test_numbers_are_standardized_and_labels_become_unit_vectors():
     years, makers = np.array([1990.5, 2000.25, 2010.0]), np.array(["b", "a", "b"])
-    fit_to = {"year": years, "maker": makers, "size": np.array([10, 2, 10])}
-    conditions = Conditions.fit(fit_to | {"number": np.arange(300)})
-    kinds = {name: type(column) for name, column in conditions.columns.items()}
-    assert kinds == {"year": Numeric, "maker": Label, "size": Label, "number": Numeric}
+    fit_to = {"year": years, "maker": makers, "size": np.array([10, 2] * 10)}
+    others = {"number": np.arange(300), "rare": np.array([10, 2] * 9), "new": np.array([True])}
+    conditions = Conditions.fit(fit_to | others)
+    labels = {name for name, column in conditions.columns.items() if isinstance(column, Label)}
+    assert labels == {"maker", "size", "new"}  # the others are numeric
     conditions = Conditions.fit(fit_to)
     c = conditions.encode({"year": years, "maker": makers, "size": [2, 2, 10]}, 3)
     assert c.shape == (3, conditions.size) == (3, 5)

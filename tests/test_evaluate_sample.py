@@ -8,12 +8,13 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageSequence
 
 import rnode
 from helpers import call, column, refused
 from rnode import Method
 from rnode.data.densities import DENSITIES
+from rnode.training.plots import plot_trajectory
 
 
 def evaluate(folder, run, *overrides):
@@ -120,11 +121,26 @@ def test_samples_of_images_and_their_animation(digits_run, tmp_path):
     assert samples.dtype == np.uint8
     assert samples.max() < 17
     with Image.open(tmp_path / "a" / "trajectory.gif") as animation:
-        assert animation.n_frames == 37
+        assert animation.n_frames == 48
     assert np.array_equal(samples, sample("b"))
     assert not (tmp_path / "b" / "trajectory.gif").exists()
     other = sample("c", "seed=1", "temperature=0.5", "solver.test.method=rk4")
     assert not np.array_equal(samples, other)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_an_animation_has_a_steady_speed_and_holds_its_last_frame(channels, tmp_path):
+    heights = torch.tensor([0, 0.1, 0.7, 0.75, 0.75, 1])  # grey levels of the solver's frames
+    plot_trajectory(heights.view(-1, 1, 1, 1, 1).expand(-1, 2, channels, 4, 4), tmp_path)
+    levels, durations = [], []
+    with Image.open(tmp_path / "trajectory.gif") as animation:
+        assert 600 < animation.width < 900
+        for frame in ImageSequence.Iterator(animation):
+            levels.append(np.asarray(frame.convert("RGB"))[100, 100])
+            durations.append(frame.info["duration"])
+    steady = np.linspace(0, 255, 48).repeat(3).reshape(48, 3)
+    np.testing.assert_allclose(levels, steady, atol=0.51)
+    assert durations == [60] * 47 + [2000]
 
 
 @pytest.mark.parametrize(

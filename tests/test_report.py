@@ -4,13 +4,15 @@ import json
 import re
 import shutil
 
+import numpy as np
 import pytest
 import yaml
 from matplotlib import pyplot as plt
 
 from helpers import EPOCHS, call, refused
 from rnode.app.figures import COSTS, choose_colours, plot_penalties, plot_training
-from rnode.app.runs import compare, read_runs
+from rnode.app.report import as_texts
+from rnode.app.runs import compare, decimals, read_runs
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
 HEADER = "step,val/seconds_total,val/bits_per_dim,val/bits_per_dim_gaussian,test/bits_per_dim\n"
@@ -59,8 +61,8 @@ def test_a_report_compares_runs_wherever_they_lie(sweep):
     swept = [rows[f"sweep/{i}"][-2:] for i in range(4)]
     assert swept == [["0", "0"], ["0", "1"], ["0.1", "0"], ["0.1", "1"]]
     (bold,) = re.findall('<tr class="best">.*?</tr>', text, re.DOTALL)
-    least = min(float(rows[f"sweep/{i}"][2]) for i in range(4))
-    assert f"<span>{least:.5g}</span>" in bold
+    least = min((rows[f"sweep/{i}"][2] for i in range(4)), key=float)
+    assert f"<span>{least}</span>" in bold
     left_out = ("foreign: holds no run", "broken: cannot be read", "lost: diverged, z became NaN")
     for words in (*left_out, "rnode train", "pytorch-lightning: ", "reg.lambda_j=0.01\n"):
         assert words in text
@@ -267,9 +269,19 @@ def test_the_map_has_every_job_in_its_place(tmp_path):
     texts = {text.get_text(): text.get_position() for text in axes[0].texts}
     assert texts == {
         **{"0.5": (0, 0), "2.5": (1, 0), "×": (2, 0)},
-        **{"1.5": (0, 1), "3": (1, 1), "11.5": (2, 1)},
+        **{"1.5": (0, 1), "3.0": (1, 1), "11.5": (2, 1)},
     }
     assert (axes[0].get_xlabel(), axes[0].get_ylabel()) == ("$λ_J$", "$λ_K$")
+
+
+def test_values_that_are_compared_have_equal_decimals():
+    assert decimals([2.0755, 2.076, np.nan], digits=4) == 3
+    assert decimals([7.2, 117.26], digits=4) == 1
+    assert decimals([75, 117.0], digits=4) == decimals([12345.6], digits=4) == 0
+    assert decimals([0.00123], digits=4) == 5  # 0.00123
+    assert decimals([], digits=4) == 0
+    rows = [["a", "finished", 2.0755, 117.0], ["b", "failed", None, None], ["c", "", 2.076, 87.0]]
+    assert [row[2:] for row in as_texts(rows)] == [("2.0755", "117"), ("", ""), ("2.0760", "87")]
 
 
 def test_other_swept_keys_and_a_guided_sweep_have_no_map(tmp_path):

@@ -7,7 +7,7 @@ from matplotlib import colormaps
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
-from rnode.app.runs import LAMBDAS, Run
+from rnode.app.runs import LAMBDAS, Run, decimals
 from rnode.training.plots import plot_band, subplots
 from rnode.training.results import BITS, GAUSSIAN, MEASURES
 
@@ -57,15 +57,18 @@ def plot_penalties(runs: list[Run], costs: Sequence[str] = COSTS) -> Figure | No
     k, j = (sorted(set(values)) for values in zip(*cells, strict=True))
     if 2 * len(cells) < len(k) * len(j):
         return None
-    figure, axes = subplots(5 * len(costs), 4.2, columns=len(costs))
+    figure, axes = subplots(4 * len(costs), 3.4, columns=len(costs))
     for ax, name in zip(axes.flat, costs, strict=True):
         grid = np.full((len(k), len(j)), np.nan)
         for place, members in cells.items():
-            y, x = k.index(place[0]), j.index(place[1])
             results = [run.result[name] for run in members if name in run.result]
             if results:
-                grid[y, x] = np.mean(results)
-            text = f"{grid[y, x]:.5g}" if results else "×"  # all runs failed
+                grid[k.index(place[0]), j.index(place[1])] = np.mean(results)
+        count = decimals(grid.flat, digits=4)
+        for place in cells:
+            y, x = k.index(place[0]), j.index(place[1])
+            failed = np.isnan(grid[y, x])  # all runs
+            text = "×" if failed else f"{grid[y, x]:.{count}f}"
             ax.text(x, y, text, ha="center", va="center", backgroundcolor="white")
         figure.colorbar(ax.imshow(grid, origin="lower", aspect="auto"), ax=ax, label=name)
         ax.set_xticks(range(len(j)), [f"{value:g}" for value in j])

@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 from rich.table import Table
 
 from rnode.app.figures import COSTS, choose_colours, plot_penalties, plot_training
-from rnode.app.runs import COLUMNS, Run, compare, read_runs, tabulate
+from rnode.app.runs import COLUMNS, Run, compare, decimals, read_runs, tabulate
 from rnode.app.summary import print_table
 from rnode.errors import require
 from rnode.training.plots import save_figure
@@ -44,8 +44,8 @@ def report_sweep(folder: Path) -> None:
     if jobs:
         header, rows = tabulate(jobs)
         table = Table(*header)
-        for row in rows:
-            table.add_row(*map(as_text, row))
+        for row in as_texts(rows):
+            table.add_row(*row)
         print_table(table)
         (_, *columns), rows = tabulate(jobs, RESULTS)
         frame = pl.DataFrame(rows, ["job", *columns], orient="row", infer_schema_length=None)
@@ -90,7 +90,7 @@ def describe(name: str, runs: list[Run]) -> dict[str, Any]:
     return {
         "name": name,
         "header": header,
-        "table": [(run, [*map(as_text, row)]) for run, row in zip(runs, rows, strict=True)],
+        "table": list(zip(runs, as_texts(rows), strict=True)),
         "best": min(bits, key=bits.get, default=None),
         "colours": colours,
         "figures": [draw(figure) for figure in figures if figure is not None],
@@ -100,8 +100,17 @@ def describe(name: str, runs: list[Run]) -> dict[str, Any]:
     }
 
 
-def as_text(cell: str | float | None) -> str:
-    return cell if isinstance(cell, str) else "" if cell is None else f"{cell:.5g}"
+def as_texts(rows: list[list]) -> list[tuple[str, ...]]:
+    """Return the cells of a table as texts; the numbers of a column have equal decimals."""
+    columns = []
+    for cells in zip(*rows, strict=True):
+        count = decimals([cell for cell in cells if isinstance(cell, float | int)], digits=5)
+        columns.append([as_text(cell, count) for cell in cells])
+    return list(zip(*columns, strict=True))
+
+
+def as_text(cell: str | float | None, count: int) -> str:
+    return cell if isinstance(cell, str) else "" if cell is None else f"{cell:.{count}f}"
 
 
 def draw(figure: Figure) -> str:

@@ -111,3 +111,16 @@ def tabulate(runs: list[Run], columns: Sequence[str] = COLUMNS) -> tuple[list[st
         for run in runs
     ]
     return ["run", "status", *columns, *runs[0].swept], rows
+
+
+def decimals(values: Sequence[float], digits: int) -> int:
+    """Return with how many decimals to print values: the largest has `digits` significant digits.
+
+    They are fewer if fewer print all values exactly, such as none for integers.
+    """
+    finite = np.array([value for value in values if np.isfinite(value)])
+    largest = np.abs(finite).max(initial=0)
+    count = max(0, digits - 1 - int(np.floor(np.log10(largest)))) if largest else 0
+    while count and (finite == finite.round(count - 1)).all():
+        count -= 1
+    return count

@@ -8,10 +8,9 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from rnode.app.density import from_checkpoint
-from rnode.training.plots import plot_trajectory, save_figure
+from rnode.training.plots import FRAMES, plot_trajectory, save_figure
 
-FRAMES = 36  # of an animation, about
-ANIMATED = 16  # images in it
+ANIMATED = 32  # images of an animation
 
 
 @torch.no_grad()

@@ -10,6 +10,9 @@ from torch import Tensor
 from rnode.errors import InputError, require
 
 LABEL_LIMIT = 100  # different labels of a column of a table
+ROWS = (
+    10  # training rows of each label, on average; fewer would leave labels to held-out rows alone
+)
 
 
 class Numeric(NamedTuple):
@@ -110,11 +113,13 @@ def label_of(value: Any) -> str:
 
 
 def fit_column(name: str, values: np.ndarray) -> Numeric | Label:
-    """Words are labels, and so are few different whole numbers; other numbers are numeric."""
+    """Words are labels, and so are whole numbers that repeat; other numbers are numeric."""
     words = values.dtype.kind in "OUS"
-    few = len(np.unique(values)) <= LABEL_LIMIT
+    different = len(np.unique(values))
+    few = different <= LABEL_LIMIT
     require(few or not words, f"context {name}: has more than {LABEL_LIMIT} different labels")
-    if words or (few and values.dtype.kind in "iub"):
+    repeated = few and ROWS * different <= len(values)
+    if words or values.dtype.kind == "b" or (repeated and values.dtype.kind in "iu"):
         return Label.fit(values)
     std = float(np.std(values.astype(np.float64)))
     require(std > 0, f"context {name}: is constant in the training split")

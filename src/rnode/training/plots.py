@@ -5,6 +5,7 @@ from io import BytesIO
 from pathlib import Path
 
 import numpy as np
+import torch
 from cycler import cycler
 from matplotlib import rc_context
 from matplotlib.axes import Axes
@@ -16,6 +17,7 @@ from torchvision.utils import make_grid
 from rnode.training.run_folder import whole_file
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#666666")
+FRAMES, WIDTH = 48, 720  # of an animation; its width in pixels, about
 STYLE = {
     "axes.prop_cycle": cycler(color=COLOURS),  # Okabe and Ito: colour-blind people tell them
     "axes.spines.top": False,
@@ -75,9 +77,9 @@ def plot_band(ax: Axes, curves: list[tuple[np.ndarray, np.ndarray]], **style: st
     ax.plot(x, y, marker="." if len(x) == 1 else None, **style)
 
 
-def image_grid(images: Tensor) -> np.ndarray:
-    """Images (N, C, H, W) → a square grid (H', W', 3)."""
-    columns = math.ceil(len(images) ** 0.5)
+def image_grid(images: Tensor, columns: int | None = None) -> np.ndarray:
+    """Images (N, C, H, W) → a grid (H', W', 3) of some columns, by default a square one."""
+    columns = columns or math.ceil(len(images) ** 0.5)
     return make_grid(images, nrow=columns, padding=1, pad_value=0.5).permute(1, 2, 0).numpy()
 
 
@@ -125,9 +127,28 @@ def plot_extremes(rows: Tensor, bits: Tensor, levels: int, count: int, path: Pat
 
 
 def plot_trajectory(frames: Tensor, folder: Path) -> None:
-    """Write frames (times, N, C, H, W) in [0, 1] as trajectory.gif."""
-    grids = ((255 * image_grid(frame)).round().astype(np.uint8) for frame in frames)
-    first, *others = (Image.fromarray(grid.repeat(4, 0).repeat(4, 1)) for grid in grids)
-    durations = [80] * len(others) + [2000]  # milliseconds
-    path = folder / "trajectory.gif"
-    first.save(path, save_all=True, append_images=others, duration=durations, loop=0)
+    """Write frames (times, N, C, H, W) in [0, 1] as trajectory.gif, eight images to a row.
+
+    The animation has a steady speed: its frames lie at equal distances on the path, by the mean
+    change of a pixel.
+    """
+    changes = (frames[1:] - frames[:-1]).abs().flatten(1).mean(1)
+    distances = np.concatenate([[0], changes.cumsum(0).numpy()])
+    steady = np.linspace(0, distances[-1], FRAMES)
+    positions = np.interp(steady, distances, np.arange(len(frames)))
+    grids = []
+    for position in positions:
+        before = min(int(position), len(frames) - 2)
+        frame = torch.lerp(frames[before], frames[before + 1], position - before)
+        grids.append((255 * image_grid(frame, columns=8)).round().astype(np.uint8))
+    # One palette for all frames, without dithering: a pixel that stands still does not flicker.
+    together = Image.fromarray(np.concatenate(grids)).quantize(256, Image.Quantize.MEDIANCUT)
+    scale = max(1, round(WIDTH / together.width))
+    pictures = []
+    for colours in np.split(np.asarray(together), FRAMES):
+        picture = Image.fromarray(colours.repeat(scale, 0).repeat(scale, 1), "P")
+        picture.putpalette(together.getpalette())
+        pictures.append(picture)
+    durations = [60] * (FRAMES - 1) + [2000]  # milliseconds
+    options = {"append_images": pictures[1:], "duration": durations, "loop": 0}
+    pictures[0].save(folder / "trajectory.gif", save_all=True, **options)
