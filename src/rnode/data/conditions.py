@@ -10,9 +10,7 @@ from torch import Tensor
 from rnode.errors import InputError, require
 
 LABEL_LIMIT = 100  # different labels of a column of a table
-ROWS = (
-    10  # training rows of each label, on average; fewer would leave labels to held-out rows alone
-)
+ROWS_PER_LABEL = 10  # on average: with fewer, held-out rows may have labels of no training row
 
 
 class Numeric(NamedTuple):
@@ -118,7 +116,7 @@ def fit_column(name: str, values: np.ndarray) -> Numeric | Label:
     different = len(np.unique(values))
     few = different <= LABEL_LIMIT
     require(few or not words, f"context {name}: has more than {LABEL_LIMIT} different labels")
-    repeated = few and ROWS * different <= len(values)
+    repeated = few and ROWS_PER_LABEL * different <= len(values)
     if words or values.dtype.kind == "b" or (repeated and values.dtype.kind in "iu"):
         return Label.fit(values)
     std = float(np.std(values.astype(np.float64)))
