@@ -220,7 +220,7 @@ def finish(
     best, flow = trainer.checkpoint_callback, module.flow
     if best and best.best_model_path:
         load_weights(flow, load_checkpoint(best.best_model_path))
-    flow.train()
+    flow.eval()
     base = None
     if trainer.is_global_zero:
         base = fit_z(data, flow, validation_rows(trainer, data), cfg.seed, seconds)

@@ -37,7 +37,7 @@ TOLERANCE = 1e-2  # of the log-likelihood, in nats, at which it ends
 RIDGE = 1e-3  # added to the variances of a component; those of all rows, whitened, are 1
 SIZES_OF_Z = (2, 4, 8, 16, 32, 64, 128, 256)  # components, tried until they overfit
 TAILS = (1.0, 3.0, 10.0)  # standard deviations of the Gaussians that give a mixture broad tails
-SHARE_OF_TAIL = 0.003  # weight of each of them
+SHARE_OF_TAIL = 0.001  # weight of each of them
 MAX_DIMENSIONS = 4096  # beyond, a covariance would cost minutes
 SKEWED = 0.5  # skewness from which the logarithm of a positive column is tried
 NOISE_OF_C = 0.1  # labels are unit vectors, whose covariance would be singular
@@ -220,8 +220,7 @@ def fit_z(data: DataModule, flow: Flow, rows: int, seed: int, seconds: float) ->
 
     Args:
         data: the table on which the flow was trained.
-        flow: the flow, in training mode: its grid is accurate enough for a fit. Its own base is
-            returned if no mixture is better.
+        flow: the flow, in evaluation mode. Its own base is returned if no mixture is better.
         rows: number of validation rows that compare the mixtures.
         seed: of the dequantization noise and of the mixtures.
         seconds: after so many seconds no fit begins.
