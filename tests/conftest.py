@@ -95,7 +95,7 @@ def trained(*overrides):
     return folder
 
 
-SILENT = ["trainer.enable_progress_bar=false", "logger.wandb.mode=disabled"]
+SILENT = ["trainer.enable_progress_bar=false", "logger=csv"]
 DIGITS = ["dataset.batch_size=128", "dataset.test=40", "dataset.validation=40"]
 MOONS = ["dataset=toy", "dataset.name=moons", "dataset.test=500", "dataset.validation=200"]
 tiny_run = trained(*TWO_STEPS, "model.pieces=1")

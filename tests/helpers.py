@@ -30,7 +30,7 @@ QUICK += ["optimizer.lr=4e-3", "warmup_steps=0", "decay=false"]
 TWO_STEPS = [
     *(*QUICK, "trainer.max_steps=2", "trainer.limit_val_batches=1"),
     *("trainer.limit_test_batches=1", "trainer.log_every_n_steps=1"),
-    *("dataset.batch_size=4", "dataset.eval_batch_size=4", "logger.wandb.mode=disabled"),
+    *("dataset.batch_size=4", "dataset.eval_batch_size=4", "logger=csv"),
 ]
 EPOCHS = [  # of two steps, each validated
     *(*TWO_STEPS, "trainer.max_steps=-1", "trainer.limit_train_batches=2"),
@@ -41,7 +41,7 @@ SMALL = [  # 90 steps in three epochs
     *("dataset.batch_size=16", "dataset.eval_batch_size=20", "trainer.max_epochs=3"),
     *("trainer.limit_train_batches=30", "trainer.limit_val_batches=2"),
     *("trainer.limit_test_batches=2", "trainer.log_every_n_steps=1", "trainer.accelerator=cpu"),
-    *("trainer.enable_progress_bar=false", "logger.wandb.mode=disabled"),
+    *("trainer.enable_progress_bar=false", "logger=csv"),
 ]
 
 

@@ -3,36 +3,20 @@
 from types import SimpleNamespace
 
 import pytest
-import torch
 from matplotlib.figure import Figure
 from pytorch_lightning.callbacks import Timer
-from pytorch_lightning.trainer.states import TrainerFn
 
-from helpers import EPOCHS
+from helpers import EPOCHS, column
 from rnode.training import callbacks
 from rnode.training.loggers import MetricsCSV
-from rnode.training.resume import EarlyStopping
 from rnode.training.schedule import passed
 
 
-def validations(callback, values):
-    """Return after which of the validations, counted from 1, the callback stops the run."""
-    trainer = SimpleNamespace(current_epoch=0, world_size=1, should_stop=False)
-    trainer.sanity_checking = trainer.fast_dev_run = False
-    trainer.state = SimpleNamespace(fn=TrainerFn.FITTING)
-    trainer.strategy = SimpleNamespace(reduce_boolean_decision=lambda stop, all: stop)
-    for number, value in enumerate(values, 1):
-        trainer.callback_metrics = {"val/bits_per_dim": torch.tensor(value)}
-        callback.on_validation_end(trainer, None)
-        if trainer.should_stop:
-            return number
-    return None
-
-
-def test_a_run_stops_early_after_so_many_validations_without_a_better_one():
-    values = [3.0, 2.0, 2.5, 2.1, 2.2, 2.3]
-    assert validations(EarlyStopping(3), values) == 5
-    assert validations(EarlyStopping(None), values) is None
+def test_a_run_stops_early_after_so_many_validations_without_a_better_one(run):
+    options = ["trainer.max_epochs=30", "optimizer.lr=0.1", "callbacks.figures=null"]
+    folder = run(*EPOCHS, *options, "callbacks.early_stopping.patience=2")
+    values = column(folder, "val/bits_per_dim")
+    assert values.index(min(values)) == len(values) - 3 < 27
 
 
 def test_a_resumed_run_keeps_the_rows_that_it_does_not_log_again(tmp_path):

@@ -172,7 +172,7 @@ def test_a_run_with_a_damaged_file_is_left_out_and_named(outputs, capsys, file, 
 
 def test_resuming_a_run_with_damaged_curves_is_one_line(run, capsys):
     toy = ["dataset=toy", "dataset.train=64", "dataset.batch_size=32", "model.hidden=4"]
-    toy += ["dataset.test=20", "dataset.validation=20", "logger.wandb.mode=disabled"]
+    toy += ["dataset.test=20", "dataset.validation=20", "logger=csv"]
     toy += ["callbacks.figures=null", "callbacks.refine_grid=null"]
     folder = run(*toy, "trainer.max_epochs=1")
     (folder / "metrics.csv").write_bytes((folder / "metrics.csv").read_bytes()[:-20] + b"\0" * 20)

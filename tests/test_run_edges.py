@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("blank_figures")
 TOY = [  # epochs of 12 batches
     *("dataset=toy", "dataset.train=192", "dataset.validation=50", "dataset.test=50"),
     *("dataset.batch_size=16", "model.hidden=4", "warmup_steps=0", "trainer.max_epochs=2"),
-    *("trainer.log_every_n_steps=1", "logger.wandb.mode=disabled", "trainer.accelerator=cpu"),
+    *("trainer.log_every_n_steps=1", "logger=csv", "trainer.accelerator=cpu"),
     "callbacks.refine_grid=null",
 ]
 
@@ -69,7 +69,6 @@ def test_the_rate_falls_with_the_share_of_the_epochs(half, tmp_path, name, step)
     [
         ("trainer.strategy=ddp_spawn", "trainer.strategy=ddp_spawn: Input should be 'auto', 'ddp'"),
         ("trainer.limit_train_batches=0", "trainer.limit_train_batches=0: Input should be"),
-        ("+trainer.val_check_interval=50", "val_check_interval=50: must be at most 12, the batch"),
         ("+trainer.barebones=true", "trainer: `Trainer(barebones=True, enable_checkpointing="),
         ("+trainer.logger=false", "trainer.logger: is set by this program; +callbacks.NAME"),
         ("+trainer.foo=1", "trainer: Trainer.__init__() got an unexpected keyword argument 'foo'"),
@@ -153,7 +152,7 @@ def test_a_folder_that_is_removed_does_not_come_back(tmp_path, capsys, monkeypat
     monkeypatch.setattr(RNODE, "training_step", training_step)
     line, code = refused(capsys, "train", *TOY, *options, f"hydra.run.dir={folder}")
     assert f"{folder}/" in line
-    assert "its folder has been removed" in line
+    assert "No such file" in line or "does not exist" in line
     assert code == 1
     assert not folder.exists()
 

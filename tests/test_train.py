@@ -89,7 +89,7 @@ def test_the_papers_runs_have_its_settings(experiment, reg, method, first_step):
 
 
 def test_a_multirun_has_a_folder_and_a_wandb_run_for_each_job(tmp_path):
-    overrides = [override for override in TWO_STEPS if "wandb" not in override]
+    overrides = [override for override in TWO_STEPS if "logger" not in override]
     call("train", "-m", "reg.lambda_k=0,0.1", *overrides, f"hydra.sweep.dir={tmp_path}")
     assert len({path.name for path in tmp_path.glob("*/wandb/offline-run-*/*.wandb")}) == 2
     for folder, lambda_k in ((tmp_path / "0", 0), (tmp_path / "1", 0.1)):

@@ -52,14 +52,9 @@ def plot_grids(panels: dict[str, Tensor]) -> Figure:
     figure, axes = subplots(5 * len(panels), 5.3, columns=len(panels))
     for ax, (title, images) in zip(axes.flat, panels.items(), strict=True):
         ax.set_title(title)
-        plot_images(ax, images)
+        ax.imshow(image_grid(images), interpolation="nearest")
+        ax.axis("off")
     return figure
-
-
-def plot_images(ax: Axes, images: Tensor) -> None:
-    """Plot images (N, C, H, W) in [0, 1] as a square grid."""
-    ax.imshow(image_grid(images), interpolation="nearest")
-    ax.axis("off")
 
 
 def plot_band(ax: Axes, curves: list[tuple[np.ndarray, np.ndarray]], **style: str) -> None:
