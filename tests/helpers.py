@@ -3,7 +3,6 @@
 import csv
 import functools
 import gc
-import json
 import os
 import subprocess
 import sys
@@ -114,14 +113,15 @@ def freeze():
     gc.freeze()
 
 
-def refused(capsys, command, *overrides):
-    """Run a command that must fail; return the one line that it prints and its exit code."""
+def refused(capsys, command, *overrides, code=2):
+    """Run a command that must end with an exit code; return the one line that it prints."""
     with pytest.raises(SystemExit) as stop:
         call(command, *overrides)
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1, lines
     assert lines[0].startswith("error: ")
-    return lines[0], stop.value.code
+    assert stop.value.code == code
+    return lines[0]
 
 
 def process(*command, cwd=None, **variables):
@@ -138,29 +138,25 @@ def succeed(*command, **options):
 
 
 class Run:
-    """A run of SMALL as a process of tests/forked.py, which prints to a file beside its folder."""
+    """A run of SMALL as a process, which prints to a file beside its folder."""
 
-    def __init__(self, server, folder, *overrides, **request):
-        self.server, self.folder = server, folder
-        self.err = folder.with_name(f"{folder.name}.err")
-        arguments = [*SMALL, f"hydra.run.dir={folder}", *overrides]
-        self.pid = self.ask({"run": arguments, "err": str(self.err), **request})
-
-    def ask(self, request):
-        """Send a request to the fork server and return its answer, a number."""
-        self.server.stdin.write(json.dumps(request) + "\n")
-        self.server.stdin.flush()
-        return int(self.server.stdout.readline())
+    def __init__(self, folder, *overrides):
+        self.folder, self.err = folder, folder.with_name(f"{folder.name}.err")
+        command = [*TRAIN, *SMALL, f"hydra.run.dir={folder}", *overrides]
+        with open(self.err, "w") as file:
+            self.process = subprocess.Popen(command, stdout=file, stderr=file, env=ONE_THREAD)
+        self.pid = self.process.pid
 
     def finish(self, code=0):
         """Wait for the end of the run, check its exit code and return what it printed."""
-        ended = self.ask({"wait": self.pid})
+        ended = self.process.wait(HANG)
         assert ended == code, self.err.read_text()[-3000:]
         return self.err.read_text()
 
     def wait_until(self, condition):
         """Wait until `condition()` holds; fail if the run ends before."""
-        wait_until(condition, lambda: alive(self.pid), lambda: self.err.read_text()[-3000:])
+        read = self.err.read_text
+        wait_until(condition, lambda: self.process.poll() is None, lambda: read()[-3000:])
 
     def wait_for_step(self, step):
         """Wait until metrics.csv has a row of this training step."""

@@ -88,9 +88,7 @@ def test_a_users_mistake_is_one_line(tmp_path, capsys, options, message):
     image_files(tmp_path / "data", 20, (4, 4))
     (tmp_path / "empty").mkdir()
     given = [f"dataset.{option}" for option in ("size=4", "channels=1", *options.split())]
-    line, code = refused(capsys, "train", "dataset=folder", *given)
-    assert message in line
-    assert code == 2
+    assert message in refused(capsys, "train", "dataset=folder", *given)
     assert not list(tmp_path.rglob("*.ckpt"))
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from lightning_fabric.plugins.environments import LightningEnvironment, SLURMEnvironment
 
-from helpers import SMALL, TRAIN, TWO_STEPS, assert_same_run, column, process, succeed
+from helpers import SMALL, TRAIN, TWO_STEPS, Run, assert_same_run, column, process, succeed
 from rnode.app.processes import cluster_plugins, launched
 from rnode.app.validation import quote
 
@@ -36,9 +36,9 @@ def test_a_run_needs_nothing_of_its_surroundings(tmp_path):
 
 
 @pytest.mark.slow(reason="a run stopped and resumed, beside a whole one")
-def test_a_stopped_run_prints_a_command_that_works_when_pasted(start, whole, tmp_path):
+def test_a_stopped_run_prints_a_command_that_works_when_pasted(whole, tmp_path):
     folder = tmp_path / NAME
-    run = start(tmp_path / "run", f"hydra.run.dir={quote(str(folder))}")
+    run = Run(tmp_path / "run", f"hydra.run.dir={quote(str(folder))}", "logger=wandb")
     run.wait_until((folder / "metrics.csv").exists)
     os.kill(run.pid, signal.SIGTERM)
     printed = run.finish(128 + signal.SIGTERM)

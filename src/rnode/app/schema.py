@@ -270,5 +270,5 @@ def describe_keys(schema: type, config: dict, path: str = "") -> list[str]:
             lines += describe_keys(section, value, f"{path}{name}.")
         else:
             text = value if isinstance(value, str) else json.dumps(value)
-            lines.append(f"  {path + name:<34}{about} [{text}]")
+            lines.append(f"  {path + name:<33} {about} [{text}]")
     return lines

@@ -137,13 +137,9 @@ def fit(cfg: DictConfig, overrides: Sequence[str] = ()) -> dict[str, float | Non
         metrics = {k: float(v) for k, v in (trained | trainer.callback_metrics).items()}
         score = best.best_model_score if tested else metrics.get("val/bits_per_dim", math.nan)
         result = write_result(folder, metrics, float(score))
-        numbers = {name: number for name, number in result.items() if number is not None}
         split = "test" if "test/bits_per_dim" in metrics else "val"
-        if f"{split}/bits_per_dim" in metrics:
-            nats = math.log(2) * flow.d * metrics[f"{split}/bits_per_dim"]
-            numbers |= {f"{split}/nats": nats}
-            if isinstance(data.transform, TableTransform):
-                numbers = {f"{split}/nats": nats} | numbers
+        nats = math.log(2) * flow.d * metrics.get(f"{split}/bits_per_dim", math.nan)
+        numbers = {f"{split}/nats": nats} | result
         print_numbers(f"{SPLIT_NAMES[split]} set", numbers)
     finally:
         finish_wandb()

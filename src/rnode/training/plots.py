@@ -110,15 +110,6 @@ def plot_corner(panels: dict[str, Tensor], names: list[str]) -> Figure:
     return figure
 
 
-def plot_extremes(rows: Tensor, bits: Tensor, levels: int, count: int, path: Path) -> None:
-    """Plot the `count` most and least likely images (N, C, H, W) of integers, by `bits` (N,)."""
-    order, panels = bits.argsort(), {}
-    for name, chosen in (("most", order[:count]), ("least", order.flip(0)[:count])):
-        title = f"{name} likely: {bits[chosen].min():.2f} to {bits[chosen].max():.2f} bits/dim"
-        panels[title] = rows[chosen] / (levels - 1)
-    save_figure(plot_grids(panels), path)
-
-
 def plot_trajectory(frames: Tensor, folder: Path) -> None:
     """Write frames (times, N, C, H, W) in [0, 1] as trajectory.gif."""
     grids = ((255 * image_grid(frame)).round().astype(np.uint8) for frame in frames)

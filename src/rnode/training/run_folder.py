@@ -30,7 +30,7 @@ def whole_file(path: Path, mode: str = "wb") -> Iterator[IO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
-    except (OSError, RuntimeError) as error:  # torch's error for a write that the system refused
+    except OSError as error:
         with contextlib.suppress(OSError):
             part.unlink()
         raise OSError(f"{path} could not be written ({one_line(error)})") from error
