@@ -158,10 +158,6 @@ class Run:
         read = self.err.read_text
         wait_until(condition, lambda: self.process.poll() is None, lambda: read()[-3000:])
 
-    def wait_for_step(self, step):
-        """Wait until metrics.csv has a row of this training step."""
-        self.wait_until(lambda: logged_step(self.folder) >= step)
-
 
 def wait_until(condition, running=lambda: True, message=lambda: "nothing came of it"):
     """Poll until `condition()` holds; fail with `message()` when `running()` no longer does."""

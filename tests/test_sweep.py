@@ -106,8 +106,7 @@ def test_a_sweep_that_stops_in_its_second_job_resumes_to_the_same_end(tmp_path):
     every = ["trainer.max_epochs=1", "callbacks.save.every_n_steps=5"]
     arguments = [*every, f"hydra.sweep.dir={folder}", "reg.lambda_k=0,0.1,0.2", "-m"]
     run = Run(tmp_path / "first", *arguments)
-    run.folder = folder / "1"
-    run.wait_for_step(12)
+    run.wait_until((folder / "1" / "last.ckpt").exists)
     os.kill(run.pid, signal.SIGINT)
     printed = run.finish(code=128 + signal.SIGINT)
     assert results(folder).keys() == {"0"}
@@ -115,7 +114,7 @@ def test_a_sweep_that_stops_in_its_second_job_resumes_to_the_same_end(tmp_path):
     assert "\nstopped: by SIGINT after " in printed
     assert printed.endswith(f"to resume the sweep, add hydra.sweep.dir={folder}\n")
     before = (folder / "0" / "last.ckpt").stat().st_mtime_ns
-    assert 10 <= last_step(folder / "1") < 30
+    assert 5 <= last_step(folder / "1") < 30
     printed = Run(tmp_path / "second", *arguments).finish()
     assert printed.count("skipped") == 1
     assert (folder / "0" / "last.ckpt").stat().st_mtime_ns == before
