@@ -78,7 +78,7 @@ def run(overrides: list[str]) -> dict[str, float]:
     """
     environment = os.environ | {"PYTHONPATH": str(ROOT / "benchmarks")}
     with tempfile.TemporaryDirectory() as folder:
-        quiet = ["logger.wandb.mode=disabled", "trainer.enable_progress_bar=false"]
+        quiet = ["logger=csv", "trainer.enable_progress_bar=false"]
         command = [sys.executable, ROOT / "src/train.py", *quiet, f"hydra.run.dir={folder}"]
         start = time.perf_counter()
         subprocess.run(

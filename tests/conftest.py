@@ -1,17 +1,13 @@
 """Fixtures that several test files share."""
 
-import functools
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from helpers import ONE_THREAD, TWO_STEPS, Run, call, randomize
+from helpers import TWO_STEPS, Run, call, randomize
 from rnode import Field, TimeConv2d, TimeLinear
 
 os.environ["OMP_NUM_THREADS"] = "1"  # for runs
@@ -59,27 +55,10 @@ def run(tmp_path):
 
 
 @pytest.fixture(scope="session")
-def fork_server(tmp_path_factory):
-    """tests/forked.py as a process, which starts runs in forks of itself."""
-    command = [sys.executable, Path(__file__).with_name("forked.py")]
-    options = {"env": ONE_THREAD, "cwd": tmp_path_factory.mktemp("fork_server"), "text": True}
-    pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdin=pipe, stdout=pipe, **options) as server:
-        yield server
-        server.stdin.close()
-
-
-@pytest.fixture(scope="session")
-def start(fork_server):
-    """start(folder, *overrides) starts a run as a process and returns its `Run`."""
-    return functools.partial(Run, fork_server)
-
-
-@pytest.fixture(scope="session")
-def whole(start, tmp_path_factory):
+def whole(tmp_path_factory):
     """The folder of a run of SMALL that nothing disturbed. Tests must not change it."""
     folder = tmp_path_factory.mktemp("whole") / "run"
-    start(folder).finish()
+    Run(folder).finish()
     return folder
 
 
@@ -95,7 +74,7 @@ def trained(*overrides):
     return folder
 
 
-SILENT = ["trainer.enable_progress_bar=false", "logger.wandb.mode=disabled"]
+SILENT = ["trainer.enable_progress_bar=false", "logger=csv"]
 DIGITS = ["dataset.batch_size=128", "dataset.test=40", "dataset.validation=40"]
 MOONS = ["dataset=toy", "dataset.name=moons", "dataset.test=500", "dataset.validation=200"]
 tiny_run = trained(*TWO_STEPS, "model.pieces=1")

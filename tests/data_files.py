@@ -2,7 +2,6 @@
 
 import gzip
 import pickle
-import struct
 from pathlib import Path
 
 import numpy as np
@@ -66,27 +65,3 @@ def image_files(folder, count=40, shape=(8, 8, 3)):
 
 def parts_of(splits):
     return splits.fit().parts
-
-
-def wandb_records(folder):
-    """The records of a run's offline W&B files, by the name of the W&B folder.
-
-    A .wandb file is a LevelDB log with a header of 7 bytes: blocks of 32 KiB hold parts of records.
-    """
-    from wandb.proto.wandb_internal_pb2 import Record
-
-    found = {}
-    for path in sorted(folder.glob("wandb/offline-run-*/*.wandb")):
-        data, position, record = path.read_bytes(), 7, b""
-        while position < len(data):
-            left = 32768 - position % 32768
-            if left < 7:  # the padding of a block
-                position += left
-                continue
-            _, length, kind = struct.unpack_from("<IHB", data, position)
-            record += data[position + 7 : position + 7 + length]
-            position += 7 + length
-            if kind in (1, 4):  # a whole record, or its last part
-                found.setdefault(path.parent.name, []).append(Record.FromString(record))
-                record = b""
-    return found

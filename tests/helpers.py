@@ -3,7 +3,6 @@
 import csv
 import functools
 import gc
-import json
 import os
 import subprocess
 import sys
@@ -31,7 +30,7 @@ QUICK += ["optimizer.lr=4e-3", "warmup_steps=0", "decay=false"]
 TWO_STEPS = [
     *(*QUICK, "trainer.max_steps=2", "trainer.limit_val_batches=1"),
     *("trainer.limit_test_batches=1", "trainer.log_every_n_steps=1"),
-    *("dataset.batch_size=4", "dataset.eval_batch_size=4", "logger.wandb.mode=disabled"),
+    *("dataset.batch_size=4", "dataset.eval_batch_size=4", "logger=csv"),
 ]
 SHORT = ["trainer.max_epochs=1", "model.hidden=4", "logger=csv", "trainer.accelerator=cpu"]
 SHORT += ["trainer.enable_progress_bar=false", "callbacks.figures.every_n_epochs=99"]  # a table
@@ -44,7 +43,7 @@ SMALL = [  # 90 steps in three epochs
     *("dataset.batch_size=16", "dataset.eval_batch_size=20", "trainer.max_epochs=3"),
     *("trainer.limit_train_batches=30", "trainer.limit_val_batches=2"),
     *("trainer.limit_test_batches=2", "trainer.log_every_n_steps=1", "trainer.accelerator=cpu"),
-    *("trainer.enable_progress_bar=false", "logger.wandb.mode=disabled"),
+    *("trainer.enable_progress_bar=false", "logger=csv"),
 ]
 
 
@@ -117,14 +116,15 @@ def freeze():
     gc.freeze()
 
 
-def refused(capsys, command, *overrides):
-    """Run a command that must fail; return the one line that it prints and its exit code."""
+def refused(capsys, command, *overrides, code=2):
+    """Run a command that must end with an exit code; return the one line that it prints."""
     with pytest.raises(SystemExit) as stop:
         call(command, *overrides)
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1, lines
     assert lines[0].startswith("error: ")
-    return lines[0], stop.value.code
+    assert stop.value.code == code
+    return lines[0]
 
 
 def process(*command, cwd=None, **variables):
@@ -141,33 +141,25 @@ def succeed(*command, **options):
 
 
 class Run:
-    """A run of SMALL as a process of tests/forked.py, which prints to a file beside its folder."""
+    """A run of SMALL as a process, which prints to a file beside its folder."""
 
-    def __init__(self, server, folder, *overrides, **request):
-        self.server, self.folder = server, folder
-        self.err = folder.with_name(f"{folder.name}.err")
-        arguments = [*SMALL, f"hydra.run.dir={folder}", *overrides]
-        self.pid = self.ask({"run": arguments, "err": str(self.err), **request})
-
-    def ask(self, request):
-        """Send a request to the fork server and return its answer, a number."""
-        self.server.stdin.write(json.dumps(request) + "\n")
-        self.server.stdin.flush()
-        return int(self.server.stdout.readline())
+    def __init__(self, folder, *overrides):
+        self.folder, self.err = folder, folder.with_name(f"{folder.name}.err")
+        command = [*TRAIN, *SMALL, f"hydra.run.dir={folder}", *overrides]
+        with open(self.err, "w") as file:
+            self.process = subprocess.Popen(command, stdout=file, stderr=file, env=ONE_THREAD)
+        self.pid = self.process.pid
 
     def finish(self, code=0):
         """Wait for the end of the run, check its exit code and return what it printed."""
-        ended = self.ask({"wait": self.pid})
+        ended = self.process.wait(HANG)
         assert ended == code, self.err.read_text()[-3000:]
         return self.err.read_text()
 
     def wait_until(self, condition):
         """Wait until `condition()` holds; fail if the run ends before."""
-        wait_until(condition, lambda: alive(self.pid), lambda: self.err.read_text()[-3000:])
-
-    def wait_for_step(self, step):
-        """Wait until metrics.csv has a row of this training step."""
-        self.wait_until(lambda: logged_step(self.folder) >= step)
+        read = self.err.read_text
+        wait_until(condition, lambda: self.process.poll() is None, lambda: read()[-3000:])
 
 
 def wait_until(condition, running=lambda: True, message=lambda: "nothing came of it"):

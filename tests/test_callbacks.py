@@ -1,38 +1,19 @@
 """Callbacks and loggers of a run, each alone."""
 
-from types import SimpleNamespace
-
-import pytest
-import torch
 from matplotlib.figure import Figure
-from pytorch_lightning.callbacks import Timer
-from pytorch_lightning.trainer.states import TrainerFn
 
-from helpers import EPOCHS
+from helpers import EPOCHS, column
 from rnode.training import callbacks
+from rnode.training.checkpoint import load_checkpoint
 from rnode.training.loggers import MetricsCSV
-from rnode.training.resume import EarlyStopping
-from rnode.training.schedule import passed
 
 
-def validations(callback, values):
-    """Return after which of the validations, counted from 1, the callback stops the run."""
-    trainer = SimpleNamespace(current_epoch=0, world_size=1, should_stop=False)
-    trainer.sanity_checking = trainer.fast_dev_run = False
-    trainer.state = SimpleNamespace(fn=TrainerFn.FITTING)
-    trainer.strategy = SimpleNamespace(reduce_boolean_decision=lambda stop, all: stop)
-    for number, value in enumerate(values, 1):
-        trainer.callback_metrics = {"val/bits_per_dim": torch.tensor(value)}
-        callback.on_validation_end(trainer, None)
-        if trainer.should_stop:
-            return number
-    return None
-
-
-def test_a_run_stops_early_after_so_many_validations_without_a_better_one():
-    values = [3.0, 2.0, 2.5, 2.1, 2.2, 2.3]
-    assert validations(EarlyStopping(3), values) == 5
-    assert validations(EarlyStopping(None), values) is None
+def test_a_run_stops_early_after_so_many_validations_without_a_better_one(run):
+    options = ["trainer.max_epochs=30", "optimizer.lr=0.1", "callbacks.figures=null"]
+    folder = run(*EPOCHS, *options, "callbacks.early_stopping.patience=2")
+    values = column(folder, "val/bits_per_dim")
+    best, last = (load_checkpoint(folder / f"{name}.ckpt")["epoch"] for name in ("best", "last"))
+    assert values.index(min(values)) == best == last - 2 == len(values) - 3 < 27
 
 
 def test_a_resumed_run_keeps_the_rows_that_it_does_not_log_again(tmp_path):
@@ -48,21 +29,6 @@ def test_a_resumed_run_keeps_the_rows_that_it_does_not_log_again(tmp_path):
         assert path.read_text().splitlines() == ["b,step", *kept]
     MetricsCSV(path)
     assert not path.exists()
-
-
-def trainer_at(step, steps, timer=None):
-    trainer = SimpleNamespace(global_step=step, max_epochs=-1, max_steps=steps)
-    trainer.strategy = SimpleNamespace(broadcast=lambda value: value)
-    trainer.callbacks = [timer] if timer else []
-    return trainer
-
-
-def test_a_run_lasts_until_the_first_of_its_limits(monkeypatch):
-    timer = Timer("00:00:01:40")
-    monkeypatch.setattr(timer, "time_elapsed", lambda *_: 40.0)
-    assert passed(trainer_at(6, 30)) == 0.2
-    assert passed(trainer_at(6, 30, timer)) == pytest.approx(0.4)
-    assert passed(trainer_at(15, 30, timer)) == 0.5
 
 
 def test_figures_are_drawn_every_few_epochs_and_of_the_tested_weights(run, monkeypatch):

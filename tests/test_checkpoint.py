@@ -15,6 +15,7 @@ from helpers import TWO_STEPS, call, refused
 from rnode.app import density
 from rnode.errors import InputError
 from rnode.training.checkpoint import FORMAT, AtomicCheckpointIO, load_checkpoint
+from rnode.training.run_folder import lock
 
 pytestmark = pytest.mark.usefixtures("blank_figures")
 
@@ -89,18 +90,19 @@ def test_a_run_resumes_with_its_own_model_and_optimizer_alone(tiny_run, tmp_path
         ("model.hidden", "4", "5"),
         ("optimizer._target_", "torch.optim.Adam", "torch.optim.SGD"),
     ):
-        line, code = refused(capsys, "train", *resume, f"{key}={here}")
+        line = refused(capsys, "train", *resume, f"{key}={here}")
         assert f"{key} is {there} there and {here} here; a run resumes with the same" in line
-        assert code == 2
 
 
 def test_a_new_run_does_not_overwrite_the_checkpoints_of_an_earlier_one(tiny_run, tmp_path, capsys):
     folder = shutil.copytree(tiny_run, tmp_path / "run")
     for path in ("null", tiny_run / "last.ckpt"):
         options = [*MORE, f"ckpt_path={path}", f"hydra.run.dir={folder}"]
-        line, code = refused(capsys, "train", *options)
+        line = refused(capsys, "train", *options)
         assert f"{folder / 'last.ckpt'} is from an earlier run: ckpt_path=auto resumes" in line
-        assert code == 2
+    with lock(folder, resumes=True):
+        line = refused(capsys, "train", *MORE, "ckpt_path=auto", f"hydra.run.dir={folder}")
+    assert f"{folder}: another run is using this folder; wait until" in line
     for path in tiny_run.glob("*.[cjy]*"):
         assert (folder / path.name).read_bytes() == path.read_bytes()
 

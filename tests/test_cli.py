@@ -23,17 +23,13 @@ MISTAKES = {
     "trainer.detect_anomaly=true": "+trainer.detect_anomaly=… passes it on",
     "+lamda_k=1": "lamda_k=1: Extra inputs are not permitted",
     "dataset=table": "dataset.path=… is missing; --help describes it",
-    "optimizer.lr=abc": "optimizer.lr=abc: Input should be a valid number",
-    "reg.lambda_k=null": "reg.lambda_k=None: Input should be a valid number",
     "-m reg.lambda_k=interval(0,1) seed=x": "error: seed=x: Input should be a valid integer",
     "-m optimizer.lr=-1 seed=1,2": "optimizer.lr=-1: Input should be greater than or equal to 0",
     "reg.lambda_j=nan": "reg.lambda_j=nan: Input should be a finite number",
-    "trainer.max_time=5": "trainer.max_time=5: Input should be a valid string",
     "-m sweep_metrics=[val/nfe]": "sweep_metrics.0=val/nfe: Input should be 'val/bits_per_dim', ",
     "logger.wandb.mode=on": "logger.wandb.mode=on: Input should be 'offline', 'online' or",
     "dataset=patches dataset.size=9": "the scales cannot halve 9×9; use images of 8×8",
     "reg.lambda_j=[1": "error: reg.lambda_j=[1: & override_grammar",
-    "seed": "error: seed: & missing EQUAL",
     f"{CONF}": f"{CONF}/last.ckpt: there is no such checkpoint",
     "seed=1,2": "--multirun",
     "ckpt_path=nowhere.ckpt": "/nowhere.ckpt: there is no such file",
@@ -47,9 +43,9 @@ MISTAKES = {
 @pytest.mark.parametrize(("arguments", "words"), MISTAKES.items(), ids=MISTAKES)
 def test_a_mistake_gets_one_line(tmp_path, capsys, arguments, words):
     run = tmp_path / "run"
-    line, code = refused(capsys, "train", f"hydra.run.dir={run}", *arguments.split())
+    code = 1 if "/dev/null" in arguments else 2
+    line = refused(capsys, "train", f"hydra.run.dir={run}", *arguments.split(), code=code)
     assert all(part in line for part in words.split(" & "))
-    assert code == (1 if "Errno" in line else 2)
     assert not list(tmp_path.rglob("*.ckpt"))
 
 
@@ -92,7 +88,7 @@ def test_the_configuration_of_a_command_line_is_printed_without_a_run(capsys, tm
     mine.parent.mkdir(parents=True)
     mine.write_text("# @package _global_\ndataset:\n  size: 16\n")
     own = ["--config-dir", f"{tmp_path / 'own'}", "dataset=patches", "experiment=mine"]
-    assert "no option sed; did you mean seed?" in refused(capsys, "train", *own, "sed=3")[0]
+    assert "no option sed; did you mean seed?" in refused(capsys, "train", *own, "sed=3")
     call("train", *own, "seed=3", "--cfg", "job", "--resolve")
     config = OmegaConf.create(capsys.readouterr().out)
     assert (config.dataset.size, config.dataset.seed) == (16, 3)
@@ -143,11 +139,10 @@ def test_a_bug_gets_one_line_and_its_traceback_is_saved(tmp_path, capsys, monkey
         raise KeyError("two\nlines")
 
     monkeypatch.setattr(train, "build", build)
-    line, code = refused(capsys, "train", f"hydra.run.dir={tmp_path}", *TWO_STEPS)
+    line = refused(capsys, "train", f"hydra.run.dir={tmp_path}", *TWO_STEPS, code=1)
     log = tmp_path / "error.log"
     assert line.startswith("error: KeyError: ")
     assert line.endswith(f"the traceback is in {log}")
-    assert code == 1
     assert "in build" in log.read_text()
 
 

@@ -53,8 +53,6 @@ def test_conditional_likelihood_and_samples_match_the_closed_form(fitted, rows):
     assert samples.columns == density.columns_ == ["a", "b"]
     assert samples.mean().row(0) == pytest.approx((3.0, 60.0), rel=0.05)
     assert samples.select(pl.all().std()).row(0) == pytest.approx((1.5, 5.0), rel=0.1)
-    assert density.sample(4, given, seed=0).equals(density.sample(4, given, seed=0))
-    assert not density.sample(4, given).equals(density.sample(4, given))
     halved = density.sample(3000, given, temperature=0.5)
     assert halved["b"].std() == pytest.approx(samples["b"].std() / 2, rel=0.05)
 

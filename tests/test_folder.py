@@ -80,9 +80,8 @@ def test_a_broken_file_is_named_or_left_out(tmp_path, capsys):
 )
 def test_a_folder_without_images_is_one_line(tmp_path, capsys, root, message):
     (tmp_path / "empty").mkdir()
-    line, code = refused(capsys, "train", "dataset=folder", f"dataset.root={root}")
+    line = refused(capsys, "train", "dataset=folder", f"dataset.root={root}")
     assert f"{root}: {message}" in line
-    assert code == 2
 
 
 def test_the_command_scores_a_folder_given_the_class_that_each_image_lies_in(tmp_path):

@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -22,9 +23,9 @@ pytestmark = pytest.mark.usefixtures("blank_figures")
     ],
 )
 def test_a_class_of_the_users_own_is_called_when_trusted(
-    tmp_path, monkeypatch, capsys, page, source, config, sizes
+    monkeypatch, capsys, page, source, config, sizes
 ):
-    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])  # to which a command adds the working folder
     text = (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
     files = dict(re.findall(r"```(python|yaml)\n(.*?)```", text, re.DOTALL))  # the last of each
     Path(source).write_text(files["python"])
@@ -36,9 +37,8 @@ def test_a_class_of_the_users_own_is_called_when_trusted(
     call(*shlex.split(train), *small, "hydra.run.dir=run")
     command, _, trust = shlex.split(evaluate)
     for options in ([], ["--config-dir", config.split("/")[0]]):
-        line, code = refused(capsys, command, *options, "run/best.ckpt")
+        line = refused(capsys, command, *options, "run/best.ckpt")
         assert f"which conf/ does not name; if it is yours, add {trust}" in line
-        assert code == 2
     with pytest.raises(InputError, match=source.removesuffix(".py")):
         rnode.load("run", trust=["my"])
     call(command, "run/best.ckpt", trust, "hydra.run.dir=evaluation")

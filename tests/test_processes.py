@@ -10,7 +10,7 @@ import pytest
 import torch
 from lightning_fabric.plugins.environments import LightningEnvironment, SLURMEnvironment
 
-from helpers import SMALL, TRAIN, TWO_STEPS, assert_same_run, column, process, succeed
+from helpers import SMALL, TRAIN, TWO_STEPS, Run, assert_same_run, column, process, succeed
 from rnode.app.processes import cluster_plugins, launched
 from rnode.app.validation import quote
 
@@ -27,7 +27,7 @@ NAME = "λ é=[x] (1) ~"  # of a folder
 def test_a_run_needs_nothing_of_its_surroundings(tmp_path):
     folder = tmp_path / NAME
     variables = {"PYTHONIOENCODING": "ascii", "MPLBACKEND": "module://of_a_notebook", **LEFTOVERS}
-    arguments = [*TWO_STEPS, f"hydra.run.dir={quote(str(folder))}", "logger.wandb.mode=offline"]
+    arguments = [*TWO_STEPS, f"hydra.run.dir={quote(str(folder))}", "logger=wandb"]
     done = process(*TRAIN, *arguments, **variables)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "Traceback" not in done.stdout + done.stderr
@@ -36,9 +36,9 @@ def test_a_run_needs_nothing_of_its_surroundings(tmp_path):
 
 
 @pytest.mark.slow(reason="a run stopped and resumed, beside a whole one")
-def test_a_stopped_run_prints_a_command_that_works_when_pasted(start, whole, tmp_path):
+def test_a_stopped_run_prints_a_command_that_works_when_pasted(whole, tmp_path):
     folder = tmp_path / NAME
-    run = start(tmp_path / "run", f"hydra.run.dir={quote(str(folder))}")
+    run = Run(tmp_path / "run", f"hydra.run.dir={quote(str(folder))}", "logger=wandb")
     run.wait_until((folder / "metrics.csv").exists)
     os.kill(run.pid, signal.SIGTERM)
     printed = run.finish(128 + signal.SIGTERM)
@@ -78,7 +78,7 @@ def test_two_processes_have_the_gradient_of_one_with_twice_the_batch(tmp_path, g
 @pytest.mark.slow(reason="starts two processes")
 def test_torchrun_starts_one_run(tmp_path):
     options = [*SMALL, "trainer.max_epochs=1", "trainer.limit_train_batches=3"]
-    options += ["dataset.validation=31", "dataset.test=31", "logger.wandb.mode=offline"]
+    options += ["dataset.validation=31", "dataset.test=31", "logger=wandb"]
     out = succeed(*TWO, TRAIN[1], *options)
     assert out.count("test/bits_per_dim ") == 1
     (folder,) = (tmp_path / "outputs" / "digits").iterdir()

@@ -2,9 +2,7 @@
 
 import json
 
-import pytest
-
-from rnode.training.results import read_status, write_result
+from rnode.training.results import write_result
 
 METRICS = """step,val/bits_per_dim,val/nfe_forward,train/nfe_forward,train/nfe_backward,\
 train/seconds_total,test/bits_per_dim
@@ -38,18 +36,3 @@ def test_a_result_agrees_with_metrics_csv(tmp_path):
     (tmp_path / "metrics.csv").unlink()
     unknown = dict.fromkeys(result)
     assert write_result(tmp_path, {}, best=3.0) == unknown | {"val/bits_per_dim": 3.0}
-
-
-@pytest.mark.parametrize(
-    ("names", "status"),
-    [
-        ([], ("unfinished", "was interrupted, or is still running")),
-        (["result.json"], ("finished", "")),
-        (["result.json", "failed.txt"], ("failed", "of failed.txt")),
-        (["diverged.txt"], ("diverged", "of diverged.txt")),
-    ],
-)
-def test_the_files_of_a_run_say_how_it_ended(tmp_path, names, status):
-    for name in names:
-        (tmp_path / name).write_text(f"of {name}\n")
-    assert read_status(tmp_path) == status

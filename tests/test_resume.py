@@ -101,30 +101,31 @@ def test_max_time(undisturbed, tmp_path, monkeypatch):
     assert [row for row in curves(tmp_path) if row != validation] == curves(undisturbed())
 
 
-def terminate():
-    signal.raise_signal(signal.SIGTERM)
-
-
-def crash():
-    raise RuntimeError("a crash")
+def raise_signal(number):
+    """Raise a signal in this process; 0 stands for a crash."""
+    if number == 0:
+        raise RuntimeError("a crash")
+    signal.raise_signal(number)
 
 
 @pytest.mark.parametrize(
-    ("options", "end", "batch"),
+    ("options", "number", "batch"),
     [
-        ((), terminate, 5),
-        (GAUSSIAN, terminate, 2),
-        (SAVE, crash, 7),
-        *(slow((), terminate, batch) for batch in (3, 6, 11)),
-        *(slow((ACCUMULATE,), terminate, batch) for batch in (3, 5, 9)),
-        *(slow((OFTEN, *DECAY), terminate, batch) for batch in (3, 6, 9)),
+        ((), signal.SIGTERM, 5),
+        (GAUSSIAN, signal.SIGUSR1, 2),
+        (SAVE, 0, 7),
+        *(slow((), signal.SIGTERM, batch) for batch in (3, 6, 11)),
+        *(slow((ACCUMULATE,), signal.SIGTERM, batch) for batch in (3, 5, 9)),
+        *(slow((OFTEN, *DECAY), signal.SIGTERM, batch) for batch in (3, 6, 9)),
     ],
 )
-def test_a_signal_or_a_crash_in_any_batch(undisturbed, tmp_path, monkeypatch, options, end, batch):
+def test_a_signal_or_a_crash_in_any_batch(
+    undisturbed, tmp_path, monkeypatch, options, number, batch
+):
     run = [*SHORT, *options, f"hydra.run.dir={tmp_path}"]
     with monkeypatch.context() as patch:
-        at_batch(patch, batch, end)
-        stopped(1 if end is crash else 128 + signal.SIGTERM, *run)
+        at_batch(patch, batch, lambda: raise_signal(number))
+        stopped(128 + number if number else 1, *run)
     call("train", *run, "ckpt_path=auto")
     assert_same_run(tmp_path, undisturbed(*(() if options is SAVE else options)))
 
@@ -134,7 +135,7 @@ def test_a_signal_during_validation_and_during_the_test(undisturbed, tmp_path, m
     run = [*SHORT, f"hydra.run.dir={tmp_path}"]
     for method in ("validation_step", "test_step"):
         with monkeypatch.context() as patch:
-            at_batch(patch, 0, lambda: signal.raise_signal(signal.SIGINT), method)
+            at_batch(patch, 0, lambda: raise_signal(signal.SIGINT), method)
             stopped(128 + signal.SIGINT, *run, "ckpt_path=auto")
     call("train", *run, "ckpt_path=auto")
     assert_same_run(tmp_path, undisturbed())

@@ -17,7 +17,7 @@ from helpers import ROOT, SMALL, assert_same_run, logged_step, metrics, succeed,
 
 SBATCH = ROOT / "scripts" / "train.sbatch"
 SHORT = [*SMALL, "trainer.limit_train_batches=20"]  # 60 steps
-OFFLINE = "logger.wandb.mode=offline"
+OFFLINE = "logger=wandb"
 PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # `rnode` is that of these tests
 slurm = partial(succeed, PATH=PATH)
 pytestmark = pytest.mark.slurm

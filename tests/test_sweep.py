@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from helpers import TWO_STEPS, alive, assert_same_run, call, column, last_step, wait_until
+from helpers import TWO_STEPS, Run, alive, assert_same_run, call, column, last_step, wait_until
 from rnode.errors import Diverged
 from rnode.training.module import RNODE
 
@@ -101,13 +101,12 @@ def test_a_repeated_sweep_skips_resumes_or_refuses_its_jobs(tmp_path, capsys):
 
 
 @pytest.mark.slow(reason="a run and two sweeps")
-def test_a_sweep_that_stops_in_its_second_job_resumes_to_the_same_end(start, tmp_path):
+def test_a_sweep_that_stops_in_its_second_job_resumes_to_the_same_end(tmp_path):
     folder = tmp_path / "sweep"
     every = ["trainer.max_epochs=1", "callbacks.save.every_n_steps=5"]
     arguments = [*every, f"hydra.sweep.dir={folder}", "reg.lambda_k=0,0.1,0.2", "-m"]
-    run = start(tmp_path / "first", *arguments)
-    run.folder = folder / "1"
-    run.wait_for_step(12)
+    run = Run(tmp_path / "first", *arguments)
+    run.wait_until((folder / "1" / "last.ckpt").exists)
     os.kill(run.pid, signal.SIGINT)
     printed = run.finish(code=128 + signal.SIGINT)
     assert results(folder).keys() == {"0"}
@@ -115,22 +114,22 @@ def test_a_sweep_that_stops_in_its_second_job_resumes_to_the_same_end(start, tmp
     assert "\nstopped: by SIGINT after " in printed
     assert printed.endswith(f"to resume the sweep, add hydra.sweep.dir={folder}\n")
     before = (folder / "0" / "last.ckpt").stat().st_mtime_ns
-    assert 10 <= last_step(folder / "1") < 30
-    printed = start(tmp_path / "second", *arguments).finish()
+    assert 5 <= last_step(folder / "1") < 30
+    printed = Run(tmp_path / "second", *arguments).finish()
     assert printed.count("skipped") == 1
     assert (folder / "0" / "last.ckpt").stat().st_mtime_ns == before
-    start(tmp_path / "whole", *every, "reg.lambda_k=0.1").finish()
+    Run(tmp_path / "whole", *every, "reg.lambda_k=0.1").finish()
     assert_same_run(folder / "1", tmp_path / "whole")
     assert statuses(folder) == ["finished"] * 3
 
 
 @pytest.mark.slow(reason="two workers of joblib import everything, twice")
-def test_joblib_runs_two_jobs_at_a_time_which_stop_with_the_sweep(start, tmp_path):
+def test_joblib_runs_two_jobs_at_a_time_which_stop_with_the_sweep(tmp_path):
     folder = tmp_path / "sweep"
     arguments = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2", f"hydra.sweep.dir={folder}"]
     arguments += ["trainer.limit_train_batches=40", "dataset.batch_size=32", "trainer.max_epochs=1"]
     arguments += ["callbacks.save.every_n_steps=5", "reg.lambda_k=0,0.1,-1", "-m"]
-    run = start(tmp_path / "first", *arguments)
+    run = Run(tmp_path / "first", *arguments)
     run.wait_until(lambda: all((folder / name / "last.ckpt").exists() for name in "01"))
     children = descendants(run.pid)
     assert not results(folder)
@@ -140,7 +139,7 @@ def test_joblib_runs_two_jobs_at_a_time_which_stop_with_the_sweep(start, tmp_pat
     wait_until(lambda: not any(alive(pid) for pid in children))
     assert all(5 <= last_step(folder / name) < 40 for name in "01")
     assert not (folder / "2" / "last.ckpt").exists()
-    printed = start(tmp_path / "second", *arguments).finish(code=1)
+    printed = Run(tmp_path / "second", *arguments).finish(code=1)
     assert "Traceback" not in printed
     assert printed.endswith(f"failed: 2 reg.lambda_k=-1: {NEGATIVE}\n")
     assert [len(column(folder / name, "train/loss")) for name in "01"] == [40, 40]

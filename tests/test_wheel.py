@@ -47,16 +47,3 @@ def test_every_command_works_in_an_empty_folder(rnode, tmp_path):
     assert len(list(tmp_path.glob("outputs/evaluate/*/evaluation.json"))) == 1
     assert len(list(tmp_path.glob("outputs/sample/*/samples.png"))) == 1
     assert "figure" in succeed(rnode, "reproduce", "--help")
-
-
-def test_the_users_own_data_of_the_docs_are_found_in_the_working_folder(rnode, tmp_path):
-    text = (ROOT / "docs" / "own-data.md").read_text(encoding="utf-8")
-    files = dict(re.findall(r"```(python|yaml)\n(.*?)```", text, re.DOTALL))  # the last of each
-    (tmp_path / "mydata.py").write_text(files["python"])
-    (tmp_path / "own" / "dataset").mkdir(parents=True)
-    (tmp_path / "own" / "dataset" / "mine.yaml").write_text(files["yaml"])
-    options = ["--config-dir", "own", "dataset=mine", *TWO_STEPS]
-    assert "  dataset.n " in succeed(rnode, "train", *options, "--help")
-    succeed(rnode, "train", *options, "hydra.run.dir=run")
-    succeed(rnode, "sample", "trust=[mydata]", "run/last.ckpt", "n=4", "hydra.run.dir=samples")
-    assert (tmp_path / "samples" / "samples.png").exists()

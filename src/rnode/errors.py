@@ -11,10 +11,6 @@ class Diverged(ArithmeticError):
     """A quantity became NaN or infinite, or the step size of a solver underflowed."""
 
 
-class WriteError(OSError):
-    """A file could not be written."""
-
-
 class Stopped(Exception):
     """The signal of number `signal` stopped the run, which ended cleanly."""
 

@@ -113,13 +113,11 @@ def start_hydra(command: str, arguments: list[str]) -> None:
             if "context" in cfg:
                 cfg.context = values.context  # JSON has become a dictionary
             make_paths_absolute(cfg)
-            if command == "train" and is_first_process():
+            if command == "train":
                 chosen = HydraConfig.get().runtime.choices
                 print(f"{chosen.dataset} by a {chosen.model} flow, solver={chosen.solver}")
-                print(
-                    f"run folder: {folder} (Ctrl-C stops the run and says how to resume)",
-                    flush=True,
-                )
+                hint = "Ctrl-C stops the run and says how to resume"
+                print(f"run folder: {folder} ({hint})", flush=True)
             prepare_process()
             # torch and Lightning are imported here: --help and mistakes do not wait for them.
             package = "rnode.paper" if command == "reproduce" else "rnode.app"  # benchmarks/paper

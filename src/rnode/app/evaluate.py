@@ -11,8 +11,7 @@ from torch import Tensor
 from rnode.app.density import from_checkpoint
 from rnode.app.summary import print_numbers
 from rnode.evaluation import COMPARED, agreeing_grid, evaluate, solve_and_measure
-from rnode.training.plots import plot_extremes
-from rnode.transforms import ImageTransform
+from rnode.training.plots import save_figure
 
 EXTREMES = 32  # images in each half of extremes.png
 
@@ -38,9 +37,14 @@ def main(cfg: DictConfig) -> float:
         columns["bound"] = columns.pop("bounds")[-1]
     frame = pl.DataFrame({name: column.numpy() for name, column in columns.items()})
     frame.with_row_index().write_csv(folder / "samples.csv")
-    if isinstance(data.transform, ImageTransform):
-        rows, bits = getattr(data.splits, cfg.split), columns["bits_per_dim"]
-        plot_extremes(rows, bits, data.transform.levels, EXTREMES, folder / "extremes.png")
+    if density.columns_ is None:
+        images, bits_per_dim = getattr(data.splits, cfg.split), columns["bits_per_dim"]
+        order = bits_per_dim.argsort()
+        panels = {}
+        for name, chosen in (("most", order[:EXTREMES]), ("least", order.flip(0)[:EXTREMES])):
+            low, high = bits_per_dim[chosen].aminmax()
+            panels[f"{name} likely: {low:.2f} to {high:.2f} bits/dim"] = images[chosen]
+        save_figure(density.draw(panels), folder / "extremes.png")
     numbers = {name: value for name, value in summary.items() if not isinstance(value, list)}
     divergence = "exact" if flow.exact else str(flow.test_probes)
     print_numbers(f"{cfg.split} set, divergence: {divergence}", numbers)

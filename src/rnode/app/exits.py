@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shlex
 import sys
 import traceback
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from rnode.app.processes import is_first_process
-from rnode.app.validation import explain
+from rnode.app.validation import explain, quote
 from rnode.errors import Diverged, InputError, Stopped
 from rnode.training.results import DIVERGED, FAILED, OVERRIDES
 
@@ -33,10 +34,13 @@ def one_line_errors(job: Path | None = None) -> Iterator[None]:
     except Stopped as stopped:
         if not is_first_process():  # all stop together; the first process says so
             sys.exit(0)
-        line = f"stopped: {stopped}"
+        hydra = HydraConfig.get()
+        place = f"hydra.run.dir={quote(hydra.runtime.output_dir)}"
+        again = ["rnode", "train", *hydra.overrides.task, place, "ckpt_path=auto"]
+        resume = f"to resume: {shlex.join(again)}"
         if job is not None:
-            line += f"; to resume the sweep, add hydra.sweep.dir={HydraConfig.get().sweep.dir}"
-        print(line, file=sys.stderr, flush=True)
+            resume = f"to resume the sweep, add hydra.sweep.dir={hydra.sweep.dir}"
+        print(f"stopped: {stopped}; {resume}", file=sys.stderr, flush=True)
         if current_process().name != "MainProcess":
             os._exit(128 + stopped.signal)  # joblib would catch SystemExit and run the next job
         sys.exit(128 + stopped.signal)

@@ -29,12 +29,6 @@ from rnode.errors import InputError, require
 from rnode.training.run_folder import lock
 
 FITS = threading.Lock()  # runs set what holds for the whole process, so one trains at a time
-PRECISION = (
-    (torch.backends.cudnn, "allow_tf32"),
-    (torch.backends.cudnn, "benchmark"),
-    (torch.backends.cudnn, "deterministic"),
-    (torch.backends.cuda.matmul, "allow_tf32"),
-)
 
 
 def train_table(
@@ -50,7 +44,9 @@ def train_table(
         overrides.append("logger=csv")
     cfg = compose_config("train", overrides)
     given = {k: v for k, v in options.items() if k in cfg.dataset and v is not None}
-    cfg.dataset.update(json.loads(json.dumps(given, default=to_list)))
+    # Names or numbers of NumPy, pandas or polars become those of Python.
+    plain = json.dumps(given, default=lambda v: v.tolist() if hasattr(v, "tolist") else list(v))
+    cfg.dataset.update(json.loads(plain))
     cfg.dataset.path = "" if isinstance(rows, pl.DataFrame) else str(rows.expanduser().absolute())
     cfg.trainer.max_time = options["max_time"] or cfg.trainer.max_time
     if options["folder"] is None:
@@ -72,11 +68,6 @@ def train_table(
             train.publish(place)
 
 
-def to_list(values: Any) -> Any:
-    """Return names or numbers of NumPy, pandas or polars as those of Python."""
-    return values.tolist() if hasattr(values, "tolist") else list(values)
-
-
 @contextlib.contextmanager
 def undisturbed(verbose: bool) -> Iterator[None]:
     """Give a caller everything back that a run sets for the whole process.
@@ -90,14 +81,14 @@ def undisturbed(verbose: bool) -> Iterator[None]:
         stack.enter_context(warnings.catch_warnings())
         stack.enter_context(patch.dict(os.environ))
         stack.callback(torch.set_num_threads, torch.get_num_threads())
+        tf32 = torch.backends.cudnn.allow_tf32
+        stack.callback(setattr, torch.backends.cudnn, "allow_tf32", tf32)
         stack.callback(np.random.set_state, np.random.get_state())
         stack.callback(random.setstate, random.getstate())
         stack.callback(Singleton.set_state, copy.copy(Singleton.get_state()))
         stack.callback(IN_PYTHON.reset, IN_PYTHON.set(True))
         for logger in map(logging.getLogger, QUIET_LOGGERS):
             stack.callback(logger.setLevel, logger.level)
-        for module, name in PRECISION:
-            stack.callback(setattr, module, name, getattr(module, name))
         if threading.current_thread() is threading.main_thread():  # others cannot set handlers
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
                 stack.callback(signal.signal, number, signal.getsignal(number))

@@ -121,7 +121,7 @@ class Entry(Section):
 
     every_n_steps: PositiveInt | None = key("steps between checkpoints, or validations", None)
     every_n_epochs: PositiveInt | None = key("epochs from one samples.png to the next", None)
-    patience: PositiveInt | None = key("validations without a better one that stop a run", None)
+    patience: PositiveInt = key("validations without a better one that stop a run", 1)
     tolerance: NonNegativeFloat = key("bits/dim by which a finer grid has to differ", 0.0)
 
     mode: Literal["offline", "online", "disabled"] = key("offline, online or disabled", "offline")
@@ -270,5 +270,5 @@ def describe_keys(schema: type, config: dict, path: str = "") -> list[str]:
             lines += describe_keys(section, value, f"{path}{name}.")
         else:
             text = value if isinstance(value, str) else json.dumps(value)
-            lines.append(f"  {path + name:<34}{about} [{text}]")
+            lines.append(f"  {path + name:<33} {about} [{text}]")
     return lines

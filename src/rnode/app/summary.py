@@ -9,11 +9,11 @@ from rich.table import Table
 WIDE = 1000  # columns of a file or a pipe, which cut nothing off
 
 
-def print_numbers(title: str, numbers: Mapping[str, float]) -> None:
-    """Print numbers by their names below a title."""
+def print_numbers(title: str, numbers: Mapping[str, float | None]) -> None:
+    """Print numbers by their names below a title; what was not measured is None."""
     table = Table("quantity", "value", title=title, title_justify="left")
     for name, number in numbers.items():
-        table.add_row(name, f"{number:.5g}")
+        table.add_row(name, "–" if number is None else f"{number:.5g}")
     print_table(table)
 
 

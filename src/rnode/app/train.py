@@ -3,7 +3,6 @@
 import contextlib
 import math
 import os
-import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -22,11 +21,10 @@ from rnode.app.build import build, load_weights
 from rnode.app.processes import cluster_plugins, is_first_process, launched, match_processes
 from rnode.app.runs import Run
 from rnode.app.summary import print_numbers, print_table
-from rnode.app.validation import quote
 from rnode.data.closed_forms import fit_candidates, fit_gaussian, fit_z
 from rnode.data.datamodule import DataModule
 from rnode.data.splits import SPLIT_NAMES
-from rnode.errors import Diverged, InputError, Stopped, one_line, require
+from rnode.errors import Diverged, InputError, one_line, require
 from rnode.training.checkpoint import AtomicCheckpointIO, load_checkpoint, load_to_resume
 from rnode.training.gaussian import validation_rows
 from rnode.training.loggers import MetricsCSV, finish_wandb
@@ -41,7 +39,7 @@ from rnode.training.results import (
     RESULT,
     write_result,
 )
-from rnode.training.resume import BestCheckpoint, batches_of_an_epoch
+from rnode.training.resume import BestCheckpoint
 from rnode.training.run_folder import ENVIRONMENT, environment, lock, whole_file
 from rnode.transforms import TableTransform
 
@@ -82,11 +80,6 @@ def main(cfg: DictConfig) -> float | list[float]:
         )
         (folder / DIVERGED).write_text(f"{message}\n", encoding="utf-8")
         raise Diverged(message) from error
-    except Stopped as stopped:
-        place = f"hydra.run.dir={quote(str(folder))}"
-        resume = ["rnode", "train", *overrides, place, "ckpt_path=auto"]
-        message = f"{stopped}; to resume: {shlex.join(resume)}"
-        raise Stopped(message, stopped.signal) from None
 
 
 def name_wandb(wandb: DictConfig | None, folder: Path, overrides: list[str]) -> None:
@@ -119,7 +112,6 @@ def fit(cfg: DictConfig, overrides: Sequence[str] = ()) -> dict[str, float | Non
         trainer = build_trainer(cfg, callbacks)  # before the data, which may take minutes to read
         data, flow = build(cfg, checkpoint)
         data.setup()
-        require_interval(trainer, data)
         module = RNODE(
             flow,
             instantiate(cfg.optimizer),
@@ -159,13 +151,9 @@ def fit(cfg: DictConfig, overrides: Sequence[str] = ()) -> dict[str, float | Non
         metrics = {k: float(v) for k, v in (trained | trainer.callback_metrics).items()}
         score = best.best_model_score if tested else metrics.get("val/bits_per_dim", math.nan)
         result = write_result(folder, metrics, float(score))
-        numbers = {name: number for name, number in result.items() if number is not None}
         split = "test" if "test/bits_per_dim" in metrics else "val"
-        if f"{split}/bits_per_dim" in metrics:
-            nats = math.log(2) * flow.d * metrics[f"{split}/bits_per_dim"]
-            numbers |= {f"{split}/nats": nats}
-            if isinstance(data.transform, TableTransform):
-                numbers = {f"{split}/nats": nats} | numbers
+        nats = math.log(2) * flow.d * metrics.get(f"{split}/bits_per_dim", math.nan)
+        numbers = {f"{split}/nats": nats} | result
         print_numbers(f"{SPLIT_NAMES[split]} set", numbers)
     finally:
         finish_wandb()
@@ -271,16 +259,6 @@ def build_trainer(cfg: DictConfig, callbacks: list[pl.Callback]) -> pl.Trainer:
         raise InputError(f"trainer: {one_line(error.__cause__ or error)}") from error
 
 
-def require_interval(trainer: pl.Trainer, data: DataModule) -> None:
-    """Raise InputError if val_check_interval is longer than an epoch, which counts batches anew."""
-    interval, batches = trainer.val_check_interval, batches_of_an_epoch(trainer, data)
-    require(
-        isinstance(interval, float) or interval <= batches or not trainer.check_val_every_n_epoch,
-        f"trainer.val_check_interval={interval}: must be at most {batches}, the batches of an "
-        "epoch; +trainer.check_val_every_n_epoch=null counts batches over epochs",
-    )
-
-
 def write_settings(cfg: DictConfig, overrides: Sequence[str]) -> None:
     """Write what a run is made of to its folder, and remove the result of an earlier run there."""
     folder = Path(cfg.folder)
@@ -293,6 +271,5 @@ def write_settings(cfg: DictConfig, overrides: Sequence[str]) -> None:
 
 
 def instantiate_all(section: DictConfig) -> list:
-    """Instantiate the entries of a section that have a `_target_`; a logger may be turned off."""
-    entries = [entry for entry in section.values() if entry and "_target_" in entry]
-    return [made for made in map(instantiate, entries) if made is not None]
+    """Instantiate the entries of a section that have a `_target_`."""
+    return [instantiate(entry) for entry in section.values() if entry and "_target_" in entry]

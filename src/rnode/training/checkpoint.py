@@ -17,16 +17,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     def save_checkpoint(self, checkpoint: dict, path: str, storage_options: object = None) -> None:
         with whole_file(Path(path)) as file:
-            try:
-                torch.save(checkpoint, file)
-            except RuntimeError as error:  # torch's error for a write that the system refused
-                raise OSError(one_line(error)) from error
+            torch.save(checkpoint, file)
 
     def load_checkpoint(self, path: str, *args: object, **kwargs: object) -> dict:
         return load_checkpoint(path)
-
-    def remove_checkpoint(self, path: str) -> None:
-        pass  # a run overwrites its own files, and a checkpoint may name any other file
 
 
 def load_checkpoint(path: str | Path) -> dict:

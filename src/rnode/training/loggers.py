@@ -1,7 +1,6 @@
 """The loggers of a run: metrics.csv, and W&B as this program sets it up."""
 
 import csv
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from pytorch_lightning.loggers import Logger, WandbLogger
 from pytorch_lightning.utilities import rank_zero_only
 
 from rnode.training.results import read_metrics
-from rnode.training.run_folder import whole_file, write_error
+from rnode.training.run_folder import whole_file
 
 
 class MetricsCSV(Logger):
@@ -36,11 +35,8 @@ class MetricsCSV(Logger):
         if not row.keys() <= set(self.columns):
             self.write([*read_metrics(self.path), row])
             return
-        try:
-            with open(self.path, "a", encoding="utf-8", newline="") as file:
-                csv.DictWriter(file, self.columns).writerow(row)
-        except OSError as error:
-            raise write_error(self.path, error) from error
+        with open(self.path, "a", encoding="utf-8", newline="") as file:
+            csv.DictWriter(file, self.columns).writerow(row)
 
     def write(self, rows: list[dict]) -> None:
         """Replace the file by these rows; without rows there is no file."""
@@ -58,7 +54,10 @@ class MetricsCSV(Logger):
 
 
 class WandbRun(WandbLogger):
-    """A run of W&B, which begins with the first metrics: mistakes leave none, no step waits."""
+    """A run of W&B, which begins with the first metrics: mistakes leave none, no step waits.
+
+    Its summary keeps the least validation bits/dim.
+    """
 
     settings: dict | None = None  # of a run that has not begun
 
@@ -80,17 +79,6 @@ class WandbRun(WandbLogger):
             self.experiment.define_metric("val/bits_per_dim", summary="min", **place)
             super().log_hyperparams(settings)
         super().log_metrics(metrics, step)
-
-
-def wandb_logger(folder: str, mode: str, tags: list[str], **options: object) -> WandbLogger | None:
-    """Return the logger of W&B, whose summary keeps the least validation bits/dim; None: disabled.
-
-    Other options are those of WandbLogger.
-    """
-    if mode == "disabled":
-        return None
-    place = os.environ.get("WANDB_DIR", folder)
-    return WandbRun(save_dir=place, mode=mode, tags=list(tags), **options)
 
 
 def finish_wandb() -> None:

@@ -54,14 +54,9 @@ def plot_grids(panels: dict[str, Tensor]) -> Figure:
     figure, axes = subplots(5 * len(panels), 5.3, columns=len(panels))
     for ax, (title, images) in zip(axes.flat, panels.items(), strict=True):
         ax.set_title(title)
-        plot_images(ax, images)
+        ax.imshow(image_grid(images), interpolation="nearest")
+        ax.axis("off")
     return figure
-
-
-def plot_images(ax: Axes, images: Tensor) -> None:
-    """Plot images (N, C, H, W) in [0, 1] as a square grid."""
-    ax.imshow(image_grid(images), interpolation="nearest")
-    ax.axis("off")
 
 
 def plot_band(ax: Axes, curves: list[tuple[np.ndarray, np.ndarray]], **style: str) -> None:
@@ -115,15 +110,6 @@ def plot_corner(panels: dict[str, Tensor], names: list[str]) -> Figure:
         axes[i, 0].set_ylabel(name)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
     return figure
-
-
-def plot_extremes(rows: Tensor, bits: Tensor, levels: int, count: int, path: Path) -> None:
-    """Plot the `count` most and least likely images (N, C, H, W) of integers, by `bits` (N,)."""
-    order, panels = bits.argsort(), {}
-    for name, chosen in (("most", order[:count]), ("least", order.flip(0)[:count])):
-        title = f"{name} likely: {bits[chosen].min():.2f} to {bits[chosen].max():.2f} bits/dim"
-        panels[title] = rows[chosen] / (levels - 1)
-    save_figure(plot_grids(panels), path)
 
 
 def plot_trajectory(frames: Tensor, folder: Path) -> None:

@@ -13,7 +13,6 @@ These are all places where a run reaches into the state of Lightning that is not
 """
 
 import contextlib
-import math
 import signal
 import threading
 from pathlib import Path
@@ -23,7 +22,6 @@ from pytorch_lightning import Callback, Trainer, callbacks
 from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
 
-from rnode.data.datamodule import DataModule
 from rnode.errors import Stopped
 from rnode.training.checkpoint import load_checkpoint
 from rnode.training.module import RNODE
@@ -99,13 +97,6 @@ class SaveAndStop(Callback):
             raise Stopped(f"by {name} after {trainer.global_step} training steps", int(received))
 
 
-def batches_of_an_epoch(trainer: Trainer, data: DataModule) -> int:
-    """Return trainer.num_training_batches, which Lightning knows only once it trains."""
-    limit = trainer.limit_train_batches
-    batches = math.ceil(len(data.splits.train) / (data.batch_size * trainer.world_size))
-    return min(limit, batches) if isinstance(limit, int) else int(limit * batches)
-
-
 def count_batches(loops: dict, epoch: int, used: int, step: int) -> None:
     """Set the counters of Lightning's loops to the state after batch `used` of `epoch`."""
     total = loops["epoch_progress"]["total"]
@@ -123,11 +114,6 @@ def count_batches(loops: dict, epoch: int, used: int, step: int) -> None:
 
 class BestCheckpoint(callbacks.ModelCheckpoint):
     """Keeps best.ckpt in the folder of this run, whatever folder a resumed checkpoint names."""
-
-    def __init__(self, folder: str):
-        # After the validation, before last.ckpt: a run that resumes from there has its best.
-        name = {"filename": "best", "enable_version_counter": False}
-        super().__init__(folder, **name, monitor="val/bits_per_dim", save_on_train_epoch_end=False)
 
     def load_state_dict(self, state_dict: dict) -> None:
         path = str(Path(self.dirpath) / "best.ckpt")
@@ -155,11 +141,3 @@ class BestCheckpoint(callbacks.ModelCheckpoint):
         self.best_model_path = self.kth_best_model_path = path
         self.best_model_score = self.kth_value = score
         self.best_k_models = {path: score}
-
-
-class EarlyStopping(callbacks.EarlyStopping):
-    """Stops a run after `patience` validations without a better one; None: never."""
-
-    def __init__(self, patience: int | None):
-        patience = math.inf if patience is None else patience
-        super().__init__("val/bits_per_dim", patience=patience, check_on_train_epoch_end=False)

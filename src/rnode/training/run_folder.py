@@ -13,7 +13,7 @@ from typing import IO
 from filelock import FileLock, Timeout
 
 import rnode
-from rnode.errors import InputError, WriteError, one_line, require
+from rnode.errors import InputError, one_line, require
 
 ENVIRONMENT = "environment.yaml"
 PACKAGES = ("torch", "torchvision", "pytorch-lightning", "torchdiffeq", "numpy")
@@ -21,7 +21,7 @@ PACKAGES = ("torch", "torchvision", "pytorch-lightning", "torchdiffeq", "numpy")
 
 @contextlib.contextmanager
 def whole_file(path: Path, mode: str = "wb") -> Iterator[IO]:
-    """Open a file that replaces `path` once it is complete and on the disk, or raise WriteError."""
+    """Open a file that replaces `path` once it is complete and on the disk; else `path` stays."""
     part = path.with_name(f"{path.name}.part")
     text = {"encoding": "utf-8", "newline": ""} if mode == "w" else {}
     try:
@@ -33,14 +33,7 @@ def whole_file(path: Path, mode: str = "wb") -> Iterator[IO]:
     except OSError as error:
         with contextlib.suppress(OSError):
             part.unlink()
-        raise write_error(path, error) from error
-
-
-def write_error(path: Path, error: OSError) -> WriteError:
-    """Return the error of a file that could not be written."""
-    kept = "the earlier file is intact" if path.exists() else "there is no earlier file"
-    kept = kept if path.parent.exists() else "its folder has been removed"
-    return WriteError(f"{path} could not be written ({one_line(error)}); {kept}")
+        raise OSError(f"{path} could not be written ({one_line(error)})") from error
 
 
 @contextlib.contextmanager
