@@ -30,7 +30,8 @@ class Run:
         self.name = folder.name
         self.command = shlex.join(["rnode", "train", *texts])
         self.overrides = {override.key_or_group: override.value() for override in parsed}
-        settings = self.overrides | flatten(load(folder / results.CONFIG))
+        config = flatten(load(folder / results.CONFIG))
+        settings = self.overrides | {k: v for k, v in config.items() if v != {}}  # of logger=csv
         self.settings = {
             k: v if isinstance(v, float | int) else str(v) for k, v in settings.items()
         }
