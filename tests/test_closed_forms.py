@@ -145,7 +145,7 @@ def test_the_base_of_a_trained_flow_is_fitted_to_z(tmp_path):
     distances = np.square(data.splits.val[:500, None].numpy() - centres).sum(-1)
     truth = np.log(np.exp(-distances / 2).mean(1) / (2 * np.pi))
     assert abs(float(mixture.mean()) - truth.mean()) < 0.03
-    assert float(gaussian.mean()) < truth.mean() - 0.3
+    assert float(gaussian.mean()) < truth.mean() - 0.1
     worse = Mixture(torch.ones(1), torch.full((1, 2), 9.0), torch.eye(2)[None])
     for base, seconds in ((flow.base, np.inf), (worse, 0)):  # none is better, or there is no time
         flow.base = base
