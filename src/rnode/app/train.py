@@ -152,8 +152,10 @@ def fit(cfg: DictConfig, overrides: Sequence[str] = ()) -> dict[str, float | Non
         score = best.best_model_score if tested else metrics.get("val/bits_per_dim", math.nan)
         result = write_result(folder, metrics, float(score))
         split = "test" if "test/bits_per_dim" in metrics else "val"
-        nats = math.log(2) * flow.d * metrics.get(f"{split}/bits_per_dim", math.nan)
-        numbers = {f"{split}/nats": nats} | result
+        bits = metrics.get(f"{split}/bits_per_dim", math.nan)
+        nats = {f"{split}/nats": math.log(2) * flow.d * bits}
+        table = isinstance(data.transform, TableTransform)
+        numbers = nats | result if table else result | nats
         print_numbers(f"{SPLIT_NAMES[split]} set", numbers)
     finally:
         finish_wandb()
