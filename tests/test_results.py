@@ -2,7 +2,7 @@
 
 import json
 
-from rnode.training.results import write_result
+from rnode.training.results import read_metrics, write_result
 
 METRICS = """step,val/bits_per_dim,val/nfe_forward,train/nfe_forward,train/nfe_backward,\
 train/seconds_total,test/bits_per_dim
@@ -18,6 +18,7 @@ train/seconds_total,test/bits_per_dim
 
 def test_a_result_agrees_with_metrics_csv(tmp_path):
     (tmp_path / "metrics.csv").write_text(METRICS)
+    assert read_metrics(tmp_path / "metrics.csv")[-1] == {"step": "5", "test/bits_per_dim": "3.25"}
     tested = {"test/bits_per_dim": 3.25, "test/kinetic": 0.0, "test/jacobian": float("nan")}
     result = write_result(tmp_path, tested, best=3.0)
     assert result == json.loads((tmp_path / "result.json").read_text())
