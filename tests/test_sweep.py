@@ -84,7 +84,8 @@ def test_a_repeated_sweep_skips_resumes_or_refuses_its_jobs(tmp_path, capsys):
     before = {path: path.read_bytes() for path in tmp_path.glob("*/*.[cjmy]*")}
     first = results(tmp_path)
     assert len(first) == 2
-    call("train", *arguments, "logger.wandb.project=other", "ckpt_path=auto")
+    logged = [text.replace("logger=csv", "logger.wandb.mode=disabled") for text in arguments]
+    call("train", *logged, "ckpt_path=auto")
     assert capsys.readouterr().out.count("skipped") == 2
     printed = failing(capsys, f"hydra.sweep.dir={tmp_path}", "reg.lambda_k=0,0.2")
     reason = f"{tmp_path / '1'}: holds a run with another reg.lambda_k; use another folder"
