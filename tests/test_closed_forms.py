@@ -10,7 +10,7 @@ from scipy.stats import multivariate_t
 from torch.distributions import MultivariateNormal
 
 import rnode
-from helpers import DOPRI5, RK4, Linear, call, column, make_flow
+from helpers import DOPRI5, RK4, TWO_STEPS, Linear, call, column, make_flow, refused
 from rnode import Flow, Gaussian, Mixture, Piece, Probes, Solver
 from rnode.data.closed_forms import fit_base, fit_candidates, fit_z, ranked
 from rnode.data.datamodule import DataModule
@@ -189,6 +189,18 @@ def test_a_run_with_logarithms_of_its_own_choice_is_evaluated_and_resumed(run, t
     means = rnode.load(last).flow_.base.means
     run(*table, *SHORT, "trainer.max_epochs=4", "ckpt_path=auto")  # its best.ckpt has another base
     assert torch.equal(rnode.load(last).flow_.base.means, means)
+
+
+def test_a_base_is_fitted_to_z_of_a_run_without_a_validation(run, tmp_path, capsys):
+    rows = np.random.default_rng(0).normal(size=(300, 2))
+    pl.DataFrame(rows, ["a", "b"]).write_csv(path := tmp_path / "rows.csv")
+    table = ["dataset=table", f"dataset.path={path}", "model.hidden=8"]
+    last = run(*table, *SHORT) / "last.ckpt"
+    elsewhere = f"hydra.run.dir={tmp_path / 'elsewhere'}"
+    call("train", *table, *SHORT, *TWO_STEPS[-1:], elsewhere, f"ckpt_path={last}")  # trains no step
+    assert isinstance(rnode.load(tmp_path / "elsewhere").flow_.base, Mixture)
+    line = refused(capsys, "train", *table, "trainer.limit_val_batches=0")
+    assert "base=auto: needs validation" in line
 
 
 def test_images_start_at_a_gaussian_of_z(run):

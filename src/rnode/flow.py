@@ -336,7 +336,12 @@ class Flow(nn.Module):
             z = z if isinstance(layer, Piece) else layer.inverse(z, factored)
         return z
 
-    def _sample_probes(self, z: Tensor, exact: bool, generators=None) -> Tensor:
+    def _sample_probes(
+        self,
+        z: Tensor,
+        exact: bool,
+        generators: torch.Generator | Sequence[torch.Generator] | None = None,
+    ) -> Tensor:
         """The probes of a piece that starts at z (B, *shape); none of an `exact` divergence."""
         probes = self.probes if self.training else self.test_probes
         return z.new_empty(0, *z.shape) if exact else probes.sample(z, generators)

@@ -121,7 +121,9 @@ class Entry(Section):
 
     every_n_steps: PositiveInt | None = key("steps between checkpoints, or validations", None)
     every_n_epochs: PositiveInt | None = key("epochs from one samples.png to the next", None)
-    patience: PositiveInt = key("validations without a better one that stop a run", 1)
+    patience: PositiveInt = key(
+        "validations without a better one that stop a run", 3
+    )  # Lightning's
     tolerance: NonNegativeFloat = key("bits/dim by which a finer grid has to differ", 0.0)
 
     mode: Literal["offline", "online", "disabled"] = key("offline, online or disabled", "offline")

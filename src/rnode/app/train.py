@@ -112,6 +112,10 @@ def fit(cfg: DictConfig, overrides: Sequence[str] = ()) -> dict[str, float | Non
         trainer = build_trainer(cfg, callbacks)  # before the data, which may take minutes to read
         data, flow = build(cfg, checkpoint)
         data.setup()
+        validated = cfg.base == "normal" or validation_rows(trainer, data) > 0
+        require(
+            validated, f"base={cfg.base}: needs validation, which trainer.limit_val_batches=0 omits"
+        )
         module = RNODE(
             flow,
             instantiate(cfg.optimizer),

@@ -115,19 +115,21 @@ def count_batches(loops: dict, epoch: int, used: int, step: int) -> None:
 class BestCheckpoint(callbacks.ModelCheckpoint):
     """Keeps best.ckpt in the folder of this run, whatever folder a resumed checkpoint names."""
 
+    @property
+    def path(self) -> str:
+        return str(Path(self.dirpath) / "best.ckpt")
+
     def load_state_dict(self, state_dict: dict) -> None:
-        path = str(Path(self.dirpath) / "best.ckpt")
-        if Path(path).exists():
-            score = load_checkpoint(path)["callbacks"][self.state_key]["current_score"]
+        if Path(self.path).exists():
+            score = load_checkpoint(self.path)["callbacks"][self.state_key]["current_score"]
             if score is not None:  # else the run ended before its first validation
-                self.remember(path, score)
+                self.remember(score)
 
     def save_first(self, trainer: Trainer) -> None:
         """Write best.ckpt before training, after a validation of the flow as it starts."""
-        path = str(Path(self.dirpath) / "best.ckpt")
         self.current_score = trainer.callback_metrics["val/bits_per_dim"]
-        trainer.save_checkpoint(path, weights_only=False)
-        self.remember(path, self.current_score)
+        trainer.save_checkpoint(self.path, weights_only=False)
+        self.remember(self.current_score)
 
     def replace(self, trainer: Trainer) -> None:
         """Write best.ckpt anew after training, with another base.
@@ -135,9 +137,9 @@ class BestCheckpoint(callbacks.ModelCheckpoint):
         Its score stays that of training, with which a run that goes on compares its validations.
         """
         self.current_score = self.best_model_score
-        trainer.save_checkpoint(self.best_model_path, weights_only=False)
+        trainer.save_checkpoint(self.path, weights_only=False)
 
-    def remember(self, path: str, score: Tensor) -> None:
-        self.best_model_path = self.kth_best_model_path = path
+    def remember(self, score: Tensor) -> None:
+        self.best_model_path = self.kth_best_model_path = self.path
         self.best_model_score = self.kth_value = score
-        self.best_k_models = {path: score}
+        self.best_k_models = {self.path: score}
