@@ -7,13 +7,16 @@ import polars as pl
 import pytest
 import torch
 from scipy.stats import multivariate_t
-from torch.distributions import MultivariateNormal
+from sklearn.mixture import GaussianMixture
+from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal
 
 import rnode
 from helpers import DOPRI5, RK4, TWO_STEPS, Linear, call, column, make_flow, refused
 from rnode import Flow, Gaussian, Mixture, Piece, Probes, Solver
+from rnode.data import mixtures
 from rnode.data.closed_forms import fit_base, fit_candidates, fit_z, ranked
 from rnode.data.datamodule import DataModule
+from rnode.data.mixtures import RIDGE, expect, fit_mixture
 from rnode.data.tables import table
 from rnode.radial import Radial, fit_t
 from rnode.transforms import Batch
@@ -217,3 +220,25 @@ def test_as_z_is_the_flow_whose_fields_are_zero():
     x = torch.randn(3, 1, 8, 8).double()
     torch.testing.assert_close(flow.as_z(x), flow(x).z)
     torch.testing.assert_close(flow.as_x(flow.as_z(x)), x)
+
+
+def test_a_mixture_is_that_of_the_textbook(monkeypatch):
+    """scikit-learn's fit from there, by whole passes, has the same likelihood."""
+    monkeypatch.setattr(mixtures, "TOLERANCE", 1e-12)
+    monkeypatch.setattr(mixtures, "PASSES", 1000)
+    rng = np.random.default_rng(0)
+    centres = np.array([[0.0, 0.0], [3.0, 0.0], [0.0, 4.0]])
+    x = torch.from_numpy(centres[rng.integers(3, size=3000)] + rng.normal(size=(3000, 2)))
+    weights, means, covariances = fit_mixture(x, 3, seed=0)
+    start = {"weights_init": weights, "means_init": means, "precisions_init": covariances.inverse()}
+    reference = GaussianMixture(3, reg_covar=RIDGE, tol=1e-12, max_iter=1000, **start).fit(x)
+    base = Mixture(weights, means, covariances)
+    ours = base.log_prob(x, x[:, :0])
+    assert float(ours.mean()) == pytest.approx(reference.score(x), abs=1e-8)
+    model = MixtureSameFamily(Categorical(weights), MultivariateNormal(means, covariances))
+    total = expect(x, (weights, means, covariances), torch.zeros(3, 7).double())
+    assert total == pytest.approx(float(model.log_prob(x).sum()))
+    one, mean, covariance = fit_mixture(x, 1, seed=0)
+    torch.testing.assert_close(mean[0], x.mean(0))
+    torch.testing.assert_close(covariance[0], torch.cov(x.T, correction=0) + RIDGE * torch.eye(2))
+    assert one == 1

@@ -43,8 +43,8 @@ from rnode.training.resume import BestCheckpoint
 from rnode.training.run_folder import ENVIRONMENT, environment, lock, whole_file
 from rnode.transforms import TableTransform
 
-FIT_SECONDS = 10  # before training, after which no closed form is fitted
-SHARE_OF_BASE = 0.2  # of the time of a run, after which no base is fitted to z
+FIT_SECONDS = 10  # of closed forms before training, at most
+SHARE_OF_BASE = 0.2  # of the time of a run, for which bases are fitted afterwards
 ADVICE = "try a smaller optimizer.lr, a larger reg.lambda_j or more steps of solver.train"
 
 
@@ -210,24 +210,24 @@ def start(cfg: DictConfig, trainer: pl.Trainer, module: RNODE, data: DataModule)
 def finish(
     cfg: DictConfig, trainer: pl.Trainer, module: RNODE, data: DataModule, seconds: float
 ) -> None:
-    """Fit the base to z of the best weights, or take the closed form if it is still better."""
+    """Fit the base to z of the best weights, then to that of the closed form if it is better."""
     best, flow = trainer.checkpoint_callback, module.flow
     if best and best.best_model_path:
         load_weights(flow, load_checkpoint(best.best_model_path))
-    flow.eval()
-    base = None
-    if trainer.is_global_zero:
-        base = fit_z(data, flow, validation_rows(trainer, data), cfg.seed, seconds)
-    flow.base = trainer.strategy.broadcast(base).float()
-    trainer.print(f"base: {len(flow.base.means)} Gaussian(s) of z")
-    trainer.validate(module, data, weights_only=True, verbose=False)
     closed = Path(cfg.folder) / CLOSED_FORM
-    if closed.exists():
-        checkpoint = load_checkpoint(closed)
-        if checkpoint["validation_bits"].mean() < module.validation_bits.mean():
-            trainer.print("the best density in closed form is better, and is kept")
-            load_weights(flow, checkpoint)
-            trainer.validate(module, data, weights_only=True, verbose=False)
+    others = [load_checkpoint(closed)] if closed.exists() else []
+    rows, seconds = validation_rows(trainer, data), seconds / (1 + len(others))
+    for other in (None, *others):
+        if other and other["validation_bits"].mean() < module.validation_bits.mean():
+            trainer.print("the density in closed form is better: its base is fitted instead")
+            load_weights(flow, other)
+        flow.eval()
+        base = None
+        if trainer.is_global_zero:
+            base = fit_z(data, flow, rows, cfg.seed, seconds)
+        flow.base = trainer.strategy.broadcast(base).float()
+        trainer.validate(module, data, weights_only=True, verbose=False)
+    trainer.print(f"base: {len(flow.base.means)} Gaussian(s) of z")
     if isinstance(best, BestCheckpoint):
         best.replace(trainer)
 

@@ -3,22 +3,19 @@
 They are baselines, and bases of flows: before training, of the data, and after it, of z.
 """
 
-import itertools
 import math
 import time
-import warnings
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from scipy.stats import skew
 from sklearn.covariance import ledoit_wolf
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.mixture import GaussianMixture
 from torch import Tensor
 
 from rnode.bases import Gaussian, Mixture
 from rnode.data.datamodule import DataModule
+from rnode.data.mixtures import fit_mixture
 from rnode.errors import require
 from rnode.evaluation import standard_error, weighted_mean
 from rnode.flow import Flow
@@ -26,16 +23,11 @@ from rnode.loss import bits_per_dim
 from rnode.radial import Radial, fit_t
 from rnode.transforms import Batch, TableTransform, Transform
 
-SIZES = (1, 5, 2, 10, 30, 80)  # components, in the order in which they are tried
-TRIED_WITH_ALL = 2  # so many sizes are fitted after every transform before the others are tried
+SIZES = (1, 4, 16, 64, 256, 1024)  # components
 HEAVY_TAILS = 10.0  # degrees of freedom of a t distribution below which a radial layer is tried
-ROWS_PER_COMPONENT = 20  # at least
+LEAST_ROWS, ENOUGH_ROWS = 20, 200  # for a component
 NUMBERS = 20_000_000  # in the samples of a Gaussian, at most
-ROWS = 20_000  # of a mixture, at most
-ITERATIONS = 40  # of expectation maximization
-TOLERANCE = 1e-2  # of the log-likelihood, in nats, at which it ends
-RIDGE = 1e-3  # added to the variances of a component; those of all rows, whitened, are 1
-SIZES_OF_Z = (2, 4, 8, 16, 32, 64, 128, 256)  # components, tried until they overfit
+FEW_ROWS, ROWS = 10_000, 50_000  # of a mixture: enough for a few components, and at most
 TAILS = (1.0, 3.0, 10.0)  # standard deviations of the Gaussians that give a mixture broad tails
 SHARE_OF_TAIL = 0.001  # weight of each of them
 MAX_DIMENSIONS = 4096  # beyond, a covariance would cost minutes
@@ -46,11 +38,16 @@ NOISE_OF_C = 0.1  # labels are unit vectors, whose covariance would be singular
 class Candidate(NamedTuple):
     """A density in closed form of a table."""
 
-    name: str
+    of: str  # name of the transform
     transform: TableTransform
     base: Mixture
     log_prob: Tensor  # of validation rows in the units of the table, (N,)
     weights: Tensor  # of these rows, (N,)
+
+    @property
+    def name(self) -> str:
+        size = len(self.base.means) - len(TAILS)
+        return f"{self.of}, {size} Gaussians" if size > 0 else f"{self.of}, a Gaussian"
 
     @property
     def nats(self) -> float:
@@ -73,7 +70,7 @@ def fit_candidates(
         kind: `gaussian`, `mixture` or `auto`, which tries both.
         rows: number of validation rows that compare the candidates.
         seed: of the dequantization noise and of the mixtures.
-        seconds: after so many seconds no fit begins.
+        seconds: after so many seconds the fits end.
 
     Returns:
         The candidates, the best first; see `ranked`.
@@ -91,27 +88,21 @@ def fit_candidates(
         for name, transform in transforms.items()
     }
     candidates: list[Candidate] = []
-
-    def attempt(size: int, name: str) -> None:
-        if candidates and (len(x) < size * ROWS_PER_COMPONENT or time.monotonic() > end):
-            return
-        try:
-            base = fit_base(batches[name][0], size, seed)
-        except (ValueError, torch.linalg.LinAlgError):  # a component has collapsed
-            return
-        batch = batches[name][1]
-        log_prob = base.log_prob(batch.y.double(), batch.c) + batch.log_det
-        components = "a Gaussian" if size == 1 else f"{size} Gaussians"
-        label = f"{name}, {components}"
-        candidates.append(Candidate(label, transforms[name], base, log_prob, weights))
-
-    for size, name in itertools.product(sizes[:TRIED_WITH_ALL], transforms):
-        attempt(size, name)
-    require(bool(candidates), f"base={kind}: no mixture can be fitted to so few or such rows")
-    names = {transform: name for name, transform in transforms.items()}
-    best_first = dict.fromkeys(candidate.transform for candidate in ranked(candidates))
-    for transform, size in itertools.product(best_first, sizes[TRIED_WITH_ALL:]):
-        attempt(size, names[transform])
+    names = list(transforms)
+    for size in sizes:
+        stride = max(1, len(x) // max(FEW_ROWS, size * ENOUGH_ROWS))
+        for name in names:
+            if candidates and (len(x) < size * LEAST_ROWS or time.monotonic() > end):
+                return ranked(candidates)
+            train, val = batches[name]
+            try:
+                base = fit_base(Batch(*(part[::stride] for part in train)), size, seed, end)
+            except torch.linalg.LinAlgError:  # the covariance of all rows is singular
+                continue
+            log_prob = base.log_prob(val.y.double(), val.c) + val.log_det
+            candidates.append(Candidate(name, transforms[name], base, log_prob, weights))
+        require(bool(candidates), f"base={kind}: no mixture can be fitted to so few or such rows")
+        names = list(dict.fromkeys(candidate.of for candidate in ranked(candidates)))
     return ranked(candidates)
 
 
@@ -162,7 +153,7 @@ def transforms_of(data: DataModule, x: Tensor) -> dict[str, TableTransform]:
     return dict(reversed(transforms.items()))
 
 
-def fit_base(batch: Batch, size: int, seed: int) -> Mixture:
+def fit_base(batch: Batch, size: int, seed: int, end: float = math.inf) -> Mixture:
     """Fit a mixture of `size` Gaussians to y (N, *shape), given c.
 
     Of more than one, Gaussians of all rows are further components: a row that is far from all
@@ -175,23 +166,14 @@ def fit_base(batch: Batch, size: int, seed: int) -> Mixture:
     generator = torch.Generator().manual_seed(seed)
     c = batch.c + NOISE_OF_C * torch.randn(batch.c.shape, generator=generator)
     joint = torch.cat([c, batch.y.flatten(1)], dim=1).double()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # ITERATIONS are enough to compare
-        model = GaussianMixture(
-            size,
-            tol=TOLERANCE,
-            reg_covar=RIDGE,
-            max_iter=ITERATIONS,
-            init_params="k-means++",
-            random_state=seed,
-        ).fit(joint.numpy())
+    weights, means, covariances = fit_mixture(joint, size, seed, end)
     scales = torch.tensor(TAILS, dtype=torch.float64)
-    weights = torch.from_numpy(model.weights_) * (1 - SHARE_OF_TAIL * len(scales))
+    weights = weights * (1 - SHARE_OF_TAIL * len(scales))
     tails = scales[:, None, None] * gaussian.factors
     return Mixture(
         torch.cat([weights, torch.full_like(scales, SHARE_OF_TAIL)]),
-        torch.cat([torch.from_numpy(model.means_), gaussian.means.expand(len(scales), -1)]),
-        torch.cat([torch.from_numpy(model.covariances_), tails @ tails.mT]),
+        torch.cat([means, gaussian.means.expand(len(scales), -1)]),
+        torch.cat([covariances, tails @ tails.mT]),
         k,
     )
 
@@ -223,7 +205,7 @@ def fit_z(data: DataModule, flow: Flow, rows: int, seed: int, seconds: float) ->
         flow: the flow, in evaluation mode. Its own base is returned if no mixture is better.
         rows: number of validation rows that compare the mixtures.
         seed: of the dequantization noise and of the mixtures.
-        seconds: after so many seconds no fit begins.
+        seconds: after so many seconds the fits end.
     """
     end = time.monotonic() + seconds
 
@@ -235,7 +217,9 @@ def fit_z(data: DataModule, flow: Flow, rows: int, seed: int, seconds: float) ->
         ]
         return batch._replace(y=torch.cat(z))
 
+    flow.train()  # its grid is exact enough for a fit, and several times faster
     train = to_z(training_batch(data, data.transform, seed, ROWS))
+    flow.eval()
     val = to_z(data.transform.for_evaluation(*data.fetch("val", range(rows)), seed))
     weights = data.splits.weights_of("val")[:rows]
 
@@ -244,10 +228,10 @@ def fit_z(data: DataModule, flow: Flow, rows: int, seed: int, seconds: float) ->
 
     best = flow.base.cpu()
     lowest, worse = nats(best), 0
-    for size in SIZES_OF_Z:
-        if worse == 2 or len(train.y) < size * ROWS_PER_COMPONENT or time.monotonic() > end:
+    for size in (size for size in SIZES if size > len(best.means)):
+        if worse == 2 or len(train.y) < size * LEAST_ROWS or time.monotonic() > end:
             break
-        base = fit_base(train, size, seed)
+        base = fit_base(train, size, seed, end)
         found = nats(base)
         worse = 0 if found < lowest else worse + 1
         if found < lowest:
