@@ -1,15 +1,16 @@
 """Density models of this project and of other libraries, each as a training step and a likelihood.
 
-- RNODE: the mlp flow and the settings of dataset=toy (simpson, λ = 0.01, half a cosine, the exact
-  divergence). For images it takes one probe, Radau's rule and half the rate, and refines its
+- RNODE, dense: the mlp flow and the settings of dataset=toy (simpson, λ = 0.01, half a cosine, the
+  exact divergence). For images it takes one probe, Radau's rule and half the rate, and refines its
   training grid as solver=auto does. Its likelihood is by dopri5
-  at 1e-5 with the exact divergence. On tables benchmarks/tables.py trains it by `rnode.fit`.
+  at 1e-5 with the exact divergence. `RNODE, multiscale` is the flow of dataset=digits with its
+  recipe; its likelihood takes one probe. On tables benchmarks/tables.py trains it by `rnode.fit`.
 - zuko's CNF: its own loss and adaptive solver, Adam at 1e-3, as in its guide.
 - zuko's NSF and MAF: three or five autoregressive transforms, hidden layers of 128, eight bins,
   Adam at 2e-3, which falls as half a cosine. More transforms learn less within the time: of
   diamonds, NSF has −4.65 test nats after 35 s with three and −4.27 with five, and ten wider ones,
   as in its paper (Durkan et al., 2019), make about two steps in a second on one core.
-- normflows' Glow, for images: two scales of five blocks; Adam at 1e-3.
+- normflows' Glow, for images: two scales of five blocks, or one of ten; Adam at 1e-3.
 - torchcfm's OT-CFM: σ = 0.1, its own MLP, Adam at 1e-3, as in its tutorials. Its likelihood is that
   of its field, computed as for RNODE.
 
@@ -32,8 +33,19 @@ from torchcfm.conditional_flow_matching import ExactOptimalTransportConditionalF
 from torchcfm.models import MLP
 from torchdiffeq import odeint
 
-from common import CLIP, DOPRI5, FINE, SIMPSON, refine_grid
-from rnode import Flow, Method, Probes, Solver, State, log_normal, mlp, objective
+from common import CLIP, COARSE, DOPRI5, FINE, SIMPSON, refine_grid
+from rnode import (
+    Flow,
+    Method,
+    Probes,
+    Solver,
+    State,
+    TimeConv2d,
+    log_normal,
+    mlp,
+    multiscale,
+    objective,
+)
 
 Sample = Callable[[], Tensor]
 Step = Callable[[float], None]  # its argument is the fraction of the time that has passed
@@ -142,6 +154,19 @@ def rnode_flow(d: int, sample: Sample, width: int) -> tuple[Step, Evaluate]:
     return by_objective(flow, sample, penalty=0.01, tolerance=5e-3, **settings)
 
 
+def rnode_multiscale(d: int, sample: Sample, width: int) -> tuple[Step, Evaluate]:
+    """The paper's flow with a piece in each place, for square images of one channel."""
+    shape = (1, math.isqrt(d), math.isqrt(d))
+    flow = multiscale(shape, Solver(COARSE, DOPRI5), Probes(), hidden=width, pieces=1)
+    settings = {"penalty": 0.01, "tolerance": 2e-3, "rate": 1e-2, "rise": 50}
+
+    def images() -> Tensor:
+        return sample()[:32].view(-1, *shape)
+
+    step, evaluate = by_objective(flow, images, **settings)
+    return step, lambda x: evaluate(x.view(-1, *shape))
+
+
 def by_objective(
     flow: Flow,
     sample: Sample,
@@ -160,7 +185,8 @@ def by_objective(
         tolerance: change of bits/dim at which the grid is refined.
         rise: steps over which the learning rate rises.
     """
-    flow.test_probes = Probes("exact")
+    if not any(isinstance(layer, TimeConv2d) for layer in flow.modules()):
+        flow.test_probes = Probes("exact")
     optimizer = torch.optim.Adam(flow.parameters(), rate)
     rows = sample()
     steps = 0
@@ -213,9 +239,13 @@ def glow(d: int, sample: Sample, width: int) -> tuple[Step, Evaluate]:
     """Glow for square images of one channel, whose rows follow one another in the d pixels."""
     side = math.isqrt(d)
     channels = (8, 4)  # of the coarse scale and of the fine one
-    blocks = [[*(GlowBlock(c, width) for _ in range(5)), Squeeze()] for c in channels]
     priors = [DiagGaussian((8, side // 4, side // 4)), DiagGaussian((2, side // 2, side // 2))]
-    flow = MultiscaleFlow(priors, blocks, [Merge()], class_cond=False)
+    if side % 4:  # one scale of as many blocks
+        channels, priors = (4,), [DiagGaussian((4, side // 2, side // 2))]
+    each = 10 // len(channels)
+    blocks = [[*(GlowBlock(c, width) for _ in range(each)), Squeeze()] for c in channels]
+    merges = [Merge() for _ in channels[1:]]
+    flow = MultiscaleFlow(priors, blocks, merges, class_cond=False)
 
     def log_prob(x: Tensor) -> Tensor:
         return flow.log_prob(x.view(-1, 1, side, side), None)

@@ -1,14 +1,18 @@
-"""This program beside three other libraries: held-out nats after equal training time.
+"""This program beside three other libraries: held-out likelihood after equal training time.
 
 pip install -e '.[bench]'
 python benchmarks/peers.py [--seconds 60] [--seeds 0 1 2] [--quick]
-                           [--datasets eight_gaussians checkerboard moons digits]
+                           [--datasets eight_gaussians checkerboard moons digits fashion_mnist]
+                           [--root DIR]
 
-benchmarks/contenders.py says what the contenders are. All networks are 64 wide, on digits 256
-(for Glow 64, which makes as many weights as RNODE has). Batches are of 512 samples, or 256 images.
-The clock counts training steps alone. Of each curve the table has the point of the lowest
-validation, with its nats on test data. The record is benchmarks/results/peers.json, and the plot
-outputs/benchmarks/peers.png (validation against seconds, of the first seed).
+benchmarks/contenders.py says what the contenders are. Dense networks are 64 wide for points in the
+plane and 256 for images. Convolutions have 64 channels in Glow, which makes as many weights as the
+dense flows have, and 32 or 16 in the multiscale flow. FashionMNIST is reduced to 14×14; its files
+are in DIR. Batches have 512 points or 256 images, those of the multiscale flow 32. The clock counts
+training steps alone. Of each curve the table has the point of the lowest validation, with its
+negative log-likelihood of test data in nats, of images in bits/dim. The record is
+benchmarks/results/peers.json, and the plot outputs/benchmarks/peers.png (validation against
+seconds, of the first seed).
 """
 
 import argparse
@@ -17,33 +21,48 @@ import math
 import numpy as np
 import torch
 from matplotlib import pyplot as plt
-from sklearn.datasets import load_digits
 from torch import Tensor
 
 from common import OUTPUTS, mean_and_spread, write_record
-from contenders import Sample, best, glow, ot_cfm, rnode_flow, train, zuko_cnf
-from rnode import ImageTransform
+from contenders import (
+    Point,
+    Sample,
+    best,
+    glow,
+    ot_cfm,
+    rnode_flow,
+    rnode_multiscale,
+    train,
+    zuko_cnf,
+)
 from rnode.app.processes import prepare_process
+from rnode.data.datamodule import DataModule
 from rnode.data.densities import DENSITIES
+from rnode.data.images import digits, named_images
 from rnode.training.plots import save_figure
 
-DATASETS = ["eight_gaussians", "checkerboard", "moons", "digits"]
+POINTS = ["eight_gaussians", "checkerboard", "moons"]  # in the plane
+IMAGES = ["digits", "fashion_mnist"]
 ENTROPY = {"eight_gaussians": 0.985, "checkerboard": math.log(8)}
 CONTENDERS = {
-    "RNODE": rnode_flow,
+    "RNODE, multiscale": rnode_multiscale,
+    "Glow (normflows)": glow,
+    "RNODE, dense": rnode_flow,
     "OT-CFM (torchcfm)": ot_cfm,
     "CNF (zuko)": zuko_cnf,
-    "Glow (normflows)": glow,
 }
-OF_IMAGES = ("Glow (normflows)",)
-WIDTHS = {"RNODE": 256, "OT-CFM (torchcfm)": 256, "CNF (zuko)": 256, "Glow (normflows)": 64}
+OF_IMAGES = ("RNODE, multiscale", "Glow (normflows)")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=60, help="seconds of training")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--datasets", nargs="+", default=DATASETS)
+    parser.add_argument(
+        "--datasets", nargs="+", choices=POINTS + IMAGES, default=[*POINTS, "digits"]
+    )
+    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
+    parser.add_argument("--root", default="data", help="folder of FashionMNIST's files")
     parser.add_argument("--quick", action="store_true", help="8 seconds each")
     options = parser.parse_args()
     seconds = 8 if options.quick else options.seconds
@@ -53,42 +72,70 @@ def main() -> None:
     for dataset in options.datasets:
         entropy = f"{ENTROPY[dataset]:.3f}" if dataset in ENTROPY else ""
         row = {"dataset": dataset, "entropy": entropy}
-        for name, contender in CONTENDERS.items():
-            if name in OF_IMAGES and dataset != "digits":
+        for name in options.contenders:
+            if name in OF_IMAGES and dataset in POINTS:
                 row[name] = ""
                 continue
-            width, found = WIDTHS[name] if dataset == "digits" else 64, []
+            found = []
             for seed in options.seeds:
                 torch.manual_seed(seed)
-                sample, validation, test = data(dataset)
-                curve = train(*contender(test.shape[1], sample, width), validation, test, seconds)
+                curve = run(name, dataset, seconds, options.root)
                 point = {"dataset": dataset, "contender": name, "seed": seed}
                 curves += [point | part._asdict() for part in curve]
                 found.append(best(curve).test)
             row[name] = mean_and_spread(found, 3)
-            print(f"{dataset}, {name}: {row[name]} nats", flush=True)
+            print(f"{dataset}, {name}: {row[name]}", flush=True)
         rows.append(row)
     plot(curves)
-    title = f"test nats within {seconds:.0f} s of training, at the best validation"
+    title = f"test nats or bits/dim within {seconds:.0f} s of training, at the best validation"
     write_record("peers", title, rows)
 
 
-def data(name: str) -> tuple[Sample, Tensor, Tensor]:
+def run(name: str, dataset: str, seconds: float, root: str) -> list[Point]:
+    """Train a contender; its points have nats, of images bits/dim."""
+    contender = CONTENDERS[name]
+    if dataset in POINTS:
+        sample, validation, test = points(dataset)
+        return train(*contender(2, sample, 64), validation, test, seconds)
+    width = {"Glow (normflows)": 64, "RNODE, multiscale": 32 if dataset == "digits" else 16}
+    sample, (validation, test), (log_det, test_log_det) = images(dataset, root)
+    d = test.shape[1]
+    curve = train(*contender(d, sample, width.get(name, 256)), validation, test, seconds)
+    bits = d * math.log(2)
+    return [
+        Point(s, (nats - log_det) / bits, (test_nats - test_log_det) / bits)
+        for s, nats, test_nats in curve
+    ]
+
+
+def points(name: str) -> tuple[Sample, Tensor, Tensor]:
     """A function that samples a training batch, the validation set and the test set."""
-    if name != "digits":
-        rng, density = np.random.default_rng(0), DENSITIES[name]
-        held_out = (density(2000, np.random.default_rng(seed)) for seed in (1, 2))
-        validation, test = (torch.from_numpy(points).float() for points in held_out)
-        return lambda: torch.from_numpy(density(512, rng)).float(), validation, test
-    images = torch.from_numpy(load_digits().images).to(torch.uint8).flatten(1)
-    images = images[torch.randperm(len(images), generator=torch.Generator().manual_seed(0))]
-    transform = ImageTransform(levels=17, alpha=1e-5)
+    rng, density = np.random.default_rng(0), DENSITIES[name]
+    held_out = (density(2000, np.random.default_rng(seed)) for seed in (1, 2))
+    validation, test = (torch.from_numpy(x).float() for x in held_out)
+    return lambda: torch.from_numpy(density(512, rng)).float(), validation, test
 
-    def transformed(index: Tensor) -> Tensor:
-        return transform(images[index], index, torch.empty(len(index), 0)).y
 
-    validation, test = (transformed(index) for index in torch.arange(360).split(180))
-    return lambda: transformed(torch.randint(360, len(images), (256,))), validation, test
+def images(name: str, root: str) -> tuple[Sample, list[Tensor], list[float]]:
+    """A function that samples a training batch, the held-out sets, and their mean log-determinants.
+
+    The images are dequantized, in the space of logits, and flattened.
+    """
+    source = {"name": "FashionMNIST", "root": root, "resize": 14, "validation": 500, "test": 500}
+    options = source if name == "fashion_mnist" else {}
+    data = DataModule(named_images if options else digits, 256, 500, alpha=1e-5, **options)
+    data.setup()
+    sets = {split: len(getattr(data.splits, split)) for split in ("val", "test")}
+    held_out = [
+        data.transform.for_evaluation(*data.fetch(split, range(min(n, 500))), 0)
+        for split, n in sets.items()
+    ]
+
+    def sample() -> Tensor:
+        index = torch.randint(len(data.splits.train), (256,))
+        return data.transform(*data.fetch("train", index)).y.flatten(1)
+
+    return sample, [x.y.flatten(1) for x in held_out], [float(x.log_det.mean()) for x in held_out]
 
 
 def plot(curves: list[dict]) -> None:

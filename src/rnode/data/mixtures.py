@@ -84,7 +84,7 @@ def expect(x: Tensor, mixture: Parameters, sums: Tensor) -> float:
 
 
 def factors_of_statistics(weights: Tensor, means: Tensor, covariances: Tensor) -> Tensor:
-    """Return the factors of the statistics in the log-density of each component, with its weight."""
+    """Return the factors of the statistics in log p(x, j), (J, 1 + d + d²)."""
     factors = torch.linalg.cholesky(covariances)
     precisions = torch.cholesky_inverse(factors)
     slopes = (precisions @ means[:, :, None]).squeeze(2)
