@@ -1,6 +1,7 @@
 """The command `train`: build data and flow, fit, test the best weights, and write the result."""
 
 import contextlib
+import copy
 import math
 import os
 import sys
@@ -210,24 +211,29 @@ def start(cfg: DictConfig, trainer: pl.Trainer, module: RNODE, data: DataModule)
 def finish(
     cfg: DictConfig, trainer: pl.Trainer, module: RNODE, data: DataModule, seconds: float
 ) -> None:
-    """Fit the base to z of the best weights, then to that of the closed form if it is better."""
+    """Fit bases to z of the best weights and to that of the closed form, and keep the better."""
     best, flow = trainer.checkpoint_callback, module.flow
     if best and best.best_model_path:
         load_weights(flow, load_checkpoint(best.best_model_path))
-    closed = Path(cfg.folder) / CLOSED_FORM
-    others = [load_checkpoint(closed)] if closed.exists() else []
-    rows, seconds = validation_rows(trainer, data), seconds / (1 + len(others))
-    for other in (None, *others):
-        if other and other["validation_bits"].mean() < module.validation_bits.mean():
-            trainer.print("the density in closed form is better: its base is fitted instead")
-            load_weights(flow, other)
-        flow.eval()
+    flows, closed = [flow], Path(cfg.folder) / CLOSED_FORM
+    if closed.exists():
+        flows.append(copy.deepcopy(flow))
+        load_weights(flows[1], load_checkpoint(closed))
+    bits = []
+    for each in reversed(flows):
+        module.flow = each.eval()
         base = None
         if trainer.is_global_zero:
-            base = fit_z(data, flow, rows, cfg.seed, seconds)
-        flow.base = trainer.strategy.broadcast(base).float()
+            rows = validation_rows(trainer, data)
+            base = fit_z(data, each, rows, cfg.seed, seconds / len(flows))
+        each.base = trainer.strategy.broadcast(base).float()
         trainer.validate(module, data, weights_only=True, verbose=False)
-    trainer.print(f"base: {len(flow.base.means)} Gaussian(s) of z")
+        bits.append(module.validation_bits.mean())
+    if bits[0] < bits[-1]:
+        trainer.print("the density in closed form is better, and is kept")
+        module.flow = flows[-1]
+        trainer.validate(module, data, weights_only=True, verbose=False)
+    trainer.print(f"base: {len(module.flow.base.means)} Gaussian(s) of z")
     if isinstance(best, BestCheckpoint):
         best.replace(trainer)
 

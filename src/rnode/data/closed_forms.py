@@ -25,9 +25,9 @@ from rnode.transforms import Batch, TableTransform, Transform
 
 SIZES = (1, 4, 16, 64, 256, 1024)  # components
 HEAVY_TAILS = 10.0  # degrees of freedom of a t distribution below which a radial layer is tried
-LEAST_ROWS, ENOUGH_ROWS = 20, 200  # for a component
+LEAST_ROWS, ENOUGH_ROWS = 20, 100  # for a component
 NUMBERS = 20_000_000  # in the samples of a Gaussian, at most
-FEW_ROWS, ROWS = 10_000, 50_000  # of a mixture: enough for a few components, and at most
+FEW_ROWS, ROWS = 5_000, 50_000  # of a mixture: enough for a few components, and at most
 TAILS = (1.0, 3.0, 10.0)  # standard deviations of the Gaussians that give a mixture broad tails
 SHARE_OF_TAIL = 0.001  # weight of each of them
 MAX_DIMENSIONS = 4096  # beyond, a covariance would cost minutes
