@@ -3,12 +3,11 @@
 python benchmarks/threads.py [--repetitions 5] [--epochs 3] [--quick]
 
 Needs a machine on which nothing else runs, and at least two cores. A busy core is one to which a
-process that never waits is bound. A step is the gradient of a batch of 32 noise images by the first
-grid of the default: digits with 32 channels and one piece, FashionMNIST at 14×14 with 16 channels
-and one piece, at 28×28 with 64 channels and two pieces before and after each squeeze. Fixed numbers
-take turns; figures are medians. `chosen` is what the callback of a run takes, in a run of one step
-with flows of the same size. The last rows are the training seconds of `rnode train` on digits. The
-record is benchmarks/results/threads.json.
+process that never waits is bound. A step is the gradient of a batch of noise by the first grid of
+the default: 32 images with the flows of FLOWS, or 512 rows of a table with seven columns. Fixed
+numbers take turns; figures are medians. `chosen` is what the callback of a run takes for the same
+flow. The last rows are the training seconds of `rnode train` on digits. The record is
+benchmarks/results/threads.json.
 """
 
 import argparse
@@ -25,8 +24,8 @@ from types import SimpleNamespace
 
 import torch
 
-from common import COARSE, DOPRI5, LAMBDA, as_if_trained, medians, write_record
-from rnode import Probes, Solver, multiscale, objective
+from common import COARSE, DOPRI5, FINE, LAMBDA, as_if_trained, medians, write_record
+from rnode import Flow, Probes, Solver, mlp, multiscale, objective
 from rnode.app.processes import prepare_process
 from rnode.training.module import RNODE
 from rnode.training.threads import Threads
@@ -35,9 +34,14 @@ from rnode.transforms import Batch
 ROOT = Path(__file__).resolve().parent.parent
 CORES = sorted(os.sched_getaffinity(0))
 SITUATIONS = {"idle": [], "one core busy": CORES[:1], "all cores busy": CORES}
-SIZES = {"digits": (8, 32, 1), "FashionMNIST 14×14": (14, 16, 1), "FashionMNIST 28×28": (28, 64, 2)}
+IMAGES, ROWS = Solver(COARSE, DOPRI5), Solver(FINE, DOPRI5)
+FLOWS: dict[str, Callable[[], Flow]] = {
+    "digits": lambda: multiscale((1, 8, 8), IMAGES, Probes(), hidden=32, pieces=1),
+    "FashionMNIST 14×14": lambda: multiscale((1, 14, 14), IMAGES, Probes(), hidden=16, pieces=1),
+    "FashionMNIST 28×28": lambda: multiscale((1, 28, 28), IMAGES, Probes()),
+    "table": lambda: mlp((7,), ROWS, Probes(), hidden=96, layers=3),
+}
 COUNTS = [2**k for k in range(len(CORES).bit_length())]
-BATCH = 32
 
 
 def main() -> None:
@@ -48,13 +52,13 @@ def main() -> None:
     options = parser.parse_args()
     prepare_process()
     os.environ.pop("OMP_NUM_THREADS", None)
-    sizes = dict(list(SIZES.items())[: 1 if options.quick else None])
+    flows = dict(list(FLOWS.items())[: 1 if options.quick else None])
     repetitions = 1 if options.quick else options.repetitions
     rows = []
     for situation, cores in SITUATIONS.items():
         with busy(cores):
-            for name, size in sizes.items():
-                rows.append(steps(situation, name, size, repetitions))
+            for name, make in flows.items():
+                rows.append(steps(situation, name, make, repetitions))
                 print(rows[-1], flush=True)
             if not options.quick:
                 rows.append(runs(situation, options.epochs))
@@ -85,14 +89,12 @@ def row(situation: str, name: str, fixed: dict[int, float], chosen: str, seconds
     }
 
 
-def steps(situation: str, name: str, size: tuple[int, int, int], repetitions: int) -> dict:
+def steps(situation: str, name: str, make: Callable[[], Flow], repetitions: int) -> dict:
     """Time a step by each number of threads, and let the callback choose one."""
-    side, channels, pieces = size
     torch.manual_seed(0)
-    solver = Solver(COARSE, DOPRI5)
-    flow = multiscale((1, side, side), solver, Probes(), hidden=channels, pieces=pieces)
-    module = RNODE(as_if_trained(flow), torch.optim.Adam, LAMBDA, LAMBDA)
-    x = torch.randn(BATCH, 1, side, side)
+    flow = as_if_trained(make())
+    module = RNODE(flow, torch.optim.Adam, LAMBDA, LAMBDA)
+    x = torch.randn(512 if name == "table" else 32, *flow.shape)
 
     def step(count: int) -> None:
         torch.set_num_threads(count)
@@ -111,7 +113,7 @@ def trainer_of(x: torch.Tensor) -> SimpleNamespace:
     transform = SimpleNamespace(for_evaluation=lambda *_: batch)
     splits = SimpleNamespace(train=x)
     fetch = lambda *_: ()  # noqa: E731
-    data = SimpleNamespace(batch_size=BATCH, splits=splits, transform=transform, fetch=fetch)
+    data = SimpleNamespace(batch_size=len(x), splits=splits, transform=transform, fetch=fetch)
     precision = SimpleNamespace(train_step_context=contextlib.nullcontext)
     return SimpleNamespace(datamodule=data, precision_plugin=precision, print=print)
 
