@@ -199,6 +199,8 @@ def fit_z(data: DataModule, flow: Flow, rows: int, seed: int, seconds: float) ->
     """Fit mixtures to z of a trained flow, and return the base that is best on validation rows.
 
     A network smooths what mixtures resolve, and mixtures need many components where a flow bends.
+    A larger one must be better by a paired standard error: the best of several on a hundred rows
+    would often be so by chance.
 
     Args:
         data: the table on which the flow was trained.
@@ -223,19 +225,17 @@ def fit_z(data: DataModule, flow: Flow, rows: int, seed: int, seconds: float) ->
     val = to_z(data.transform.for_evaluation(*data.fetch("val", range(rows)), seed))
     weights = data.splits.weights_of("val")[:rows]
 
-    def nats(base: Mixture) -> float:
-        return -float(weighted_mean(base.log_prob(val.y.double(), val.c), weights))
-
-    best = flow.base.cpu()
-    lowest, worse = nats(best), 0
+    best, failures = flow.base.cpu(), 0
+    log_prob = best.log_prob(val.y.double(), val.c)
     for size in (size for size in SIZES if size > len(best.means)):
-        if worse == 2 or len(train.y) < size * LEAST_ROWS or time.monotonic() > end:
+        if failures == 2 or len(train.y) < size * LEAST_ROWS or time.monotonic() > end:
             break
         base = fit_base(train, size, seed, end)
-        found = nats(base)
-        worse = 0 if found < lowest else worse + 1
-        if found < lowest:
-            best, lowest = base, found
+        gain = base.log_prob(val.y.double(), val.c) - log_prob
+        if weighted_mean(gain, weights) > standard_error(gain, weights):
+            best, log_prob, failures = base, log_prob + gain, 0
+        else:
+            failures += 1
     return best
 
 
