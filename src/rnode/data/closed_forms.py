@@ -26,6 +26,7 @@ from rnode.transforms import Batch, TableTransform, Transform
 SIZES = (1, 4, 16, 64, 256, 1024)  # components
 HEAVY_TAILS = 10.0  # degrees of freedom of a t distribution below which a radial layer is tried
 LEAST_ROWS, ENOUGH_ROWS = 20, 100  # for a component
+COVARIANCES = 1_000_000  # numbers in those of a mixture, at most
 NUMBERS = 20_000_000  # in the samples of a Gaussian, at most
 FEW_ROWS, ROWS = 5_000, 50_000  # of a mixture: enough for a few components, and at most
 TAILS = (1.0, 3.0, 10.0)  # standard deviations of the Gaussians that give a mixture broad tails
@@ -92,18 +93,24 @@ def fit_candidates(
     for size in sizes:
         stride = max(1, len(x) // max(FEW_ROWS, size * ENOUGH_ROWS))
         for name in names:
-            if candidates and (len(x) < size * LEAST_ROWS or time.monotonic() > end):
-                return ranked(candidates)
             train, val = batches[name]
+            if candidates and (too_large(size, train) or time.monotonic() > end):
+                return ranked(candidates)
             try:
                 base = fit_base(Batch(*(part[::stride] for part in train)), size, seed, end)
-            except torch.linalg.LinAlgError:  # the covariance of all rows is singular
+            except (ValueError, torch.linalg.LinAlgError):  # too few rows, or they do not vary
                 continue
             log_prob = base.log_prob(val.y.double(), val.c) + val.log_det
             candidates.append(Candidate(name, transforms[name], base, log_prob, weights))
         require(bool(candidates), f"base={kind}: no mixture can be fitted to so few or such rows")
         names = list(dict.fromkeys(candidate.of for candidate in ranked(candidates)))
     return ranked(candidates)
+
+
+def too_large(size: int, batch: Batch) -> bool:
+    """Whether rows are too few, or have too many columns, for so many Gaussians."""
+    columns = batch.y.shape[1] + batch.c.shape[1]
+    return len(batch.y) < size * LEAST_ROWS or size * columns**2 > COVARIANCES
 
 
 def ranked(candidates: list[Candidate]) -> list[Candidate]:
@@ -228,7 +235,7 @@ def fit_z(data: DataModule, flow: Flow, rows: int, seed: int, seconds: float) ->
     best, failures = flow.base.cpu(), 0
     log_prob = best.log_prob(val.y.double(), val.c)
     for size in (size for size in SIZES if size > len(best.means)):
-        if failures == 2 or len(train.y) < size * LEAST_ROWS or time.monotonic() > end:
+        if failures == 2 or too_large(size, train) or time.monotonic() > end:
             break
         base = fit_base(train, size, seed, end)
         gain = base.log_prob(val.y.double(), val.c) - log_prob
