@@ -1,6 +1,8 @@
 """The radial layer, densities in closed form, and runs that start there."""
 
 import json
+import math
+import re
 
 import numpy as np
 import polars as pl
@@ -162,7 +164,11 @@ def test_a_run_is_never_behind_its_best_closed_form(run, tmp_path, capsys):
     rows.write_csv(path := tmp_path / "rows.csv")
     worse = ["optimizer.lr=1.0", "warmup_steps=0", "trainer.gradient_clip_val=null"]
     folder = run("dataset=table", f"dataset.path={path}", *SHORT, *worse, "model.hidden=8")
-    assert "closed form" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "closed form" in out
+    measured = re.search(r"validation (\S+) ± \S+ nats \((\S+) bits/dim\)", out)
+    nats, bits = map(float, measured.groups())
+    assert nats == pytest.approx(2 * math.log(2) * bits, abs=2e-4)
     closed_form, gaussian, *trained = column(folder, "val/bits_per_dim")
     assert closed_form < gaussian < trained[0]
     assert trained[-1] <= closed_form
