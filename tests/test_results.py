@@ -2,6 +2,9 @@
 
 import json
 
+import pytest
+
+from rnode.errors import InputError
 from rnode.training.results import read_metrics, write_result
 
 METRICS = """step,val/bits_per_dim,val/nfe_forward,train/nfe_forward,train/nfe_backward,\
@@ -37,3 +40,10 @@ def test_a_result_agrees_with_metrics_csv(tmp_path):
     (tmp_path / "metrics.csv").unlink()
     unknown = dict.fromkeys(result)
     assert write_result(tmp_path, {}, best=3.0) == unknown | {"val/bits_per_dim": 3.0}
+
+
+@pytest.mark.parametrize("damaged", ["a,b\n1,2\n", "step,a\n1,2,3\n", "step,a\n1,2\n\0\n"])
+def test_damaged_metrics_are_refused(tmp_path, damaged):
+    (tmp_path / "metrics.csv").write_text(damaged)
+    with pytest.raises(InputError, match="is damaged"):
+        read_metrics(tmp_path / "metrics.csv")
