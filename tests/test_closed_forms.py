@@ -248,3 +248,11 @@ def test_a_mixture_is_that_of_the_textbook(monkeypatch):
     torch.testing.assert_close(mean[0], x.mean(0))
     torch.testing.assert_close(covariance[0], torch.cov(x.T, correction=0) + RIDGE * torch.eye(2))
     assert one == 1
+
+
+def test_an_empty_component_of_a_mixture_stays_one():
+    """Far more components than different rows: most of them lose all of theirs."""
+    x = torch.randn(5, 3, dtype=torch.float64).repeat(40, 1)
+    weights, _, covariances = fit_mixture(x, 20, seed=0)
+    assert float(weights.sum()) == pytest.approx(1)
+    assert float(torch.linalg.eigvalsh(covariances).min()) > RIDGE / 2

@@ -220,7 +220,7 @@ def finish(
         flows.append(copy.deepcopy(flow))
         load_weights(flows[1], load_checkpoint(closed))
     bits = []
-    for each in reversed(flows):
+    for each in reversed(flows):  # the trained one last: it mostly stays
         module.flow = each.eval()
         base = None
         if trainer.is_global_zero:

@@ -39,7 +39,7 @@ NOISE_OF_C = 0.1  # labels are unit vectors, whose covariance would be singular
 class Candidate(NamedTuple):
     """A density in closed form of a table."""
 
-    of: str  # name of the transform
+    label: str  # of the transform
     transform: TableTransform
     base: Mixture
     log_prob: Tensor  # of validation rows in the units of the table, (N,)
@@ -48,7 +48,7 @@ class Candidate(NamedTuple):
     @property
     def name(self) -> str:
         size = len(self.base.means) - len(TAILS)
-        return f"{self.of}, {size} Gaussians" if size > 0 else f"{self.of}, a Gaussian"
+        return f"{self.label}, {size} Gaussians" if size > 0 else f"{self.label}, a Gaussian"
 
     @property
     def nats(self) -> float:
@@ -103,7 +103,7 @@ def fit_candidates(
             log_prob = base.log_prob(val.y.double(), val.c) + val.log_det
             candidates.append(Candidate(name, transforms[name], base, log_prob, weights))
         require(bool(candidates), f"base={kind}: no mixture can be fitted to so few or such rows")
-        names = list(dict.fromkeys(candidate.of for candidate in ranked(candidates)))
+        names = list(dict.fromkeys(candidate.label for candidate in ranked(candidates)))
     return ranked(candidates)
 
 

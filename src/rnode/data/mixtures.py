@@ -16,7 +16,7 @@ BLOCKS = 10  # of rows
 PASSES = 100  # over all rows, at most
 TOLERANCE = 2e-4  # nats of a row and column, by which a pass must raise the likelihood to go on
 RIDGE = 1e-4  # added to the variances of a component; those of all rows are about 1
-SMALLEST = 1e-10  # rows that a component has at least
+SMALLEST = 1e-3  # rows that a component has at least: of fewer, sums are errors of rounding
 NUMBERS = 250_000  # statistics that a processor's cache holds
 
 Parameters = tuple[Tensor, Tensor, Tensor]  # weights (J,), means (J, d), covariances (J, d, d)
