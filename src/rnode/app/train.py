@@ -219,12 +219,11 @@ def finish(
     if closed.exists():
         flows.append(copy.deepcopy(flow))
         load_weights(flows[1], load_checkpoint(closed))
-    bits = []
+    rows, bits = validation_rows(trainer, data), []
     for each in reversed(flows):  # the trained one last: it mostly stays
         module.flow = each.eval()
         base = None
         if trainer.is_global_zero:
-            rows = validation_rows(trainer, data)
             base = fit_z(data, each, rows, cfg.seed, seconds / len(flows))
         each.base = trainer.strategy.broadcast(base).float()
         trainer.validate(module, data, weights_only=True, verbose=False)
