@@ -256,3 +256,29 @@ def test_sums_of_a_component_without_rows_are_errors_of_rounding():
     weights, _, covariances = maximize(sums)
     torch.testing.assert_close(covariances, RIDGE * torch.eye(2).double().expand(2, 2, 2))
     assert weights.tolist() == [0.5, 0.5]
+
+
+def test_covariances_are_shrunk_to_their_mean():
+    x = torch.from_numpy(np.random.default_rng(0).normal(size=(30, 3)) * [1, 2, 3])
+    parts = x[:10], x[10:]
+    sums = torch.stack([mixtures.statistics(part).sum(0) for part in parts])
+    own = torch.stack([torch.cov(part.T, correction=0) for part in parts])
+    mean = own[0] / 3 + own[1] * 2 / 3
+    weights, means, covariances = maximize(sums, shrinkage=2)
+    ridge = RIDGE * torch.eye(3)
+    torch.testing.assert_close(covariances[0], (10 * own[0] + 6 * mean) / 16 + ridge)
+    torch.testing.assert_close(covariances[1], (20 * own[1] + 6 * mean) / 26 + ridge)
+    torch.testing.assert_close(means, torch.stack([part.mean(0) for part in parts]))
+    torch.testing.assert_close(weights, torch.tensor([1 / 3, 2 / 3]).double())
+
+
+def test_few_rows_have_shrunk_covariances_and_spikes_do_not(tmp_path):
+    rng = np.random.default_rng(0)
+    few = 3 * rng.normal(size=(4, 8))[rng.integers(4, size=300)] + rng.normal(size=(300, 8))
+    spread = np.array([0.01, 1])[rng.integers(2, size=8000)]
+    spikes = np.stack([rng.normal(size=8000), spread * rng.normal(size=8000)], axis=1)
+    for rows, shrunk in ((few, True), (spikes, False)):
+        data = module(pl.DataFrame(rows), tmp_path)
+        val = len(data.splits.val)
+        best, *_ = fit_candidates(data, "mixture", val, seed=0, seconds=np.inf)
+        assert best.name.endswith("shrunk") == shrunk

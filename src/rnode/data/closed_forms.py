@@ -24,6 +24,7 @@ from rnode.radial import Radial, fit_t
 from rnode.transforms import Batch, TableTransform, Transform
 
 SIZES = (1, 4, 16, 64, 256, 1024)  # components
+SHRINKAGES = (0.0, 1.0)  # of their covariances: for spikes, and for few rows
 HEAVY_TAILS = 10.0  # degrees of freedom of a t distribution below which a radial layer is tried
 LEAST_ROWS, ENOUGH_ROWS = 20, 100  # for a component
 COVARIANCES = 1_000_000  # numbers in those of a mixture, at most
@@ -40,6 +41,7 @@ class Candidate(NamedTuple):
     """A density in closed form of a table."""
 
     label: str  # of the transform
+    shrinkage: float
     transform: TableTransform
     base: Mixture
     log_prob: Tensor  # of validation rows in the units of the table, (N,)
@@ -48,7 +50,9 @@ class Candidate(NamedTuple):
     @property
     def name(self) -> str:
         size = len(self.base.means) - len(TAILS)
-        return f"{self.label}, {size} Gaussians" if size > 0 else f"{self.label}, a Gaussian"
+        if size < 1:
+            return f"{self.label}, a Gaussian"
+        return f"{self.label}, {size} Gaussians" + (", shrunk" if self.shrinkage else "")
 
     @property
     def nats(self) -> float:
@@ -89,21 +93,23 @@ def fit_candidates(
         for name, transform in transforms.items()
     }
     candidates: list[Candidate] = []
-    names = list(transforms)
+    settings = [(name, shrinkage) for shrinkage in SHRINKAGES for name in transforms]
     for size in sizes:
         stride = max(1, len(x) // max(FEW_ROWS, size * ENOUGH_ROWS))
-        for name in names:
+        for name, shrinkage in settings if size > 1 else settings[: len(transforms)]:
             train, val = batches[name]
             if candidates and (too_large(size, train) or time.monotonic() > end):
                 return ranked(candidates)
+            train = Batch(*(part[::stride] for part in train))
             try:
-                base = fit_base(Batch(*(part[::stride] for part in train)), size, seed, end)
+                base = fit_base(train, size, seed, end, shrinkage)
             except (ValueError, torch.linalg.LinAlgError):  # too few rows, or they do not vary
                 continue
             log_prob = base.log_prob(val.y.double(), val.c) + val.log_det
-            candidates.append(Candidate(name, transforms[name], base, log_prob, weights))
+            candidates.append(Candidate(name, shrinkage, transforms[name], base, log_prob, weights))
         require(bool(candidates), f"base={kind}: no mixture can be fitted to so few or such rows")
-        names = list(dict.fromkeys(candidate.label for candidate in ranked(candidates)))
+        best_first = [(candidate.label, candidate.shrinkage) for candidate in ranked(candidates)]
+        settings = list(dict.fromkeys(best_first + settings))
     return ranked(candidates)
 
 
@@ -160,7 +166,9 @@ def transforms_of(data: DataModule, x: Tensor) -> dict[str, TableTransform]:
     return dict(reversed(transforms.items()))
 
 
-def fit_base(batch: Batch, size: int, seed: int, end: float = math.inf) -> Mixture:
+def fit_base(
+    batch: Batch, size: int, seed: int, end: float = math.inf, shrinkage: float = 0.0
+) -> Mixture:
     """Fit a mixture of `size` Gaussians to y (N, *shape), given c.
 
     Of more than one, Gaussians of all rows are further components: a row that is far from all
@@ -173,7 +181,7 @@ def fit_base(batch: Batch, size: int, seed: int, end: float = math.inf) -> Mixtu
     generator = torch.Generator().manual_seed(seed)
     c = batch.c + NOISE_OF_C * torch.randn(batch.c.shape, generator=generator)
     joint = torch.cat([c, batch.y.flatten(1)], dim=1).double()
-    weights, means, covariances = fit_mixture(joint, size, seed, end)
+    weights, means, covariances = fit_mixture(joint, size, seed, end, shrinkage)
     scales = torch.tensor(TAILS, dtype=torch.float64)
     weights = weights * (1 - SHARE_OF_TAIL * len(scales))
     tails = scales[:, None, None] * gaussian.factors
@@ -232,17 +240,19 @@ def fit_z(data: DataModule, flow: Flow, rows: int, seed: int, seconds: float) ->
     val = to_z(data.transform.for_evaluation(*data.fetch("val", range(rows)), seed))
     weights = data.splits.weights_of("val")[:rows]
 
-    best, failures = flow.base.cpu(), 0
+    best, failures, shrinkages = flow.base.cpu(), 0, list(SHRINKAGES)
     log_prob = best.log_prob(val.y.double(), val.c)
     for size in (size for size in SIZES if size > len(best.means)):
         if failures == 2 or too_large(size, train) or time.monotonic() > end:
             break
-        base = fit_base(train, size, seed, end)
-        gain = base.log_prob(val.y.double(), val.c) - log_prob
-        if weighted_mean(gain, weights) > standard_error(gain, weights):
-            best, log_prob, failures = base, log_prob + gain, 0
-        else:
-            failures += 1
+        failures += 1
+        for shrinkage in shrinkages:
+            base = fit_base(train, size, seed, end, shrinkage)
+            gain = base.log_prob(val.y.double(), val.c) - log_prob
+            if weighted_mean(gain, weights) > standard_error(gain, weights):
+                best, log_prob, failures = base, log_prob + gain, 0
+                shrinkages = sorted(shrinkages, key=shrinkage.__ne__)  # it is now first
+                break
     return best
 
 

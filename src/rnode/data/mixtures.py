@@ -22,7 +22,9 @@ NUMBERS = 250_000  # statistics that a processor's cache holds
 Parameters = tuple[Tensor, Tensor, Tensor]  # weights (J,), means (J, d), covariances (J, d, d)
 
 
-def fit_mixture(x: Tensor, size: int, seed: int, end: float = math.inf) -> Parameters:
+def fit_mixture(
+    x: Tensor, size: int, seed: int, end: float = math.inf, shrinkage: float = 0.0
+) -> Parameters:
     """Fit `size` Gaussians with full covariances to rows x (N, d), float64.
 
     They begin at the centres of k-means++. A fit that is cut off by the time is a mixture as well.
@@ -32,6 +34,7 @@ def fit_mixture(x: Tensor, size: int, seed: int, end: float = math.inf) -> Param
         size: number J of components.
         seed: of the order of the rows, and of the centres.
         end: value of time.monotonic() at which the fit ends.
+        shrinkage: of the covariances, see `maximize`.
     """
     n, d = x.shape
     x = x[torch.randperm(n, generator=torch.Generator().manual_seed(seed))]
@@ -47,15 +50,15 @@ def fit_mixture(x: Tensor, size: int, seed: int, end: float = math.inf) -> Param
         log_likelihood = 0.0
         for block, total in zip(blocks, sums, strict=True):
             if time.monotonic() > end:
-                return maximize(all_sums)
+                return maximize(all_sums, shrinkage)
             all_sums -= total
-            log_likelihood += expect(block, maximize(all_sums + total), total)
+            log_likelihood += expect(block, maximize(all_sums + total, shrinkage), total)
             all_sums += total
         log_likelihood /= n * d
         if log_likelihood < before + TOLERANCE:
             break
         before = log_likelihood
-    return maximize(all_sums)
+    return maximize(all_sums, shrinkage)
 
 
 def chunks(x: Tensor) -> tuple[Tensor, ...]:
@@ -94,11 +97,19 @@ def factors_of_statistics(weights: Tensor, means: Tensor, covariances: Tensor) -
     return torch.cat([constants[:, None], slopes, -precisions.flatten(1) / 2], dim=1)
 
 
-def maximize(sums: Tensor) -> Parameters:
-    """Sums of the statistics for each component (J, 1 + d + d²) → the likeliest mixture."""
-    rows = sums[:, 0].clamp(min=SMALLEST)
+def maximize(sums: Tensor, shrinkage: float = 0.0) -> Parameters:
+    """Sums of the statistics for each component (J, 1 + d + d²) → the likeliest mixture.
+
+    A component counts as if shrinkage · d more rows had the mean covariance of all components, as
+    in regularized discriminant analysis (Friedman, 1989).
+    """
     d = math.isqrt(sums.shape[1])
+    rows = sums[:, 0].clamp(min=SMALLEST)
     means, products = (sums[:, 1:] / rows[:, None]).split((d, d * d), dim=1)
     outer = means[:, :, None] * means[:, None, :]
-    covariances = products.view_as(outer) - outer + RIDGE * torch.eye(d).to(sums)
-    return rows / rows.sum(), means, covariances
+    covariances = products.view_as(outer) - outer
+    share = (rows / (rows + shrinkage * d))[:, None, None]
+    weights = rows / rows.sum()
+    pooled = torch.einsum("j,jkl->kl", weights, covariances)
+    covariances = share * covariances + (1 - share) * pooled + RIDGE * torch.eye(d).to(sums)
+    return weights, means, covariances
