@@ -149,11 +149,12 @@ def plot(curves: list[dict]) -> None:
             points = [p for p in points if p["seed"] == points[0]["seed"]]
             if not points:
                 continue
-            seconds, nats = ([p[key] for p in points] for key in ("seconds", "validation"))
-            ax.plot(seconds, nats, "o-", markersize=3, label=name)
+            seconds, values = ([p[key] for p in points] for key in ("seconds", "validation"))
+            ax.plot(seconds, values, "o-", markersize=3, label=name)
         if dataset in ENTROPY:
             ax.axhline(ENTROPY[dataset], color="gray", linestyle=":", label="entropy")
-        ax.set(title=dataset, xlabel="seconds of training", ylabel="validation nats")
+        unit = "nats" if dataset in POINTS else "bits/dim"
+        ax.set(title=dataset, xlabel="seconds of training", ylabel=f"validation {unit}")
         ax.set_yscale("log")
     shown = {}
     for ax in axes[0]:

@@ -131,6 +131,7 @@ def test_bare_paths_stand_for_keys(tmp_path):
     assert expand("evaluate", folder) == [f'ckpt_path="{quoted}/best.ckpt"']
     assert expand("sample", "a/b.ckpt", "context.a=1") == ["ckpt_path=a/b.ckpt", "++context.a=1"]
     assert expand("score", "ckpt_path=a.ckpt", "~id") == ["ckpt_path=a.ckpt", "~id"]
+    assert expand("train", "folder='a b'") == ["hydra.run.dir='a b'", "hydra.sweep.dir='a b'"]
     assert expand("report", "a", folder, "b") == [f'folders=[a,"{quoted}",b]']
 
 

@@ -113,7 +113,7 @@ def test_a_sweep_that_stops_in_its_second_job_resumes_to_the_same_end(tmp_path):
     assert results(folder).keys() == {"0"}
     assert not (folder / "2").exists()
     assert "\nstopped: by SIGINT after " in printed
-    assert printed.endswith(f"to resume the sweep, add hydra.sweep.dir={folder}\n")
+    assert printed.endswith(f"to resume the sweep, add folder={folder}\n")
     before = (folder / "0" / "last.ckpt").stat().st_mtime_ns
     assert 5 <= last_step(folder / "1") < 30
     printed = Run(tmp_path / "second", *arguments).finish()

@@ -87,6 +87,8 @@ def expand(command: str, overrides: list[str]) -> list[str]:
     for text in overrides:
         if text.startswith("context={"):  # Hydra could not read the quotes of JSON
             expanded.append(f"context={quote(text[8:])}")
+        elif text.startswith("folder="):  # Hydra makes it: of a run, or of a whole sweep
+            expanded += [f"hydra.{mode}.dir={text[7:]}" for mode in ("run", "sweep")]
         elif "=" in text and not os.path.exists(text):
             # The conditions of a density have names of the user's.
             expanded.append(f"++{text}" if text.startswith("context.") else text)

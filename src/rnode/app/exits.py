@@ -35,11 +35,11 @@ def one_line_errors(job: Path | None = None) -> Iterator[None]:
         if not is_first_process():  # all stop together; the first process says so
             sys.exit(0)
         hydra = HydraConfig.get()
-        place = f"hydra.run.dir={quote(hydra.runtime.output_dir)}"
+        place = f"folder={quote(hydra.runtime.output_dir)}"
         again = ["rnode", "train", *hydra.overrides.task, place, "ckpt_path=auto"]
         resume = f"to resume: {shlex.join(again)}"
         if job is not None:
-            resume = f"to resume the sweep, add hydra.sweep.dir={hydra.sweep.dir}"
+            resume = f"to resume the sweep, add folder={hydra.sweep.dir}"
         print(f"stopped: {stopped}; {resume}", file=sys.stderr, flush=True)
         if current_process().name != "MainProcess":
             os._exit(128 + stopped.signal)  # joblib would catch SystemExit and run the next job

@@ -137,7 +137,7 @@ class Train(Section, extra="forbid"):
     """Train a continuous normalizing flow (RNODE); -m sweeps over a=1,2 b=3,4."""
 
     seed: NonNegativeInt = key("seed of weights, data order, noise and probes")
-    folder: str = key("the run folder, which hydra.run.dir=… sets")
+    folder: str = key("the run folder, or that of a whole sweep")
     divergence: Literal[DIVERGENCES] = key("probes of div f and of the Jacobian norm")
     probes: PositiveInt = key("random probes of a sample")
     base: Literal["normal", "gaussian", "mixture", "auto"] = key(
@@ -160,7 +160,7 @@ class Train(Section, extra="forbid"):
 
 
 class FromCheckpoint(Section, extra="forbid"):
-    folder: str = key("where files are written, which hydra.run.dir=… sets")
+    folder: str = key("where files are written")
     ckpt_path: str = key("checkpoint of a run, such as outputs/…/best.ckpt")
     seed: NonNegativeInt = key("seed of noise, probes and samples")
     trust: list[str] = key("your own packages, whose classes the checkpoint may name: [mydata]")

@@ -45,13 +45,13 @@ def lock(folder: Path, resumes: bool) -> Iterator[None]:
                 require(
                     resumes or not path.exists(),
                     f"{path} is from an earlier run: ckpt_path=auto resumes that run, another "
-                    "hydra.run.dir=… starts a new one",
+                    "folder=… starts a new one",
                 )
             yield
     except Timeout:
         raise InputError(
             f"{folder}: another run is using this folder; wait until it has ended, or give this "
-            "run another hydra.run.dir=…"
+            "run another folder=…"
         ) from None
 
 
