@@ -22,7 +22,7 @@ from rnode.app.build import build, load_weights
 from rnode.app.processes import cluster_plugins, is_first_process, launched, match_processes
 from rnode.app.runs import Run
 from rnode.app.summary import print_numbers, print_table
-from rnode.data.closed_forms import fit_candidates, fit_gaussian, fit_z
+from rnode.data.closed_forms import fit_candidates, fit_gaussian, fit_z, is_significant
 from rnode.data.datamodule import DataModule
 from rnode.data.splits import SPLIT_NAMES
 from rnode.errors import Diverged, InputError, one_line, require
@@ -211,7 +211,10 @@ def start(cfg: DictConfig, trainer: pl.Trainer, module: RNODE, data: DataModule)
 def finish(
     cfg: DictConfig, trainer: pl.Trainer, module: RNODE, data: DataModule, seconds: float
 ) -> None:
-    """Fit bases to z of the best weights and to that of the closed form, and keep the better."""
+    """Fit bases to z of the best weights and to that of the closed form, and keep the better.
+
+    The trained flow must be better by a paired standard error.
+    """
     best, flow = trainer.checkpoint_callback, module.flow
     if best and best.best_model_path:
         load_weights(flow, load_checkpoint(best.best_model_path))
@@ -219,19 +222,19 @@ def finish(
     if closed.exists():
         flows.append(copy.deepcopy(flow))
         load_weights(flows[1], load_checkpoint(closed))
-    rows, bits = validation_rows(trainer, data), []
-    for each in reversed(flows):  # the trained one last: it mostly stays
-        module.flow = each.eval()
-        base = None
+    rows, log_probs = validation_rows(trainer, data), []
+    for each in flows:
+        fit = None
         if trainer.is_global_zero:
-            base = fit_z(data, each, rows, cfg.seed, seconds / len(flows))
-        each.base = trainer.strategy.broadcast(base).float()
-        trainer.validate(module, data, weights_only=True, verbose=False)
-        bits.append(module.validation_bits.mean())
-    if bits[0] < bits[-1]:
-        trainer.print("the density in closed form is better, and is kept")
-        module.flow = flows[-1]
-        trainer.validate(module, data, weights_only=True, verbose=False)
+            fit = fit_z(data, each, rows, cfg.seed, seconds / len(flows))
+        base, log_prob = trainer.strategy.broadcast(fit)
+        each.base = base.float()
+        log_probs.append(log_prob)
+    weights = data.splits.weights_of("val")[:rows]
+    if len(flows) == 2 and not is_significant(log_probs[0] - log_probs[1], weights):
+        trainer.print("the flow is not significantly better than the closed form, which is kept")
+        module.flow = flows[1]
+    trainer.validate(module, data, weights_only=True, verbose=False)
     trainer.print(f"base: {len(module.flow.base.means)} Gaussian(s) of z")
     if isinstance(best, BestCheckpoint):
         best.replace(trainer)

@@ -210,29 +210,34 @@ def fit_linear(c: Tensor, y: Tensor) -> Gaussian:
 
 
 @torch.no_grad()
-def fit_z(data: DataModule, flow: Flow, rows: int, seed: int, seconds: float) -> Mixture:
-    """Fit mixtures to z of a trained flow, and return the base that is best on validation rows.
+def fit_z(
+    data: DataModule, flow: Flow, rows: int, seed: int, seconds: float
+) -> tuple[Mixture, Tensor]:
+    """Fit mixtures to z of a trained flow.
 
     A network smooths what mixtures resolve, and mixtures need many components where a flow bends.
-    A larger one must be better by a paired standard error: the best of several on a hundred rows
-    would often be so by chance.
 
     Args:
         data: the table on which the flow was trained.
-        flow: the flow, in evaluation mode. Its own base is returned if no mixture is better.
+        flow: the flow, which is then in evaluation mode.
         rows: number of validation rows that compare the mixtures.
         seed: of the dequantization noise and of the mixtures.
         seconds: after so many seconds the fits end.
+
+    Returns:
+        The best base, which is the flow's own unless a larger one is significantly better, and
+        log p of the validation rows with it, (rows,).
     """
     end = time.monotonic() + seconds
 
     def to_z(batch: Batch) -> Batch:
         device = next(flow.parameters()).device
-        z = [
-            flow.solve(batch.y[part].to(device), batch.c[part].to(device)).state.z.cpu()
+        states = [
+            flow.solve(batch.y[part].to(device), batch.c[part].to(device)).state
             for part in torch.arange(len(batch.y)).split(data.eval_batch_size)
         ]
-        return batch._replace(y=torch.cat(z))
+        z, l, *_ = (torch.cat(parts).cpu() for parts in zip(*states, strict=True))
+        return batch._replace(y=z, log_det=batch.log_det + l)
 
     flow.train()  # its grid is exact enough for a fit, and several times faster
     train = to_z(training_batch(data, data.transform, seed, ROWS))
@@ -241,19 +246,27 @@ def fit_z(data: DataModule, flow: Flow, rows: int, seed: int, seconds: float) ->
     weights = data.splits.weights_of("val")[:rows]
 
     best, failures, shrinkages = flow.base.cpu(), 0, list(SHRINKAGES)
-    log_prob = best.log_prob(val.y.double(), val.c)
+    log_prob = best.log_prob(val.y.double(), val.c) + val.log_det
     for size in (size for size in SIZES if size > len(best.means)):
         if failures == 2 or too_large(size, train) or time.monotonic() > end:
             break
         failures += 1
         for shrinkage in shrinkages:
             base = fit_base(train, size, seed, end, shrinkage)
-            gain = base.log_prob(val.y.double(), val.c) - log_prob
-            if weighted_mean(gain, weights) > standard_error(gain, weights):
+            gain = base.log_prob(val.y.double(), val.c) + val.log_det - log_prob
+            if is_significant(gain, weights):
                 best, log_prob, failures = base, log_prob + gain, 0
                 shrinkages = sorted(shrinkages, key=shrinkage.__ne__)  # it is now first
                 break
-    return best
+    return best, log_prob
+
+
+def is_significant(gain: Tensor, weights: Tensor) -> bool:
+    """Whether a paired gain of validation rows (N,) is larger than its standard error.
+
+    The best of several densities on a hundred rows would often be so by chance.
+    """
+    return bool(weighted_mean(gain, weights) > standard_error(gain, weights))
 
 
 @torch.no_grad()
