@@ -24,7 +24,8 @@ from rnode.radial import Radial, fit_t
 from rnode.transforms import Batch, TableTransform, Transform
 
 SIZES = (1, 4, 16, 64, 256, 1024)  # components
-SHRINKAGES = (0.0, 1.0)  # of their covariances: for spikes, and for few rows
+SHRINKAGES = (0.0, 1.0)  # of their covariances
+MANY_ROWS = 50  # for a component and column: with more, shrunk covariances are not tried
 HEAVY_TAILS = 10.0  # degrees of freedom of a t distribution below which a radial layer is tried
 LEAST_ROWS, ENOUGH_ROWS = 20, 100  # for a component
 COVARIANCES = 1_000_000  # numbers in those of a mixture, at most
@@ -96,10 +97,12 @@ def fit_candidates(
     settings = [(name, shrinkage) for shrinkage in SHRINKAGES for name in transforms]
     for size in sizes:
         stride = max(1, len(x) // max(FEW_ROWS, size * ENOUGH_ROWS))
-        for name, shrinkage in settings if size > 1 else settings[: len(transforms)]:
+        for name, shrinkage in settings:
             train, val = batches[name]
             if candidates and (too_large(size, train) or time.monotonic() > end):
                 return ranked(candidates)
+            if shrinkage not in shrinkages_of(size, train):
+                continue
             train = Batch(*(part[::stride] for part in train))
             try:
                 base = fit_base(train, size, seed, end, shrinkage)
@@ -117,6 +120,13 @@ def too_large(size: int, batch: Batch) -> bool:
     """Whether rows are too few, or have too many columns, for so many Gaussians."""
     columns = batch.y.shape[1] + batch.c.shape[1]
     return len(batch.y) < size * LEAST_ROWS or size * columns**2 > COVARIANCES
+
+
+def shrinkages_of(size: int, batch: Batch) -> tuple[float, ...]:
+    """Return the shrinkages that are tried for so many Gaussians."""
+    columns = batch.y.shape[1] + batch.c.shape[1]
+    few_rows = size > 1 and len(batch.y) < MANY_ROWS * size * columns
+    return SHRINKAGES if few_rows else SHRINKAGES[:1]
 
 
 def ranked(candidates: list[Candidate]) -> list[Candidate]:
@@ -245,18 +255,17 @@ def fit_z(
     val = to_z(data.transform.for_evaluation(*data.fetch("val", range(rows)), seed))
     weights = data.splits.weights_of("val")[:rows]
 
-    best, failures, shrinkages = flow.base.cpu(), 0, list(SHRINKAGES)
+    best, failures, last = flow.base.cpu(), 0, SHRINKAGES[0]
     log_prob = best.log_prob(val.y.double(), val.c) + val.log_det
     for size in (size for size in SIZES if size > len(best.means)):
         if failures == 2 or too_large(size, train) or time.monotonic() > end:
             break
         failures += 1
-        for shrinkage in shrinkages:
+        for shrinkage in sorted(shrinkages_of(size, train), key=last.__ne__):  # the last first
             base = fit_base(train, size, seed, end, shrinkage)
             gain = base.log_prob(val.y.double(), val.c) + val.log_det - log_prob
             if is_significant(gain, weights):
-                best, log_prob, failures = base, log_prob + gain, 0
-                shrinkages = sorted(shrinkages, key=shrinkage.__ne__)  # it is now first
+                best, log_prob, failures, last = base, log_prob + gain, 0, shrinkage
                 break
     return best, log_prob
 
