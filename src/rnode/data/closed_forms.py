@@ -25,6 +25,7 @@ from rnode.transforms import Batch, TableTransform, Transform
 
 SIZES = (1, 4, 16, 64, 256, 1024)  # components
 SHRINKAGES = (0.0, 1.0)  # of their covariances
+COMPARED = 16  # components with which a transform that is far behind is given up
 MANY_ROWS = 50  # for a component and column: with more, shrunk covariances are not tried
 HEAVY_TAILS = 10.0  # degrees of freedom of a t distribution below which a radial layer is tried
 LEAST_ROWS, ENOUGH_ROWS = 20, 100  # for a component
@@ -59,6 +60,16 @@ class Candidate(NamedTuple):
     def nats(self) -> float:
         """Mean −log p of the validation rows."""
         return -float(weighted_mean(self.log_prob, self.weights))
+
+    @property
+    def setting(self) -> tuple[str, float]:
+        return self.label, self.shrinkage
+
+    def is_far_behind(self, other: "Candidate") -> bool:
+        """Whether another candidate is better by more than two paired standard errors."""
+        behind = other.log_prob - self.log_prob
+        mean = weighted_mean(behind, self.weights)
+        return bool(mean > 2 * standard_error(behind, self.weights))
 
     def is_gaussian_as(self, other: "Candidate") -> bool:
         """Whether this is one Gaussian, after the same transform as another candidate."""
@@ -97,6 +108,7 @@ def fit_candidates(
     settings = [(name, shrinkage) for shrinkage in SHRINKAGES for name in transforms]
     for size in sizes:
         stride = max(1, len(x) // max(FEW_ROWS, size * ENOUGH_ROWS))
+        earlier = len(candidates)
         for name, shrinkage in settings:
             train, val = batches[name]
             if candidates and (too_large(size, train) or time.monotonic() > end):
@@ -111,8 +123,11 @@ def fit_candidates(
             log_prob = base.log_prob(val.y.double(), val.c) + val.log_det
             candidates.append(Candidate(name, shrinkage, transforms[name], base, log_prob, weights))
         require(bool(candidates), f"base={kind}: no mixture can be fitted to so few or such rows")
-        best_first = [(candidate.label, candidate.shrinkage) for candidate in ranked(candidates)]
-        settings = list(dict.fromkeys(best_first + settings))
+        best_first = ranked(candidates)
+        settings = list(dict.fromkeys([each.setting for each in best_first] + settings))
+        for each in candidates[earlier:]:
+            if size >= COMPARED and each.is_far_behind(best_first[0]):
+                settings.remove(each.setting)
     return ranked(candidates)
 
 
@@ -140,9 +155,7 @@ def ranked(candidates: list[Candidate]) -> list[Candidate]:
     columns = candidates[0].transform.columns
     same = (each for each in candidates if each.transform.columns == columns)
     for radial in (each for each in same if each.transform.radial is not None):
-        behind = candidates[0].log_prob - radial.log_prob
-        mean = weighted_mean(behind, radial.weights)
-        if mean < 2 * standard_error(behind, radial.weights):
+        if not radial.is_far_behind(candidates[0]):
             return [radial, *(each for each in candidates if each is not radial)]
         break
     return candidates
