@@ -22,10 +22,11 @@ from rnode.app.build import build, load_weights
 from rnode.app.processes import cluster_plugins, is_first_process, launched, match_processes
 from rnode.app.runs import Run
 from rnode.app.summary import print_numbers, print_table
-from rnode.data.closed_forms import fit_candidates, fit_gaussian, fit_z, is_significant
+from rnode.data.closed_forms import fit_candidates, fit_gaussian, fit_z
 from rnode.data.datamodule import DataModule
 from rnode.data.splits import SPLIT_NAMES
 from rnode.errors import Diverged, InputError, one_line, require
+from rnode.evaluation import weighted_mean
 from rnode.training.checkpoint import AtomicCheckpointIO, load_checkpoint, load_to_resume
 from rnode.training.gaussian import validation_rows
 from rnode.training.loggers import MetricsCSV, finish_wandb
@@ -211,10 +212,7 @@ def start(cfg: DictConfig, trainer: pl.Trainer, module: RNODE, data: DataModule)
 def finish(
     cfg: DictConfig, trainer: pl.Trainer, module: RNODE, data: DataModule, seconds: float
 ) -> None:
-    """Fit bases to z of the best weights and to that of the closed form, and keep the better.
-
-    The trained flow must be better by a paired standard error.
-    """
+    """Fit bases to z of the best weights and to that of the closed form, and keep the better."""
     best, flow = trainer.checkpoint_callback, module.flow
     if best and best.best_model_path:
         load_weights(flow, load_checkpoint(best.best_model_path))
@@ -231,8 +229,8 @@ def finish(
         each.base = base.float()
         log_probs.append(log_prob)
     weights = data.splits.weights_of("val")[:rows]
-    if len(flows) == 2 and not is_significant(log_probs[0] - log_probs[1], weights):
-        trainer.print("the flow is not significantly better than the closed form, which is kept")
+    if len(flows) == 2 and not weighted_mean(log_probs[0] - log_probs[1], weights) > 0:
+        trainer.print("the density in closed form is better, and is kept")
         module.flow = flows[1]
     trainer.validate(module, data, weights_only=True, verbose=False)
     trainer.print(f"base: {len(module.flow.base.means)} Gaussian(s) of z")

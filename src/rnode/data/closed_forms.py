@@ -239,6 +239,8 @@ def fit_z(
     """Fit mixtures to z of a trained flow.
 
     A network smooths what mixtures resolve, and mixtures need many components where a flow bends.
+    A larger one must be better by a paired standard error: the best of several on a hundred rows
+    would often be so by chance.
 
     Args:
         data: the table on which the flow was trained.
@@ -248,8 +250,8 @@ def fit_z(
         seconds: after so many seconds the fits end.
 
     Returns:
-        The best base, which is the flow's own unless a larger one is significantly better, and
-        log p of the validation rows with it, (rows,).
+        The best base, which may be the flow's own, and log p of the validation rows with it,
+        (rows,).
     """
     end = time.monotonic() + seconds
 
@@ -277,18 +279,10 @@ def fit_z(
         for shrinkage in sorted(shrinkages_of(size, train), key=last.__ne__):  # the last first
             base = fit_base(train, size, seed, end, shrinkage)
             gain = base.log_prob(val.y.double(), val.c) + val.log_det - log_prob
-            if is_significant(gain, weights):
+            if weighted_mean(gain, weights) > standard_error(gain, weights):
                 best, log_prob, failures, last = base, log_prob + gain, 0, shrinkage
                 break
     return best, log_prob
-
-
-def is_significant(gain: Tensor, weights: Tensor) -> bool:
-    """Whether a paired gain of validation rows (N,) is larger than its standard error.
-
-    The best of several densities on a hundred rows would often be so by chance.
-    """
-    return bool(weighted_mean(gain, weights) > standard_error(gain, weights))
 
 
 @torch.no_grad()
