@@ -26,12 +26,13 @@ from rnode.transforms import Batch, TableTransform, Transform
 SIZES = (1, 4, 16, 64, 256, 1024)  # components
 SHRINKAGES = (0.0, 1.0)  # of their covariances
 COMPARED = 16  # components with which a transform that is far behind is given up
-MANY_ROWS = 50  # for a component and column: with more, shrunk covariances are not tried
+MANY_ROWS = 50  # for a component and column: more are not used, and fewer need shrinkage
 HEAVY_TAILS = 10.0  # degrees of freedom of a t distribution below which a radial layer is tried
-LEAST_ROWS, ENOUGH_ROWS = 20, 100  # for a component
+LEAST_ROWS = 20  # for a component
 COVARIANCES = 1_000_000  # numbers in those of a mixture, at most
 NUMBERS = 20_000_000  # in the samples of a Gaussian, at most
-FEW_ROWS, ROWS = 5_000, 50_000  # of a mixture: enough for a few components, and at most
+FEW_ROWS = 5_000  # that every mixture is fitted to, of tables that have them
+ROWS = 50_000  # that a mixture is fitted to, at most
 TAILS = (1.0, 3.0, 10.0)  # standard deviations of the Gaussians that give a mixture broad tails
 SHARE_OF_TAIL = 0.001  # weight of each of them
 MAX_DIMENSIONS = 4096  # beyond, a covariance would cost minutes
@@ -107,7 +108,6 @@ def fit_candidates(
     candidates: list[Candidate] = []
     settings = [(name, shrinkage) for shrinkage in SHRINKAGES for name in transforms]
     for size in sizes:
-        stride = max(1, len(x) // max(FEW_ROWS, size * ENOUGH_ROWS))
         earlier = len(candidates)
         for name, shrinkage in settings:
             train, val = batches[name]
@@ -115,6 +115,8 @@ def fit_candidates(
                 return ranked(candidates)
             if shrinkage not in shrinkages_of(size, train):
                 continue
+            enough = max(FEW_ROWS, MANY_ROWS * size * columns_of(train))
+            stride = max(1, len(x) // enough)
             train = Batch(*(part[::stride] for part in train))
             try:
                 base = fit_base(train, size, seed, end, shrinkage)
@@ -131,16 +133,19 @@ def fit_candidates(
     return ranked(candidates)
 
 
+def columns_of(batch: Batch) -> int:
+    """The number of columns that a base is fitted to: those of y and c."""
+    return batch.y.shape[1] + batch.c.shape[1]
+
+
 def too_large(size: int, batch: Batch) -> bool:
     """Whether rows are too few, or have too many columns, for so many Gaussians."""
-    columns = batch.y.shape[1] + batch.c.shape[1]
-    return len(batch.y) < size * LEAST_ROWS or size * columns**2 > COVARIANCES
+    return len(batch.y) < size * LEAST_ROWS or size * columns_of(batch) ** 2 > COVARIANCES
 
 
 def shrinkages_of(size: int, batch: Batch) -> tuple[float, ...]:
     """Return the shrinkages that are tried for so many Gaussians."""
-    columns = batch.y.shape[1] + batch.c.shape[1]
-    few_rows = size > 1 and len(batch.y) < MANY_ROWS * size * columns
+    few_rows = size > 1 and len(batch.y) < MANY_ROWS * size * columns_of(batch)
     return SHRINKAGES if few_rows else SHRINKAGES[:1]
 
 
