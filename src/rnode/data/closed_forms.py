@@ -5,6 +5,7 @@ They are baselines, and bases of flows: before training, of the data, and after 
 
 import math
 import time
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +24,7 @@ from rnode.loss import bits_per_dim
 from rnode.radial import Radial, fit_t
 from rnode.transforms import Batch, TableTransform, Transform
 
-SIZES = (1, 4, 16, 64, 256, 1024)  # components
+SIZES = (4, 16, 64, 256, 1024)  # components
 SHRINKAGES = (0.0, 1.0)  # of their covariances
 COMPARED = 16  # components with which a transform that is far behind is given up
 MANY_ROWS = 50  # for a component and column: more are not used, and fewer need shrinkage
@@ -51,11 +52,14 @@ class Candidate(NamedTuple):
     weights: Tensor  # of these rows, (N,)
 
     @property
+    def size(self) -> int:
+        """The number of its components, but for those of its tails."""
+        return max(1, len(self.base.means) - len(TAILS))
+
+    @property
     def name(self) -> str:
-        size = len(self.base.means) - len(TAILS)
-        if size < 1:
-            return f"{self.label}, a Gaussian"
-        return f"{self.label}, {size} Gaussians" + (", shrunk" if self.shrinkage else "")
+        size = "a Gaussian" if self.size == 1 else f"{self.size} Gaussians"
+        return f"{self.label}, {size}" + (", shrunk" if self.shrinkage else "")
 
     @property
     def nats(self) -> float:
@@ -74,7 +78,7 @@ class Candidate(NamedTuple):
 
     def is_gaussian_as(self, other: "Candidate") -> bool:
         """Whether this is one Gaussian, after the same transform as another candidate."""
-        return len(self.base.means) == 1 and self.transform is other.transform
+        return self.size == 1 and self.transform is other.transform
 
 
 @torch.no_grad()
@@ -94,7 +98,6 @@ def fit_candidates(
         The candidates, the best first; see `ranked`.
     """
     end = time.monotonic() + seconds
-    sizes = {"gaussian": SIZES[:1], "mixture": SIZES[1:], "auto": SIZES}[kind]
     x, *_ = rows_of_training(data, ROWS)
     weights = data.splits.weights_of("val")[:rows]
     transforms = transforms_of(data, x)
@@ -107,13 +110,21 @@ def fit_candidates(
     }
     candidates: list[Candidate] = []
     settings = [(name, shrinkage) for shrinkage in SHRINKAGES for name in transforms]
-    for size in sizes:
+
+    def sizes() -> Iterator[int]:
+        yield from {"gaussian": (1,), "mixture": SIZES, "auto": (1, *SIZES)}[kind]
+        if kind != "gaussian":
+            size = ranked(candidates)[0].size
+            yield from sorted({max(2, size // 2), 2 * size})  # beside the best of SIZES
+
+    for size in sizes():
         earlier = len(candidates)
         for name, shrinkage in settings:
             train, val = batches[name]
-            if candidates and (too_large(size, train) or time.monotonic() > end):
+            if candidates and time.monotonic() > end:
                 return ranked(candidates)
-            if shrinkage not in shrinkages_of(size, train):
+            large = candidates and too_large(size, train)
+            if large or shrinkage not in shrinkages_of(size, train):
                 continue
             enough = max(FEW_ROWS, MANY_ROWS * size * columns_of(train))
             stride = max(1, len(x) // enough)
