@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rnode.bases import Gaussian, Mixture
 from rnode.data.datamodule import DataModule
-from rnode.data.mixtures import fit_mixture
+from rnode.data.mixtures import Parameters, fit_mixture
 from rnode.errors import require
 from rnode.evaluation import standard_error, weighted_mean
 from rnode.flow import Flow
@@ -53,8 +53,7 @@ class Candidate(NamedTuple):
 
     @property
     def size(self) -> int:
-        """The number of its components, but for those of its tails."""
-        return max(1, len(self.base.means) - len(TAILS))
+        return size_of(self.base)
 
     @property
     def name(self) -> str:
@@ -206,12 +205,17 @@ def transforms_of(data: DataModule, x: Tensor) -> dict[str, TableTransform]:
 
 
 def fit_base(
-    batch: Batch, size: int, seed: int, end: float = math.inf, shrinkage: float = 0.0
+    batch: Batch,
+    size: int,
+    seed: int,
+    end: float = math.inf,
+    shrinkage: float = 0.0,
+    start: Mixture | None = None,
 ) -> Mixture:
     """Fit a mixture of `size` Gaussians to y (N, *shape), given c.
 
     Of more than one, Gaussians of all rows are further components: a row that is far from all
-    others would otherwise cost more than these.
+    others would otherwise cost more than these. For the other arguments see `fit_mixture`.
     """
     k = batch.c.shape[1]
     gaussian = fit_linear(batch.c.double(), batch.y.flatten(1).double())
@@ -220,7 +224,8 @@ def fit_base(
     generator = torch.Generator().manual_seed(seed)
     c = batch.c + NOISE_OF_C * torch.randn(batch.c.shape, generator=generator)
     joint = torch.cat([c, batch.y.flatten(1)], dim=1).double()
-    weights, means, covariances = fit_mixture(joint, size, seed, end, shrinkage)
+    mixture = start and without_tails(start)
+    weights, means, covariances = fit_mixture(joint, size, seed, end, shrinkage, mixture)
     scales = torch.tensor(TAILS, dtype=torch.float64)
     weights = weights * (1 - SHARE_OF_TAIL * len(scales))
     tails = scales[:, None, None] * gaussian.factors
@@ -230,6 +235,18 @@ def fit_base(
         torch.cat([covariances, tails @ tails.mT]),
         k,
     )
+
+
+def without_tails(base: Mixture) -> Parameters:
+    """Return a mixture as it was fitted, before the Gaussians of all rows were added."""
+    fitted = slice(size_of(base))
+    weights, factors = base.log_weights[fitted].double().exp(), base.factors[fitted].double()
+    return weights / weights.sum(), base.means[fitted].double(), factors @ factors.mT
+
+
+def size_of(base: Mixture) -> int:
+    """The number of components but for those of the tails."""
+    return max(1, len(base.means) - len(TAILS))
 
 
 def fit_linear(c: Tensor, y: Tensor) -> Gaussian:
@@ -255,7 +272,8 @@ def fit_z(
     """Fit mixtures to z of a trained flow.
 
     A network smooths what mixtures resolve, and mixtures need many components where a flow bends.
-    A larger one must be better by a paired standard error: the best of several on a hundred rows
+    The fit of a base that is a mixture goes on, since it may have been cut off, and larger ones
+    follow. Each must be better by a paired standard error: the best of several on a hundred rows
     would often be so by chance.
 
     Args:
@@ -288,12 +306,14 @@ def fit_z(
 
     best, failures, last = flow.base.cpu(), 0, SHRINKAGES[0]
     log_prob = best.log_prob(val.y.double(), val.c) + val.log_det
-    for size in (size for size in SIZES if size > len(best.means)):
+    own = size_of(best)
+    for size in (own, *(size for size in SIZES if size > own)):
         if failures == 2 or too_large(size, train) or time.monotonic() > end:
             break
-        failures += 1
+        failures += size > own
+        start = best if size == own > 1 else None
         for shrinkage in sorted(shrinkages_of(size, train), key=last.__ne__):  # the last first
-            base = fit_base(train, size, seed, end, shrinkage)
+            base = fit_base(train, size, seed, end, shrinkage, start)
             gain = base.log_prob(val.y.double(), val.c) + val.log_det - log_prob
             if weighted_mean(gain, weights) > standard_error(gain, weights):
                 best, log_prob, failures, last = base, log_prob + gain, 0, shrinkage

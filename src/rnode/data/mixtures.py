@@ -23,11 +23,16 @@ Parameters = tuple[Tensor, Tensor, Tensor]  # weights (J,), means (J, d), covari
 
 
 def fit_mixture(
-    x: Tensor, size: int, seed: int, end: float = math.inf, shrinkage: float = 0.0
+    x: Tensor,
+    size: int,
+    seed: int,
+    end: float = math.inf,
+    shrinkage: float = 0.0,
+    start: Parameters | None = None,
 ) -> Parameters:
     """Fit `size` Gaussians with full covariances to rows x (N, d), float64.
 
-    They begin at the centres of k-means++. A fit that is cut off by the time is a mixture as well.
+    A fit that is cut off by the time is a mixture as well.
 
     Args:
         x: the rows.
@@ -35,16 +40,21 @@ def fit_mixture(
         seed: of the order of the rows, and of the centres.
         end: value of time.monotonic() at which the fit ends.
         shrinkage: of the covariances, see `maximize`.
+        start: the mixture at which the fit begins; None: the centres of k-means++.
     """
     n, d = x.shape
     x = x[torch.randperm(n, generator=torch.Generator().manual_seed(seed))]
-    centres, _ = kmeans_plusplus(x.numpy(), size, random_state=seed, n_local_trials=1)
-    centres = torch.from_numpy(centres)
     blocks = x.split(math.ceil(n / BLOCKS))
     sums = x.new_zeros(len(blocks), size, 1 + d + d * d)
-    for block, total in zip(blocks, sums, strict=True):
-        for y in chunks(block, size):
-            total.index_add_(0, torch.cdist(y, centres).argmin(1), statistics(y))
+    if start is not None:
+        for block, total in zip(blocks, sums, strict=True):
+            expect(block, start, total)
+    else:
+        centres, _ = kmeans_plusplus(x.numpy(), size, random_state=seed, n_local_trials=1)
+        for block, total in zip(blocks, sums, strict=True):
+            for y in chunks(block, size):
+                nearest = torch.cdist(y, torch.from_numpy(centres)).argmin(1)
+                total.index_add_(0, nearest, statistics(y))
     before, all_sums = -math.inf, sums.sum(0)
     for _ in range(PASSES):
         log_likelihood = 0.0
