@@ -16,7 +16,7 @@ import rnode
 from helpers import DOPRI5, RK4, TWO_STEPS, Linear, call, column, make_flow, refused
 from rnode import Flow, Gaussian, Mixture, Piece, Probes, Solver
 from rnode.data import mixtures
-from rnode.data.closed_forms import fit_base, fit_candidates, fit_z, ranked
+from rnode.data.closed_forms import fit_base, fit_candidates, fit_z, ranked, size_of
 from rnode.data.datamodule import DataModule
 from rnode.data.densities import toy
 from rnode.data.mixtures import RIDGE, expect, fit_mixture, maximize
@@ -100,8 +100,8 @@ def test_sizes_beside_the_best_are_tried():
     data = DataModule(toy, 512, 2000, name="eight_gaussians", train=5000)
     data.setup()
     candidates = fit_candidates(data, "auto", 2000, seed=0, seconds=np.inf)
-    assert {candidate.size for candidate in candidates} == {1, 4, 8, 16, 32, 64}
-    assert candidates[0].size in (8, 16)
+    assert {size_of(candidate.base) for candidate in candidates} == {1, 4, 8, 16, 32, 64}
+    assert size_of(candidates[0].base) in (8, 16)
     entropy = np.log(8 * 2 * np.pi * np.e * 0.14**2)
     assert candidates[0].nats == pytest.approx(entropy, abs=0.03)
 

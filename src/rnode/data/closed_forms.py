@@ -52,12 +52,9 @@ class Candidate(NamedTuple):
     weights: Tensor  # of these rows, (N,)
 
     @property
-    def size(self) -> int:
-        return size_of(self.base)
-
-    @property
     def name(self) -> str:
-        size = "a Gaussian" if self.size == 1 else f"{self.size} Gaussians"
+        count = size_of(self.base)
+        size = "a Gaussian" if count == 1 else f"{count} Gaussians"
         return f"{self.label}, {size}" + (", shrunk" if self.shrinkage else "")
 
     @property
@@ -77,7 +74,7 @@ class Candidate(NamedTuple):
 
     def is_gaussian_as(self, other: "Candidate") -> bool:
         """Whether this is one Gaussian, after the same transform as another candidate."""
-        return self.size == 1 and self.transform is other.transform
+        return size_of(self.base) == 1 and self.transform is other.transform
 
 
 @torch.no_grad()
@@ -113,7 +110,7 @@ def fit_candidates(
     def sizes() -> Iterator[int]:
         yield from {"gaussian": (1,), "mixture": SIZES, "auto": (1, *SIZES)}[kind]
         if kind != "gaussian":
-            size = ranked(candidates)[0].size
+            size = size_of(ranked(candidates)[0].base)
             yield from sorted({max(2, size // 2), 2 * size})  # beside the best of SIZES
 
     for size in sizes():
@@ -311,7 +308,7 @@ def fit_z(
         if failures == 2 or too_large(size, train) or time.monotonic() > end:
             break
         failures += size > own
-        start = best if size == own > 1 else None
+        start = best if size == own else None
         for shrinkage in sorted(shrinkages_of(size, train), key=last.__ne__):  # the last first
             base = fit_base(train, size, seed, end, shrinkage, start)
             gain = base.log_prob(val.y.double(), val.c) + val.log_det - log_prob

@@ -46,15 +46,15 @@ def fit_mixture(
     x = x[torch.randperm(n, generator=torch.Generator().manual_seed(seed))]
     blocks = x.split(math.ceil(n / BLOCKS))
     sums = x.new_zeros(len(blocks), size, 1 + d + d * d)
-    if start is not None:
-        for block, total in zip(blocks, sums, strict=True):
-            expect(block, start, total)
-    else:
+    if start is None:
         centres, _ = kmeans_plusplus(x.numpy(), size, random_state=seed, n_local_trials=1)
         for block, total in zip(blocks, sums, strict=True):
             for y in chunks(block, size):
                 nearest = torch.cdist(y, torch.from_numpy(centres)).argmin(1)
                 total.index_add_(0, nearest, statistics(y))
+    else:
+        for block, total in zip(blocks, sums, strict=True):
+            expect(block, start, total)
     before, all_sums = -math.inf, sums.sum(0)
     for _ in range(PASSES):
         log_likelihood = 0.0
