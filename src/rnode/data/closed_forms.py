@@ -111,7 +111,8 @@ def fit_candidates(
         yield from {"gaussian": (1,), "mixture": SIZES, "auto": (1, *SIZES)}[kind]
         if kind != "gaussian":
             size = size_of(ranked(candidates)[0].base)
-            yield from sorted({max(2, size // 2), 2 * size})  # beside the best of SIZES
+            yield 2 * size  # beside the best of SIZES
+            yield max(2, size // 2)
 
     for size in sizes():
         earlier = len(candidates)
