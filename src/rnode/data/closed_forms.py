@@ -26,7 +26,6 @@ from rnode.transforms import Batch, TableTransform, Transform
 
 SIZES = (4, 16, 64, 256, 1024)  # components
 SHRINKAGES = (0.0, 1.0)  # of their covariances
-COMPARED = 16  # components with which a transform that is far behind is given up
 MANY_ROWS = 50  # for a component and column: more are not used, and fewer need shrinkage
 HEAVY_TAILS = 10.0  # degrees of freedom of a t distribution below which a radial layer is tried
 LEAST_ROWS = 20  # for a component
@@ -136,7 +135,8 @@ def fit_candidates(
         best_first = ranked(candidates)
         settings = list(dict.fromkeys([each.setting for each in best_first] + settings))
         for each in candidates[earlier:]:
-            if size >= COMPARED and each.is_far_behind(best_first[0]):
+            # Four Gaussians tell too little, and the sizes beside the best are the last.
+            if size in SIZES[1:] and each.is_far_behind(best_first[0]):
                 settings.remove(each.setting)
     return ranked(candidates)
 
