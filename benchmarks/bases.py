@@ -22,7 +22,7 @@ import tempfile
 from pathlib import Path
 
 import rnode
-from common import mean_and_spread, timed, write_record
+from common import as_time, mean_and_spread, timed, write_record
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = {"normal": ("1.0e-2", "2.0e-2"), "gaussian": ("1.0e-2", "2.0e-2")}  # learning rates
@@ -52,8 +52,7 @@ def main() -> None:
     for name, dataset in data.items():
         for base, rates in RUNS.items():
             for rate in rates:
-                time = f"00:{options.seconds // 60:02}:{options.seconds % 60:02}"
-                limits = [f"trainer.max_time={time}", "trainer.max_epochs=-1"]
+                limits = [f"trainer.max_time={as_time(options.seconds)}", "trainer.max_epochs=-1"]
                 overrides = [*dataset, f"base={base}", f"optimizer.lr={rate}", *limits, *QUIET]
                 runs = [run([*overrides, f"seed={seed}"]) for seed in options.seeds]
                 measured = {key: [each[key] for each in runs] for key in runs[0]}

@@ -198,6 +198,11 @@ def describe(options: argparse.Namespace) -> str:
     return f"{options.dataset}, {size}, {DEVICE.type}"
 
 
+def as_time(seconds: float) -> str:
+    """Seconds, one at least, as trainer.max_time takes them."""
+    return time.strftime("%H:%M:%S", time.gmtime(max(1, round(seconds))))
+
+
 def mean_and_spread(values: list[float], digits: int) -> str:
     """The mean and, of several values, their standard deviation."""
     spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""

@@ -22,7 +22,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from common import mean_and_spread, write_record
+from common import as_time, mean_and_spread, write_record
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = {
@@ -53,7 +53,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.quick:
         options.seconds, options.seeds = 2, [0]
-    limits = [f"trainer.max_time=00:{options.seconds // 60:02}:{options.seconds % 60:02}"]
+    limits = [f"trainer.max_time={as_time(options.seconds)}"]
     limits += ["trainer.max_epochs=-1", *QUIET]
     data = DATA[options.dataset] + ([f"dataset.root={options.root}"] if options.root else [])
 

@@ -49,7 +49,7 @@ from sklearn.mixture import GaussianMixture
 from torch import Tensor
 
 import rnode
-from common import write_record
+from common import as_time, write_record
 from contenders import Make, Parts, maf, nsf, ot_cfm, train_best
 from rnode import Method
 from rnode.app.processes import prepare_process
@@ -205,11 +205,10 @@ def fit_rnode(
     path: str, seconds: float, seed: int, base: str, log: Sequence[str] | None = None
 ) -> rnode.Density:
     """Train a flow as its users do, for whole seconds."""
-    max_time = time.strftime("%H:%M:%S", time.gmtime(max(1, round(seconds))))
     overrides = [f"seed={seed}", f"base={base}", "logger=csv"]
     options = {"folder": tempfile.mkdtemp(dir=Path(path).parent), "split_column": "split"}
     with contextlib.redirect_stdout(io.StringIO()):
-        return rnode.fit(path, max_time=max_time, overrides=overrides, log=log, **options)
+        return rnode.fit(path, max_time=as_time(seconds), overrides=overrides, log=log, **options)
 
 
 CONTENDERS = {

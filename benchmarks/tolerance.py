@@ -19,7 +19,7 @@ import torch
 
 import rnode
 from bases import QUIET, ROOT
-from common import EXACT, write_record
+from common import EXACT, as_time, write_record
 from rnode import Method, Solver
 from rnode.evaluation import solve_and_measure
 from table_data import TABLES
@@ -48,7 +48,7 @@ def main() -> None:
         for name, dataset in data.items():
             run = Path(folder, f"run{len(rows)}")
             seconds = 2 if options.quick else options.seconds
-            limits = [f"trainer.max_time=00:{seconds // 60:02}:{seconds % 60:02}"]
+            limits = [f"trainer.max_time={as_time(seconds)}"]
             train = [sys.executable, ROOT / "src/train.py", *dataset, *limits, *QUIET]
             train += ["trainer.max_epochs=-1", f"hydra.run.dir={run}"]
             subprocess.run(train, check=True, stdout=subprocess.DEVNULL)
