@@ -16,7 +16,7 @@ import rnode
 from helpers import DOPRI5, RK4, TWO_STEPS, Linear, call, column, make_flow, refused
 from rnode import Flow, Gaussian, Mixture, Piece, Probes, Solver
 from rnode.data import mixtures
-from rnode.data.closed_forms import fit_base, fit_candidates, fit_z, ranked, size_of
+from rnode.data.closed_forms import fit_base, fit_candidates, fit_z, promising, ranked, size_of
 from rnode.data.datamodule import DataModule
 from rnode.data.densities import toy
 from rnode.data.mixtures import RIDGE, expect, fit_mixture, maximize
@@ -113,6 +113,18 @@ def test_a_radial_candidate_that_is_not_significantly_worse_is_preferred(heavy_t
     for better, best in ((torch.randn(500), radial), (torch.ones(500), plain)):
         other = plain._replace(log_prob=radial.log_prob + better)
         assert ranked([other, radial])[0].transform is best.transform
+
+
+def test_a_transform_that_is_far_behind_is_given_up_for_good(heavy_tails, tmp_path):
+    data = module(pl.DataFrame(heavy_tails[0], ["a", "b", "c"]), tmp_path)
+    best, *_ = fit_candidates(data, "gaussian", 500, seed=0, seconds=np.inf)
+    noise = torch.linspace(-1, 1, 500)
+    close = best._replace(label="close", log_prob=best.log_prob + noise - 0.01)
+    far = best._replace(label="far", log_prob=best.log_prob + noise - 0.5)
+    candidates, every = [best, close, far], ["far", "close", best.label]
+    assert promising(every, candidates, size=4) == [best.label, "close", "far"]
+    assert promising(every, candidates, size=16) == [best.label, "close"]
+    assert promising([best.label, "close"], candidates, size=64) == [best.label, "close"]
 
 
 def test_logarithms_of_skewed_columns_are_tried(tmp_path):

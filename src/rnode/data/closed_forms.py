@@ -3,6 +3,7 @@
 They are baselines, and bases of flows: before training, of the data, and after it, of z.
 """
 
+import itertools
 import math
 import time
 from collections.abc import Iterator
@@ -34,7 +35,6 @@ NUMBERS = 20_000_000  # in the samples of a Gaussian, at most
 FEW_ROWS = 5_000  # that every mixture is fitted to, of tables that have them
 ROWS = 50_000  # that a mixture is fitted to, at most
 TAILS = (1.0, 3.0, 10.0)  # standard deviations of the Gaussians that give a mixture broad tails
-SHARE_OF_TAIL = 0.001  # weight of each of them
 MAX_DIMENSIONS = 4096  # beyond, a covariance would cost minutes
 SKEWED = 0.5  # skewness from which the logarithm of a positive column is tried
 NOISE_OF_C = 0.1  # labels are unit vectors, whose covariance would be singular
@@ -60,10 +60,6 @@ class Candidate(NamedTuple):
     def nats(self) -> float:
         """Mean −log p of the validation rows."""
         return -float(weighted_mean(self.log_prob, self.weights))
-
-    @property
-    def setting(self) -> tuple[str, float]:
-        return self.label, self.shrinkage
 
     def is_far_behind(self, other: "Candidate") -> bool:
         """Whether another candidate is better by more than two paired standard errors."""
@@ -104,7 +100,6 @@ def fit_candidates(
         for name, transform in transforms.items()
     }
     candidates: list[Candidate] = []
-    settings = [(name, shrinkage) for shrinkage in SHRINKAGES for name in transforms]
 
     def sizes() -> Iterator[int]:
         yield from {"gaussian": (1,), "mixture": SIZES, "auto": (1, *SIZES)}[kind]
@@ -113,32 +108,46 @@ def fit_candidates(
             yield 2 * size  # beside the best of SIZES
             yield max(2, size // 2)
 
+    names = list(transforms)
     for size in sizes():
-        earlier = len(candidates)
-        for name, shrinkage in settings:
+        for shrinkage, name in itertools.product(SHRINKAGES, names):
             train, val = batches[name]
             if candidates and time.monotonic() > end:
                 return ranked(candidates)
             large = candidates and too_large(size, train)
             if large or shrinkage not in shrinkages_of(size, train):
                 continue
-            enough = max(FEW_ROWS, MANY_ROWS * size * columns_of(train))
-            stride = max(1, len(x) // enough)
-            train = Batch(*(part[::stride] for part in train))
             try:
-                base = fit_base(train, size, seed, end, shrinkage)
+                base = fit_base(for_fit(train, size), size, seed, end, shrinkage)
             except (ValueError, torch.linalg.LinAlgError):  # too few rows, or they do not vary
                 continue
             log_prob = base.log_prob(val.y.double(), val.c) + val.log_det
             candidates.append(Candidate(name, shrinkage, transforms[name], base, log_prob, weights))
         require(bool(candidates), f"base={kind}: no mixture can be fitted to so few or such rows")
-        best_first = ranked(candidates)
-        settings = list(dict.fromkeys([each.setting for each in best_first] + settings))
-        for each in candidates[earlier:]:
-            # Four Gaussians tell too little, and the sizes beside the best are the last.
-            if size in SIZES[1:] and each.is_far_behind(best_first[0]):
-                settings.remove(each.setting)
+        names = promising(names, ranked(candidates), size)
     return ranked(candidates)
+
+
+def promising(names: list[str], best_first: list[Candidate], size: int) -> list[str]:
+    """Return the transforms that larger mixtures are tried after, the best first.
+
+    Those of which no candidate comes near the best are given up; four Gaussians tell too little.
+    """
+    ranks = [each.label for each in best_first]
+    names = sorted((name for name in names if name in ranks), key=ranks.index)
+    if size <= SIZES[0]:
+        return names
+    leaders = {name: best_first[ranks.index(name)] for name in names}
+    return [name for name in names if not leaders[name].is_far_behind(best_first[0])]
+
+
+def for_fit(batch: Batch, size: int) -> Batch:
+    """Return as many of the rows as a mixture of `size` Gaussians is fitted to."""
+    enough = max(FEW_ROWS, MANY_ROWS * size * columns_of(batch))
+    if enough >= len(batch.y):
+        return batch
+    chosen = torch.arange(enough) * len(batch.y) // enough
+    return Batch(*(part[chosen] for part in batch))
 
 
 def columns_of(batch: Batch) -> int:
@@ -212,8 +221,9 @@ def fit_base(
 ) -> Mixture:
     """Fit a mixture of `size` Gaussians to y (N, *shape), given c.
 
-    Of more than one, Gaussians of all rows are further components: a row that is far from all
-    others would otherwise cost more than these. For the other arguments see `fit_mixture`.
+    Of more than one, Gaussians of all rows are further components, each of which counts as one row:
+    a row that is far from all others would otherwise cost more than these. For the other arguments
+    see `fit_mixture`.
     """
     k = batch.c.shape[1]
     gaussian = fit_linear(batch.c.double(), batch.y.flatten(1).double())
@@ -225,10 +235,10 @@ def fit_base(
     mixture = start and without_tails(start)
     weights, means, covariances = fit_mixture(joint, size, seed, end, shrinkage, mixture)
     scales = torch.tensor(TAILS, dtype=torch.float64)
-    weights = weights * (1 - SHARE_OF_TAIL * len(scales))
+    rows = torch.cat([len(joint) * weights, torch.ones_like(scales)])
     tails = scales[:, None, None] * gaussian.factors
     return Mixture(
-        torch.cat([weights, torch.full_like(scales, SHARE_OF_TAIL)]),
+        rows / rows.sum(),
         torch.cat([means, gaussian.means.expand(len(scales), -1)]),
         torch.cat([covariances, tails @ tails.mT]),
         k,
