@@ -154,6 +154,18 @@ def test_a_base_is_fitted_given_c(size):
     assert float(mean) == pytest.approx(np.log(0.5 * np.sqrt(2 * np.pi * np.e)), abs=0.12)
 
 
+def test_the_density_of_several_fits_is_their_mean():
+    y = torch.randn(300, 2)
+    batch = Batch(y, torch.zeros(300), torch.arange(300), y[:, :0])
+    each = [fit_base(batch, 4, seed).log_prob(y.double(), batch.c) for seed in range(3)]
+    assert (each[0] - each[1]).abs().max() > 0.1
+    mean = torch.stack(each).logsumexp(0) - np.log(3)
+    base = fit_base(batch, 4, seed=0, fits=3)
+    torch.testing.assert_close(base.log_prob(y.double(), batch.c), mean)
+    assert size_of(base) == 12
+    assert size_of(fit_base(batch, 4, seed=0, end=0, fits=3)) == 4
+
+
 SHORT = ["trainer.max_epochs=2", "trainer.limit_train_batches=2", "callbacks.interval=null"]
 
 

@@ -22,7 +22,7 @@ from rnode.app.build import build, load_weights
 from rnode.app.processes import cluster_plugins, is_first_process, launched, match_processes
 from rnode.app.runs import Run
 from rnode.app.summary import print_numbers, print_table
-from rnode.data.closed_forms import fit_candidates, fit_gaussian, fit_z
+from rnode.data.closed_forms import fit_candidates, fit_gaussian, fit_z, name_of
 from rnode.data.datamodule import DataModule
 from rnode.data.splits import SPLIT_NAMES
 from rnode.errors import Diverged, InputError, one_line, require
@@ -233,7 +233,7 @@ def finish(
         trainer.print("the density in closed form is better, and is kept")
         module.flow = flows[1]
     trainer.validate(module, data, weights_only=True, verbose=False)
-    trainer.print(f"base: {len(module.flow.base.means)} Gaussian(s) of z")
+    trainer.print(f"base: {name_of(module.flow.base)} of z")
     if isinstance(best, BestCheckpoint):
         best.replace(trainer)
 

@@ -27,6 +27,7 @@ from rnode.transforms import Batch, TableTransform, Transform
 
 SIZES = (4, 16, 64, 256, 1024)  # components
 SHRINKAGES = (0.0, 1.0)  # of their covariances
+FITS = 16  # of a mixture, whose densities are averaged
 MANY_ROWS = 50  # for a component and column: more are not used, and fewer need shrinkage
 HEAVY_TAILS = 10.0  # degrees of freedom of a t distribution below which a radial layer is tried
 LEAST_ROWS = 20  # for a component
@@ -52,20 +53,18 @@ class Candidate(NamedTuple):
 
     @property
     def name(self) -> str:
-        count = size_of(self.base)
-        size = "a Gaussian" if count == 1 else f"{count} Gaussians"
-        return f"{self.label}, {size}" + (", shrunk" if self.shrinkage else "")
+        return f"{self.label}, {name_of(self.base)}" + (", shrunk" if self.shrinkage else "")
 
     @property
     def nats(self) -> float:
         """Mean −log p of the validation rows."""
         return -float(weighted_mean(self.log_prob, self.weights))
 
-    def is_far_behind(self, other: "Candidate") -> bool:
-        """Whether another candidate is better by more than two paired standard errors."""
+    def is_behind(self, other: "Candidate", errors: float) -> bool:
+        """Whether another candidate is better by more than so many paired standard errors."""
         behind = other.log_prob - self.log_prob
         mean = weighted_mean(behind, self.weights)
-        return bool(mean > 2 * standard_error(behind, self.weights))
+        return bool(mean > errors * standard_error(behind, self.weights))
 
     def is_gaussian_as(self, other: "Candidate") -> bool:
         """Whether this is one Gaussian, after the same transform as another candidate."""
@@ -138,7 +137,7 @@ def promising(names: list[str], best_first: list[Candidate], size: int) -> list[
     if size <= SIZES[0]:
         return names
     leaders = {name: best_first[ranks.index(name)] for name in names}
-    return [name for name in names if not leaders[name].is_far_behind(best_first[0])]
+    return [name for name in names if not leaders[name].is_behind(best_first[0], errors=2)]
 
 
 def for_fit(batch: Batch, size: int) -> Batch:
@@ -160,10 +159,20 @@ def too_large(size: int, batch: Batch) -> bool:
     return len(batch.y) < size * LEAST_ROWS or size * columns_of(batch) ** 2 > COVARIANCES
 
 
+def few_rows(size: int, batch: Batch) -> bool:
+    """Whether a mixture of so many Gaussians would fit the noise of the rows."""
+    return size > 1 and len(batch.y) < MANY_ROWS * size * columns_of(batch)
+
+
 def shrinkages_of(size: int, batch: Batch) -> tuple[float, ...]:
     """Return the shrinkages that are tried for so many Gaussians."""
-    few_rows = size > 1 and len(batch.y) < MANY_ROWS * size * columns_of(batch)
-    return SHRINKAGES if few_rows else SHRINKAGES[:1]
+    return SHRINKAGES if few_rows(size, batch) else SHRINKAGES[:1]
+
+
+def fits_of(size: int, batch: Batch) -> int:
+    """Return the number of mixtures of so many Gaussians whose densities are averaged."""
+    most = COVARIANCES // (size * columns_of(batch) ** 2)
+    return min(FITS, most) if few_rows(size, batch) else 1
 
 
 def ranked(candidates: list[Candidate]) -> list[Candidate]:
@@ -177,7 +186,7 @@ def ranked(candidates: list[Candidate]) -> list[Candidate]:
     columns = candidates[0].transform.columns
     same = (each for each in candidates if each.transform.columns == columns)
     for radial in (each for each in same if each.transform.radial is not None):
-        if not radial.is_far_behind(candidates[0]):
+        if not radial.is_behind(candidates[0], errors=2):
             return [radial, *(each for each in candidates if each is not radial)]
         break
     return candidates
@@ -218,12 +227,17 @@ def fit_base(
     end: float = math.inf,
     shrinkage: float = 0.0,
     start: Mixture | None = None,
+    fits: int = 1,
 ) -> Mixture:
     """Fit a mixture of `size` Gaussians to y (N, *shape), given c.
 
     Of more than one, Gaussians of all rows are further components, each of which counts as one row:
-    a row that is far from all others would otherwise cost more than these. For the other arguments
-    see `fit_mixture`.
+    a row that is far from all others would otherwise cost more than these. For the arguments that
+    are not here see `fit_mixture`.
+
+    Args:
+        fits: the density is the mean of so many mixtures, from different centres, or of as many as
+            the time allows (Ormoneit and Tresp, 1998).
     """
     k = batch.c.shape[1]
     gaussian = fit_linear(batch.c.double(), batch.y.flatten(1).double())
@@ -232,10 +246,15 @@ def fit_base(
     generator = torch.Generator().manual_seed(seed)
     c = batch.c + NOISE_OF_C * torch.randn(batch.c.shape, generator=generator)
     joint = torch.cat([c, batch.y.flatten(1)], dim=1).double()
-    mixture = start and without_tails(start)
-    weights, means, covariances = fit_mixture(joint, size, seed, end, shrinkage, mixture)
+    found = [fit_mixture(joint, size, seed, end, shrinkage, start and without_tails(start))]
+    while len(found) < fits:
+        another = fit_mixture(joint, size, seed + len(found), end, shrinkage)
+        if time.monotonic() > end:  # it was cut off
+            break
+        found.append(another)
+    weights, means, covariances = map(torch.cat, zip(*found, strict=True))
     scales = torch.tensor(TAILS, dtype=torch.float64)
-    rows = torch.cat([len(joint) * weights, torch.ones_like(scales)])
+    rows = torch.cat([len(joint) / len(found) * weights, torch.ones_like(scales)])
     tails = scales[:, None, None] * gaussian.factors
     return Mixture(
         rows / rows.sum(),
@@ -255,6 +274,11 @@ def without_tails(base: Mixture) -> Parameters:
 def size_of(base: Mixture) -> int:
     """The number of components but for those of the tails."""
     return max(1, len(base.means) - len(TAILS))
+
+
+def name_of(base: Mixture) -> str:
+    size = size_of(base)
+    return "a Gaussian" if size == 1 else f"{size} Gaussians"
 
 
 def fit_linear(c: Tensor, y: Tensor) -> Gaussian:
@@ -281,8 +305,8 @@ def fit_z(
 
     A network smooths what mixtures resolve, and mixtures need many components where a flow bends.
     The fit of a base that is a mixture goes on, since it may have been cut off, and larger ones
-    follow. Each must be better by a paired standard error: the best of several on a hundred rows
-    would often be so by chance.
+    follow. Where rows are few, each is the mean of FITS mixtures. It must be better by a paired
+    standard error: the best of several on a hundred rows would often be so by chance.
 
     Args:
         data: the table on which the flow was trained.
@@ -307,26 +331,42 @@ def fit_z(
         return batch._replace(y=z, log_det=batch.log_det + l)
 
     flow.train()  # its grid is exact enough for a fit, and several times faster
-    train = to_z(training_batch(data, data.transform, seed, ROWS))
+    transform: Any = data.transform
+    train = to_z(training_batch(data, transform, seed, ROWS))
     flow.eval()
-    val = to_z(data.transform.for_evaluation(*data.fetch("val", range(rows)), seed))
+    val = to_z(transform.for_evaluation(*data.fetch("val", range(rows)), seed))
     weights = data.splits.weights_of("val")[:rows]
 
-    best, failures, last = flow.base.cpu(), 0, SHRINKAGES[0]
-    log_prob = best.log_prob(val.y.double(), val.c) + val.log_det
-    own = size_of(best)
-    for size in (own, *(size for size in SIZES if size > own)):
-        if failures == 2 or too_large(size, train) or time.monotonic() > end:
+    def candidate(base: Mixture, shrinkage: float) -> Candidate:
+        log_prob = base.log_prob(val.y.double(), val.c) + val.log_det
+        return Candidate("z", shrinkage, transform, base, log_prob, weights)
+
+    best = candidate(flow.base.cpu(), SHRINKAGES[0])
+    own = chosen = size_of(best.base)
+    failures = 0
+
+    def sizes() -> Iterator[int]:
+        yield own
+        for size in SIZES:
+            if size > own and failures < 2:
+                yield size
+        yield 2 * chosen
+
+    for size in sizes():
+        if time.monotonic() > end:
             break
+        if too_large(size, train):
+            continue
         failures += size > own
-        start = best if size == own else None
-        for shrinkage in sorted(shrinkages_of(size, train), key=last.__ne__):  # the last first
-            base = fit_base(train, size, seed, end, shrinkage, start)
-            gain = base.log_prob(val.y.double(), val.c) + val.log_det - log_prob
-            if weighted_mean(gain, weights) > standard_error(gain, weights):
-                best, log_prob, failures, last = base, log_prob + gain, 0, shrinkage
+        start, fits = (best.base if size == own else None), fits_of(size, train)
+        # The last first.
+        for shrinkage in sorted(shrinkages_of(size, train), key=best.shrinkage.__ne__):
+            base = fit_base(train, size, seed, end, shrinkage, start, fits)
+            found = candidate(base, shrinkage)
+            if best.is_behind(found, errors=1):
+                best, chosen, failures = found, size, 0
                 break
-    return best, log_prob
+    return best.base, best.log_prob
 
 
 @torch.no_grad()
