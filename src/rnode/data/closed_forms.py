@@ -31,8 +31,9 @@ FITS = 16  # of a mixture, whose densities are averaged
 MANY_ROWS = 50  # for a component and column: more are not used, and fewer need shrinkage
 HEAVY_TAILS = 10.0  # degrees of freedom of a t distribution below which a radial layer is tried
 LEAST_ROWS = 20  # for a component
+COMPONENTS = 4096  # of all fits together, at most
 COVARIANCES = 1_000_000  # numbers in those of a mixture, at most
-NUMBERS = 20_000_000  # in the samples of a Gaussian, at most
+NUMBERS = 20_000_000  # in the samples of a Gaussian, and in rows less the means of a mixture
 FEW_ROWS = 5_000  # that every mixture is fitted to, of tables that have them
 ROWS = 50_000  # that a mixture is fitted to, at most
 TAILS = (1.0, 3.0, 10.0)  # standard deviations of the Gaussians that give a mixture broad tails
@@ -120,7 +121,7 @@ def fit_candidates(
                 base = fit_base(for_fit(train, size), size, seed, end, shrinkage)
             except (ValueError, torch.linalg.LinAlgError):  # too few rows, or they do not vary
                 continue
-            log_prob = base.log_prob(val.y.double(), val.c) + val.log_det
+            log_prob = log_prob_of(val, base)
             candidates.append(Candidate(name, shrinkage, transforms[name], base, log_prob, weights))
         require(bool(candidates), f"base={kind}: no mixture can be fitted to so few or such rows")
         names = promising(names, ranked(candidates), size)
@@ -149,6 +150,13 @@ def for_fit(batch: Batch, size: int) -> Batch:
     return Batch(*(part[chosen] for part in batch))
 
 
+def log_prob_of(batch: Batch, base: Mixture) -> Tensor:
+    """log p of the samples before their transform, (N,); by parts, which fit into memory."""
+    rows = math.ceil(NUMBERS / base.means.numel())
+    pairs = zip(batch.y.double().split(rows), batch.c.split(rows), strict=True)
+    return torch.cat([base.log_prob(y, c) for y, c in pairs]) + batch.log_det
+
+
 def columns_of(batch: Batch) -> int:
     """The number of columns that a base is fitted to: those of y and c."""
     return batch.y.shape[1] + batch.c.shape[1]
@@ -171,7 +179,7 @@ def shrinkages_of(size: int, batch: Batch) -> tuple[float, ...]:
 
 def fits_of(size: int, batch: Batch) -> int:
     """Return the number of mixtures of so many Gaussians whose densities are averaged."""
-    most = COVARIANCES // (size * columns_of(batch) ** 2)
+    most = min(COMPONENTS, COVARIANCES // columns_of(batch) ** 2) // size
     return min(FITS, most) if few_rows(size, batch) else 1
 
 
@@ -338,8 +346,7 @@ def fit_z(
     weights = data.splits.weights_of("val")[:rows]
 
     def candidate(base: Mixture, shrinkage: float) -> Candidate:
-        log_prob = base.log_prob(val.y.double(), val.c) + val.log_det
-        return Candidate("z", shrinkage, transform, base, log_prob, weights)
+        return Candidate("z", shrinkage, transform, base, log_prob_of(val, base), weights)
 
     best = candidate(flow.base.cpu(), SHRINKAGES[0])
     own = chosen = size_of(best.base)
