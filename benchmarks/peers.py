@@ -10,8 +10,8 @@ points, with its closed forms. Dense networks are 64 wide for points in the plan
 images. Convolutions have 64 channels in Glow, which makes as many weights as the dense flows have,
 and 32 or 16 in the multiscale flow. FashionMNIST is reduced to 14×14; its files are in DIR. Batches
 have 512 points or 256 images, those of the multiscale flow 32. The clock counts training steps
-alone. Of each curve the table has the point of the lowest validation, with its negative log-
-likelihood of test data in nats, of images in bits/dim. The records are peers.json and
+alone. Of each curve the table has the point of the lowest validation, with its negative
+log-likelihood of test data in nats, of images in bits/dim. The records are peers.json and
 peers_images.json in benchmarks/results, and the plot outputs/benchmarks/peers.png (validation
 against seconds, of the first seed).
 """
