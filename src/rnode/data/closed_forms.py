@@ -28,7 +28,7 @@ from rnode.transforms import Batch, TableTransform, Transform
 SIZES = (4, 16, 64, 256, 1024)  # components
 SHRINKAGES = (0.0, 1.0)  # of their covariances
 FITS = 16  # of a mixture, whose densities are averaged
-MANY_ROWS = 50  # for a component and column: more are not used, and fewer need shrinkage
+MANY_ROWS = 50  # for a component and column: more are not used, and fewer need averages
 HEAVY_TAILS = 10.0  # degrees of freedom of a t distribution below which a radial layer is tried
 LEAST_ROWS = 20  # for a component
 COMPONENTS = 2048  # of all fits together, at most
@@ -129,7 +129,7 @@ def fit_candidates(
 
 
 def promising(names: list[str], best_first: list[Candidate], size: int) -> list[str]:
-    """Return the transforms that larger mixtures are tried after, the best first.
+    """Return the transforms after which larger mixtures are tried, the best first.
 
     Those of which no candidate comes near the best are given up; four Gaussians tell too little.
     """
