@@ -143,6 +143,18 @@ def test_logarithms_of_skewed_columns_are_tried(tmp_path):
     assert best.nats == pytest.approx(entropy + np.log(frame["income"]).mean(), abs=0.15)
 
 
+def test_columns_of_few_values_are_made_normal_by_quantiles(tmp_path):
+    rng, n = np.random.default_rng(0), 5000
+    memory = np.cumsum(rng.integers(1, 30, 40))[rng.integers(40, size=n)]
+    price = memory + 100 * rng.normal(size=n)
+    frame = pl.DataFrame({"memory": memory + rng.uniform(size=n), "price": price})
+    found = fit_candidates(module(frame, tmp_path), "auto", 500, seed=0, seconds=np.inf)
+    assert found[0].label == "quantiles"
+    entropy = np.log(40) + np.log(100 * np.sqrt(2 * np.pi * np.e))
+    assert found[0].nats == pytest.approx(entropy, abs=0.8)
+    assert min(each.nats for each in found if each.label != "quantiles") > found[0].nats + 1
+
+
 @pytest.mark.parametrize("size", [1, 2])
 def test_a_base_is_fitted_given_c(size):
     """y = 3 c + noise of standard deviation 0.5; a label as well, whose part of c is singular."""

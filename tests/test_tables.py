@@ -94,6 +94,28 @@ def test_whitening_makes_the_columns_uncorrelated_and_has_the_jacobians_determin
     torch.testing.assert_close(norms.max() / norms.min(), torch.tensor(1e3).double())
 
 
+def test_quantiles_make_columns_normal_whatever_their_gaps():
+    rng, n = np.random.default_rng(0), 20000
+    x = torch.from_numpy(
+        np.stack([rng.choice([0.0, 1.0, 10.0], n), np.exp(2 * rng.normal(size=n))], axis=1)
+    )
+    fitted = TableTransform([Column("a", unit=1.0), Column("b")]).fit(x[1:], quantiles=True)
+    y, _ = fitted.forward(x, torch.rand(n, 2))
+    torch.testing.assert_close(torch.cov(y.T), torch.eye(2), atol=0.02, rtol=0)
+    assert all(stats.kstest(column, "norm").statistic < 0.02 for column in y.T)
+    torch.testing.assert_close(fitted.inverse(y), x, rtol=1e-3, atol=1e-3)
+    rows = torch.tensor([[0.3, 2.0], [10.9, 400.0], [5.0, 1e-9]]).double().requires_grad_()
+    plain = TableTransform([column._replace(unit=0.0) for column in fitted.columns])
+    y, log_det = plain.forward(rows, torch.zeros(3, 2))
+    (slopes,) = torch.autograd.grad(y.sum(), rows)
+    torch.testing.assert_close(log_det.double(), slopes.log().sum(1), atol=1e-5, rtol=0)
+    again = TableTransform.from_state(fitted.state())
+    assert again.columns == fitted.columns
+    constant = torch.stack([torch.ones(50), torch.rand(50)], 1).double()
+    fitted = TableTransform([Column("one"), Column("b")]).fit(constant, quantiles=True)
+    assert [column.knots is None for column in fitted.columns] == [True, False]
+
+
 def test_rounded_columns_are_dequantized_and_misleading_ones_are_named(tmp_path, capsys):
     rng = np.random.default_rng(0)
     columns = {

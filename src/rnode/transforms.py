@@ -12,10 +12,14 @@ import torch
 from torch import Tensor
 
 from rnode.errors import InputError, require
-from rnode.radial import Radial
+from rnode.radial import Radial, interpolate
 from rnode.seeding import NOISE, sample_generators
 
 VARIANCE_FLOOR = 1e-6  # share of the largest variance; directions with less are not scaled up
+KNOTS = 500  # quantiles of a column, at most
+ROWS_OF_A_KNOT = 10
+OUTER = 0.01  # share of the rows at either end that have one knot
+SMALLEST_GAP = 1e-6  # standard deviations between knots: a repeated value has one
 
 Rows = tuple[Tensor, Tensor, Tensor]  # data x (B, *shape), their indices (B,) and c (B, k)
 
@@ -148,7 +152,7 @@ class Column(NamedTuple):
 
     Multiples of a `unit`, counted from `origin`, are dequantized. Then a positive column may have
     its logarithm taken, and one between two bounds its logit. The result is standardized by `mean`
-    and `std`.
+    and `std`. Then it may be interpolated between `knots`, its quantiles and those of a normal.
     """
 
     name: str
@@ -158,6 +162,7 @@ class Column(NamedTuple):
     bounds: tuple[float, float] | None = None
     mean: float = 0.0
     std: float = 1.0
+    knots: tuple[list[float], list[float]] | None = None
 
     @property
     def integer(self) -> bool:
@@ -193,16 +198,38 @@ class Column(NamedTuple):
             log_s, log_1_s = ((u - low) / (high - low)).log(), ((high - u) / (high - low)).log()
             u = log_s - log_1_s
             log_det = log_det - log_s - log_1_s - math.log(high - low)
-        return (u - self.mean) / self.std, log_det
+        y = (u - self.mean) / self.std
+        if self.knots is not None:
+            y, slope = interpolate(y, *torch.tensor(self.knots).to(y))
+            log_det = log_det + slope.log()
+        return y, log_det
 
     def inverse(self, y: Tensor) -> Tensor:
         """y (B,) → x (B,)."""
+        if self.knots is not None:
+            y, _ = interpolate(y, *torch.tensor(self.knots).to(y).flip(0))
         u = y * self.std + self.mean
         if self.log:
             u = u.exp()
         elif self.bounds is not None:
             u = self.bounds[0] + (self.bounds[1] - self.bounds[0]) * u.sigmoid()
         return self.origin + ((u - self.origin) / self.unit).floor() * self.unit if self.unit else u
+
+
+def knots_of(y: Tensor) -> tuple[list[float], list[float]] | None:
+    """Return quantiles of y (N,) and those of a normal; None if they do not vary.
+
+    The outer hundredths have one: beyond the last knot, the slope of a few rows would go on.
+    """
+    count = max(2, min(KNOTS, len(y) // ROWS_OF_A_KNOT))
+    shares = (torch.arange(count, dtype=y.dtype) + 0.5) / count
+    kept = (shares > OUTER) & (shares < 1 - OUTER)
+    kept[[0, -1]] = True
+    shares = shares[kept]
+    quantiles = y.quantile(shares)
+    kept = quantiles.diff(prepend=quantiles[:1] - 1) > SMALLEST_GAP
+    normal = torch.special.ndtri(shares)
+    return (quantiles[kept].tolist(), normal[kept].tolist()) if kept.sum() > 1 else None
 
 
 class TableTransform(Transform):
@@ -228,18 +255,24 @@ class TableTransform(Transform):
     def names(self) -> list[str]:
         return [column.name for column in self.columns]
 
-    def fit(self, x: Tensor) -> "TableTransform":
-        """Return the same transform with the standardization and whitening of x (N, d)."""
+    def fit(self, x: Tensor, quantiles: bool = False) -> "TableTransform":
+        """Return the same transform with the standardization and whitening of x (N, d).
+
+        With `quantiles` each column is also made normal.
+        """
         require(len(x) > 1, "the training split has 1 row, which is too few")
         self.require_inside(x)
-        half = torch.full_like(x, 0.5)
+        noise = torch.full_like(x, 0.5)
+        if quantiles:
+            noise.uniform_(generator=torch.Generator().manual_seed(0))
         columns = []
-        for column, values, noise in zip(self.columns, x.T, half.T, strict=True):
-            y, _ = column._replace(mean=0.0, std=1.0)(values, noise)
+        for column, values, u in zip(self.columns, x.T, noise.T, strict=True):
+            y, _ = column._replace(mean=0.0, std=1.0, knots=None)(values, u)
             std = float(y.std(correction=0)) if y.min() < y.max() else 1.0
             require(math.isfinite(std), f"{column.name}: its values are too far apart to be scaled")
-            columns.append(column._replace(mean=float(y.mean()), std=std))
-        y = TableTransform(columns).forward(x, half)[0].double()
+            knots = knots_of((y - y.mean()) / std) if quantiles else None
+            columns.append(column._replace(mean=float(y.mean()), std=std, knots=knots))
+        y = TableTransform(columns).forward(x, noise)[0].double()
         variances, directions = torch.linalg.eigh(torch.cov(y.T).reshape(2 * x.shape[1:]))
         require(bool(variances.max() > 0), "no column varies in the training split")
         floor = VARIANCE_FLOOR * variances.max()

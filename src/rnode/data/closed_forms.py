@@ -203,7 +203,7 @@ def ranked(candidates: list[Candidate]) -> list[Candidate]:
 def transforms_of(data: DataModule, x: Tensor) -> dict[str, TableTransform]:
     """Return the transform of rows x (N, d), that with more logarithms, and each made radial.
 
-    A radial layer needs tails heavier than a normal's.
+    A radial layer needs tails heavier than a normal's. The first has normal columns, by quantiles.
     """
     plain: Any = data.transform
     columns = list(plain.columns)
@@ -224,6 +224,7 @@ def transforms_of(data: DataModule, x: Tensor) -> dict[str, TableTransform]:
                 radial = Radial.fit(y.double(), *t)
                 made = TableTransform(transform.columns, transform.whitening, radial)
                 transforms[f"{name}, radial"] = made
+    transforms = {"quantiles": TableTransform(columns).fit(x, quantiles=True)} | transforms
     # The last is the most robust: if there is time for one fit alone, it is the one.
     return dict(reversed(transforms.items()))
 
