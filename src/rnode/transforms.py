@@ -200,14 +200,14 @@ class Column(NamedTuple):
             log_det = log_det - log_s - log_1_s - math.log(high - low)
         y = (u - self.mean) / self.std
         if self.knots is not None:
-            y, slope = interpolate(y, *torch.tensor(self.knots).to(y))
+            y, slope = interpolate(y, *y.new_tensor(self.knots))
             log_det = log_det + slope.log()
         return y, log_det
 
     def inverse(self, y: Tensor) -> Tensor:
         """y (B,) → x (B,)."""
         if self.knots is not None:
-            y, _ = interpolate(y, *torch.tensor(self.knots).to(y).flip(0))
+            y, _ = interpolate(y, *y.new_tensor(self.knots).flip(0))
         u = y * self.std + self.mean
         if self.log:
             u = u.exp()
