@@ -47,7 +47,7 @@ from rnode.training.plots import save_figure
 POINTS = ["eight_gaussians", "checkerboard", "moons"]  # in the plane
 IMAGES = ["digits", "fashion_mnist"]
 ENTROPY = {"eight_gaussians": 0.985, "checkerboard": math.log(8)}
-POOL = 50000
+POOL = 50000  # points of rnode.fit; the others sample new ones
 AUTO = "RNODE, base=auto"
 CONTENDERS = {
     AUTO: None,  # see `fit`
@@ -83,10 +83,7 @@ def main() -> None:
             found = []
             for seed in options.seeds:
                 torch.manual_seed(seed)
-                if name == AUTO:
-                    curve = [fit(dataset, seconds, seed)]
-                else:
-                    curve = run(name, dataset, seconds, options.root)
+                curve = run(name, dataset, seconds, options.root, seed)
                 point = {"dataset": dataset, "contender": name, "seed": seed}
                 curves += [point | part._asdict() for part in curve]
                 found.append(best(curve).test)
@@ -101,8 +98,10 @@ def main() -> None:
     plot(curves)
 
 
-def run(name: str, dataset: str, seconds: float, root: str) -> list[Point]:
+def run(name: str, dataset: str, seconds: float, root: str, seed: int) -> list[Point]:
     """Train a contender; its points have nats, of images bits/dim."""
+    if name == AUTO:
+        return [fit(dataset, seconds, seed)]
     contender = CONTENDERS[name]
     if dataset in POINTS:
         sample, validation, test = points(dataset)

@@ -16,6 +16,7 @@ from torch import Tensor
 KNOTS = 20  # quantiles of the radius
 ITERATIONS = 100  # of expectation maximization
 SMALLEST_RADIUS = 1e-30
+SMALLEST_GAP = 1e-6  # between knots: repeated values have one
 RIDGE = 1e-6  # variance that a constant column has at least
 LARGEST_NU = 200.0  # degrees of freedom beyond which a t distribution is normal
 
@@ -40,15 +41,12 @@ class Radial:
     def fit(cls, x: Tensor, mean: Tensor, factor: Tensor) -> "Radial":
         """Fit the knots to x (N, d), float64, by quantiles; see `fit_t` for the other arguments."""
         y = torch.linalg.solve_triangular(factor, (x - mean).T, upper=False)
-        u = log_norm(y.T).numpy()
-        shares = (np.arange(KNOTS) + 0.5) / KNOTS
-        u = np.quantile(u, shares)
-        kept = np.diff(u, prepend=-np.inf) > 1e-6  # repeated radii have one knot
-        target = np.log(chi(x.shape[1]).ppf(shares))
-        knots = np.stack([u[kept], target[kept]])
-        if kept.sum() < 2:  # the radius is constant: the layer is linear
-            knots = np.array([[0.0, 1.0], [0.0, 1.0]])
-        return cls(mean, factor, torch.from_numpy(knots))
+        shares = (torch.arange(KNOTS, dtype=x.dtype) + 0.5) / KNOTS
+        target = torch.from_numpy(np.log(chi(x.shape[1]).ppf(shares.numpy())))
+        knots = quantile_knots(log_norm(y.T), shares, target)
+        if knots.shape[1] < 2:  # the radius is constant: the layer is linear
+            knots = x.new_tensor([[0.0, 1.0], [0.0, 1.0]])
+        return cls(mean, factor, knots)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x (B, d) → (B, d) and log|det|, (B,)."""
@@ -73,6 +71,13 @@ class Radial:
 def log_norm(x: Tensor) -> Tensor:
     """log‖x‖ of x (B, d), finite at 0: (B,)."""
     return x.norm(dim=1).clamp(min=SMALLEST_RADIUS).log()
+
+
+def quantile_knots(x: Tensor, shares: Tensor, targets: Tensor) -> Tensor:
+    """Return the quantiles of x (N,) at `shares` (K,) over `targets` (K,): (2, at most K)."""
+    quantiles = x.quantile(shares)
+    kept = quantiles.diff(prepend=quantiles[:1] - 1) > SMALLEST_GAP
+    return torch.stack([quantiles, targets])[:, kept]
 
 
 def interpolate(x: Tensor, knots: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:

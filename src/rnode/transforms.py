@@ -12,14 +12,13 @@ import torch
 from torch import Tensor
 
 from rnode.errors import InputError, require
-from rnode.radial import Radial, interpolate
+from rnode.radial import Radial, interpolate, quantile_knots
 from rnode.seeding import NOISE, sample_generators
 
 VARIANCE_FLOOR = 1e-6  # share of the largest variance; directions with less are not scaled up
 KNOTS = 500  # quantiles of a column, at most
 ROWS_OF_A_KNOT = 10
 OUTER = 0.01  # share of the rows at either end that have one knot
-SMALLEST_GAP = 1e-6  # standard deviations between knots: a repeated value has one
 
 Rows = tuple[Tensor, Tensor, Tensor]  # data x (B, *shape), their indices (B,) and c (B, k)
 
@@ -226,10 +225,8 @@ def knots_of(y: Tensor) -> tuple[list[float], list[float]] | None:
     kept = (shares > OUTER) & (shares < 1 - OUTER)
     kept[[0, -1]] = True
     shares = shares[kept]
-    quantiles = y.quantile(shares)
-    kept = quantiles.diff(prepend=quantiles[:1] - 1) > SMALLEST_GAP
-    normal = torch.special.ndtri(shares)
-    return (quantiles[kept].tolist(), normal[kept].tolist()) if kept.sum() > 1 else None
+    quantiles, normal = quantile_knots(y, shares, torch.special.ndtri(shares)).tolist()
+    return (quantiles, normal) if len(normal) > 1 else None
 
 
 class TableTransform(Transform):

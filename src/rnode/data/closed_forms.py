@@ -367,7 +367,7 @@ def fit_z(
             continue
         failures += size > own
         start, fits = (best.base if size == own else None), fits_of(size, train)
-        # The last first.
+        # The shrinkage of the best base comes first.
         for shrinkage in sorted(shrinkages_of(size, train), key=best.shrinkage.__ne__):
             base = fit_base(train, size, seed, end, shrinkage, start, fits)
             found = candidate(base, shrinkage)
