@@ -13,10 +13,11 @@ from scipy.special import digamma
 from scipy.stats import chi
 from torch import Tensor
 
+from rnode.quantiles import interpolate, quantile_knots
+
 KNOTS = 20  # quantiles of the radius
 ITERATIONS = 100  # of expectation maximization
 SMALLEST_RADIUS = 1e-30
-SMALLEST_GAP = 1e-6  # between knots: repeated values have one
 RIDGE = 1e-6  # variance that a constant column has at least
 LARGEST_NU = 200.0  # degrees of freedom beyond which a t distribution is normal
 
@@ -43,10 +44,7 @@ class Radial:
         y = torch.linalg.solve_triangular(factor, (x - mean).T, upper=False)
         shares = (torch.arange(KNOTS, dtype=x.dtype) + 0.5) / KNOTS
         target = torch.from_numpy(np.log(chi(x.shape[1]).ppf(shares.numpy())))
-        knots = quantile_knots(log_norm(y.T), shares, target)
-        if knots.shape[1] < 2:  # the radius is constant: the layer is linear
-            knots = x.new_tensor([[0.0, 1.0], [0.0, 1.0]])
-        return cls(mean, factor, knots)
+        return cls(mean, factor, quantile_knots(log_norm(y.T), shares, target))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x (B, d) → (B, d) and log|det|, (B,)."""
@@ -71,20 +69,6 @@ class Radial:
 def log_norm(x: Tensor) -> Tensor:
     """log‖x‖ of x (B, d), finite at 0: (B,)."""
     return x.norm(dim=1).clamp(min=SMALLEST_RADIUS).log()
-
-
-def quantile_knots(x: Tensor, shares: Tensor, targets: Tensor) -> Tensor:
-    """Return the quantiles of x (N,) at `shares` (K,) over `targets` (K,): (2, at most K)."""
-    quantiles = x.quantile(shares)
-    kept = quantiles.diff(prepend=quantiles[:1] - 1) > SMALLEST_GAP
-    return torch.stack([quantiles, targets])[:, kept]
-
-
-def interpolate(x: Tensor, knots: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """Linear interpolation and extrapolation: x (B,) → values and slopes, (B,) each."""
-    slopes = values.diff() / knots.diff()
-    left = (torch.searchsorted(knots, x.contiguous()) - 1).clamp(0, len(slopes) - 1)
-    return values[left] + slopes[left] * (x - knots[left]), slopes[left]
 
 
 def fit_t(x: Tensor) -> tuple[Tensor, Tensor, float]:

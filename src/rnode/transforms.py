@@ -12,13 +12,11 @@ import torch
 from torch import Tensor
 
 from rnode.errors import InputError, require
-from rnode.radial import Radial, interpolate, quantile_knots
+from rnode.quantiles import Quantiles
+from rnode.radial import Radial
 from rnode.seeding import NOISE, sample_generators
 
 VARIANCE_FLOOR = 1e-6  # share of the largest variance; directions with less are not scaled up
-KNOTS = 500  # quantiles of a column, at most
-ROWS_OF_A_KNOT = 10
-OUTER = 0.01  # share of the rows at either end that have one knot
 
 Rows = tuple[Tensor, Tensor, Tensor]  # data x (B, *shape), their indices (B,) and c (B, k)
 
@@ -151,7 +149,7 @@ class Column(NamedTuple):
 
     Multiples of a `unit`, counted from `origin`, are dequantized. Then a positive column may have
     its logarithm taken, and one between two bounds its logit. The result is standardized by `mean`
-    and `std`. Then it may be interpolated between `knots`, its quantiles and those of a normal.
+    and `std`.
     """
 
     name: str
@@ -161,7 +159,6 @@ class Column(NamedTuple):
     bounds: tuple[float, float] | None = None
     mean: float = 0.0
     std: float = 1.0
-    knots: tuple[list[float], list[float]] | None = None
 
     @property
     def integer(self) -> bool:
@@ -197,16 +194,10 @@ class Column(NamedTuple):
             log_s, log_1_s = ((u - low) / (high - low)).log(), ((high - u) / (high - low)).log()
             u = log_s - log_1_s
             log_det = log_det - log_s - log_1_s - math.log(high - low)
-        y = (u - self.mean) / self.std
-        if self.knots is not None:
-            y, slope = interpolate(y, *y.new_tensor(self.knots))
-            log_det = log_det + slope.log()
-        return y, log_det
+        return (u - self.mean) / self.std, log_det
 
     def inverse(self, y: Tensor) -> Tensor:
         """y (B,) → x (B,)."""
-        if self.knots is not None:
-            y, _ = interpolate(y, *y.new_tensor(self.knots).flip(0))
         u = y * self.std + self.mean
         if self.log:
             u = u.exp()
@@ -215,25 +206,12 @@ class Column(NamedTuple):
         return self.origin + ((u - self.origin) / self.unit).floor() * self.unit if self.unit else u
 
 
-def knots_of(y: Tensor) -> tuple[list[float], list[float]] | None:
-    """Return quantiles of y (N,) and those of a normal; None if they do not vary.
-
-    The outer hundredths have one: beyond the last knot, the slope of a few rows would go on.
-    """
-    count = max(2, min(KNOTS, len(y) // ROWS_OF_A_KNOT))
-    shares = (torch.arange(count, dtype=y.dtype) + 0.5) / count
-    kept = (shares > OUTER) & (shares < 1 - OUTER)
-    kept[[0, -1]] = True
-    shares = shares[kept]
-    quantiles, normal = quantile_knots(y, shares, torch.special.ndtri(shares)).tolist()
-    return (quantiles, normal) if len(normal) > 1 else None
-
-
 class TableTransform(Transform):
     """Rows of a table x (B, d), in float64.
 
-    Each column is transformed and standardized. Then `whitening` (d, d), if there is one, makes the
-    columns uncorrelated, and a radial layer may follow. log p(x) is in the table's own units.
+    Each column is transformed and standardized, and made normal if there are `quantiles`. Then
+    `whitening` (d, d), if there is one, makes the columns uncorrelated, and a radial layer may
+    follow. log p(x) is in the table's own units.
     """
 
     def __init__(
@@ -241,10 +219,12 @@ class TableTransform(Transform):
         columns: Sequence[Column],
         whitening: Tensor | None = None,
         radial: Radial | None = None,
+        quantiles: Quantiles | None = None,
     ):
         self.columns = tuple(columns)
         self.whitening = whitening
         self.radial = radial
+        self.quantiles = quantiles
         self.log_det_whitening = 0.0 if whitening is None else float(whitening.slogdet()[1])
         self.discrete = any(column.unit for column in columns)
 
@@ -264,23 +244,33 @@ class TableTransform(Transform):
             noise.uniform_(generator=torch.Generator().manual_seed(0))
         columns = []
         for column, values, u in zip(self.columns, x.T, noise.T, strict=True):
-            y, _ = column._replace(mean=0.0, std=1.0, knots=None)(values, u)
+            y, _ = column._replace(mean=0.0, std=1.0)(values, u)
             std = float(y.std(correction=0)) if y.min() < y.max() else 1.0
             require(math.isfinite(std), f"{column.name}: its values are too far apart to be scaled")
-            knots = knots_of((y - y.mean()) / std) if quantiles else None
-            columns.append(column._replace(mean=float(y.mean()), std=std, knots=knots))
-        y = TableTransform(columns).forward(x, noise)[0].double()
+            columns.append(column._replace(mean=float(y.mean()), std=std))
+        y, _ = TableTransform(columns).standardize(x, noise)
+        layer = Quantiles.fit(y) if quantiles else None
+        y = y if layer is None else layer.forward(y)[0]
         variances, directions = torch.linalg.eigh(torch.cov(y.T).reshape(2 * x.shape[1:]))
         require(bool(variances.max() > 0), "no column varies in the training split")
         floor = VARIANCE_FLOOR * variances.max()
-        return TableTransform(columns, directions / variances.clamp(min=floor).sqrt())
+        whitening = directions / variances.clamp(min=floor).sqrt()
+        return TableTransform(columns, whitening, quantiles=layer)
+
+    def standardize(self, x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """x, noise (B, d) → standardized columns (B, d) and log|dy/dx| of each, (B, d)."""
+        parts = zip(self.columns, x.double().T, noise.double().T, strict=True)
+        parts = (column(values, u) for column, values, u in parts)
+        columns, log_slopes = zip(*parts, strict=True)
+        return torch.stack(columns, 1), torch.stack(log_slopes, 1)
 
     def forward(self, x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         noise = noise.clamp(min=torch.finfo(noise.dtype).tiny)  # the logarithm of 0 is infinite
-        parts = zip(self.columns, x.double().T, noise.double().T, strict=True)
-        parts = (column(values, u) for column, values, u in parts)
-        columns, log_dets = zip(*parts, strict=True)
-        y, log_det = torch.stack(columns, 1), sum(log_dets) + self.log_det_whitening
+        y, log_slopes = self.standardize(x, noise)
+        log_det = log_slopes.sum(1) + self.log_det_whitening
+        if self.quantiles is not None:
+            y, log_det_quantiles = self.quantiles.forward(y)
+            log_det = log_det + log_det_quantiles
         y = y if self.whitening is None else y @ self.whitening
         if self.radial is not None:
             y, log_det_radial = self.radial.forward(y)
@@ -297,17 +287,24 @@ class TableTransform(Transform):
         y = y.double().cpu()
         y = y if self.radial is None else self.radial.inverse(y)
         y = y if self.whitening is None else torch.linalg.solve(self.whitening, y, left=False)
+        y = y if self.quantiles is None else self.quantiles.inverse(y)
         parts = zip(self.columns, y.T, strict=True)
         return torch.stack([column.inverse(values) for column, values in parts], dim=1)
 
     def state(self) -> dict[str, Any]:
         """Plain containers, from which `from_state` makes this transform."""
         columns = {column.name: column._asdict() for column in self.columns}
-        radial = None if self.radial is None else self.radial.state()
-        return {"columns": columns, "whitening": self.whitening, "radial": radial}
+        layers = {"radial": self.radial, "quantiles": self.quantiles}
+        states = {name: layer and layer.state() for name, layer in layers.items()}
+        return {"columns": columns, "whitening": self.whitening} | states
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> "TableTransform":
         columns = [Column(**column) for column in state["columns"].values()]
-        radial = state.get("radial")
-        return cls(columns, state["whitening"], radial and Radial(**radial))
+        radial, quantiles = state.get("radial"), state.get("quantiles")
+        return cls(
+            columns,
+            state["whitening"],
+            radial and Radial(**radial),
+            quantiles and Quantiles(**quantiles),
+        )

@@ -255,9 +255,8 @@ class Density(DensityMixin, BaseEstimator):
             batch = transform(x, index, c, noise).to(self.device)
             bits = solve_and_measure(self.flow_, batch, self.seed)[1].bits_per_dim
             (gradient,) = torch.autograd.grad(-self.flow_.d * math.log(2) * bits.sum(), x)
-            columns = zip(transform.columns, x.detach().T, noise.double().T, strict=True)
-            log_slopes = [column(values, u)[1] for column, values, u in columns]  # of log|dy/dx|
-            parts.append((gradient / torch.stack(log_slopes, dim=1).exp()).numpy())
+            _, log_slopes = transform.standardize(x.detach(), noise)
+            parts.append((gradient / log_slopes.exp()).numpy())
         return np.concatenate(parts)
 
     @torch.no_grad()

@@ -191,7 +191,8 @@ def ranked(candidates: list[Candidate]) -> list[Candidate]:
     cost more than all other rows.
     """
     candidates = sorted(candidates, key=lambda candidate: candidate.nats)
-    columns = candidates[0].transform.columns
+    best = candidates[0].transform
+    columns = best.columns if best.quantiles is None else ()
     same = (each for each in candidates if each.transform.columns == columns)
     for radial in (each for each in same if each.transform.radial is not None):
         if not radial.is_behind(candidates[0], errors=2):
