@@ -1,10 +1,15 @@
 """Callbacks and loggers of a run, each alone."""
 
+from unittest.mock import Mock
+
+import pytest
+import torch
 from matplotlib.figure import Figure
 
 from helpers import EPOCHS, column
 from rnode.training import callbacks
-from rnode.training.checkpoint import load_checkpoint
+from rnode.training.callbacks import StopBehindClosedForm
+from rnode.training.checkpoint import FORMAT, load_checkpoint
 from rnode.training.loggers import MetricsCSV
 
 
@@ -37,3 +42,28 @@ def test_figures_are_drawn_every_few_epochs_and_of_the_tested_weights(run, monke
     run(*EPOCHS, "trainer.max_epochs=5", "callbacks.figures.every_n_epochs=2")
     steps = [title.partition(", ")[0] for title in titles[1::2]]
     assert steps == [f"samples (step {step}" for step in (4, 8, 10)]  # an epoch has two steps
+
+
+@pytest.mark.parametrize(
+    ("bits", "steps"),
+    [
+        ([9.0, 9.0, 8.0, 7.0, 7.0, 6.6, 5.1, 5.1], 6),  # 1.6 behind, 1.4 gained since half
+        ([9.0, 9.0, 8.0, 7.0, 9.0, 6.4, 6.2, 6.0], 8),  # 1.4 behind, 1.6 gained
+        ([9.0, 4.9, 9.0, 9.0, 9.0, 9.0, 9.0, 9.0], 8),  # it was ahead
+        ([None, None, None, 6.0, 6.0, 6.0, 6.0, 6.0], 8),  # its gain is not known
+    ],
+)
+def test_a_flow_far_behind_the_closed_form_stops_before_the_end(bits, steps, tmp_path):
+    path = tmp_path / "closed_form.ckpt"
+    torch.save({"format": FORMAT, "validation_bits": torch.tensor([4.0, 6.0])}, path)
+    callback, trainer = StopBehindClosedForm(path), Mock(max_epochs=-1, max_steps=8, callbacks=[])
+    trainer.configure_mock(sanity_checking=False, should_stop=False, **{"state.fn": "fit"})
+    callback.on_train_start(trainer, None)
+    trainer.global_step = 0
+    while trainer.global_step < 8 and not trainer.should_stop:
+        trainer.callback_metrics = {"val/bits_per_dim": bits[trainer.global_step]}
+        trainer.global_step += 1
+        if bits[trainer.global_step - 1] is not None:
+            callback.on_validation_end(trainer, None)
+    assert trainer.global_step == steps
+    assert callback.stopped == (steps < 8)

@@ -27,6 +27,7 @@ from rnode.data.datamodule import DataModule
 from rnode.data.splits import SPLIT_NAMES
 from rnode.errors import Diverged, InputError, one_line, require
 from rnode.evaluation import weighted_mean
+from rnode.training.callbacks import StopBehindClosedForm
 from rnode.training.checkpoint import AtomicCheckpointIO, load_checkpoint, load_to_resume
 from rnode.training.gaussian import validation_rows
 from rnode.training.loggers import MetricsCSV, finish_wandb
@@ -43,6 +44,7 @@ from rnode.training.results import (
 )
 from rnode.training.resume import BestCheckpoint
 from rnode.training.run_folder import ENVIRONMENT, environment, lock, whole_file
+from rnode.training.schedule import passed
 from rnode.transforms import TableTransform
 
 FIT_SECONDS = 10  # of closed forms before training, at most
@@ -137,7 +139,11 @@ def fit(cfg: DictConfig, overrides: Sequence[str] = ()) -> dict[str, float | Non
             trainer.print(f"resuming from {cfg.ckpt_path}, step {step}, epoch {epoch}")
         if checkpoint is None and cfg.base != "normal":
             start(cfg, trainer, module, data)
+        begun = time.monotonic()
         trainer.fit(module, data, ckpt_path=cfg.ckpt_path, weights_only=True)
+        ended = time.monotonic()
+        # What training leaves of its time, if a callback has ended it.
+        left = (ended - begun) * (1 / passed(trainer) - 1) if trainer.should_stop else 0.0
         best = trainer.checkpoint_callback
         tested = best.best_model_path if best else None
         if not tested:
@@ -148,7 +154,8 @@ def fit(cfg: DictConfig, overrides: Sequence[str] = ()) -> dict[str, float | Non
             if trainer.global_step == 0:  # ckpt_path=auto resumes from there
                 trainer.save_checkpoint(folder / "last.ckpt", weights_only=False)
         if cfg.base in ("mixture", "auto"):
-            finish(cfg, trainer, module, data, SHARE_OF_BASE * (time.monotonic() - started))
+            seconds = SHARE_OF_BASE * (ended + left - started) + left
+            finish(cfg, trainer, module, data, seconds)
             tested = None
         trained = dict(trainer.callback_metrics)
         trainer.test(module, data, ckpt_path=tested or None, weights_only=True, verbose=False)
@@ -212,7 +219,10 @@ def start(cfg: DictConfig, trainer: pl.Trainer, module: RNODE, data: DataModule)
 def finish(
     cfg: DictConfig, trainer: pl.Trainer, module: RNODE, data: DataModule, seconds: float
 ) -> None:
-    """Fit bases to z of the best weights and to that of the closed form, and keep the better."""
+    """Fit bases to z of the best weights and to that of the closed form, and keep the better.
+
+    Those of a flow that is far behind are not fitted.
+    """
     best, flow = trainer.checkpoint_callback, module.flow
     if best and best.best_model_path:
         load_weights(flow, load_checkpoint(best.best_model_path))
@@ -220,6 +230,10 @@ def finish(
     if closed.exists():
         flows.append(copy.deepcopy(flow))
         load_weights(flows[1], load_checkpoint(closed))
+    if any(isinstance(c, StopBehindClosedForm) and c.stopped for c in trainer.callbacks):
+        trainer.print("the flow is far behind the density in closed form, and stops training")
+        flows = flows[1:]
+    trainer.print(f"mixtures are fitted for {seconds:.0f} s at most")
     rows, log_probs = validation_rows(trainer, data), []
     for each in flows:
         fit = None
@@ -231,7 +245,8 @@ def finish(
     weights = data.splits.weights_of("val")[:rows]
     if len(flows) == 2 and not weighted_mean(log_probs[0] - log_probs[1], weights) > 0:
         trainer.print("the density in closed form is better, and is kept")
-        module.flow = flows[1]
+        del flows[0]
+    module.flow = flows[0]
     trainer.validate(module, data, weights_only=True, verbose=False)
     trainer.print(f"base: {name_of(module.flow.base)} of z")
     if isinstance(best, BestCheckpoint):

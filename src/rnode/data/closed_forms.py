@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rnode.bases import Gaussian, Mixture
 from rnode.data.datamodule import DataModule
-from rnode.data.mixtures import Parameters, fit_mixture
+from rnode.data.mixtures import TOLERANCE, Parameters, fit_mixture
 from rnode.errors import require
 from rnode.evaluation import standard_error, weighted_mean
 from rnode.flow import Flow
@@ -28,6 +28,7 @@ from rnode.transforms import Batch, TableTransform, Transform
 SIZES = (4, 16, 64, 256, 1024)  # components
 SHRINKAGES = (0.0, 1.0)  # of their covariances
 FITS = 16  # of a mixture, whose densities are averaged
+TOLERANCE_OF_FITS = 1e-3  # of which more are then made in the same time
 MANY_ROWS = 50  # for a component and column: more are not used, and fewer need averages
 HEAVY_TAILS = 10.0  # degrees of freedom of a t distribution below which a radial layer is tried
 LEAST_ROWS = 20  # for a component
@@ -256,12 +257,15 @@ def fit_base(
     generator = torch.Generator().manual_seed(seed)
     c = batch.c + NOISE_OF_C * torch.randn(batch.c.shape, generator=generator)
     joint = torch.cat([c, batch.y.flatten(1)], dim=1).double()
-    found = [fit_mixture(joint, size, seed, end, shrinkage, start and without_tails(start))]
+    tolerance = TOLERANCE if fits == 1 else TOLERANCE_OF_FITS
+    begin = start and without_tails(start)
+    found = []
     while len(found) < fits:
-        another = fit_mixture(joint, size, seed + len(found), end, shrinkage)
-        if time.monotonic() > end:  # it was cut off
+        fit = fit_mixture(joint, size, seed + len(found), end, shrinkage, begin, tolerance)
+        if found and time.monotonic() > end:  # it was cut off
             break
-        found.append(another)
+        found.append(fit)
+        begin = None
     weights, means, covariances = map(torch.cat, zip(*found, strict=True))
     scales = torch.tensor(TAILS, dtype=torch.float64)
     rows = torch.cat([len(joint) / len(found) * weights, torch.ones_like(scales)])

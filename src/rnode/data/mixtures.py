@@ -14,7 +14,7 @@ from torch import Tensor
 
 BLOCKS = 10  # of rows
 PASSES = 100  # over all rows, at most
-TOLERANCE = 2e-4  # nats of a row and column, by which a pass must raise the likelihood to go on
+TOLERANCE = 2e-4  # nats
 RIDGE = 1e-4  # added to the variances of a component; those of all rows are about 1
 SMALLEST = 1e-3  # rows that a component has at least: of fewer, sums are errors of rounding
 NUMBERS = 250_000  # that a processor's cache holds
@@ -29,6 +29,7 @@ def fit_mixture(
     end: float = math.inf,
     shrinkage: float = 0.0,
     start: Parameters | None = None,
+    tolerance: float = TOLERANCE,
 ) -> Parameters:
     """Fit `size` Gaussians with full covariances to rows x (N, d), float64.
 
@@ -41,6 +42,7 @@ def fit_mixture(
         end: value of time.monotonic() at which the fit ends.
         shrinkage: of the covariances, see `maximize`.
         start: the mixture at which the fit begins; None: the centres of k-means++.
+        tolerance: nats of a row and column by which a pass must raise the likelihood to go on.
     """
     n, d = x.shape
     x = x[torch.randperm(n, generator=torch.Generator().manual_seed(seed))]
@@ -65,7 +67,7 @@ def fit_mixture(
             log_likelihood += expect(block, maximize(all_sums + total, shrinkage), total)
             all_sums += total
         log_likelihood /= n * d
-        if log_likelihood < before + TOLERANCE:
+        if log_likelihood < before + tolerance:
             break
         before = log_likelihood
     return maximize(all_sums, shrinkage)

@@ -1,4 +1,4 @@
-"""Lightning callbacks: what training has cost, when it is validated, figures of samples."""
+"""Lightning callbacks: cost, validations, an end of hopeless training, figures of samples."""
 
 import gc
 import math
@@ -10,8 +10,10 @@ from pytorch_lightning import Callback, Trainer
 from pytorch_lightning.loggers import WandbLogger
 from pytorch_lightning.utilities import rank_zero_only
 
+from rnode.training.checkpoint import load_checkpoint
 from rnode.training.module import RNODE
 from rnode.training.plots import plot_corner, plot_grids, save_figure
+from rnode.training.schedule import passed
 from rnode.transforms import ImageTransform
 
 IMAGES, POINTS = 64, 2000  # samples in a figure
@@ -73,6 +75,44 @@ class ValidationInterval(Callback):
     def on_train_batch_end(self, trainer: Trainer, module: RNODE, *_) -> None:
         if self.epochs > 1 and trainer.global_step == trainer.max_steps:
             trainer.should_stop = True  # Lightning then validates before the end of the epoch
+
+
+class StopBehindClosedForm(Callback):
+    """Ends training at three quarters of a run if the flow is far behind the closed form.
+
+    It is if it would not catch up by gaining as much again as since half of the run. The rest of
+    the time is left to fits of mixtures, which then gain more than the flow.
+
+    Args:
+        path: the checkpoint of the density in closed form; without it, training goes on.
+    """
+
+    def __init__(self, path: str):
+        self.path = Path(path)
+        self.stopped = False
+        self.lowest = self.at_half = math.inf  # validation bits/dim
+
+    def on_train_start(self, trainer: Trainer, module: RNODE) -> None:
+        self.closed = math.inf
+        if self.path.exists():
+            self.closed = float(load_checkpoint(self.path)["validation_bits"].mean())
+
+    def on_validation_end(self, trainer: Trainer, module: RNODE) -> None:
+        if trainer.state.fn != "fit" or trainer.sanity_checking:
+            return
+        self.lowest = min(self.lowest, float(trainer.callback_metrics["val/bits_per_dim"]))
+        share = passed(trainer)
+        if share < 1 / 2:
+            self.at_half = self.lowest
+        behind, gained = self.lowest - self.closed, self.at_half - self.lowest
+        if share >= 3 / 4 and behind > gained:
+            self.stopped = trainer.should_stop = True
+
+    def state_dict(self) -> dict:
+        return {"lowest": self.lowest, "at_half": self.at_half}
+
+    def load_state_dict(self, state: dict) -> None:
+        vars(self).update(state)
 
 
 class Figures(Callback):
