@@ -80,8 +80,8 @@ class ValidationInterval(Callback):
 class StopBehindClosedForm(Callback):
     """Ends training at three quarters of a run if the flow is far behind the closed form.
 
-    It is if it would not catch up by gaining as much again as since half of the run. The rest of
-    the time is left to fits of mixtures, which then gain more than the flow.
+    It is if it would not catch up by gaining half as much again as since half of the run: in the
+    last quarter, flows gain less. The rest of the time is left to fits of mixtures.
 
     Args:
         path: the checkpoint of the density in closed form; without it, training goes on.
@@ -105,7 +105,7 @@ class StopBehindClosedForm(Callback):
         if share < 1 / 2:
             self.at_half = self.lowest
         behind, gained = self.lowest - self.closed, self.at_half - self.lowest
-        if share >= 3 / 4 and behind > gained:
+        if share >= 3 / 4 and behind > gained / 2:
             self.stopped = trainer.should_stop = True
 
     def state_dict(self) -> dict:
