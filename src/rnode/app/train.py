@@ -231,7 +231,7 @@ def finish(
         flows.append(copy.deepcopy(flow))
         load_weights(flows[1], load_checkpoint(closed))
     if any(isinstance(c, StopBehindClosedForm) and c.stopped for c in trainer.callbacks):
-        trainer.print("the flow is far behind the density in closed form, and stops training")
+        trainer.print("training stopped: the flow was far behind the density in closed form")
         flows = flows[1:]
     trainer.print(f"mixtures are fitted for {seconds:.0f} s at most")
     rows, log_probs = validation_rows(trainer, data), []
