@@ -65,6 +65,7 @@ def files(monkeypatch):
     houses.select("price", "area", part=pl.Series(parts)).write_parquet("miniboone.parquet")
     for folder in ("photos", "more_photos"):
         image_files(Path(folder))
+    Path("assets").symlink_to(ROOT / "assets")
     Path("FOLDER").mkdir()
     array_files(Path("FOLDER"), 16)
     Path(DATA).mkdir(parents=True)

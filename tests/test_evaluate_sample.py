@@ -11,10 +11,23 @@ import torch
 from PIL import Image, ImageSequence
 
 import rnode
-from helpers import call, column, refused
+from helpers import ROOT, call, column, refused
 from rnode import Method
 from rnode.data.densities import DENSITIES
 from rnode.training.plots import plot_trajectory
+
+
+def test_the_flow_in_assets_samples_clothing(tmp_path):
+    """Their likelihood is near that of validation images."""
+    path = ROOT / "assets" / "fashion_mnist.ckpt"
+    call("sample", str(path), f"hydra.run.dir={tmp_path}")
+    samples = np.load(tmp_path / "samples.npy")
+    assert samples.shape == (64, 1, 14, 14)
+    density = rnode.load(path)
+    held_out = float(density.validation_bits_.mean())
+    assert held_out < 3.6  # a Gaussian has 4.57
+    bits = -density.log_prob(samples) / (196 * np.log(2))
+    assert bits.mean() == pytest.approx(held_out, abs=0.6)
 
 
 def evaluate(folder, run, *overrides):
