@@ -237,6 +237,15 @@ def test_a_run_is_never_behind_its_best_closed_form(run, tmp_path, capsys):
     assert density.log_prob(samples).mean() == pytest.approx(expected, abs=0.2)
 
 
+def test_a_run_without_an_end_of_its_own_stops_early(run, tmp_path, capsys):
+    rows = np.random.default_rng(0).normal(size=(300, 2))
+    pl.DataFrame(rows, ["a", "b"]).write_csv(path := tmp_path / "rows.csv")
+    options = ["trainer.max_epochs=-1", "callbacks.early_stopping.patience=1", "optimizer.lr=1.0"]
+    folder = run("dataset=table", f"dataset.path={path}", *SHORT, *options, "model.hidden=8")
+    assert "mixtures are fitted for 0 s at most" in capsys.readouterr().out
+    assert isinstance(rnode.load(folder).flow_.base, Mixture)
+
+
 def test_a_run_with_logarithms_of_its_own_choice_is_evaluated_and_resumed(run, tmp_path):
     normal = np.random.default_rng(0).normal(size=(300, 2))
     path = tmp_path / "rows.csv"

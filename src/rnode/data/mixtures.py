@@ -14,7 +14,7 @@ from torch import Tensor
 
 BLOCKS = 10  # of rows
 PASSES = 100  # over all rows, at most
-TOLERANCE = 2e-4  # nats
+TOLERANCE = 2e-4  # nats, see `fit_mixture`
 RIDGE = 1e-4  # added to the variances of a component; those of all rows are about 1
 SMALLEST = 1e-3  # rows that a component has at least: of fewer, sums are errors of rounding
 NUMBERS = 250_000  # that a processor's cache holds
