@@ -142,9 +142,10 @@ def fit(cfg: DictConfig, overrides: Sequence[str] = ()) -> dict[str, float | Non
         begun = time.monotonic()
         trainer.fit(module, data, ckpt_path=cfg.ckpt_path, weights_only=True)
         ended = time.monotonic()
-        share = min(passed(trainer), 1.0) or 1.0  # 0 of a run without an end
-        # What training leaves of its time, if a callback has ended it.
-        left = (ended - begun) * (1 / share - 1) if trainer.should_stop else 0.0
+        left = 0.0  # what training leaves of its time, if a callback has ended it
+        if trainer.should_stop and trainer.global_step > 0:
+            share = min(passed(trainer), 1.0) or 1.0  # 0 of a run without an end
+            left = (ended - begun) * (1 / share - 1)
         best = trainer.checkpoint_callback
         tested = best.best_model_path if best else None
         if not tested:

@@ -90,7 +90,7 @@ class StopBehindClosedForm(Callback):
     def __init__(self, path: str):
         self.path = Path(path)
         self.stopped = False
-        self.lowest = self.at_half = math.inf  # validation bits/dim
+        self.validations: list[tuple[int, float]] = []  # steps, and bits/dim
 
     def on_train_start(self, trainer: Trainer, module: RNODE) -> None:
         self.closed = math.inf
@@ -100,16 +100,17 @@ class StopBehindClosedForm(Callback):
     def on_validation_end(self, trainer: Trainer, module: RNODE) -> None:
         if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
-        self.lowest = min(self.lowest, float(trainer.callback_metrics["val/bits_per_dim"]))
-        share = passed(trainer)
-        if share < 1 / 2:
-            self.at_half = self.lowest
-        behind, gained = self.lowest - self.closed, self.at_half - self.lowest
-        if share >= 3 / 4 and behind > gained / 2:
-            self.stopped = trainer.should_stop = True
+        step, share = trainer.global_step, passed(trainer)
+        self.validations.append((step, float(trainer.callback_metrics["val/bits_per_dim"])))
+        if share >= 3 / 4:
+            half = step / (2 * share)  # the step at half of the run
+            lowest = min(bits for _, bits in self.validations)
+            at_half = min((bits for n, bits in self.validations if n < half), default=math.inf)
+            if lowest - self.closed > (at_half - lowest) / 2:
+                self.stopped = trainer.should_stop = True
 
     def state_dict(self) -> dict:
-        return {"lowest": self.lowest, "at_half": self.at_half}
+        return {"validations": self.validations}
 
     def load_state_dict(self, state: dict) -> None:
         vars(self).update(state)
