@@ -18,7 +18,7 @@ from rnode.training.plots import plot_trajectory
 
 
 def test_the_flow_in_assets_samples_clothing(tmp_path):
-    """Their likelihood is near that of validation images."""
+    """The likelihood of the samples is near that of validation images."""
     path = ROOT / "assets" / "fashion_mnist.ckpt"
     call("sample", str(path), f"hydra.run.dir={tmp_path}")
     samples = np.load(tmp_path / "samples.npy")

@@ -113,6 +113,7 @@ def test_quantiles_make_columns_normal_whatever_their_gaps():
     (slopes,) = torch.autograd.grad(y.sum(), rows)
     torch.testing.assert_close(log_det.double(), slopes.log().sum(1), atol=1e-5, rtol=0)
     again = TableTransform.from_state(fitted.state())
+    assert again.columns == fitted.columns
     assert torch.equal(again.forward(x, noise)[0], y_of_x)
     constant = torch.stack([torch.ones(50), torch.rand(50)], 1).double()
     layer = Quantiles.fit(constant)

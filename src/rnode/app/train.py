@@ -142,10 +142,6 @@ def fit(cfg: DictConfig, overrides: Sequence[str] = ()) -> dict[str, float | Non
         begun = time.monotonic()
         trainer.fit(module, data, ckpt_path=cfg.ckpt_path, weights_only=True)
         ended = time.monotonic()
-        left = 0.0  # what training leaves of its time, if a callback has ended it
-        if trainer.should_stop and trainer.global_step > 0:
-            share = min(passed(trainer), 1.0) or 1.0  # 0 of a run without an end
-            left = (ended - begun) * (1 / share - 1)
         best = trainer.checkpoint_callback
         tested = best.best_model_path if best else None
         if not tested:
@@ -156,6 +152,7 @@ def fit(cfg: DictConfig, overrides: Sequence[str] = ()) -> dict[str, float | Non
             if trainer.global_step == 0:  # ckpt_path=auto resumes from there
                 trainer.save_checkpoint(folder / "last.ckpt", weights_only=False)
         if cfg.base in ("mixture", "auto"):
+            left = left_of_training(trainer, ended - begun)
             seconds = SHARE_OF_BASE * (ended + left - started) + left
             finish(cfg, trainer, module, data, seconds)
             tested = None
@@ -218,12 +215,20 @@ def start(cfg: DictConfig, trainer: pl.Trainer, module: RNODE, data: DataModule)
         best.save_first(trainer)
 
 
+def left_of_training(trainer: pl.Trainer, spent: float) -> float:
+    """Return the seconds that training left when a callback ended it, after `spent` seconds."""
+    if not trainer.should_stop or trainer.global_step == 0:
+        return 0.0
+    share = min(passed(trainer), 1.0) or 1.0  # 0 of a run without an end
+    return spent * (1 / share - 1)
+
+
 def finish(
     cfg: DictConfig, trainer: pl.Trainer, module: RNODE, data: DataModule, seconds: float
 ) -> None:
     """Fit bases to z of the best weights and to that of the closed form, and keep the better.
 
-    Those of a flow that is far behind are not fitted.
+    None is fitted to z of a flow that was far behind.
     """
     best, flow = trainer.checkpoint_callback, module.flow
     if best and best.best_model_path:
@@ -234,7 +239,7 @@ def finish(
         load_weights(flows[1], load_checkpoint(closed))
     if any(isinstance(c, StopBehindClosedForm) and c.stopped for c in trainer.callbacks):
         trainer.print("training stopped: the flow was far behind the density in closed form")
-        flows = flows[1:]
+        del flows[0]
     trainer.print(f"mixtures are fitted for {seconds:.0f} s at most")
     rows, log_probs = validation_rows(trainer, data), []
     for each in flows:

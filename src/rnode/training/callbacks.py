@@ -1,4 +1,4 @@
-"""Lightning callbacks: cost, validations, an end of hopeless training, figures of samples."""
+"""Lightning callbacks: cost, validation intervals, a stop far behind, figures of samples."""
 
 import gc
 import math
@@ -80,8 +80,8 @@ class ValidationInterval(Callback):
 class StopBehindClosedForm(Callback):
     """Ends training at three quarters of a run if the flow is far behind the closed form.
 
-    It is if it would not catch up by gaining half as much again as since half of the run: in the
-    last quarter, flows gain less. The rest of the time is left to fits of mixtures.
+    It is far behind if it would not catch up by gaining half of what it has gained since the middle
+    of the run. The rest of the time is left to fits of mixtures.
 
     Args:
         path: the checkpoint of the density in closed form; without it, training goes on.
