@@ -47,7 +47,7 @@ from rnode.training.plots import save_figure
 POINTS = ["eight_gaussians", "checkerboard", "moons"]  # in the plane
 IMAGES = ["digits", "fashion_mnist"]
 ENTROPY = {"eight_gaussians": 0.985, "checkerboard": math.log(8)}
-POOL = 50000  # points of rnode.fit; the others sample new ones
+POOL = 250_000  # points of rnode.fit; the others sample new ones
 AUTO = "RNODE, base=auto"
 CONTENDERS = {
     AUTO: None,  # see `fit`

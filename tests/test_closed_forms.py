@@ -206,6 +206,12 @@ def test_the_base_of_a_trained_flow_is_fitted_to_z(tmp_path):
     assert 0 <= float((log_prob_again - log_prob).mean()) < 0.01
     flow.base = Mixture(torch.ones(1), torch.full((1, 2), 9.0), torch.eye(2)[None])
     assert fit_z(data, flow, 500, seed=0, seconds=0)[0] is flow.base  # there is no time
+    torch.nn.init.zeros_(field.A)  # z is then y
+    solved, skipped = (
+        fit_z(data, flow, 500, seed=0, seconds=np.inf, trained=trained)[0]
+        for trained in (True, False)
+    )
+    torch.testing.assert_close(solved.means, skipped.means)
 
 
 def test_a_run_is_never_behind_its_best_closed_form(run, tmp_path, capsys):

@@ -245,7 +245,8 @@ def finish(
     for each in flows:
         fit = None
         if trainer.is_global_zero:
-            fit = fit_z(data, each, rows, cfg.seed, seconds / len(flows))
+            share = seconds / len(flows)
+            fit = fit_z(data, each, rows, cfg.seed, share, trained=each is flow)
         base, log_prob = trainer.strategy.broadcast(fit)
         each.base = base.float()
         log_probs.append(log_prob)

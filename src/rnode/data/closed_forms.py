@@ -36,7 +36,8 @@ COMPONENTS = 2048  # of all fits together, at most
 COVARIANCES = 1_000_000  # numbers in those of a mixture, at most
 NUMBERS = 20_000_000  # in the samples of a Gaussian, and in rows less the means of a mixture
 FEW_ROWS = 5_000  # that every mixture is fitted to, of tables that have them
-ROWS = 50_000  # that a mixture is fitted to, at most
+ROWS = 50_000  # that a mixture is fitted to, at most, unless it needs more
+MOST_ROWS = 200_000
 TAILS = (1.0, 3.0, 10.0)  # standard deviations of the Gaussians that give a mixture broad tails
 MAX_DIMENSIONS = 4096  # beyond, a covariance would cost minutes
 SKEWED = 0.5  # skewness from which the logarithm of a positive column is tried
@@ -142,9 +143,9 @@ def promising(names: list[str], best_first: list[Candidate], size: int) -> list[
     return [name for name in names if not leaders[name].is_behind(best_first[0], errors=2)]
 
 
-def for_fit(batch: Batch, size: int) -> Batch:
-    """Return as many of the rows as a mixture of `size` Gaussians is fitted to."""
-    enough = max(FEW_ROWS, MANY_ROWS * size * columns_of(batch))
+def for_fit(batch: Batch, size: int, least: int = FEW_ROWS) -> Batch:
+    """Return as many of the rows as a mixture of `size` Gaussians needs, but `least` of them."""
+    enough = max(least, MANY_ROWS * size * columns_of(batch))
     if enough >= len(batch.y):
         return batch
     chosen = torch.arange(enough) * len(batch.y) // enough
@@ -313,7 +314,7 @@ def fit_linear(c: Tensor, y: Tensor) -> Gaussian:
 
 @torch.no_grad()
 def fit_z(
-    data: DataModule, flow: Flow, rows: int, seed: int, seconds: float
+    data: DataModule, flow: Flow, rows: int, seed: int, seconds: float, trained: bool = True
 ) -> tuple[Mixture, Tensor]:
     """Fit mixtures to z of a trained flow.
 
@@ -328,6 +329,7 @@ def fit_z(
         rows: number of validation rows that compare the mixtures.
         seed: of the dequantization noise and of the mixtures.
         seconds: after so many seconds the fits end.
+        trained: whether the flow's fields are not zero. Else z is y, of more rows.
 
     Returns:
         The best base, which may be the flow's own, and log p of the validation rows with it,
@@ -336,6 +338,8 @@ def fit_z(
     end = time.monotonic() + seconds
 
     def to_z(batch: Batch) -> Batch:
+        if not trained:
+            return batch
         device = next(flow.parameters()).device
         states = [
             flow.solve(batch.y[part].to(device), batch.c[part].to(device)).state
@@ -346,7 +350,7 @@ def fit_z(
 
     flow.train()  # its grid is exact enough for a fit, and several times faster
     transform: Any = data.transform
-    train = to_z(training_batch(data, transform, seed, ROWS))
+    train = to_z(training_batch(data, transform, seed, ROWS if trained else MOST_ROWS))
     flow.eval()
     val = to_z(transform.for_evaluation(*data.fetch("val", range(rows)), seed))
     weights = data.splits.weights_of("val")[:rows]
@@ -374,7 +378,7 @@ def fit_z(
         start, fits = (best.base if size == own else None), fits_of(size, train)
         # The shrinkage of the best base comes first.
         for shrinkage in sorted(shrinkages_of(size, train), key=best.shrinkage.__ne__):
-            base = fit_base(train, size, seed, end, shrinkage, start, fits)
+            base = fit_base(for_fit(train, size, ROWS), size, seed, end, shrinkage, start, fits)
             found = candidate(base, shrinkage)
             if best.is_behind(found, errors=1):
                 best, chosen, failures = found, size, 0
