@@ -34,7 +34,7 @@ from common import (
 from plain import PlainFlow
 from rnode import Method, Solution, Solver, log_normal
 from rnode.app.processes import prepare_process
-from rnode.evaluation import COMPARED, agreeing_grid
+from rnode.evaluation import GRID_SAMPLES, agreeing_grid
 
 
 def main() -> None:
@@ -68,7 +68,7 @@ def main() -> None:
     }
     flow.solver = Solver(RK4, Method("auto"))
     to_bits = -1 / flow.d / math.log(2)
-    with agreeing_grid(flow, lambda: to_bits * log_prob(flow.solver.test), COMPARED + 1):
+    with agreeing_grid(flow, lambda: to_bits * log_prob(flow.solver.test), GRID_SAMPLES + 1):
         auto = flow.solver.test
     contenders["log_prob, auto"] = lambda: log_prob(auto)
     exact = log_prob(EXACT)

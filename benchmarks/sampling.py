@@ -31,7 +31,7 @@ from common import (
 from plain import PlainFlow, PlainNet, PlainODE, unsqueeze
 from rnode import Flow, Method, Solver, Squeeze
 from rnode.app.processes import prepare_process
-from rnode.evaluation import COMPARED, agreeing_grid
+from rnode.evaluation import GRID_SAMPLES, agreeing_grid
 
 
 def main() -> None:
@@ -58,7 +58,7 @@ def main() -> None:
         nfe = [inverse(plain_method)[1], inverse(method)[1]]
         if method is DOPRI5:
             flow.solver = Solver(RK4, Method("auto"))
-            with agreeing_grid(flow, lambda: inverse(flow.solver.test)[0], COMPARED + 1):
+            with agreeing_grid(flow, lambda: inverse(flow.solver.test)[0], GRID_SAMPLES + 1):
                 auto = flow.solver.test
             contenders["inverse, auto"] = lambda auto=auto: inverse(auto)[0]
             nfe.append(inverse(auto)[1])

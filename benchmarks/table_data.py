@@ -11,7 +11,7 @@ from sklearn.datasets import load_breast_cancer, load_diabetes, load_sample_imag
 from torch import Tensor
 
 from contenders import Parts
-from rnode.data.closed_forms import SKEWED
+from rnode.data.closed_forms import SKEWNESS
 from rnode.data.tables import REPETITION_LIMIT
 from rnode.transforms import Column, TableTransform
 
@@ -83,7 +83,7 @@ def dequantize(rows: np.ndarray) -> np.ndarray:
 def log_choices(split: Split) -> list[list[str]]:
     """Return the columns whose logarithms are taken: none, and the positive skewed ones."""
     positive = (torch.cat(split) > 0).all(0).numpy()
-    logs = np.flatnonzero(positive & (skew(split.train.numpy(), axis=0) > SKEWED))
+    logs = np.flatnonzero(positive & (skew(split.train.numpy(), axis=0) > SKEWNESS))
     return [[], [f"column_{i}" for i in logs]] if len(logs) else [[]]
 
 

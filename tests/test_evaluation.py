@@ -7,7 +7,13 @@ import torch
 
 from helpers import RK4, TIGHT, Linear, close, make_flow, no_c
 from rnode import Diverged, Field, Flow, Method, Piece, Probes, Solver, TimeLinear, log_normal, mlp
-from rnode.evaluation import MEAN, WORST, agreeing_grid, evaluate, standard_error
+from rnode.evaluation import (
+    MEAN_TOLERANCE,
+    SAMPLE_TOLERANCE,
+    agreeing_grid,
+    evaluate,
+    standard_error,
+)
 from rnode.transforms import Column, ImageTransform, TableTransform
 
 LEVELS, ALPHA = 4, 0.05
@@ -107,8 +113,8 @@ def test_a_likelihood_takes_the_coarsest_grid_that_agrees_with_dopri5(method, sp
     assert words.startswith(chosen)
     assert flow.solver == solver
     if words.startswith("rk4"):
-        assert abs(error.mean()) < MEAN + 1e-5
-        assert error.abs().max() < WORST + 1e-4
+        assert abs(error.mean()) < MEAN_TOLERANCE + 1e-5
+        assert error.abs().max() < SAMPLE_TOLERANCE + 1e-4
         assert f"{error.mean():+.0e}"[:2] in words
 
 

@@ -9,7 +9,7 @@ from torchdiffeq import odeint
 
 from helpers import DOPRI5, RK4, TIGHT, Linear, close, make_flow, no_c
 from rnode import Dynamics, InputError, Method, Piece, Probes, Solver, State, log_normal, objective
-from rnode.names import ADAPTIVE, FIXED_GRID
+from rnode.names import ADAPTIVE_METHODS, FIXED_GRID
 from rnode.runge_kutta import TABLEAUS
 from rnode.solver import integrate
 
@@ -50,7 +50,7 @@ def test_linear_field_in_closed_form(z, method, tolerance, gradient):
     torch.testing.assert_close(solution.displacement, displacement, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", FIXED_GRID + ADAPTIVE)
+@pytest.mark.parametrize("name", FIXED_GRID + ADAPTIVE_METHODS)
 def test_every_method_solves_and_inverts(z, name):
     method = Method(name, steps=32)
     state = solve_linear(z, method).state

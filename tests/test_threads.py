@@ -21,7 +21,7 @@ def test_a_run_takes_the_fastest_number_of_threads_and_looks_again(run, monkeypa
     assert taken == [1, 4]
     monkeypatch.delenv("OMP_NUM_THREADS")
     monkeypatch.setattr(threads, "cpu_count", lambda: 8)
-    monkeypatch.setattr(threads, "WATCHED", 2)
+    monkeypatch.setattr(threads, "WINDOW", 2)
     monkeypatch.setattr(threads, "time", SimpleNamespace(perf_counter=clock))
     taken[:] = [1]
     run(*TWO_STEPS, "trainer.max_steps=4")

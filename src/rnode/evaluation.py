@@ -17,8 +17,9 @@ from rnode.solver import Method
 from rnode.transforms import Batch, Rows, Transform
 
 GRIDS = (1, 2, 3, 4, 6, 8)  # steps of rk4; l, E and n integrated with z err least for their time
-MEAN, WORST = 1e-3, 5e-3  # largest errors of a grid: of the mean, and of any compared sample
-COMPARED = 64  # samples by which a grid is chosen
+MEAN_TOLERANCE = 1e-3  # largest error of a grid in the mean
+SAMPLE_TOLERANCE = 5e-3  # largest error of a grid for a sample
+GRID_SAMPLES = 64  # samples by which a grid is chosen
 
 
 class Measures(NamedTuple):
@@ -47,24 +48,25 @@ def agreeing_grid(flow: Flow, values: Callable[[], Tensor], count: int) -> Gener
     """Evaluate by the coarsest grid that agrees with dopri5, if the method is `auto`.
 
     `values` computes what has to agree, (B, …), of some of the `count` samples that follow. Its
-    mean may differ by MEAN, and the root mean square of a sample by WORST. Yields the method in
-    words.
+    mean may differ by MEAN_TOLERANCE, and the root mean square of a sample by SAMPLE_TOLERANCE.
+    Yields the method in words.
     """
-    solver, words = flow.solver, flow.solver.test.method.replace("auto", "dopri5")
+    solver = flow.solver
+    words = solver.test.method.replace("auto", "dopri5")
 
     @torch.no_grad()
     def values_by(method: Method) -> Tensor:
         flow.solver = replace(solver, test=method)
-        found = values()
-        return found.reshape(len(found), -1)
+        result = values()
+        return result.reshape(len(result), -1)
 
     try:
-        if solver.test.method == "auto" and count > COMPARED:
+        if solver.test.method == "auto" and count > GRID_SAMPLES:
             exact = values_by(Method("dopri5"))
             for steps in GRIDS:
                 error = values_by(Method("rk4", steps=steps)) - exact
                 mean, worst = float(error.mean()), float(error.square().mean(1).max().sqrt())
-                if abs(mean) <= MEAN and worst <= WORST:
+                if abs(mean) <= MEAN_TOLERANCE and worst <= SAMPLE_TOLERANCE:
                     size = f"{mean:+.1e} in the mean and {worst:.1e} at most"
                     words = f"rk4 with {steps} step(s), which differs from dopri5 by {size}"
                     break

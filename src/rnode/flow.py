@@ -251,7 +251,8 @@ class Flow(nn.Module):
             if isinstance(layer, Piece):
                 path, evaluations = layer.inverse(z, c, self.method, intervals)
                 frames += [self._rearrange(z_t, factored, i) for z_t in path[1:]]
-                z, nfe = path[-1], nfe + evaluations
+                z = path[-1]
+                nfe += evaluations
             else:
                 z = layer.inverse(z, factored)
         return frames, nfe

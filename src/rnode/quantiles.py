@@ -7,7 +7,7 @@ from torch import Tensor
 
 KNOTS = 500  # of a column, at most
 ROWS_OF_A_KNOT = 10
-OUTER = 0.01  # share of the rows at either end that have one knot
+TAIL_SHARE = 0.01  # share of the rows at either end that have one knot
 SMALLEST_GAP = 1e-6  # between knots: repeated values have one
 
 
@@ -29,7 +29,7 @@ class Quantiles:
         """
         count = max(2, min(KNOTS, len(y) // ROWS_OF_A_KNOT))
         shares = (torch.arange(count, dtype=y.dtype) + 0.5) / count
-        kept = (shares > OUTER) & (shares < 1 - OUTER)
+        kept = (shares > TAIL_SHARE) & (shares < 1 - TAIL_SHARE)
         kept[[0, -1]] = True
         shares = shares[kept]
         normal = torch.special.ndtri(shares)

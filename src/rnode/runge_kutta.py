@@ -35,7 +35,7 @@ def step(
     """Step from y(t) to y(t + h) by dy/dt = f(t, y); `slopes` are f(t, y) where it is known."""
     nodes, rows, weights = TABLEAUS[method]
 
-    def moved(weights: Sequence[float]) -> Tensors:
+    def advance(weights: Sequence[float]) -> Tensors:
         parts = y
         for weight, slopes in zip(weights, stages, strict=True):
             if weight:
@@ -45,8 +45,8 @@ def step(
 
     stages = [f(time(t, y[0]), y) if slopes is None else slopes]
     for node, row in zip(nodes, rows, strict=True):
-        stages.append(f(time(t + node * h, y[0]), moved(row)))
-    return moved(weights)
+        stages.append(f(time(t + node * h, y[0]), advance(row)))
+    return advance(weights)
 
 
 def path(f: Callable, y: Tensors, times: Sequence[float], method: str) -> list[Tensors]:

@@ -18,7 +18,7 @@ from torchdiffeq import odeint, odeint_adjoint
 
 from rnode.dynamics import Dynamics, State, T
 from rnode.errors import Diverged, one_line, require, require_choice
-from rnode.names import ADAPTIVE, FIXED_GRID, GRADIENTS, INTEGRALS, NORMS
+from rnode.names import ADAPTIVE_METHODS, FIXED_GRID, GRADIENTS, INTEGRALS, NORMS
 from rnode.quadrature import radau, simpson
 from rnode.runge_kutta import Tensors, path, step, time
 
@@ -60,7 +60,7 @@ class Method:
     weights: tuple[float, ...] = field(init=False, repr=False)  # of the rule for l, E and n, if any
 
     def __post_init__(self):
-        require_choice("method", self.method, FIXED_GRID + ADAPTIVE)
+        require_choice("method", self.method, FIXED_GRID + ADAPTIVE_METHODS)
         require_choice("integrals", self.integrals, INTEGRALS)
         require_choice("norm", self.norm, NORMS)
         require(self.steps >= 1, f"steps={self.steps}: must be at least 1")
@@ -77,7 +77,7 @@ class Method:
 
     @property
     def adaptive(self) -> bool:
-        return self.method in ADAPTIVE
+        return self.method in ADAPTIVE_METHODS
 
     def odeint_options(self, dtype: torch.dtype) -> dict:
         """Keyword arguments of `odeint` for a state (z, …).

@@ -17,7 +17,7 @@ import rnode
 from rnode.app.exits import one_line_errors
 from rnode.app.processes import is_first_process, prepare_process, run_name
 from rnode.app.schema import COMMANDS, CONF, help_text
-from rnode.app.sweep import SWEPT, in_sweep
+from rnode.app.sweep import SWEPT_KEYS, in_sweep
 from rnode.app.validation import compose_config, quote, validate
 from rnode.training.results import DIVERGED, FAILED
 from rnode.training.run_folder import checkpoint_of
@@ -65,7 +65,7 @@ def run(command: str, arguments: list[str] | None = None) -> None:
         if flags.multirun:
             parsed = OverridesParser.create().parse_overrides(overrides)
             swept = [override for override in parsed if override.is_sweep_override()]
-            os.environ[SWEPT] = " ".join(override.key_or_group for override in swept)
+            os.environ[SWEPT_KEYS] = " ".join(override.key_or_group for override in swept)
             fixed = [override.input_line for override in parsed if override not in swept]
             overrides.append("hydra.mode=MULTIRUN")
         cfg = compose_config(command, fixed)

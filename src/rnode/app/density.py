@@ -23,7 +23,7 @@ from rnode.app.fitting import train_table, undisturbed
 from rnode.data.conditions import as_array
 from rnode.data.tables import as_frame, numbers, read_table
 from rnode.errors import InputError, require
-from rnode.evaluation import COMPARED, Rows, agreeing_grid, solve_and_measure
+from rnode.evaluation import GRID_SAMPLES, Rows, agreeing_grid, solve_and_measure
 from rnode.seeding import NOISE, sample_generators
 from rnode.training.callbacks import IMAGES, POINTS
 from rnode.training.checkpoint import load_checkpoint
@@ -178,11 +178,12 @@ class Density(DensityMixin, BaseEstimator):
             columns = {} if context is None else as_frame(context, where="context").to_dict()
             options["context"] = self.context or list(columns) or None
             if sample_weight is not None and options["weight"] is None:
-                columns[WEIGHT], options["weight"] = sample_weight, WEIGHT
+                columns[WEIGHT] = sample_weight
+                options["weight"] = WEIGHT
             if columns:
                 rows = read_table(rows.expanduser()) if isinstance(rows, Path) else rows
-                twice = [name for name in columns if name in rows.columns]
-                require(not twice, f"X: has a column {', '.join(twice)} already; rename it")
+                shared = [name for name in columns if name in rows.columns]
+                require(not shared, f"X: has a column {', '.join(shared)} already; rename it")
                 rows = as_frame(rows.to_dict() | columns, where="X")
             folder = Path(self.folder or stack.enter_context(TemporaryDirectory())).absolute()
             train_table(rows, folder, **options)
@@ -278,7 +279,7 @@ class Density(DensityMixin, BaseEstimator):
             return self.flow_.inverse(z[i], c[i]).cpu()
 
         def values() -> Tensor:
-            return self.data_.transform.inverse(invert(batches[0][:COMPARED]))
+            return self.data_.transform.inverse(invert(batches[0][:GRID_SAMPLES]))
 
         with agreeing_grid(self.flow_, values, n) as self.agreement_:
             return self.decode(torch.cat([invert(i) for i in batches]))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rnode.app.density import from_checkpoint
 from rnode.app.summary import print_numbers
-from rnode.evaluation import COMPARED, agreeing_grid, evaluate, solve_and_measure
+from rnode.evaluation import GRID_SAMPLES, agreeing_grid, evaluate, solve_and_measure
 from rnode.training.plots import save_figure
 
 EXTREMES = 32  # images in each half of extremes.png
@@ -19,11 +19,12 @@ EXTREMES = 32  # images in each half of extremes.png
 def main(cfg: DictConfig) -> float:
     """Write evaluation.json, samples.csv and extremes.png; return the bits/dim."""
     density = from_checkpoint(cfg)
-    data, flow, folder = density.data_, density.flow_, Path(cfg.folder)
+    data, flow = density.data_, density.flow_
+    folder = Path(cfg.folder)
     data.setup()
     weights = data.splits.weights_of(cfg.split)
     loader = data.eval_dataloader(cfg.split)
-    first = (part[:COMPARED] for part in next(iter(loader)))
+    first = (part[:GRID_SAMPLES] for part in next(iter(loader)))
     batch = data.transform.for_evaluation(*first, cfg.seed).to(density.device)
 
     def bits() -> Tensor:

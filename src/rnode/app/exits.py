@@ -63,7 +63,8 @@ def describe_error(error: Exception) -> tuple[str, int]:
     """
     if isinstance(error, HydraException) and isinstance(cause := error.__cause__, Exception):
         return describe_error(cause)  # Hydra wraps what a class that it builds raises
-    line, name = explain(error)[:1000], type(error).__name__
+    line = explain(error)[:1000]
+    name = type(error).__name__
     mistakes = InputError | ImportError | HydraException | OmegaConfBaseException
     if isinstance(error, mistakes) or name == "MisconfigurationException":  # of Lightning
         return line, 2

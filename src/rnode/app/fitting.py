@@ -43,9 +43,9 @@ def train_table(
     if not any(text.lstrip("+~").startswith("logger") for text in overrides):
         overrides.append("logger=csv")
     cfg = compose_config("train", overrides)
-    given = {k: v for k, v in options.items() if k in cfg.dataset and v is not None}
+    arguments = {k: v for k, v in options.items() if k in cfg.dataset and v is not None}
     # Names or numbers of NumPy, pandas or polars become those of Python.
-    plain = json.dumps(given, default=lambda v: v.tolist() if hasattr(v, "tolist") else list(v))
+    plain = json.dumps(arguments, default=lambda v: v.tolist() if hasattr(v, "tolist") else list(v))
     cfg.dataset.update(json.loads(plain))
     cfg.dataset.path = "" if isinstance(rows, pl.DataFrame) else str(rows.expanduser().absolute())
     cfg.trainer.max_time = options["max_time"] or cfg.trainer.max_time

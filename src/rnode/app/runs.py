@@ -43,9 +43,9 @@ class Run:
         self.result = {name: number for name, number in result.items() if number is not None}
         rows = results.read_metrics(folder / results.METRICS)
         self.rows = [{key: float(cell) for key, cell in row.items()} for row in rows]
-        tested = [name for name in results.TESTED if name in self.result]
-        whole = not tested or any(tested[0] in row for row in self.rows)  # the last to be logged
-        require(whole, f"{results.METRICS} is truncated: it lacks the test")
+        tested = [name for name in results.TEST_METRICS if name in self.result]
+        complete = not tested or any(tested[0] in row for row in self.rows)  # the last to be logged
+        require(complete, f"{results.METRICS} is truncated: it lacks the test")
 
     def label(self, *ignored: str) -> str:
         """Return how the run differs from the others, apart from seed and `ignored` settings."""

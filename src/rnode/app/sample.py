@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from rnode.app.density import from_checkpoint
 from rnode.training.plots import FRAMES, plot_trajectory, save_figure
 
-ANIMATED = 32  # images of an animation
+ANIMATION_SAMPLES = 32  # images of an animation
 
 
 @torch.no_grad()
@@ -19,7 +19,8 @@ def main(cfg: DictConfig) -> None:
 
     With trajectory=true, also trajectory.gif of images.
     """
-    density, folder = from_checkpoint(cfg), Path(cfg.folder)
+    density = from_checkpoint(cfg)
+    folder = Path(cfg.folder)
     context = OmegaConf.to_container(cfg.context)
     samples = density.sample(cfg.n, context, cfg.seed, cfg.temperature)
     save_figure(density.draw({"samples": samples}), folder / "samples.png")
@@ -30,8 +31,8 @@ def main(cfg: DictConfig) -> None:
         samples.with_columns(conditions).write_csv(folder / "samples.csv")
     if cfg.trajectory and density.columns_ is None:
         c = density.encode_context(context, cfg.n).to(density.device)
-        z = density.sample_z(c, cfg.seed, cfg.temperature)[:ANIMATED]
+        z = density.sample_z(c, cfg.seed, cfg.temperature)[:ANIMATION_SAMPLES]
         intervals = max(3, FRAMES // len(density.flow_.pieces))
-        frames = density.flow_.trajectory(z, c[:ANIMATED], intervals)
+        frames = density.flow_.trajectory(z, c[:ANIMATION_SAMPLES], intervals)
         plot_trajectory(density.data_.transform.inverse(frames).float().cpu(), folder)
     print(f"{cfg.n} samples by {density.agreement_} in {folder}")

@@ -16,7 +16,7 @@ from pydantic import (
     PositiveInt,
 )
 
-from rnode.names import ADAPTIVE, DIVERGENCES, FIXED_GRID, GRADIENTS, INTEGRALS, NORMS
+from rnode.names import ADAPTIVE_METHODS, DIVERGENCES, FIXED_GRID, GRADIENTS, INTEGRALS, NORMS
 from rnode.training.results import RESULTS
 
 PACKAGE = Path(__file__).resolve().parent.parent
@@ -72,7 +72,7 @@ class Model(Section):
 
 
 class Method(Section):
-    method: Literal[FIXED_GRID + ADAPTIVE] | None = key("method of torchdiffeq")
+    method: Literal[FIXED_GRID + ADAPTIVE_METHODS] | None = key("method of torchdiffeq")
     integrals: Literal[INTEGRALS] | None = key("how l, E, n are computed: with z, or by quadrature")
     steps: PositiveInt | None = key("steps of a fixed grid")
     rtol: PositiveFloat | None = key("relative tolerance of adaptive steps")

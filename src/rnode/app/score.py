@@ -17,7 +17,7 @@ from rnode.training.run_folder import whole_file
 
 SCORES = ("log_prob", "standard_error", "bits_per_dim", "rank")
 REASON = "contribution_"  # and the name of a column
-UNUSUAL = 5  # samples that are printed
+PRINTED_ROWS = 5  # samples that are printed
 
 
 def main(cfg: DictConfig) -> None:
@@ -37,7 +37,7 @@ def main(cfg: DictConfig) -> None:
         identity.with_columns(*scores, *reasons).write_csv(file)
     means = pl.concat([scores.mean(), scores.median(), scores.min(), scores.max()])
     print(means.with_columns(of=pl.Series(["mean", "median", "least", "largest"])))
-    unusual = identity.with_columns(scores[["log_prob", "rank"]]).sort("log_prob")[:UNUSUAL]
+    unusual = identity.with_columns(scores[["log_prob", "rank"]]).sort("log_prob")[:PRINTED_ROWS]
     print(f"the {len(unusual)} most unusual:\n{unusual}")
     print(f"written to {path}")
 

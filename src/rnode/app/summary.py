@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from rich.console import Console
 from rich.table import Table
 
-WIDE = 1000  # columns of a file or a pipe, which cut nothing off
+PIPE_WIDTH = 1000  # columns of a file or a pipe, which cut nothing off
 
 
 def print_numbers(title: str, numbers: Mapping[str, float | None]) -> None:
@@ -18,6 +18,6 @@ def print_numbers(title: str, numbers: Mapping[str, float | None]) -> None:
 
 
 def print_table(table: Table) -> None:
-    width = None if sys.stdout.isatty() else WIDE
+    width = None if sys.stdout.isatty() else PIPE_WIDTH
     # Not rich's own display in a notebook: whoever catches the standard output gets the table.
     Console(markup=False, highlight=False, width=width, force_jupyter=False).print(table)

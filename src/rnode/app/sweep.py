@@ -13,7 +13,7 @@ from rnode.app.exits import one_line_errors
 from rnode.errors import require
 from rnode.training.results import OVERRIDES, RESULT, read_result
 
-SWEPT = "RNODE_SWEPT"  # environment variable, for jobs: the keys that the sweep varies
+SWEPT_KEYS = "RNODE_SWEPT"  # environment variable, for jobs: the keys that the sweep varies
 LIMITS = {"trainer.max_epochs", "trainer.max_steps", "trainer.max_time"}
 # Keys, or their first letters, that do not change the result of a run.
 WITHOUT_EFFECT = ("ckpt_path", "logger", "callbacks.figures", "dataset.root", "trainer.accelerator")

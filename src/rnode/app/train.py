@@ -95,7 +95,7 @@ def name_wandb(wandb: DictConfig | None, folder: Path, overrides: list[str]) -> 
     wandb.tags = [*(f"{group}={choices[group]}" for group in groups), *wandb.tags]
     if sweep.in_sweep():
         wandb.group = wandb.group or folder.parent.name
-        keys = os.environ.get(sweep.SWEPT, "").split()  # a cluster may not pass it on
+        keys = os.environ.get(sweep.SWEPT_KEYS, "").split()  # a cluster may not pass it on
         swept = [text for text in overrides if text.split("=")[0].lstrip("+") in keys]
         wandb.name = wandb.name or " ".join(swept)
     wandb.name = wandb.name or folder.name
@@ -139,9 +139,9 @@ def fit(cfg: DictConfig, overrides: Sequence[str] = ()) -> dict[str, float | Non
             trainer.print(f"resuming from {cfg.ckpt_path}, step {step}, epoch {epoch}")
         if checkpoint is None and cfg.base != "normal":
             start(cfg, trainer, module, data)
-        begun = time.monotonic()
+        fit_start = time.monotonic()
         trainer.fit(module, data, ckpt_path=cfg.ckpt_path, weights_only=True)
-        ended = time.monotonic()
+        fit_seconds = time.monotonic() - fit_start
         best = trainer.checkpoint_callback
         tested = best.best_model_path if best else None
         if not tested:
@@ -152,8 +152,8 @@ def fit(cfg: DictConfig, overrides: Sequence[str] = ()) -> dict[str, float | Non
             if trainer.global_step == 0:  # ckpt_path=auto resumes from there
                 trainer.save_checkpoint(folder / "last.ckpt", weights_only=False)
         if cfg.base in ("mixture", "auto"):
-            left = left_of_training(trainer, ended - begun)
-            seconds = SHARE_OF_BASE * (ended + left - started) + left
+            left = left_of_training(trainer, fit_seconds)
+            seconds = SHARE_OF_BASE * (fit_start + fit_seconds + left - started) + left
             finish(cfg, trainer, module, data, seconds)
             tested = None
         trained = dict(trainer.callback_metrics)
@@ -230,10 +230,12 @@ def finish(
 
     None is fitted to z of a flow that was far behind.
     """
-    best, flow = trainer.checkpoint_callback, module.flow
+    best = trainer.checkpoint_callback
+    flow = module.flow
     if best and best.best_model_path:
         load_weights(flow, load_checkpoint(best.best_model_path))
-    flows, closed = [flow], Path(cfg.folder) / CLOSED_FORM
+    flows = [flow]
+    closed = Path(cfg.folder) / CLOSED_FORM
     if closed.exists():
         flows.append(copy.deepcopy(flow))
         load_weights(flows[1], load_checkpoint(closed))
@@ -241,7 +243,8 @@ def finish(
         trainer.print("training stopped: the flow was far behind the density in closed form")
         del flows[0]
     trainer.print(f"mixtures are fitted for {seconds:.0f} s at most")
-    rows, log_probs = validation_rows(trainer, data), []
+    rows = validation_rows(trainer, data)
+    log_probs = []
     for each in flows:
         fit = None
         if trainer.is_global_zero:
@@ -263,7 +266,8 @@ def finish(
 
 def warmup_steps(cfg: DictConfig, data: DataModule) -> int:
     """Return the steps of the warm-up, by default 50 but those of two epochs at most."""
-    n, steps = len(data.splits.train), cfg.warmup_steps
+    n = len(data.splits.train)
+    steps = cfg.warmup_steps
     if steps is None:
         steps = min(50, 2 * math.ceil(n / data.batch_size))
     if None in (cfg.dataset.batch_size, cfg.warmup_steps):

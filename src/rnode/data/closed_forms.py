@@ -29,18 +29,18 @@ SIZES = (4, 16, 64, 256, 1024)  # components
 SHRINKAGES = (0.0, 1.0)  # of their covariances
 FITS = 16  # of a mixture, whose densities are averaged
 TOLERANCE_OF_FITS = 1e-3  # of which more are then made in the same time
-MANY_ROWS = 50  # for a component and column: more are not used, and fewer need averages
+ROWS_PER_COLUMN = 50  # for a component and column: more are not used, and fewer need averages
 HEAVY_TAILS = 10.0  # degrees of freedom of a t distribution below which a radial layer is tried
-LEAST_ROWS = 20  # for a component
+ROWS_PER_COMPONENT = 20  # for a component
 COMPONENTS = 2048  # of all fits together, at most
 COVARIANCES = 1_000_000  # numbers in those of a mixture, at most
 NUMBERS = 20_000_000  # in the samples of a Gaussian, and in rows less the means of a mixture
-FEW_ROWS = 5_000  # that every mixture is fitted to, of tables that have them
+MIN_ROWS = 5_000  # that every mixture is fitted to, of tables that have them
 ROWS = 50_000  # that a mixture is fitted to, at most, unless it needs more
-MOST_ROWS = 200_000
+MAX_ROWS = 200_000
 TAILS = (1.0, 3.0, 10.0)  # standard deviations of the Gaussians that give a mixture broad tails
 MAX_DIMENSIONS = 4096  # beyond, a covariance would cost minutes
-SKEWED = 0.5  # skewness from which the logarithm of a positive column is tried
+SKEWNESS = 0.5  # skewness from which the logarithm of a positive column is tried
 NOISE_OF_C = 0.1  # labels are unit vectors, whose covariance would be singular
 
 
@@ -143,9 +143,9 @@ def promising(names: list[str], best_first: list[Candidate], size: int) -> list[
     return [name for name in names if not leaders[name].is_behind(best_first[0], errors=2)]
 
 
-def for_fit(batch: Batch, size: int, least: int = FEW_ROWS) -> Batch:
+def for_fit(batch: Batch, size: int, least: int = MIN_ROWS) -> Batch:
     """Return as many of the rows as a mixture of `size` Gaussians needs, but `least` of them."""
-    enough = max(least, MANY_ROWS * size * columns_of(batch))
+    enough = max(least, ROWS_PER_COLUMN * size * columns_of(batch))
     if enough >= len(batch.y):
         return batch
     chosen = torch.arange(enough) * len(batch.y) // enough
@@ -166,12 +166,12 @@ def columns_of(batch: Batch) -> int:
 
 def too_large(size: int, batch: Batch) -> bool:
     """Whether rows are too few, or have too many columns, for so many Gaussians."""
-    return len(batch.y) < size * LEAST_ROWS or size * columns_of(batch) ** 2 > COVARIANCES
+    return len(batch.y) < size * ROWS_PER_COMPONENT or size * columns_of(batch) ** 2 > COVARIANCES
 
 
 def few_rows(size: int, batch: Batch) -> bool:
     """Whether a mixture of so many Gaussians would fit the noise of the rows."""
-    return size > 1 and len(batch.y) < MANY_ROWS * size * columns_of(batch)
+    return size > 1 and len(batch.y) < ROWS_PER_COLUMN * size * columns_of(batch)
 
 
 def shrinkages_of(size: int, batch: Batch) -> tuple[float, ...]:
@@ -214,7 +214,7 @@ def transforms_of(data: DataModule, x: Tensor) -> dict[str, TableTransform]:
         rows = torch.cat([part for part in data.splits.parts if isinstance(part, Tensor)])
         for i, column in enumerate(columns):
             positive = bool((rows[:, i] + column.unit / 2 > 0).all())  # in every split
-            if positive and not column.bounds and skew(rows[:, i]) > SKEWED:
+            if positive and not column.bounds and skew(rows[:, i]) > SKEWNESS:
                 columns[i] = column._replace(log=True)
     transforms = {"as it is": plain}
     if columns != list(plain.columns):
@@ -225,8 +225,8 @@ def transforms_of(data: DataModule, x: Tensor) -> dict[str, TableTransform]:
             *t, nu = fit_t(y.double())
             if nu < HEAVY_TAILS:
                 radial = Radial.fit(y.double(), *t)
-                made = TableTransform(transform.columns, transform.whitening, radial)
-                transforms[f"{name}, radial"] = made
+                layers = (transform.whitening, radial)
+                transforms[f"{name}, radial"] = TableTransform(transform.columns, *layers)
     transforms = {"quantiles": TableTransform(columns).fit(x, quantiles=True)} | transforms
     # The last is the most robust: if there is time for one fit alone, it is the one.
     return dict(reversed(transforms.items()))
@@ -260,16 +260,16 @@ def fit_base(
     joint = torch.cat([c, batch.y.flatten(1)], dim=1).double()
     tolerance = TOLERANCE if fits == 1 else TOLERANCE_OF_FITS
     begin = start and without_tails(start)
-    found = []
-    while len(found) < fits:
-        fit = fit_mixture(joint, size, seed + len(found), end, shrinkage, begin, tolerance)
-        if found and time.monotonic() > end:  # it was cut off
+    mixtures: list[Parameters] = []
+    while len(mixtures) < fits:
+        fit = fit_mixture(joint, size, seed + len(mixtures), end, shrinkage, begin, tolerance)
+        if mixtures and time.monotonic() > end:  # it was cut off
             break
-        found.append(fit)
+        mixtures.append(fit)
         begin = None
-    weights, means, covariances = map(torch.cat, zip(*found, strict=True))
+    weights, means, covariances = map(torch.cat, zip(*mixtures, strict=True))
     scales = torch.tensor(TAILS, dtype=torch.float64)
-    rows = torch.cat([len(joint) / len(found) * weights, torch.ones_like(scales)])
+    rows = torch.cat([len(joint) / len(mixtures) * weights, torch.ones_like(scales)])
     tails = scales[:, None, None] * gaussian.factors
     return Mixture(
         rows / rows.sum(),
@@ -350,7 +350,7 @@ def fit_z(
 
     flow.train()  # its grid is exact enough for a fit, and several times faster
     transform: Any = data.transform
-    train = to_z(training_batch(data, transform, seed, ROWS if trained else MOST_ROWS))
+    train = to_z(training_batch(data, transform, seed, ROWS if trained else MAX_ROWS))
     flow.eval()
     val = to_z(transform.for_evaluation(*data.fetch("val", range(rows)), seed))
     weights = data.splits.weights_of("val")[:rows]
@@ -375,13 +375,16 @@ def fit_z(
         if too_large(size, train):
             continue
         failures += size > own
-        start, fits = (best.base if size == own else None), fits_of(size, train)
+        start = best.base if size == own else None
+        fits = fits_of(size, train)
         # The shrinkage of the best base comes first.
         for shrinkage in sorted(shrinkages_of(size, train), key=best.shrinkage.__ne__):
             base = fit_base(for_fit(train, size, ROWS), size, seed, end, shrinkage, start, fits)
-            found = candidate(base, shrinkage)
-            if best.is_behind(found, errors=1):
-                best, chosen, failures = found, size, 0
+            other = candidate(base, shrinkage)
+            if best.is_behind(other, errors=1):
+                best = other
+                chosen = size
+                failures = 0
                 break
     return best.base, best.log_prob
 

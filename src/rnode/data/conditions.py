@@ -106,8 +106,8 @@ def as_array(values: Any) -> np.ndarray:
 
 def label_of(value: Any) -> str:
     """Return the label of a value: 2.0 is the label 2."""
-    whole = isinstance(value, float) and value.is_integer()
-    return str(int(value) if whole else value)
+    integer = isinstance(value, float) and value.is_integer()
+    return str(int(value) if integer else value)
 
 
 def fit_column(name: str, values: np.ndarray) -> Numeric | Label:

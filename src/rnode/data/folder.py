@@ -17,9 +17,9 @@ from rnode.data.splits import SPLIT_WORDS, Splits, hold_out, image_splits
 from rnode.errors import InputError, one_line, require
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".gif")
-WIDE = ("I", "F")  # modes of 16 and 32 bits, whose white is not known
-DEEP = ";16"  # in the mode of a file of 16 bits, of which Pillow keeps the upper eight
-UNLABELED = ("unlabeled", "unlabelled")  # folders that are no class
+DEEP_MODES = ("I", "F")  # modes of 16 and 32 bits, whose white is not known
+DEEP_SUFFIX = ";16"  # in the mode of a file of 16 bits, of which Pillow keeps the upper eight
+UNLABELED_FOLDERS = ("unlabeled", "unlabelled")  # folders that are no class
 SIDE = 64  # of images whose own sizes differ or are too large
 LARGEST_SIDE = 256  # of images that keep their size
 
@@ -47,14 +47,17 @@ def image_folder(
     for name, part in hold_out(files, validation, test).items():
         images[name], decoded = decode_all(part, shape, on_error)
         folders = [(*path.relative_to(folder).parts[divided:-1], "")[0] for path in decoded]
-        labels[name] = np.array(["" if first.lower() in UNLABELED else first for first in folders])
+        classes = ["" if first.lower() in UNLABELED_FOLDERS else first for first in folders]
+        labels[name] = np.array(classes)
     return image_splits(images, labels, **options)
 
 
 def find_images(folder: Path) -> np.ndarray:
     """Return the image files below a folder, in order; links are followed, to each file once."""
     require(folder.is_dir(), f"root={folder}: there is no such folder")
-    images, left_out, errors = {}, Counter(), []
+    images = {}
+    left_out = Counter()
+    errors = []
     for place, folders, names in os.walk(folder, onerror=errors.append, followlinks=True):
         paths = [Path(place, name) for name in (*folders, *names)]
         folders.clear()  # those to enter follow
@@ -89,7 +92,7 @@ def divide(folder: Path, files: np.ndarray) -> tuple[dict[str, np.ndarray], bool
     split = np.array([SPLIT_WORDS.get(name.lower(), "") for name in first])
     others = Counter(name for name, word in zip(first, split, strict=True) if not word)
     known = sorted(set(split) - {""})
-    classes = {name.lower() for name in others} - {*UNLABELED, "no folder"}
+    classes = {name.lower() for name in others} - {*UNLABELED_FOLDERS, "no folder"}
     if "train" in known and (len(known) > 1 or not classes):
         print_left_out(folder, others)
         return {name: files[split == name] for name in known}, True
@@ -140,7 +143,8 @@ def decode_all(
 ) -> tuple[Tensor, np.ndarray]:
     """Decode files in threads: uint8 (N, *shape), and the files that are not broken."""
     images = np.empty((len(paths), *shape), np.uint8)
-    broken, hint = [], on_error and "; on_error=skip leaves such files out"
+    broken = []
+    hint = on_error and "; on_error=skip leaves such files out"
 
     def read(i: int) -> None:
         try:
@@ -175,7 +179,7 @@ def decode(path: Path, shape: Sequence[int]) -> np.ndarray:
     channels, height, width = shape
     try:
         with Image.open(path) as opened:
-            deep = opened.mode.startswith(WIDE) or DEEP in str(opened.tile)
+            deep = opened.mode.startswith(DEEP_MODES) or DEEP_SUFFIX in str(opened.tile)
             image = ImageOps.exif_transpose(opened)
             image.load()
     except Exception as error:  # whatever Pillow makes of the bytes of a file

@@ -16,7 +16,7 @@ BLOCKS = 10  # of rows
 PASSES = 100  # over all rows, at most
 TOLERANCE = 2e-4  # nats, see `fit_mixture`
 RIDGE = 1e-4  # added to the variances of a component; those of all rows are about 1
-SMALLEST = 1e-3  # rows that a component has at least: of fewer, sums are errors of rounding
+ROW_FLOOR = 1e-3  # rows that a component has at least: of fewer, sums are errors of rounding
 NUMBERS = 250_000  # that a processor's cache holds
 
 Parameters = tuple[Tensor, Tensor, Tensor]  # weights (J,), means (J, d), covariances (J, d, d)
@@ -121,7 +121,7 @@ def maximize(sums: Tensor, shrinkage: float = 0.0) -> Parameters:
     in regularized discriminant analysis (Friedman, 1989).
     """
     d = math.isqrt(sums.shape[1])
-    rows = sums[:, 0].clamp(min=SMALLEST)
+    rows = sums[:, 0].clamp(min=ROW_FLOOR)
     means, products = (sums[:, 1:] / rows[:, None]).split((d, d * d), dim=1)
     outer = means[:, :, None] * means[:, None, :]
     covariances = products.view_as(outer) - outer

@@ -19,8 +19,8 @@ SPLIT_NAMES = {"train": "training", "val": "validation", "test": "test"}
 SPLIT_WORDS = {"train": "train", "training": "train", "val": "val", "valid": "val"}
 SPLIT_WORDS |= {"validation": "val", "dev": "val", "test": "test", "testing": "test"}
 UNCONDITIONAL = Conditions({})
-COUNTED = 10_000_000  # rows of weighted ones to which a transform is fitted, at most
-HASHED = 2**31  # bytes of a split: larger ones are memory-mapped, and reading them takes minutes
+FIT_ROWS = 10_000_000  # rows of weighted ones to which a transform is fitted, at most
+HASH_BYTES = 2**31  # of a split: larger ones are memory-mapped, and reading them takes minutes
 
 
 @dataclass
@@ -46,7 +46,7 @@ class Splits:
     def fit(self) -> "Splits":
         """Fit the transform and the conditions to the training split."""
         if not self.fitted:
-            train = self.train if self.weights is None else self.train[self.represent(COUNTED)]
+            train = self.train if self.weights is None else self.train[self.represent(FIT_ROWS)]
             self.encode(self.transform.fit(train), Conditions.fit(self.columns[0]))
         return self
 
@@ -83,17 +83,17 @@ class Splits:
 
     def hashes(self) -> dict[str, Tensor] | None:
         """Return a hash (N,) of each sample's bytes; None for samples drawn afresh, or too many."""
-        if not all(isinstance(x, Tensor) and x.nbytes < HASHED for x in self.parts):
+        if not all(isinstance(x, Tensor) and x.nbytes < HASH_BYTES for x in self.parts):
             return None
         return {name: hash_rows(x) for name, x in zip(SPLIT_NAMES, self.parts, strict=True)}
 
     def restore(self, known: Mapping[str, Tensor]) -> None:
         """Move each sample whose hash is in `known` to the split that has it there."""
         x = torch.cat(self.parts)
-        found = hash_rows(x)
+        hashes = hash_rows(x)
         here = np.repeat(range(3), [len(part) for part in self.parts])
         for i, name in reversed(list(enumerate(SPLIT_NAMES))):  # training is the last word
-            here[np.isin(found, known[name])] = i
+            here[np.isin(hashes, known[name])] = i
         columns = {k: np.concatenate([v[k] for v in self.columns]) for k in self.columns[0]}
         places = [np.flatnonzero(here == i) for i in range(3)]
         self.train, self.val, self.test = (x[place] for place in places)

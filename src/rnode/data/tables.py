@@ -19,11 +19,11 @@ from rnode.data.splits import SPLIT_NAMES, SPLIT_WORDS, Splits, count_of, hold_o
 from rnode.errors import InputError, one_line, require
 from rnode.transforms import Column, TableTransform
 
-MISSING = ["", "-", "?", "na", "n/a", "#n/a", "<na>", "nan", "nat", "none", "null"]
+MISSING_VALUES = ["", "-", "?", "na", "n/a", "#n/a", "<na>", "nan", "nat", "none", "null"]
 SIGN = "[$€£¥%]"  # of money or per cent: all cells of a column have the same, or none has one
 THOUSANDS = r"^[+-]?\d{1,3}([,'’\s]\d{3})+(\.\d*)?$"  # such as 1,234.5
 DECIMAL_COMMA = r"^\s*[+-]?(\d*|\d{1,3}(\.\d{3})+),\d+\s*$"  # in a file with semicolons
-NAMELESS = r"|Unnamed: \d+|__index_level_\d+__"  # what files hold for the index of pandas
+INDEX_NAMES = r"|Unnamed: \d+|__index_level_\d+__"  # what files hold for the index of pandas
 SMALLEST_UNIT = 1e-6  # of the range of a column that is rounded
 REPETITION_LIMIT = 0.01  # share of the rows above which a repeated value is worth a warning
 IN_PYTHON: ContextVar[bool] = ContextVar("IN_PYTHON", default=False)  # how `hint` names options
@@ -51,15 +51,15 @@ def table(
     weighing = choose("weight", weight and [weight], frame.columns)
     usable = frame.select(cs.numeric(), cs.string(), cs.boolean()).columns
     labels = choose("context", context, usable)
-    given = [*labels, *split, *weighing]
-    rest = frame.drop(given)
+    others = [*labels, *split, *weighing]
+    rest = frame.drop(others)
     names = choose("columns", columns, rest.columns) or numeric(rest, file)
     x = numbers(frame, [*names, *weighing], file)
-    others = [f"{c.name or 'no name'} ({c.dtype})" for c in rest.drop(names)]
+    left_out = [f"{c.name or 'no name'} ({c.dtype})" for c in rest.drop(names)]
     words = f"{file}: {len(frame)} rows; modelled: {listed(names)}"
-    print(f"{words}; given: {listed(given)}" if given else words)
-    if others:
-        announce(f"{file}: left out: {listed(others)}")
+    print(f"{words}; given: {listed(others)}" if others else words)
+    if left_out:
+        announce(f"{file}: left out: {listed(left_out)}")
     frame = complete(frame.with_columns(x), [*names, *labels, *weighing], missing, file)
     for name in weighing:
         low, high = frame[name].min() or 0, frame[name].max() or 0
@@ -70,7 +70,8 @@ def table(
     rounded = dict.fromkeys(choose("integer", integer, names), (1.0, 0.0))
     rounded = grids_of(frame[names], file) if integer is None else rounded
     grids = dict.fromkeys(names, (0.0, 0.0)) | rounded  # the unit and the origin of each column
-    logit, bounds = logit or {}, {}
+    logit = logit or {}
+    bounds = {}
     for name, (low, high) in zip(choose("logit", logit, names), logit.values(), strict=True):
         bounds[name] = (float(low), float(high) + grids[name][0])  # x + noise is below x + unit
     logs = choose("log", log, [name for name in names if name not in bounds])
@@ -87,13 +88,13 @@ def table(
 
 def numeric(frame: pl.DataFrame, file: str) -> list[str]:
     """Return the columns of numbers; some other text among the numbers of one is an error."""
-    columns = [column for column in frame if not re.fullmatch(NAMELESS, column.name)]
+    columns = [column for column in frame if not re.fullmatch(INDEX_NAMES, column.name)]
     for column in columns:
         if column.dtype == pl.String and 2 * to_numbers(column).count() > column.count():
             numbers(frame, [column.name], file)
     names = [column.name for column in columns if column.dtype.is_numeric()]
-    held = listed([f"{column.name}: {column.dtype}" for column in frame])
-    require(bool(names), f"{file}: has no numeric column to model ({held})")
+    types = listed([f"{column.name}: {column.dtype}" for column in frame])
+    require(bool(names), f"{file}: has no numeric column to model ({types})")
     return names
 
 
@@ -128,7 +129,9 @@ def grids_of(frame: pl.DataFrame, file: str) -> dict[str, tuple[float, float]]:
 
     A column is rounded if a value is repeated often. Its unit is the smallest difference of values.
     """
-    grids, whole, repeated = {}, [], []
+    grids = {}
+    unrounded = []  # columns of whole numbers
+    spiked = []  # columns with a repeated value
     for column in frame:
         values = column.unique().sort().cast(pl.Float64)
         often = column.unique_counts().max() > max(2, REPETITION_LIMIT * len(frame))
@@ -139,17 +142,17 @@ def grids_of(frame: pl.DataFrame, file: str) -> dict[str, tuple[float, float]]:
         if len(values) > 1 and often and unit > SMALLEST_UNIT * width:
             grids[column.name] = (1.0, 0.0) if integers else (unit, values[0])
         elif len(values) > 1 and integers:
-            whole.append(column.name)
+            unrounded.append(column.name)
         elif often:
-            repeated.append(column.name)
+            spiked.append(column.name)
     if grids:
         units = listed([f"{name} ({unit:g})" for name, (unit, _) in grids.items()])
         announce(f"{file}: rounded columns get noise of their unit: {units}")
-    if whole:
-        words = f"whole numbers in {listed(whole)}, whose density rises without bound"
-        announce(f"{file}: {words}; {hint('integer', whole)} dequantizes them")
-    if repeated:
-        words = f"a repeated value, where the density rises without bound: {listed(repeated)}"
+    if unrounded:
+        words = f"whole numbers in {listed(unrounded)}, whose density rises without bound"
+        announce(f"{file}: {words}; {hint('integer', unrounded)} dequantizes them")
+    if spiked:
+        words = f"a repeated value, where the density rises without bound: {listed(spiked)}"
         announce(f"{file}: {words}; leave these columns out")
     return grids
 
@@ -302,7 +305,7 @@ def to_column(values: Any) -> pl.Series:
         values = pl.Series(array)
     if values.dtype in (pl.String, pl.Categorical, pl.Enum):
         values = values.cast(pl.String).str.strip_chars()
-        values = values.set(values.str.to_lowercase().is_in(MISSING), None)
+        values = values.set(values.str.to_lowercase().is_in(MISSING_VALUES), None)
     if values.count() == 0:
         return values.cast(pl.Null)
     if values.dtype != pl.String:

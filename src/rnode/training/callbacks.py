@@ -100,7 +100,8 @@ class StopBehindClosedForm(Callback):
     def on_validation_end(self, trainer: Trainer, module: RNODE) -> None:
         if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
-        step, share = trainer.global_step, passed(trainer)
+        step = trainer.global_step
+        share = passed(trainer)
         self.validations.append((step, float(trainer.callback_metrics["val/bits_per_dim"])))
         if share >= 3 / 4:
             half = step / (2 * share)  # the step at half of the run
@@ -123,7 +124,8 @@ class Figures(Callback):
     """
 
     def __init__(self, folder: str, every_n_epochs: int):
-        self.path, self.every_n_epochs = Path(folder) / "samples.png", every_n_epochs
+        self.path = Path(folder) / "samples.png"
+        self.every_n_epochs = every_n_epochs
 
     def on_train_start(self, trainer: Trainer, module: RNODE) -> None:
         self.drawn = trainer.current_epoch // self.every_n_epochs
@@ -141,7 +143,8 @@ class Figures(Callback):
     @torch.no_grad()
     def draw(self, trainer: Trainer, module: RNODE, stage: str) -> None:
         """Write and log a figure of validation data and as many samples for the same c."""
-        data, device = trainer.datamodule, module.device
+        data = trainer.datamodule
+        device = module.device
         images = isinstance(data.transform, ImageTransform)
         count = min(IMAGES if images else POINTS, len(data.splits.val))
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):

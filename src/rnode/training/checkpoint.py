@@ -36,9 +36,9 @@ def load_checkpoint(path: str | Path) -> dict:
     except Exception as error:  # any error that the bytes of a file can cause
         reason = one_line(error)[:100]
         raise InputError(f"ckpt_path={path}: is damaged or not a checkpoint ({reason})") from None
-    found = checkpoint.get("format") if isinstance(checkpoint, dict) else None
+    number = checkpoint.get("format") if isinstance(checkpoint, dict) else None
     reads = f"this version of rnode reads format {FORMAT}; use the version that wrote it"
-    require(found == FORMAT, f"ckpt_path={path}: has format {found or 'none'}, and {reads}")
+    require(number == FORMAT, f"ckpt_path={path}: has format {number or 'none'}, and {reads}")
     return checkpoint
 
 

@@ -20,7 +20,8 @@ class GaussianBaseline(Callback):
     bits: float | None = None
 
     def on_fit_start(self, trainer: Trainer, module: RNODE) -> None:
-        data, bits = trainer.datamodule, None
+        data = trainer.datamodule
+        bits = None
         if isinstance(module.flow.base, Normal) and trainer.is_global_zero:
             bits = gaussian_bits(data, validation_rows(trainer, data), data.seed)
         self.bits = trainer.strategy.broadcast(bits)

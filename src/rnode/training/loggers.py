@@ -23,7 +23,8 @@ class MetricsCSV(Logger):
 
     def __init__(self, path: Path, checkpoint: dict | None = None):
         super().__init__()
-        self.path, self.columns = path, []
+        self.path = path
+        self.columns = []
         if rank_zero_only.rank == 0:
             rows = [] if checkpoint is None else read_metrics(path)
             done = (row for row in rows if int(row["step"]) < checkpoint["global_step"])

@@ -27,7 +27,7 @@ from rnode.training.graphs import RecordedSolves
 from rnode.training.schedule import decay_passed
 from rnode.transforms import Batch
 
-NEVER = torch.iinfo(torch.int64).max
+NO_STEP = torch.iinfo(torch.int64).max
 
 
 class RNODE(LightningModule):
@@ -61,7 +61,7 @@ class RNODE(LightningModule):
         self.evaluated = CatMetric(nan_strategy="disable")
         self.validation_bits = torch.zeros(0)  # bits/dim of the validation samples, ascending;
         # of weighted ones, as many quantiles
-        self.first_bad_step = torch.tensor(NEVER)  # on the device, so that no step waits for it
+        self.first_bad_step = torch.tensor(NO_STEP)  # on the device, so that no step waits for it
         self.reason = ""  # why a solver gave up in this process
         self.step = 0  # the training step that runs
         self.solution: Solution | None = None  # of this step
@@ -75,7 +75,8 @@ class RNODE(LightningModule):
         return last or (self.step + 1) % max(1, self.trainer.log_every_n_steps) == 0
 
     def on_fit_start(self) -> None:
-        trainer, solver = self.trainer, self.flow.solver
+        trainer = self.trainer
+        solver = self.flow.solver
         alone = self.device.type == "cuda" and trainer.world_size == 1
         window = trainer.accumulate_grad_batches  # a replay overwrites the gradients
         ours = all(isinstance(piece.field, Field) for piece in self.flow.pieces)
@@ -133,7 +134,7 @@ class RNODE(LightningModule):
         norm = get_total_norm(p.grad for p in self.parameters() if p.grad is not None)
         self.log_step({"gradient_norm": norm, "lr": optimizer.param_groups[0]["lr"]})
         now = torch.full_like(norm, self.step, dtype=torch.int64)
-        now = now.masked_fill(norm.isfinite(), NEVER)
+        now = now.masked_fill(norm.isfinite(), NO_STEP)
         self.first_bad_step = torch.minimum(self.first_bad_step.to(norm.device), now)
         # An accelerator would wait for every check, so it checks when its metrics are read.
         if self.device.type == "cpu" or self.logs:
@@ -142,7 +143,7 @@ class RNODE(LightningModule):
     def raise_if_diverged(self) -> None:
         """Raise Diverged if a gradient was NaN or infinite, which all processes see together."""
         step = int(self.first_bad_step)
-        if step < NEVER:
+        if step < NO_STEP:
             what = "the gradient became NaN or infinite"
             raise Diverged(f"{self.reason}{what} at training step {step}")
 
@@ -152,10 +153,11 @@ class RNODE(LightningModule):
             nfe = solution.nfe_forward
         except Diverged as error:
             self.reason = f"{error}; "
-            nfe, measures = 0, 3 * [torch.full_like(batch.log_det, math.nan)]
+            nfe = 0
+            measures = 3 * [torch.full_like(batch.log_det, math.nan)]
         self.evaluated.update(torch.stack([batch.index, batch.log_det, *measures], dim=1))
-        stage, size = "test" if self.trainer.testing else "val", len(batch.index)
-        self.log(f"{stage}/nfe_forward", nfe, batch_size=size, sync_dist=True)
+        stage = "test" if self.trainer.testing else "val"
+        self.log(f"{stage}/nfe_forward", nfe, batch_size=len(batch.index), sync_dist=True)
 
     def on_validation_epoch_end(self) -> None:
         rows = self.evaluated.compute()
@@ -163,7 +165,8 @@ class RNODE(LightningModule):
         # Distributed samplers repeat samples to fill the last batch: each sample counts once.
         rows = rows[rows[:, 0].argsort(stable=True)]
         rows = rows[rows[:, 0].diff(prepend=rows.new_tensor([-1])) > 0]
-        index, columns = rows[:, 0].long().cpu(), rows[:, 1:].T
+        index = rows[:, 0].long().cpu()
+        columns = rows[:, 1:].T
         stage = "test" if self.trainer.testing else "val"
         weights = self.trainer.datamodule.splits.weights_of(stage)[index]
         log_det, bits, kinetic, jacobian = weighted_mean(columns, weights)

@@ -85,7 +85,8 @@ def plot_corner(panels: dict[str, Tensor], names: list[str]) -> Figure:
     the axes show 99.8 % of it in each column.
     """
     names = [name.replace("$", r"\$") for name in names[:10]]  # no formulas
-    count, first = len(names), next(iter(panels.values()))
+    count = len(names)
+    first = next(iter(panels.values()))
     points = first[:, :count].numpy().astype(np.float64)
     points[~np.isfinite(points)] = np.nan
     low, high = np.nan_to_num(np.nanquantile(points, [0.001, 0.999], axis=0))
@@ -95,7 +96,8 @@ def plot_corner(panels: dict[str, Tensor], names: list[str]) -> Figure:
     figure, axes = subplots(2 * count + 2, 2 * count + 2, count, count)
     for k, (title, points) in enumerate(panels.items()):
         for i, j in np.ndindex(count, count):
-            ax, color = axes[i, j], COLOURS[k]
+            ax = axes[i, j]
+            color = COLOURS[k]
             if i == j:
                 bins = np.linspace(low[i], high[i], edges)
                 values = points[:, i].numpy()

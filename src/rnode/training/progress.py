@@ -71,6 +71,7 @@ class Progress(Callback):
         """Print the line of the last validation, unless it has been printed."""
         if self.line:
             trainer.print(self.line)
-        self.line, self.printed = "", time.monotonic()
+        self.line = ""
+        self.printed = time.monotonic()
 
     on_fit_end = on_exception = print_line  # the lines of a run of short epochs are a second apart

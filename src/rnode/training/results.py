@@ -14,9 +14,9 @@ RESULT, DIVERGED, FAILED = "result.json", "diverged.txt", "failed.txt"
 BITS = "val/bits_per_dim"
 GAUSSIAN = "val/bits_per_dim_gaussian"
 MEASURES = ("bits_per_dim", "nfe_forward", "kinetic", "jacobian")  # of each split
-TESTED = tuple(f"test/{name}" for name in (*MEASURES, "bits_per_dim_se"))
-TRAINED = ("train/seconds", "train/nfe_forward", "train/nfe_backward")
-RESULTS = (BITS, "val/nfe_forward", *TRAINED, *TESTED)  # the names in result.json
+TEST_METRICS = tuple(f"test/{name}" for name in (*MEASURES, "bits_per_dim_se"))
+TRAIN_METRICS = ("train/seconds", "train/nfe_forward", "train/nfe_backward")
+RESULTS = (BITS, "val/nfe_forward", *TRAIN_METRICS, *TEST_METRICS)  # the names in result.json
 
 
 def read_metrics(path: Path) -> list[dict[str, str]]:
@@ -29,8 +29,8 @@ def read_metrics(path: Path) -> list[dict[str, str]]:
         return []
     text = path.read_text(encoding="utf-8", errors="replace")
     lines = text.splitlines(keepends=True)
-    whole = lines if text.endswith("\n") else lines[:-1]  # a full disk cuts the last one
-    rows = [{key: cell for key, cell in row.items() if cell} for row in csv.DictReader(whole)]
+    complete = lines if text.endswith("\n") else lines[:-1]  # a full disk cuts the last one
+    rows = [{key: cell for key, cell in row.items() if cell} for row in csv.DictReader(complete)]
     damaged = "\0" in text or any("step" not in row or None in row for row in rows)
     require(not damaged, f"{path} is damaged; a run goes on without it once it is removed")
     return rows

@@ -35,7 +35,8 @@ class SaveAndStop(Callback):
     """
 
     def __init__(self, folder: str, every_n_steps: int):
-        self.path, self.every_n_steps = Path(folder) / "last.ckpt", every_n_steps
+        self.path = Path(folder) / "last.ckpt"
+        self.every_n_steps = every_n_steps
         self.received = 0  # the signal that this process received
         self.step = self.saved = 0  # the last training step, and the one of the last checkpoint
         self.epoch = self.used = 0  # that step used the batches of this epoch up to `used`

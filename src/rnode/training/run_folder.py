@@ -70,14 +70,14 @@ def environment() -> dict[str, str]:
     """Return the machine, the versions and, of a checkout, the commit."""
     import torch  # --help and invalid arguments do not wait for it
 
-    found = {"python": platform.python_version(), "rnode": rnode.__version__}
-    found |= {name: version(name) for name in PACKAGES}
-    found["system"] = platform.platform()
+    facts = {"python": platform.python_version(), "rnode": rnode.__version__}
+    facts |= {name: version(name) for name in PACKAGES}
+    facts["system"] = platform.platform()
     if torch.cuda.is_available():
-        found["device"] = torch.cuda.get_device_name()
+        facts["device"] = torch.cuda.get_device_name()
     checkout = Path(__file__).parents[3]
     if (checkout / ".git").exists():
         command = ["git", "-C", checkout, "describe", "--always", "--dirty", "--abbrev=12"]
         with contextlib.suppress(OSError, subprocess.CalledProcessError):  # git is not installed
-            found["commit"] = subprocess.check_output(command, text=True).strip()
-    return found
+            facts["commit"] = subprocess.check_output(command, text=True).strip()
+    return facts

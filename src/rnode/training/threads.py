@@ -12,20 +12,22 @@ from rnode.loss import objective
 from rnode.training.module import RNODE
 
 REPETITIONS = 3  # timed steps of each number of threads
-WATCHED, SLOWER = 9, 2.0  # steps after which their median is compared, and the ratio that matters
+WINDOW = 9  # steps whose median is compared
+SLOWDOWN = 2.0  # ratio from which threads are chosen again
 
 
 class Threads(Callback):
     """Takes the number of threads, a power of two, by which a training step is fastest.
 
     Threads wait for one another thousands of times in a step, for long if another program uses a
-    core. They are chosen again when steps have become SLOWER times as slow. `count`, or else
+    core. They are chosen again when steps have become SLOWDOWN times as slow. `count`, or else
     OMP_NUM_THREADS, fixes their number, and a run that resumes goes on with those that it had.
     """
 
     def __init__(self, count: int | None):
         self.fixed = count or int((os.environ.get("OMP_NUM_THREADS") or "0").split(",")[0])
-        self.count, self.usual = 0, 0.0  # threads, and seconds of each evaluation of f with them
+        self.count = 0
+        self.usual = 0.0  # seconds of each evaluation of f with so many threads
         self.recent = []
 
     def on_train_start(self, trainer: Trainer, module: RNODE) -> None:
@@ -41,7 +43,8 @@ class Threads(Callback):
         batch = data.transform.for_evaluation(*data.fetch("train", index), module.seed)
 
         def seconds() -> float:
-            start, generator = time.perf_counter(), torch.Generator().manual_seed(module.seed)
+            start = time.perf_counter()
+            generator = torch.Generator().manual_seed(module.seed)
             with trainer.precision_plugin.train_step_context():
                 solution = module.flow.solve(batch.y, batch.c, generator)
                 loss = objective(solution.state, module.lambda_k, module.lambda_j, solution.log_q)
@@ -49,17 +52,18 @@ class Threads(Callback):
             return time.perf_counter() - start
 
         cores = usable_cores()
-        found: dict[int, float] = {}
+        timings: dict[int, float] = {}
         for count in (2**k for k in range(cores.bit_length())):
             torch.set_num_threads(count)
-            found[count] = seconds()  # starts the threads, or takes minutes on a busy machine
-            if found[count] < SLOWER * min(found.values()):
-                found[count] = statistics.median(seconds() for _ in range(REPETITIONS))
-            if found[count] > min(found.values()):
+            timings[count] = seconds()  # starts the threads, or takes minutes on a busy machine
+            if timings[count] < SLOWDOWN * min(timings.values()):
+                timings[count] = statistics.median(seconds() for _ in range(REPETITIONS))
+            if timings[count] > min(timings.values()):
                 break
-        self.count, self.usual = min(found, key=found.__getitem__), 0.0
+        self.count = min(timings, key=timings.__getitem__)
+        self.usual = 0.0
         torch.set_num_threads(self.count)
-        timed = ", ".join(f"{found[count]:.2g} s with {count}" for count in found)
+        timed = ", ".join(f"{timings[count]:.2g} s with {count}" for count in timings)
         trainer.print(f"{self.count} of {cores} threads: a gradient takes {timed}")
 
     def on_train_batch_start(self, *_) -> None:
@@ -67,10 +71,11 @@ class Threads(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, module: RNODE, *_) -> None:
         self.recent.append((time.perf_counter() - self.began) / max(1, module.nfe))
-        if self.count and len(self.recent) >= WATCHED:
-            now, self.recent = statistics.median(self.recent), []
+        if self.count and len(self.recent) >= WINDOW:
+            now = statistics.median(self.recent)
+            self.recent = []
             self.usual = self.usual or now
-            if now > SLOWER * self.usual:
+            if now > SLOWDOWN * self.usual:
                 self.choose(trainer, module)
 
     def state_dict(self) -> dict:
