@@ -37,8 +37,8 @@ from contenders import (
     train,
     zuko_cnf,
 )
+from rnode.app.base import END_SHARE, START_SHARE
 from rnode.app.processes import prepare_process
-from rnode.app.train import SHARE_OF_BASE
 from rnode.data.datamodule import DataModule
 from rnode.data.densities import DENSITIES
 from rnode.data.images import digits, named_images
@@ -119,7 +119,7 @@ def run(name: str, dataset: str, seconds: float, root: str, seed: int) -> list[P
 
 def fit(dataset: str, seconds: float, seed: int) -> Point:
     """Train as a user of a table does; a tenth of max_time goes to fits before the training."""
-    training = seconds / (1 + 0.1 + SHARE_OF_BASE)
+    training = seconds / (1 + START_SHARE + END_SHARE)
     rows = DENSITIES[dataset](POOL, np.random.default_rng(0))
     density = rnode.fit(rows, max_time=as_time(training), overrides=[f"seed={seed}"])
     return Point(seconds, *(-density.score(x.numpy()) for x in points(dataset)[1:]))

@@ -52,8 +52,8 @@ import rnode
 from common import as_time, write_record
 from contenders import Make, Parts, maf, nsf, ot_cfm, train_best
 from rnode import Method
+from rnode.app.base import END_SHARE, START_SECONDS, START_SHARE
 from rnode.app.processes import prepare_process
-from rnode.app.train import FIT_SECONDS, SHARE_OF_BASE
 from rnode.data.closed_forms import fit_candidates
 from rnode.data.datamodule import DataModule
 from rnode.data.tables import table
@@ -168,7 +168,7 @@ def fit_closed_form(path: str, seconds: float, seed: int) -> tuple[TableTransfor
         data = DataModule(table, None, ROWS, path=path, split_column="split")
         data.setup()
     start = time.process_time()
-    limit = min(FIT_SECONDS, seconds / 10)
+    limit = min(START_SECONDS, START_SHARE * seconds)
     candidates = fit_candidates(data, "auto", len(data.splits.val), seed, limit)
     return candidates[0].transform, time.process_time() - start
 
@@ -177,7 +177,7 @@ def rnode_auto(split: Split, seconds: float, seed: int) -> np.ndarray:
     with tempfile.TemporaryDirectory() as folder:
         path = write(split, folder)
         _, spent = fit_closed_form(path, seconds, seed)
-        training = seconds / (1 + SHARE_OF_BASE) - spent
+        training = seconds / (1 + END_SHARE) - spent
         return fit_rnode(path, training, seed, "auto").log_prob(split.test.numpy())
 
 

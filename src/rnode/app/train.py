@@ -1,7 +1,6 @@
 """The command `train`: build data and flow, fit, test the best weights, and write the result."""
 
 import contextlib
-import copy
 import math
 import os
 import sys
@@ -14,27 +13,22 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
-from pytorch_lightning.callbacks import Timer
-from rich.table import Table
 
 from rnode.app import sweep
-from rnode.app.build import build, load_weights
+from rnode.app.base import fit_to_z, start_at_closed_form
+from rnode.app.build import build
 from rnode.app.processes import cluster_plugins, is_first_process, launched, match_processes
 from rnode.app.runs import Run
-from rnode.app.summary import print_numbers, print_table
-from rnode.data.closed_forms import fit_candidates, fit_gaussian, fit_z, name_of
+from rnode.app.summary import print_numbers
 from rnode.data.datamodule import DataModule
 from rnode.data.splits import SPLIT_NAMES
 from rnode.errors import Diverged, InputError, one_line, require
-from rnode.evaluation import weighted_mean
-from rnode.training.callbacks import StopBehindClosedForm
-from rnode.training.checkpoint import AtomicCheckpointIO, load_checkpoint, load_to_resume
+from rnode.training.checkpoint import AtomicCheckpointIO, load_to_resume
 from rnode.training.gaussian import validation_rows
 from rnode.training.loggers import MetricsCSV, finish_wandb
 from rnode.training.module import RNODE
 from rnode.training.progress import Progress
 from rnode.training.results import (
-    CLOSED_FORM,
     CONFIG,
     DIVERGED,
     METRICS,
@@ -42,13 +36,9 @@ from rnode.training.results import (
     RESULT,
     write_result,
 )
-from rnode.training.resume import BestCheckpoint
 from rnode.training.run_folder import ENVIRONMENT, environment, lock, whole_file
-from rnode.training.schedule import passed
 from rnode.transforms import TableTransform
 
-FIT_SECONDS = 10  # of closed forms before training, at most
-SHARE_OF_BASE = 0.2  # of the time of a run, for which bases are fitted afterwards
 ADVICE = "try a smaller optimizer.lr, a larger reg.lambda_j or more steps of solver.train"
 
 
@@ -138,7 +128,7 @@ def fit(cfg: DictConfig, overrides: Sequence[str] = ()) -> dict[str, float | Non
             step, epoch = checkpoint["global_step"], checkpoint["epoch"]
             trainer.print(f"resuming from {cfg.ckpt_path}, step {step}, epoch {epoch}")
         if checkpoint is None and cfg.base != "normal":
-            start(cfg, trainer, module, data)
+            start_at_closed_form(cfg, trainer, module, data)
         fit_start = time.monotonic()
         trainer.fit(module, data, ckpt_path=cfg.ckpt_path, weights_only=True)
         fit_seconds = time.monotonic() - fit_start
@@ -152,9 +142,7 @@ def fit(cfg: DictConfig, overrides: Sequence[str] = ()) -> dict[str, float | Non
             if trainer.global_step == 0:  # ckpt_path=auto resumes from there
                 trainer.save_checkpoint(folder / "last.ckpt", weights_only=False)
         if cfg.base in ("mixture", "auto"):
-            left = left_of_training(trainer, fit_seconds)
-            seconds = SHARE_OF_BASE * (fit_start + fit_seconds + left - started) + left
-            finish(cfg, trainer, module, data, seconds)
+            fit_to_z(cfg, trainer, module, data, fit_start - started, fit_seconds)
             tested = None
         trained = dict(trainer.callback_metrics)
         trainer.test(module, data, ckpt_path=tested or None, weights_only=True, verbose=False)
@@ -180,88 +168,6 @@ def publish(folder: Path) -> None:
 
     write_report([Run(folder.resolve())], folder / "report.html")
     print(f"run folder: {folder}")
-
-
-def start(cfg: DictConfig, trainer: pl.Trainer, module: RNODE, data: DataModule) -> None:
-    """Let a flow start at a density in closed form, which is the first best.ckpt.
-
-    For base=auto it is a Gaussian of the columns as transformed for the best density, which is
-    kept in CLOSED_FORM: a flow learns more from there than from a mixture.
-    """
-    flow = module.flow
-    if isinstance(data.transform, TableTransform):
-        rows = validation_rows(trainer, data)
-        seconds = [FIT_SECONDS]
-        seconds += [c.time_remaining() / 10 for c in trainer.callbacks if isinstance(c, Timer)]
-        limit = min(seconds) if trainer.world_size == 1 else math.inf  # all processes fit the same
-        candidates = fit_candidates(data, cfg.base, rows, cfg.seed, limit)
-        table = Table("closed form", "nats", title="validation", title_justify="left")
-        for candidate in candidates:
-            table.add_row(candidate.name, f"{candidate.nats:.4f}")
-        if trainer.is_global_zero:
-            print_table(table)
-        best = candidates[0]
-        data.transform, flow.base = best.transform, best.base.float()
-        gaussian = next((c for c in candidates if c.is_gaussian_as(best)), best)
-        if cfg.base == "auto" and gaussian is not best:
-            trainer.validate(module, data, weights_only=True, verbose=False)
-            trainer.save_checkpoint(Path(cfg.folder) / CLOSED_FORM, weights_only=False)
-            flow.base = gaussian.base.float()
-    else:
-        require(cfg.base == "gaussian", f"base={cfg.base}: must be normal or gaussian for images")
-        flow.base = fit_gaussian(data, flow, cfg.seed).float()
-    trainer.validate(module, data, weights_only=True, verbose=False)
-    if isinstance(best := trainer.checkpoint_callback, BestCheckpoint):
-        best.save_first(trainer)
-
-
-def left_of_training(trainer: pl.Trainer, spent: float) -> float:
-    """Return the seconds that training left when a callback ended it, after `spent` seconds."""
-    if not trainer.should_stop or trainer.global_step == 0:
-        return 0.0
-    share = min(passed(trainer), 1.0) or 1.0  # 0 of a run without an end
-    return spent * (1 / share - 1)
-
-
-def finish(
-    cfg: DictConfig, trainer: pl.Trainer, module: RNODE, data: DataModule, seconds: float
-) -> None:
-    """Fit bases to z of the best weights and to that of the closed form, and keep the better.
-
-    None is fitted to z of a flow that was far behind.
-    """
-    best = trainer.checkpoint_callback
-    flow = module.flow
-    if best and best.best_model_path:
-        load_weights(flow, load_checkpoint(best.best_model_path))
-    flows = [flow]
-    closed = Path(cfg.folder) / CLOSED_FORM
-    if closed.exists():
-        flows.append(copy.deepcopy(flow))
-        load_weights(flows[1], load_checkpoint(closed))
-    if any(isinstance(c, StopBehindClosedForm) and c.stopped for c in trainer.callbacks):
-        trainer.print("training stopped: the flow was far behind the density in closed form")
-        del flows[0]
-    trainer.print(f"mixtures are fitted for {seconds:.0f} s at most")
-    rows = validation_rows(trainer, data)
-    log_probs = []
-    for each in flows:
-        fit = None
-        if trainer.is_global_zero:
-            share = seconds / len(flows)
-            fit = fit_z(data, each, rows, cfg.seed, share, trained=each is flow)
-        base, log_prob = trainer.strategy.broadcast(fit)
-        each.base = base.float()
-        log_probs.append(log_prob)
-    weights = data.splits.weights_of("val")[:rows]
-    if len(flows) == 2 and not weighted_mean(log_probs[0] - log_probs[1], weights) > 0:
-        trainer.print("the density in closed form is better, and is kept")
-        del flows[0]
-    module.flow = flows[0]
-    trainer.validate(module, data, weights_only=True, verbose=False)
-    trainer.print(f"base: {name_of(module.flow.base)} of z")
-    if isinstance(best, BestCheckpoint):
-        best.replace(trainer)
 
 
 def warmup_steps(cfg: DictConfig, data: DataModule) -> int:
