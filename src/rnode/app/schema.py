@@ -121,9 +121,7 @@ class Entry(Section):
 
     every_n_steps: PositiveInt | None = key("steps between checkpoints, or validations", None)
     every_n_epochs: PositiveInt | None = key("epochs from one samples.png to the next", None)
-    patience: PositiveInt = key(
-        "validations without a better one that stop a run", 3
-    )  # Lightning's
+    patience: PositiveInt = key("validations without a better one that stop a run", 3)
     tolerance: NonNegativeFloat = key("bits/dim by which a finer grid has to differ", 0.0)
 
     mode: Literal["offline", "online", "disabled"] = key("offline, online or disabled", "offline")
@@ -164,7 +162,9 @@ class FromCheckpoint(Section, extra="forbid"):
     ckpt_path: str = key("checkpoint of a run, such as outputs/…/best.ckpt")
     seed: NonNegativeInt = key("seed of noise, probes and samples")
     trust: list[str] = key("your own packages, whose classes the checkpoint may name: [mydata]")
-    divergence: Literal[DIVERGENCES] | None = key("null: exact up to 16 dimensions, else the run's")
+    divergence: Literal[DIVERGENCES] | None = key(
+        "probes of div f; null: the run's; a table needs none"
+    )
     probes: PositiveInt | None = key("random probes of a sample; null: the run's")
     solver: Solver = key("the ODE method; null: the run's own")
     device: Literal["auto", "cpu", "cuda", "mps"] = key("auto: an accelerator if there is one")
