@@ -163,7 +163,7 @@ class FromCheckpoint(Section, extra="forbid"):
     seed: NonNegativeInt = key("seed of noise, probes and samples")
     trust: list[str] = key("your own packages, whose classes the checkpoint may name: [mydata]")
     divergence: Literal[DIVERGENCES] | None = key(
-        "probes of div f; null: the run's; a table needs none"
+        "probes of images (null: the run's); tables: none"
     )
     probes: PositiveInt | None = key("random probes of a sample; null: the run's")
     solver: Solver = key("the ODE method; null: the run's own")
