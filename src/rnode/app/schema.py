@@ -162,9 +162,7 @@ class FromCheckpoint(Section, extra="forbid"):
     ckpt_path: str = key("checkpoint of a run, such as outputs/…/best.ckpt")
     seed: NonNegativeInt = key("seed of noise, probes and samples")
     trust: list[str] = key("your own packages, whose classes the checkpoint may name: [mydata]")
-    divergence: Literal[DIVERGENCES] | None = key(
-        "probes of images (null: the run's); tables: none"
-    )
+    divergence: Literal[DIVERGENCES] | None = key("probes of images; null: the run's; tables: none")
     probes: PositiveInt | None = key("random probes of a sample; null: the run's")
     solver: Solver = key("the ODE method; null: the run's own")
     device: Literal["auto", "cpu", "cuda", "mps"] = key("auto: an accelerator if there is one")
