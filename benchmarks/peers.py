@@ -166,17 +166,18 @@ def plot(curves: list[dict]) -> None:
             if not points:
                 continue
             seconds, values = ([p[key] for p in points] for key in ("seconds", "validation"))
-            ax.plot(seconds, values, "o-", markersize=3, label=name)
+            ax.plot(seconds, values, "o-", markersize=7 if name == AUTO else 3, label=name)
         if dataset in ENTROPY:
             ax.axhline(ENTROPY[dataset], color="gray", linestyle=":", label="entropy")
         unit = "nats" if dataset in POINTS else "bits/dim"
         ax.set(title=dataset, xlabel="seconds of training", ylabel=f"validation {unit}")
         ax.set_yscale("log")
+        ax.yaxis.set(major_formatter="{x:g}", minor_formatter="{x:g}")
     shown = {}
     for ax in axes[0]:
         handles, labels = ax.get_legend_handles_labels()
         shown |= dict(zip(labels, handles, strict=True))
-    figure.legend(shown.values(), shown, loc="outside upper center", ncols=len(shown))
+    figure.legend(shown.values(), shown, loc="outside upper center", ncols=3)
     OUTPUTS.mkdir(parents=True, exist_ok=True)
     save_figure(figure, OUTPUTS / "peers.png")
 
