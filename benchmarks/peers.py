@@ -78,7 +78,6 @@ def main() -> None:
         row = {"dataset": dataset, "entropy": entropy}
         for name in options.contenders:
             if name in (OF_IMAGES if dataset in POINTS else [AUTO]):
-                row[name] = ""
                 continue
             found = []
             for seed in options.seeds:
