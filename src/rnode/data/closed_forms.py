@@ -36,8 +36,8 @@ COMPONENTS = 2048  # of all fits together, at most
 COVARIANCES = 1_000_000  # numbers in those of a mixture, at most
 NUMBERS = 20_000_000  # in the samples of a Gaussian, and in rows less the means of a mixture
 MIN_ROWS = 5_000  # that every mixture is fitted to, of tables that have them
-ROWS = 50_000  # that a mixture is fitted to, at most, unless it needs more
-MAX_ROWS = 200_000
+ROWS = 50_000  # that fits use, at most
+MAX_ROWS = 200_000  # that fits of many components use where no flow has to be solved for z
 TAILS = (1.0, 3.0, 10.0)  # standard deviations of the Gaussians that give a mixture broad tails
 MAX_DIMENSIONS = 4096  # beyond, a covariance would cost minutes
 SKEWNESS = 0.5  # skewness from which the logarithm of a positive column is tried
@@ -144,7 +144,7 @@ def promising(names: list[str], best_first: list[Candidate], size: int) -> list[
 
 
 def for_fit(batch: Batch, size: int, least: int = MIN_ROWS) -> Batch:
-    """Return as many of the rows as a mixture of `size` Gaussians needs, but `least` of them."""
+    """Return as many of the rows as a mixture of `size` Gaussians needs, and no fewer than `least`."""
     enough = max(least, ROWS_PER_COLUMN * size * columns_of(batch))
     if enough >= len(batch.y):
         return batch
@@ -329,7 +329,7 @@ def fit_z(
         rows: number of validation rows that compare the mixtures.
         seed: of the dequantization noise and of the mixtures.
         seconds: after so many seconds the fits end.
-        trained: whether the flow's fields are not zero. Else z is y, of more rows.
+        trained: whether the flow's fields are not zero. Else z is y, and more rows are used.
 
     Returns:
         The best base, which may be the flow's own, and log p of the validation rows with it,
