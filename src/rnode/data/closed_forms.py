@@ -144,7 +144,7 @@ def promising(names: list[str], best_first: list[Candidate], size: int) -> list[
 
 
 def for_fit(batch: Batch, size: int, least: int = MIN_ROWS) -> Batch:
-    """Return as many of the rows as a mixture of `size` Gaussians needs, and no fewer than `least`."""
+    """Return as many rows as a mixture of `size` Gaussians needs, and no fewer than `least`."""
     enough = max(least, ROWS_PER_COLUMN * size * columns_of(batch))
     if enough >= len(batch.y):
         return batch
