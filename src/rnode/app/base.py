@@ -108,8 +108,7 @@ def fit_to_z(
     for each in flows:
         fit = None
         if trainer.is_global_zero:
-            share = seconds / len(flows)
-            fit = fit_z(data, each, rows, cfg.seed, share, trained=each is flow)
+            fit = fit_z(data, each, rows, cfg.seed, seconds / len(flows))
         base, log_prob = trainer.strategy.broadcast(fit)
         each.base = base.float()
         log_probs.append(log_prob)

@@ -37,7 +37,7 @@ COVARIANCES = 1_000_000  # numbers in those of a mixture, at most
 NUMBERS = 20_000_000  # in the samples of a Gaussian, and in rows less the means of a mixture
 MIN_ROWS = 5_000  # that every mixture is fitted to, of tables that have them
 ROWS = 50_000  # that fits use, at most
-MAX_ROWS = 200_000  # that fits of many components use where no flow has to be solved for z
+MAX_ROWS = 200_000  # that fits of many components use if no row has to be solved for z
 TAILS = (1.0, 3.0, 10.0)  # standard deviations of the Gaussians that give a mixture broad tails
 MAX_DIMENSIONS = 4096  # beyond, a covariance would cost minutes
 SKEWNESS = 0.5  # skewness from which the logarithm of a positive column is tried
@@ -314,7 +314,7 @@ def fit_linear(c: Tensor, y: Tensor) -> Gaussian:
 
 @torch.no_grad()
 def fit_z(
-    data: DataModule, flow: Flow, rows: int, seed: int, seconds: float, trained: bool = True
+    data: DataModule, flow: Flow, rows: int, seed: int, seconds: float
 ) -> tuple[Mixture, Tensor]:
     """Fit mixtures to z of a trained flow.
 
@@ -323,13 +323,14 @@ def fit_z(
     follow. Where rows are few, each is the mean of FITS mixtures. It must be better by a paired
     standard error: the best of several on a hundred rows would often be so by chance.
 
+    If the fields are still zero, z is y: training rows are then not solved, and more are used.
+
     Args:
         data: the table on which the flow was trained.
         flow: the flow, which is then in evaluation mode.
         rows: number of validation rows that compare the mixtures.
         seed: of the dequantization noise and of the mixtures.
         seconds: after so many seconds the fits end.
-        trained: whether the flow's fields are not zero. Else z is y, and more rows are used.
 
     Returns:
         The best base, which may be the flow's own, and log p of the validation rows with it,
@@ -338,8 +339,6 @@ def fit_z(
     end = time.monotonic() + seconds
 
     def to_z(batch: Batch) -> Batch:
-        if not trained:
-            return batch
         device = next(flow.parameters()).device
         states = [
             flow.solve(batch.y[part].to(device), batch.c[part].to(device)).state
@@ -348,11 +347,16 @@ def fit_z(
         z, l, *_ = (torch.cat(parts).cpu() for parts in zip(*states, strict=True))
         return batch._replace(y=z, log_det=batch.log_det + l)
 
-    flow.train()  # its grid is exact enough for a fit, and several times faster
     transform: Any = data.transform
-    train = to_z(training_batch(data, transform, seed, ROWS if trained else MAX_ROWS))
     flow.eval()
-    val = to_z(transform.for_evaluation(*data.fetch("val", range(rows)), seed))
+    val_y = transform.for_evaluation(*data.fetch("val", range(rows)), seed)
+    val = to_z(val_y)
+    if (val.y == val_y.y).all():  # as of a flow before training
+        train = training_batch(data, transform, seed, MAX_ROWS)
+    else:
+        flow.train()  # its grid is exact enough for a fit, and several times faster
+        train = to_z(training_batch(data, transform, seed, ROWS))
+        flow.eval()
     weights = data.splits.weights_of("val")[:rows]
 
     def candidate(base: Mixture, shrinkage: float) -> Candidate:
