@@ -302,6 +302,7 @@ def test_as_z_is_the_flow_whose_fields_are_zero():
 def test_a_mixture_is_that_of_the_textbook(monkeypatch):
     """scikit-learn's fit from there, by whole passes, has the same likelihood."""
     monkeypatch.setattr(mixtures, "PASSES", 1000)
+    monkeypatch.setattr(mixtures, "FAR", 0.0)  # all in float64
     rng = np.random.default_rng(0)
     centres = np.array([[0.0, 0.0], [3.0, 0.0], [0.0, 4.0]])
     x = torch.from_numpy(centres[rng.integers(3, size=3000)] + rng.normal(size=(3000, 2)))
@@ -313,7 +314,7 @@ def test_a_mixture_is_that_of_the_textbook(monkeypatch):
     ours = base.log_prob(x, x[:, :0])
     assert float(ours.mean()) == pytest.approx(reference.score(x), abs=1e-8)
     model = MixtureSameFamily(Categorical(weights), MultivariateNormal(means, covariances))
-    total = expect(x, (weights, means, covariances), torch.zeros(3, 7).double())
+    total = expect([x], (weights, means, covariances), torch.zeros(3, 9).double())
     assert total == pytest.approx(float(model.log_prob(x).sum()))
     cut_off = fit(x, 3, seed=0, end=0)
     going_on = fit(x, 3, seed=0, start=cut_off)
@@ -325,9 +326,26 @@ def test_a_mixture_is_that_of_the_textbook(monkeypatch):
     assert one == 1
 
 
+def test_a_fit_in_float32_is_that_in_float64(monkeypatch):
+    """Narrow components far from the origin need the difference of large numbers."""
+    rng = np.random.default_rng(0)
+    centres = np.array([[0.0, 0.0], [4.9, -4.9], [5.1, 5.1], [300.0, 0.0]])
+    component = rng.choice(4, 8000, p=[0.97, 0.01, 0.01, 0.01])
+    width = np.where(component == 0, 1.0, 0.001)[:, None]
+    x = torch.from_numpy(centres[component] + width * rng.normal(size=(8000, 2)))
+    weights, means, covariances = fit_mixture(x, 8, seed=0)
+    monkeypatch.setattr(mixtures, "FAR", 0.0)
+    exact = fit_mixture(x, 8, seed=0)
+    torch.testing.assert_close(weights, exact[0], atol=1e-5, rtol=0)
+    torch.testing.assert_close(means, exact[1], atol=1e-4, rtol=0)
+    torch.testing.assert_close(covariances, exact[2], atol=1e-5, rtol=1e-4)
+    assert exact[2][:, 0, 0].min() < 2e-4
+
+
 def test_sums_of_a_component_without_rows_are_errors_of_rounding():
     """Its covariance is the ridge, not what such errors are divided by no rows."""
-    sums = 1e-12 * torch.tensor([[0.1, 1, 0, -1, 0, 0, 0], [-0.1, 1, 1, 1, 3, -3, 1]]).double()
+    sums = [[0.1, 1, 0, 1, -1, 0, 0, 0, 0], [-0.1, 1, 1, 1, 1, 3, 1, -3, 1]]
+    sums = 1e-12 * torch.tensor(sums).double()
     weights, _, covariances = maximize(sums)
     torch.testing.assert_close(covariances, RIDGE * torch.eye(2).double().expand(2, 2, 2))
     assert weights.tolist() == [0.5, 0.5]

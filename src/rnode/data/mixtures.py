@@ -1,14 +1,18 @@
 """Mixtures of Gaussians by expectation maximization.
 
-The log-density of a Gaussian is linear in 1, x and x xᵀ, so each of the two steps is one matrix
-product for all components. The rows are in blocks: parameters are updated after each of them, with
+The log-density of a Gaussian is linear in e eᵀ, where e = (1, x), so each of the two steps is one
+matrix product for all components. The rows are in blocks: parameters are updated after each of them, with
 the latest sums of all (Neal and Hinton, 1998), which takes several times fewer passes.
+
+The products are in float32, but for rows far from the origin, whose squares less that of a mean
+would be errors of rounding.
 """
 
 import math
 import time
 
 import torch
+import torch.nn.functional as F
 from sklearn.cluster import kmeans_plusplus
 from torch import Tensor
 
@@ -17,6 +21,10 @@ PASSES = 100  # over all rows, at most
 TOLERANCE = 2e-4  # nats, see `fit_mixture`
 RIDGE = 1e-4  # added to the variances of a component; those of all rows are about 1
 ROW_FLOOR = 1e-3  # rows that a component has at least: of fewer, sums are errors of rounding
+FAR = 5.0  # standard deviations of a column; the square times float32's epsilon is far below RIDGE
+LEAST_LOG = -80.0  # of the share of a component in a row: exp is slow where it underflows
+MIN_CHOICE = 5_000  # rows from which centres are chosen, of tables that have them
+CHOICE = 10  # of these rows for a component
 NUMBERS = 250_000  # that a processor's cache holds
 
 Parameters = tuple[Tensor, Tensor, Tensor]  # weights (J,), means (J, d), covariances (J, d, d)
@@ -46,14 +54,15 @@ def fit_mixture(
     """
     n, d = x.shape
     x = x[torch.randperm(n, generator=torch.Generator().manual_seed(seed))]
-    blocks = x.split(math.ceil(n / BLOCKS))
-    sums = x.new_zeros(len(blocks), size, 1 + d + d * d)
+    blocks = [chunks(block, size) for block in x.split(math.ceil(n / BLOCKS))]
+    sums = x.new_zeros(len(blocks), size, (1 + d) ** 2)
     if start is None:
-        centres, _ = kmeans_plusplus(x.numpy(), size, random_state=seed, n_local_trials=1)
+        some = x[: max(MIN_CHOICE, CHOICE * size)].numpy()
+        centres, _ = kmeans_plusplus(some, size, random_state=seed, n_local_trials=1)
         for block, total in zip(blocks, sums, strict=True):
-            for y in chunks(block, size):
-                nearest = torch.cdist(y, torch.from_numpy(centres)).argmin(1)
-                total.index_add_(0, nearest, statistics(y))
+            for y in block:
+                nearest = torch.cdist(y, torch.from_numpy(centres).to(y)).argmin(1)
+                total.index_add_(0, nearest, statistics(y).double())
     else:
         for block, total in zip(blocks, sums, strict=True):
             expect(block, start, total)
@@ -73,30 +82,34 @@ def fit_mixture(
     return maximize(all_sums, shrinkage)
 
 
-def chunks(x: Tensor, size: int) -> tuple[Tensor, ...]:
+def chunks(x: Tensor, size: int) -> list[Tensor]:
     """Return rows x (N, d) in parts: a cache holds their statistics and `size` densities of each.
 
-    This makes a pass over rows of three columns five times as fast for 256 components.
+    This makes a pass over rows of three columns five times as fast for 256 components. Rows that
+    are FAR from the origin stay in float64.
     """
-    d = x.shape[1]
-    return x.split(math.ceil(NUMBERS / (1 + d + d * d + size)))
+    rows = math.ceil(NUMBERS / ((1 + x.shape[1]) ** 2 + size))
+    far = (x.abs() > FAR).any(1)
+    parts = [part for part in (x[~far].float(), x[far]) if len(part)]
+    return [chunk for part in parts for chunk in part.split(rows)]
 
 
 def statistics(x: Tensor) -> Tensor:
-    """x (N, d) → 1, x and x xᵀ, (N, 1 + d + d²)."""
-    products = x[:, :, None] * x[:, None, :]
-    return torch.cat([torch.ones_like(x[:, :1]), x, products.flatten(1)], dim=1)
+    """x (N, d) → e eᵀ of e = (1, x), (N, (1 + d)²)."""
+    e = F.pad(x, (1, 0), value=1.0)
+    return (e[:, :, None] * e[:, None, :]).flatten(1)
 
 
-def expect(x: Tensor, mixture: Parameters, sums: Tensor) -> float:
+def expect(block: list[Tensor], mixture: Parameters, sums: Tensor) -> float:
     """Return log p(x) of all rows, and set `sums` of the statistics for each component."""
     factors = factors_of_statistics(*mixture)
     sums.zero_()
     log_likelihood = 0.0
-    for moments in map(statistics, chunks(x, len(factors))):
-        log_joint = moments @ factors.T
+    for moments in map(statistics, block):
+        log_joint = moments @ factors.T.to(moments)
         largest = log_joint.amax(1, keepdim=True)
-        joint = log_joint.sub_(largest).exp_()  # logsumexp and then exp would take twice as long
+        # logsumexp and then exp would take twice as long
+        joint = log_joint.sub_(largest).clamp_(min=LEAST_LOG).exp_()
         total = joint.sum(1, keepdim=True)
         sums += joint.div_(total).T @ moments
         log_likelihood += float((largest + total.log()).sum())
@@ -104,27 +117,29 @@ def expect(x: Tensor, mixture: Parameters, sums: Tensor) -> float:
 
 
 def factors_of_statistics(weights: Tensor, means: Tensor, covariances: Tensor) -> Tensor:
-    """Return the factors of the statistics in log p(x, j), (J, 1 + d + d²)."""
+    """Return the factors of the statistics in log p(x, j), (J, (1 + d)²)."""
     factors = torch.linalg.cholesky(covariances)
     precisions = torch.cholesky_inverse(factors)
     slopes = (precisions @ means[:, :, None]).squeeze(2)
     log_det = factors.diagonal(dim1=1, dim2=2).log().sum(1)
     squares = means.shape[1] * math.log(2 * math.pi) + (means * slopes).sum(1)
     constants = weights.log() - log_det - squares / 2
-    return torch.cat([constants[:, None], slopes, -precisions.flatten(1) / 2], dim=1)
+    factors_of_e = F.pad(-precisions / 2, (1, 0, 1, 0))
+    factors_of_e[:, 0] = torch.cat([constants[:, None], slopes], dim=1)
+    return factors_of_e.flatten(1)
 
 
 def maximize(sums: Tensor, shrinkage: float = 0.0) -> Parameters:
-    """Sums of the statistics for each component (J, 1 + d + d²) → the likeliest mixture.
+    """Sums of the statistics for each component (J, (1 + d)²) → the likeliest mixture.
 
     A component counts as if shrinkage · d more rows had the mean covariance of all components, as
     in regularized discriminant analysis (Friedman, 1989).
     """
-    d = math.isqrt(sums.shape[1])
+    d = math.isqrt(sums.shape[1]) - 1
     rows = sums[:, 0].clamp(min=ROW_FLOOR)
-    means, products = (sums[:, 1:] / rows[:, None]).split((d, d * d), dim=1)
-    outer = means[:, :, None] * means[:, None, :]
-    covariances = products.view_as(outer) - outer
+    moments = (sums / rows[:, None]).unflatten(1, (1 + d, 1 + d))
+    means = moments[:, 0, 1:]
+    covariances = moments[:, 1:, 1:] - means[:, :, None] * means[:, None, :]
     share = (rows / (rows + shrinkage * d))[:, None, None]
     weights = rows / rows.sum()
     pooled = torch.einsum("j,jkl->kl", weights, covariances)
