@@ -1,8 +1,8 @@
 """Mixtures of Gaussians by expectation maximization.
 
 The log-density of a Gaussian is linear in e eᵀ, where e = (1, x), so each of the two steps is one
-matrix product for all components. The rows are in blocks: parameters are updated after each of them, with
-the latest sums of all (Neal and Hinton, 1998), which takes several times fewer passes.
+matrix product for all components. The rows are in blocks: parameters are updated after each of
+them, with the latest sums of all (Neal and Hinton, 1998), which takes several times fewer passes.
 
 The products are in float32, but for rows far from the origin, whose squares less that of a mean
 would be errors of rounding.
@@ -25,7 +25,7 @@ FAR = 5.0  # standard deviations of a column; the square times float32's epsilon
 LEAST_LOG = -80.0  # of the share of a component in a row: exp is slow where it underflows
 MIN_CHOICE = 5_000  # rows from which centres are chosen, of tables that have them
 CHOICE = 10  # of these rows for a component
-NUMBERS = 250_000  # that a processor's cache holds
+NUMBERS = 500_000  # that a processor's cache holds
 
 Parameters = tuple[Tensor, Tensor, Tensor]  # weights (J,), means (J, d), covariances (J, d, d)
 
@@ -111,7 +111,10 @@ def expect(block: list[Tensor], mixture: Parameters, sums: Tensor) -> float:
         # logsumexp and then exp would take twice as long
         joint = log_joint.sub_(largest).clamp_(min=LEAST_LOG).exp_()
         total = joint.sum(1, keepdim=True)
-        sums += joint.div_(total).T @ moments
+        joint /= total
+        # A product is up to nine times as fast if the smaller of the two matrices comes first.
+        small = joint.shape[1] < moments.shape[1]
+        sums += joint.T @ moments if small else (moments.T @ joint).T
         log_likelihood += float((largest + total.log()).sum())
     return log_likelihood
 
