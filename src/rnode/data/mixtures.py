@@ -23,8 +23,8 @@ RIDGE = 1e-4  # added to the variances of a component; those of all rows are abo
 ROW_FLOOR = 1e-3  # rows that a component has at least: of fewer, sums are errors of rounding
 FAR = 5.0  # standard deviations of a column; the square times float32's epsilon is far below RIDGE
 LEAST_LOG = -80.0  # of the share of a component in a row: exp is slow where it underflows
-MIN_CHOICE = 5_000  # rows from which centres are chosen, of tables that have them
-CHOICE = 10  # of these rows for a component
+ROWS_PER_CENTRE = 10  # from which the first centres are chosen
+MIN_ROWS = 5_000  # of these, of tables that have them
 NUMBERS = 500_000  # that a processor's cache holds
 
 Parameters = tuple[Tensor, Tensor, Tensor]  # weights (J,), means (J, d), covariances (J, d, d)
@@ -57,7 +57,7 @@ def fit_mixture(
     blocks = [chunks(block, size) for block in x.split(math.ceil(n / BLOCKS))]
     sums = x.new_zeros(len(blocks), size, (1 + d) ** 2)
     if start is None:
-        some = x[: max(MIN_CHOICE, CHOICE * size)].numpy()
+        some = x[: max(MIN_ROWS, ROWS_PER_CENTRE * size)].numpy()
         centres, _ = kmeans_plusplus(some, size, random_state=seed, n_local_trials=1)
         for block, total in zip(blocks, sums, strict=True):
             for y in block:
