@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rnode.bases import Gaussian, Mixture
 from rnode.data.datamodule import DataModule
-from rnode.data.mixtures import TOLERANCE, Parameters, fit_mixture
+from rnode.data.mixtures import MIN_ROWS, TOLERANCE, Parameters, fit_mixture
 from rnode.errors import require
 from rnode.evaluation import standard_error, weighted_mean
 from rnode.flow import Flow
@@ -35,7 +35,6 @@ ROWS_PER_COMPONENT = 20  # for a component
 COMPONENTS = 2048  # of all fits together, at most
 COVARIANCES = 1_000_000  # numbers in those of a mixture, at most
 NUMBERS = 20_000_000  # in the samples of a Gaussian, and in rows less the means of a mixture
-MIN_ROWS = 5_000  # that every mixture is fitted to, of tables that have them
 ROWS = 50_000  # that fits use, at most
 MAX_ROWS = 200_000  # that fits of many components use if no row has to be solved for z
 TAILS = (1.0, 3.0, 10.0)  # standard deviations of the Gaussians that give a mixture broad tails

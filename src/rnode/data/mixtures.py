@@ -23,8 +23,8 @@ RIDGE = 1e-4  # added to the variances of a component; those of all rows are abo
 ROW_FLOOR = 1e-3  # rows that a component has at least: of fewer, sums are errors of rounding
 FAR = 5.0  # standard deviations of a column; the square times float32's epsilon is far below RIDGE
 LEAST_LOG = -80.0  # of the share of a component in a row: exp is slow where it underflows
-ROWS_PER_CENTRE = 10  # from which the first centres are chosen
-MIN_ROWS = 5_000  # of these, of tables that have them
+MIN_ROWS = 5_000  # that fits, and the choice of their centres, use of tables that have them
+ROWS_PER_CENTRE = 10  # from which the centres are chosen, if these are more
 NUMBERS = 500_000  # that a processor's cache holds
 
 Parameters = tuple[Tensor, Tensor, Tensor]  # weights (J,), means (J, d), covariances (J, d, d)
