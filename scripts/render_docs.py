@@ -46,9 +46,10 @@ def table(names: list[str], columns: str | None, pattern: str | None) -> list[st
     """Return the lines of a table of the records `names`."""
     rows = [row for name in names for row in read(name)["rows"]]
     known = list(dict.fromkeys(column for row in rows for column in row))
-    pairs = (column.partition("=") for column in columns.split("|")) if columns else ()
-    headers = {column: header or column for column, _, header in pairs}
-    headers = headers or {column: column for column in known}
+    headers = {}
+    for column in columns.split("|") if columns else known:
+        name, _, header = (column, "", "") if column in known else column.partition("=")
+        headers[name] = header or name
     if unknown := headers.keys() - known:
         raise KeyError(f"{' '.join(names)}: no row has {', '.join(sorted(unknown))}")
     kept = [row for row in rows if re.search(pattern or "", " | ".join(row.values()))]
