@@ -116,6 +116,16 @@ def test_a_radial_candidate_that_is_not_significantly_worse_is_preferred(heavy_t
         assert ranked([other, radial])[0].transform is best.transform
 
 
+def test_a_larger_mixture_must_be_ahead_by_more_than_chance(heavy_tails, tmp_path):
+    data = module(pl.DataFrame(heavy_tails[0], ["a", "b", "c"]), tmp_path)
+    candidates = fit_candidates(data, "mixture", 500, seed=0, seconds=np.inf)
+    small, large = (next(c for c in candidates if size_of(c.base) == n) for n in (4, 16))
+    noise = torch.linspace(-1, 1, 500)  # its standard error is 0.026
+    for ahead, best in ((0.01, small), (0.02, large)):
+        large = large._replace(transform=small.transform, log_prob=small.log_prob + noise + ahead)
+        assert size_of(ranked([large, small])[0].base) == size_of(best.base)
+
+
 def test_a_transform_that_is_far_behind_is_given_up_for_good(heavy_tails, tmp_path):
     data = module(pl.DataFrame(heavy_tails[0], ["a", "b", "c"]), tmp_path)
     best, *_ = fit_candidates(data, "gaussian", 500, seed=0, seconds=np.inf)

@@ -185,21 +185,28 @@ def fits_of(size: int, batch: Batch) -> int:
 
 
 def ranked(candidates: list[Candidate]) -> list[Candidate]:
-    """Return candidates by their validation likelihood, but the best radial one first if it may be.
+    """Return candidates by their validation likelihood, but the simplest of the best ones first.
 
-    It may be if it is behind the same columns without a radial layer by less than two paired
-    standard errors. Without heavy tails, a single outlier that is not among the validation rows can
-    cost more than all other rows.
+    That is the best radial one if it is behind the same columns without a radial layer by less than
+    two paired standard errors: without heavy tails, a single outlier that is not among the
+    validation rows can cost more than all other rows. And it is the smallest mixture after the
+    chosen transform that is behind by less than half an error: of larger ones, some are ahead by
+    chance.
     """
     candidates = sorted(candidates, key=lambda candidate: candidate.nats)
-    best = candidates[0].transform
-    columns = best.columns if best.quantiles is None else ()
-    same = (each for each in candidates if each.transform.columns == columns)
-    for radial in (each for each in same if each.transform.radial is not None):
-        if not radial.is_behind(candidates[0], errors=2):
-            return [radial, *(each for each in candidates if each is not radial)]
-        break
-    return candidates
+    first = candidates[0]
+    columns = first.transform.columns if first.transform.quantiles is None else ()
+    same = [each for each in candidates if each.transform.columns == columns]
+    radial = next((each for each in same if each.transform.radial is not None), first)
+    if not radial.is_behind(first, errors=2):
+        first = radial
+    tied = [
+        each
+        for each in candidates
+        if each.transform is first.transform and not each.is_behind(first, errors=0.5)
+    ]
+    first = min(tied, key=lambda candidate: size_of(candidate.base))
+    return [first, *(each for each in candidates if each is not first)]
 
 
 def transforms_of(data: DataModule, x: Tensor) -> dict[str, TableTransform]:
