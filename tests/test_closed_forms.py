@@ -325,8 +325,12 @@ def test_a_mixture_is_that_of_the_textbook(monkeypatch):
     ours = base.log_prob(x, x[:, :0])
     assert float(ours.mean()) == pytest.approx(reference.score(x), abs=1e-8)
     model = MixtureSameFamily(Categorical(weights), MultivariateNormal(means, covariances))
-    total = expect([x], (weights, means, covariances), torch.zeros(3, 9).double())
+    sums, sums_of_quarters = torch.zeros(3, 9).double(), torch.zeros(12, 9).double()
+    total = expect([x], (weights, means, covariances), sums)
     assert total == pytest.approx(float(model.log_prob(x).sum()))
+    quarters = weights.repeat(4) / 4, means.repeat(4, 1), covariances.repeat(4, 1, 1)
+    expect([x], quarters, sums_of_quarters)
+    torch.testing.assert_close(sums_of_quarters.unflatten(0, (4, 3)).sum(0), sums)
     cut_off = fit(x, 3, seed=0, end=0)
     going_on = fit(x, 3, seed=0, start=cut_off)
     assert (cut_off[1] - means).abs().max() > 0.01
