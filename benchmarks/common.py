@@ -209,6 +209,19 @@ def mean_and_spread(values: list[float], digits: int) -> str:
     return f"{statistics.mean(values):.{digits}f}{spread}"
 
 
+def kept(path: Path | None, key: list, measure: Callable[[], list]) -> list:
+    """Return what `measure` does, which a line of a file keeps by its key for later runs."""
+    lines = path.read_text().splitlines() if path and path.exists() else []
+    for known, value in map(json.loads, lines):
+        if known == key:
+            return value
+    value = measure()
+    if path:
+        with path.open("a") as file:
+            file.write(json.dumps([key, value]) + "\n")
+    return value
+
+
 def write_record(name: str, title: str, rows: Rows) -> None:
     """Print a table, and write it to benchmarks/results/NAME.json with what its figures depend on.
 

@@ -3,7 +3,7 @@
 pip install -e '.[bench]'
 python benchmarks/peers.py [--seconds 60] [--seeds 0 1 2] [--quick]
                            [--datasets eight_gaussians checkerboard moons digits fashion_mnist]
-                           [--root DIR]
+                           [--root DIR] [--cells FILE]
 
 benchmarks/contenders.py says what the contenders are; `RNODE, base=auto` is `rnode.fit` of POOL
 points, with its closed forms. Dense networks are 64 wide for points in the plane and 256 for
@@ -13,11 +13,13 @@ have 512 points or 256 images, those of the multiscale flow 32. The clock counts
 alone. Of each curve the table has the point of the lowest validation, with its negative
 log-likelihood of test data in nats, of images in bits/dim. The records are peers.json and
 peers_images.json in benchmarks/results, and the plot outputs/benchmarks/peers.png (validation
-against seconds, of the first seed).
+against seconds, of the first seed). `--cells` keeps finished trainings, and a later run skips them.
 """
 
 import argparse
 import math
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -25,7 +27,7 @@ from matplotlib import pyplot as plt
 from torch import Tensor
 
 import rnode
-from common import OUTPUTS, as_time, mean_and_spread, write_record
+from common import OUTPUTS, as_time, kept, mean_and_spread, write_record
 from contenders import (
     Point,
     Sample,
@@ -67,6 +69,7 @@ def main() -> None:
     parser.add_argument("--datasets", nargs="+", choices=POINTS + IMAGES, default=POINTS)
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
     parser.add_argument("--root", default="data", help="folder of FashionMNIST's files")
+    parser.add_argument("--cells", type=Path, help="file that keeps finished trainings")
     parser.add_argument("--quick", action="store_true", help="8 seconds each")
     options = parser.parse_args()
     seconds = 8 if options.quick else options.seconds
@@ -81,8 +84,9 @@ def main() -> None:
                 continue
             found = []
             for seed in options.seeds:
-                torch.manual_seed(seed)
-                curve = run(name, dataset, seconds, options.root, seed)
+                training = partial(run, name, dataset, seconds, options.root, seed)
+                key = [dataset, name, seed, seconds]
+                curve = [Point(*part) for part in kept(options.cells, key, training)]
                 point = {"dataset": dataset, "contender": name, "seed": seed}
                 curves += [point | part._asdict() for part in curve]
                 found.append(best(curve).test)
@@ -99,6 +103,7 @@ def main() -> None:
 
 def run(name: str, dataset: str, seconds: float, root: str, seed: int) -> list[Point]:
     """Train a contender; its points have nats, of images bits/dim."""
+    torch.manual_seed(seed)
     if name == AUTO:
         return [fit(dataset, seconds, seed)]
     contender = CONTENDERS[name]

@@ -32,7 +32,6 @@ as JSON lines, and a later run skips them.
 import argparse
 import contextlib
 import io
-import json
 import math
 import tempfile
 import time
@@ -49,7 +48,7 @@ from sklearn.mixture import GaussianMixture
 from torch import Tensor
 
 import rnode
-from common import as_time, write_record
+from common import as_time, kept, write_record
 from contenders import Make, Parts, maf, nsf, ot_cfm, train_best
 from rnode import Method
 from rnode.app.base import END_SHARE, START_SECONDS, START_SHARE
@@ -78,30 +77,19 @@ def main() -> None:
     prepare_process()
     torch.set_num_threads(1)
 
-    rows, cells = [], read_cells(options.cells)
+    rows = []
     for name in options.tables:
         split = split_table(TABLES[name]())
         nats = {contender: [] for contender in options.contenders}
         for seed in options.seeds:
             for contender, values in nats.items():
-                key = (name, contender, seed, seconds)
-                if key not in cells:
-                    cells[key] = measure(contender, split, seconds, seed)
-                    print(f"{name}, {contender}, {seed}: {np.mean(cells[key]):.3f}", flush=True)
-                    if options.cells:
-                        with options.cells.open("a") as file:
-                            file.write(json.dumps([key, cells[key]]) + "\n")
-                values.append(cells[key])
+                train = partial(measure, contender, split, seconds, seed)
+                values.append(kept(options.cells, [name, contender, seed, seconds], train))
+                print(f"{name}, {contender}, {seed}: {np.mean(values[-1]):.3f}", flush=True)
         n, d = split.train.shape
         rows.append({"table": name, "rows": f"{n:,}", "columns": str(d), **figures(nats)})
     title = f"test nats within {seconds:g} s of training, at the best validation"
     write_record("tables", title, rows)
-
-
-def read_cells(path: Path | None) -> dict[tuple, list[float]]:
-    """Return the nats of test rows by table, contender, seed and seconds."""
-    lines = path.read_text().splitlines() if path and path.exists() else []
-    return {tuple(key): nats for key, nats in map(json.loads, lines)}
 
 
 def measure(contender: str, split: Split, seconds: float, seed: int) -> list[float]:
