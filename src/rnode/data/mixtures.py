@@ -4,8 +4,8 @@ The log-density of a Gaussian is linear in e eᵀ, where e = (1, x), so each of 
 matrix product for all components. The rows are in blocks: parameters are updated after each of
 them, with the latest sums of all (Neal and Hinton, 1998), which takes several times fewer passes.
 
-The products are in float32, but for rows far from the origin, whose squares less that of a mean
-would be errors of rounding.
+The products are computed in float32. Rows far from the origin stay in float64: in float32, the
+rounding error of their squares would exceed the variance of a narrow component.
 """
 
 import math
@@ -23,8 +23,8 @@ RIDGE = 1e-4  # added to the variances of a component; those of all rows are abo
 ROW_FLOOR = 1e-3  # rows that a component has at least: of fewer, sums are errors of rounding
 FAR = 5.0  # standard deviations of a column; the square times float32's epsilon is far below RIDGE
 LEAST_LOG = -80.0  # of the share of a component in a row: exp is slow where it underflows
-MIN_ROWS = 5_000  # that fits, and the choice of their centres, use of tables that have them
-ROWS_PER_CENTRE = 10  # from which the centres are chosen, if these are more
+MIN_ROWS = 5_000  # of a fit, and of the choice of its centres, if the table has so many
+ROWS_PER_CENTRE = 10  # of the choice of the centres, if this makes more
 NUMBERS = 500_000  # that a processor's cache holds
 
 Parameters = tuple[Tensor, Tensor, Tensor]  # weights (J,), means (J, d), covariances (J, d, d)
@@ -102,11 +102,12 @@ def statistics(x: Tensor) -> Tensor:
 
 def expect(block: list[Tensor], mixture: Parameters, sums: Tensor) -> float:
     """Return log p(x) of all rows, and set `sums` of the statistics for each component."""
-    factors = factors_of_statistics(*mixture)
+    factors = factors_of_statistics(*mixture).T
+    factors_in = {dtype: factors.to(dtype) for dtype in (torch.float32, torch.float64)}
     sums.zero_()
     log_likelihood = 0.0
     for moments in map(statistics, block):
-        log_joint = moments @ factors.T.to(moments)
+        log_joint = moments @ factors_in[moments.dtype]
         largest = log_joint.amax(1, keepdim=True)
         # logsumexp and then exp would take twice as long
         joint = log_joint.sub_(largest).clamp_(min=LEAST_LOG).exp_()
