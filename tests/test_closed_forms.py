@@ -227,6 +227,15 @@ def test_the_base_of_a_trained_flow_is_fitted_to_z(tmp_path, monkeypatch):
     torch.testing.assert_close(log_prob, mixture.detach().double(), atol=1e-4, rtol=0)
 
 
+def test_mixtures_of_z_grow_as_long_as_they_become_better(monkeypatch):
+    data = DataModule(toy, 512, 2000, name="eight_gaussians", train=5000)
+    data.setup()
+    flow = Flow((2,), [Piece(Linear(torch.zeros(2, 2)))], Solver(RK4, DOPRI5), Probes("exact"))
+    flow.base = Gaussian(torch.zeros(2), torch.eye(2))
+    monkeypatch.setattr("rnode.data.closed_forms.SIZES", (2,))  # then 4, 8, 16 …
+    assert size_of(fit_z(data, flow, 2000, seed=0, seconds=np.inf)[0]) in (8, 16)
+
+
 def test_a_run_is_never_behind_its_best_closed_form(run, tmp_path, capsys):
     rng = np.random.default_rng(0)
     centres = rng.normal(size=(2, 2))[rng.integers(2, size=400)]

@@ -181,7 +181,7 @@ def shrinkages_of(size: int, batch: Batch) -> tuple[float, ...]:
 def fits_of(size: int, batch: Batch) -> int:
     """Return the number of mixtures of so many Gaussians whose densities are averaged."""
     most = min(COMPONENTS, COVARIANCES // columns_of(batch) ** 2) // size
-    return min(FITS, most) if few_rows(size, batch) else 1
+    return max(1, min(FITS, most)) if few_rows(size, batch) else 1
 
 
 def ranked(candidates: list[Candidate]) -> list[Candidate]:
@@ -377,7 +377,13 @@ def fit_z(
         for size in SIZES:
             if size > own and failures < 2:
                 yield size
-        yield 2 * chosen
+        size, spent = chosen, 0.0
+        # As long as the last was the best. Twice as many Gaussians take twice as long.
+        while size == chosen and 2 * size not in SIZES and time.monotonic() + 2 * spent < end:
+            begin = time.monotonic()
+            size *= 2
+            yield size
+            spent = time.monotonic() - begin
 
     for size in sizes():
         if time.monotonic() > end:
