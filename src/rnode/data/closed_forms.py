@@ -378,8 +378,8 @@ def fit_z(
             if size > own and failures < 2:
                 yield size
         size, spent = chosen, 0.0
-        # As long as the last was the best. Twice as many Gaussians take twice as long.
-        while size == chosen and 2 * size not in SIZES and time.monotonic() + 2 * spent < end:
+        # As long as the last was the best, and there is time for another that takes as long.
+        while size == chosen and 2 * size not in SIZES and time.monotonic() + spent < end:
             begin = time.monotonic()
             size *= 2
             yield size
