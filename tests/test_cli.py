@@ -115,6 +115,16 @@ def test_the_command_lists_and_runs_its_commands(monkeypatch, capsys):
     assert seeds == [(0, "rnode", "train"), (3, "rnode", "train", "seed=3")]
 
 
+@pytest.mark.parametrize("dataset", ["digits", "table"])
+def test_a_model_of_ones_own_keeps_its_sizes_with_every_data_set(capsys, tmp_path, dataset):
+    (tmp_path / "own" / "model").mkdir(parents=True)
+    (tmp_path / "own" / "model" / "mine.yaml").write_text("_target_: mynet.mine\nhidden: 7\n")
+    own = ["--config-dir", f"{tmp_path / 'own'}", f"dataset={dataset}", "model=mine"]
+    call("train", *own, "--cfg", "job")
+    config = OmegaConf.create(capsys.readouterr().out)
+    assert config.model == {"_target_": "mynet.mine", "hidden": 7}
+
+
 def test_bare_paths_stand_for_keys(tmp_path):
     def expand(command, *overrides):
         return cli.expand(command, list(map(str, overrides)))

@@ -108,7 +108,7 @@ def test_a_multirun_has_a_folder_and_a_wandb_run_for_each_job(tmp_path, monkeypa
         assert len(column(folder, "train/loss")) == 2
         name, group, tags, summary = ended.pop(0)
         assert (name, group) == (f"reg.lambda_k={lambda_k}", tmp_path.name)
-        assert tags == {"dataset=digits", "model=multiscale", "solver=auto"}
+        assert tags == {"dataset=digits", "model=small", "solver=auto"}
         assert dict(summary["val/bits_per_dim"]) == {"min": min(column(folder, "val/bits_per_dim"))}
         scalars = ("lr", "gradient_norm", "nfe_total", "seconds_total")
         assert {"samples", *(f"train/{name}" for name in scalars)} <= summary.keys()

@@ -117,7 +117,8 @@ def start_hydra(command: str, arguments: list[str]) -> None:
             make_paths_absolute(cfg)
             if command == "train":
                 chosen = HydraConfig.get().runtime.choices
-                print(f"{chosen.dataset} by a {chosen.model} flow, solver={chosen.solver}")
+                model = cfg.model._target_.rpartition(".")[2]
+                print(f"{chosen.dataset} by a {model} flow, solver={chosen.solver}")
                 hint = "Ctrl-C stops the run and says how to resume"
                 print(f"run folder: {folder} ({hint})", flush=True)
             prepare_process()
