@@ -378,7 +378,7 @@ def fit_z(
             if size > own and failures < 2:
                 yield size
         size, spent = chosen, 0.0
-        # As long as the last was the best, and there is time for another that takes as long.
+        # While the last is the best, and time is left for another as long. SIZES have been tried.
         while size == chosen and 2 * size not in SIZES and time.monotonic() + spent < end:
             begin = time.monotonic()
             size *= 2
