@@ -58,7 +58,7 @@ def start_at_closed_form(
         if cfg.base == "auto" and gaussian is not best:
             trainer.validate(module, data, weights_only=True, verbose=False)
             trainer.save_checkpoint(Path(cfg.folder) / CLOSED_FORM, weights_only=False)
-            trainer.print(f"{CLOSED_FORM} keeps this density; the flow starts at {gaussian.name}")
+            trainer.print(f"{CLOSED_FORM} keeps this density; the flow starts at '{gaussian.name}'")
             flow.base = gaussian.base.float()
     else:
         require(cfg.base == "gaussian", f"base={cfg.base}: must be normal or gaussian for images")
