@@ -245,6 +245,7 @@ def test_a_run_is_never_behind_its_best_closed_form(run, tmp_path, capsys):
     longer = [*SHORT, "trainer.max_epochs=8", "model.hidden=8"]
     folder = run("dataset=table", f"dataset.path={path}", *longer, *worse)
     out = capsys.readouterr().out
+    assert "closed form" in out
     assert "closed_form.ckpt keeps this density; the flow starts at" in out
     assert "training stopped: the flow was far behind the density in closed form" in out
     measured = re.search(r"validation (\S+) ± \S+ nats \((\S+) bits/dim\)", out)
